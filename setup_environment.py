@@ -1,0 +1,117 @@
+"""Make `.venv` from the lock file, once; runs on the bare Python that a user has.
+
+python3 setup_environment.py            set up what is missing
+python3 setup_environment.py --lock     resolve requirements.lock anew (3.11 and 3.12)
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOCK = ROOT / "requirements.lock"
+MARK = VENV / "complete"
+NEEDED_GB = 10
+SUPPORTED = ((3, 11), (3, 12))
+
+
+def main() -> int:
+    """Set up, or lock; returns the exit code."""
+    if "--lock" in sys.argv[1:]:
+        return lock()
+    wanted = fingerprint()
+    if MARK.exists() and MARK.read_text() == wanted:
+        return 0
+    problem = missing()
+    if problem:
+        say(problem)
+        return 1
+    begin = time.monotonic()
+    say("setting up .venv: once, a few minutes and about 7 GB; interrupt it as you like")
+    if not PYTHON.exists():
+        venv.create(VENV, with_pip=True, symlinks=True)
+    run("installing exact versions from requirements.lock", *pip("-r", str(LOCK)))
+    own = ("--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    run("installing this project", *pip(*own))
+    if shutil.which("g++") or shutil.which("c++"):
+        run("compiling native kernels", str(PYTHON), "-m", "kernels.runtime")
+        run("compiling DeepSpeed's helper", str(PYTHON), "-m", "trainer.engine")
+    MARK.write_text(wanted)
+    say(f"ready after {time.monotonic() - begin:.0f} s")
+    return 0
+
+
+def missing() -> str:
+    """What this machine lacks, and what to do about it; empty if nothing."""
+    if sys.version_info[:2] not in SUPPORTED:
+        return (
+            f"Python {sys.version.split()[0]} runs this, but 3.11 or 3.12 is needed; "
+            "install one and say which: make PYTHON=python3.11 sweep"
+        )
+    free = shutil.disk_usage(ROOT).free / 1e9
+    if free < NEEDED_GB and not (VENV / "lib").exists():
+        return f"{free:.1f} GB are free in {ROOT}, but {NEEDED_GB} GB are needed; make room"
+    if not (shutil.which("g++") or shutil.which("c++")):
+        say(
+            "no C++ compiler: everything works, but Mamba's scan runs 50 times slower; "
+            "install one (Debian: apt-get install g++) and remove .venv/complete to build kernels"
+        )
+    return ""
+
+
+def fingerprint() -> str:
+    """What the environment is made from: a change of it calls for another set-up."""
+    parts = [LOCK, ROOT / "pyproject.toml", Path(__file__), *sorted(ROOT.glob("kernels/native/*"))]
+    digest = hashlib.sha256(str(ROOT).encode() + sys.version.encode())
+    for part in parts:
+        digest.update(part.read_bytes())
+    return digest.hexdigest()
+
+
+def lock() -> int:
+    """Resolve exact versions for 3.11, and show that 3.12 takes the same ones."""
+    run("installing the resolver", *pip("uv"))
+    uv = (str(PYTHON), "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate")
+    run("resolving for 3.11", *uv, "pyproject.toml", *("--extra", "dev"), *on("3.11", LOCK))
+    again = VENV / "lock-3.12.txt"
+    run("resolving the same for 3.12", *uv, str(LOCK), *on("3.12", again))
+    if again.read_text() != LOCK.read_text():
+        say("the two differ: see .venv/lock-3.12.txt")
+        return 1
+    return 0
+
+
+def on(version: str, out: Path) -> tuple[str, ...]:
+    """The resolver's words for a Python version and a file."""
+    return ("--python-version", version, "--no-emit-index-url", "-o", str(out))
+
+
+def pip(*words: str) -> tuple[str, ...]:
+    """A pip command in the environment."""
+    quiet = ("--quiet", "--disable-pip-version-check", "--progress-bar", "off")
+    return (str(PYTHON), "-m", "pip", "install", *quiet, *words)
+
+
+def run(what: str, *words: str) -> None:
+    """Run one step, or end with what failed."""
+    say(f"{what} ...")
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    if subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode != 0:
+        say(f"{what} failed: see above; give the same command again to go on from here")
+        sys.exit(1)
+
+
+def say(line: str) -> None:
+    """Tell the user."""
+    sys.stderr.write(f"setup: {line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
