@@ -1,0 +1,216 @@
+"""What a run is and how it is executed: the config classes and the ids that follow from them.
+
+`RunConfig` says what is trained and is hashed into the run id. `ExecutionConfig` says how and may
+change a number only by rounding. `EvaluationConfig` says what is measured of a checkpoint.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data_pipelines.config import DataConfig
+
+from models.backbone import BackboneConfig
+from trainer.schema import dump
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its batch.
+
+    Attributes:
+        learning_rate: peak rate of the rung, the same for all architectures.
+        learning_rate_scale: the architecture's own factor on it.
+        batch_tokens: tokens a step, over all ranks and accumulated micro-batches.
+        gradient_clip: largest global gradient norm; larger ones are scaled down to it.
+        max_skipped_steps: non-finite steps in a row that are survived; one more ends the run.
+    """
+
+    learning_rate: float
+    batch_tokens: int
+    learning_rate_scale: float = 1.0
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    gradient_clip: float = 1.0
+    max_skipped_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
+        _require_positive(self, "gradient_clip")
+        _require_within(self, 0, 1, "beta1", "beta2")
+        _require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Warm-up, stable, decay (Hu et al. 2024, section 4).
+
+    Attributes:
+        warmup_tokens: tokens over which the rate rises linearly from 0; the same at all horizons.
+        decay_fraction: last share of the budget, over which the rate falls linearly; 0 for none.
+        final_share: share of the peak rate at the end of the decay.
+    """
+
+    warmup_tokens: int
+    decay_fraction: float = 0.2
+    final_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_within(self, 0, math.inf, "warmup_tokens")
+        _require_within(self, 0, 1, "decay_fraction", "final_share")
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """How long a run trains.
+
+    Attributes:
+        tokens: its horizon; a whole number of batches.
+    """
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "tokens")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is trained. Its hash is the run id.
+
+    Attributes:
+        architecture: name of the architecture in the study.
+        rung: name of the size in the study.
+        nominal_parameters: size of the rung that budgets and rates are derived from.
+        precision: fp32, or bf16 for bf16 products over fp32 weights.
+    """
+
+    architecture: str
+    rung: str
+    nominal_parameters: int
+    model: BackboneConfig
+    corpus: DataConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    budget: BudgetConfig
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    objective: Literal["causal_lm"] = "causal_lm"
+
+    def __post_init__(self) -> None:
+        if self.optimizer.batch_tokens % self.corpus.seq_len:
+            raise ValueError(
+                f"optimizer.batch_tokens {self.optimizer.batch_tokens} is not a multiple of "
+                f"corpus.seq_len {self.corpus.seq_len}; choose one"
+            )
+        if self.budget.tokens % self.optimizer.batch_tokens:
+            below = self.budget.tokens // self.optimizer.batch_tokens
+            raise ValueError(
+                f"budget.tokens {self.budget.tokens} is not a whole number of batches of "
+                f"{self.optimizer.batch_tokens} tokens; the nearest is "
+                f"{max(below, 1) * self.optimizer.batch_tokens}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in the budget."""
+        return self.budget.tokens // self.optimizer.batch_tokens
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences a step, over all ranks."""
+        return self.optimizer.batch_tokens // self.corpus.seq_len
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """How a run is executed; it may change a number only by rounding of fp32 reductions.
+
+    Attributes:
+        ranks: processes of one run.
+        threads: CPU threads of each process, fixed for the life of a run.
+        micro_batch_sequences: sequences a rank passes through the model at once; None for all.
+        zero_stage: DeepSpeed's ZeRO stage.
+        save_every_tokens: tokens between checkpoints; None saves at forks and the end only.
+        keep_checkpoints: newest checkpoints kept beside the pinned ones.
+        data_root: folder of the built datasets.
+        tracker: where rows are copied to.
+    """
+
+    ranks: int = 1
+    threads: int = 1
+    micro_batch_sequences: int | None = None
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    save_every_tokens: int | None = None
+    keep_checkpoints: int = 2
+    data_root: str = "data"
+    tracker: Literal["off", "wandb"] = "off"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "ranks", "threads", "keep_checkpoints")
+        for name in ("micro_batch_sequences", "save_every_tokens"):
+            if getattr(self, name) is not None:
+                _require_positive(self, name)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured of a checkpoint; hashed into the evaluation id, never into the run id.
+
+    Attributes:
+        milestones: token counts at which every run is evaluated, beside its end.
+        blocks_per_set: validation blocks read of each set.
+        batch_sequences: sequences evaluated at once.
+    """
+
+    milestones: tuple[int, ...] = ()
+    blocks_per_set: int = 64
+    batch_sequences: int = 16
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "blocks_per_set", "batch_sequences")
+
+
+def run_id(config: RunConfig) -> str:
+    """The name of a run's folder: a hash of all its choices."""
+    return _digest(dump(config))
+
+
+def trunk_id(config: RunConfig) -> str:
+    """What the horizons of one trunk share: a hash of all choices but budget and decay."""
+    choices = dump(config)
+    del choices["budget"]
+    del choices["schedule"]["decay_fraction"], choices["schedule"]["final_share"]
+    return "trunk-" + _digest(choices)
+
+
+def evaluation_id(config: EvaluationConfig) -> str:
+    """What makes two evaluations comparable: a hash of what was read, not of when."""
+    choices = dump(config)
+    del choices["milestones"], choices["batch_sequences"]
+    return _digest(choices)
+
+
+def _digest(choices: Mapping[str, Any]) -> str:
+    text = json.dumps(choices, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} {getattr(config, name)} is not above 0; take a larger one")
+
+
+def _require_within(config: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(
+                f"{name} {getattr(config, name)} is outside {low} to {high}; choose within"
+            )

@@ -1,0 +1,234 @@
+"""The only file that knows DeepSpeed: one optimizer step, and its state on disk."""
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from data_pipelines.batch import Batch
+from kernels.runtime import use_extension_cache
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.backbone import Backbone
+from models.sequence import WholeSequence
+from trainer.config import ExecutionConfig, RunConfig
+from trainer.manifest import refuse_unsafe
+from trainer.objective import IGNORED, total_nats
+from trainer.optimizer import adamw
+from trainer.parallel import join_ranks
+
+MODEL_FILE = "model.safetensors"
+STATE_FOLDER = "deepspeed"
+STATE_TAG = "state"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to, the same on all ranks.
+
+    Attributes:
+        loss_nats: mean over the targets of the global batch.
+        gradient_norm: global norm before clipping.
+        skipped: whether a non-finite loss or gradient kept the weights as they were.
+    """
+
+    loss_nats: float
+    gradient_norm: float
+    skipped: bool
+
+
+class Engine:
+    """A backbone with its optimizer, on the ranks of one run."""
+
+    def __init__(self, backbone: Backbone, config: RunConfig, execution: ExecutionConfig) -> None:
+        self.device = pick_device(execution)
+        self.ranks = join_ranks(self.device, execution.ranks)
+        self._config = config
+        self._stage = execution.zero_stage
+        self._micro = _micro_batch(config, execution)
+        self._clip = config.optimizer.gradient_clip
+        if self.device == "cuda":
+            torch.cuda.set_device(self.ranks.local_rank)
+        backbone.to(self.device)
+        self._engine = _initialize(backbone, config, execution, self._micro)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The module that is trained."""
+        return self._engine.module
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of matrix products."""
+        return torch.bfloat16 if self._config.precision == "bf16" else torch.float32
+
+    def step(self, batch: Batch, rate: float) -> StepResult:
+        """Train on this rank's share of a global batch, in micro-batches.
+
+        Args:
+            batch: this rank's sequences.
+            rate: learning rate of this step.
+        """
+        (targets,) = self.ranks.sum_floats([float((batch.targets != IGNORED).sum())])
+        nats = 0.0
+        for piece in batch.split(self._micro):
+            nats += self._backward(piece, targets)
+        (nats,) = self.ranks.sum_floats([nats])
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        norm, skipped = self._apply()
+        return StepResult(nats / max(targets, 1.0), norm, skipped)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states of a batch, without gradients."""
+        with torch.no_grad(), self.autocast():
+            documents = batch.documents.to(self.device)
+            return self.backbone(batch.tokens.to(self.device), WholeSequence(documents))
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """The precision of the run: bf16 products over fp32 weights, or nothing."""
+        enabled = self._config.precision == "bf16"
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's state into a folder; all ranks call it."""
+        weights = self.weights()
+        if self.ranks.rank == 0:
+            save_file(weights, folder / MODEL_FILE)
+        self._engine.save_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Take back the state that `save` wrote; all ranks call it.
+
+        Raises:
+            RuntimeError: DeepSpeed found nothing to load.
+        """
+        for file in sorted((folder / STATE_FOLDER / STATE_TAG).iterdir()):
+            refuse_unsafe(file)
+        path, _ = self._engine.load_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG)
+        if path is None:
+            raise RuntimeError(f"{folder} holds no state that DeepSpeed can load; remove it")
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights in float32 on the CPU; gathered where ZeRO-3 shards them."""
+        if self._stage < 3:
+            named = self.backbone.named_parameters()
+            return {n: p.detach().float().cpu().contiguous() for n, p in named}
+        gathered = self._engine._zero3_consolidated_16bit_state_dict()
+        return {n: w.float().cpu().contiguous() for n, w in (gathered or {}).items()}
+
+    def close(self) -> None:
+        """Free what DeepSpeed holds, so that another run can start in this process."""
+        self._engine.destroy()
+
+    def _backward(self, piece: Batch, targets: float) -> float:
+        documents = piece.documents.to(self.device)
+        hidden = self._engine(piece.tokens.to(self.device), WholeSequence(documents))
+        with self.autocast():
+            nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
+        # DeepSpeed divides by the accumulation steps and averages over the ranks.
+        pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
+        self._engine.backward(nats * (pieces / max(targets, 1.0)))
+        last = self._engine.is_gradient_accumulation_boundary()
+        if not last:
+            self._engine.step()
+        return float(nats.detach())
+
+    def _apply(self) -> tuple[float, bool]:
+        """Step the optimizer; without ZeRO, clip and guard against non-finite gradients here."""
+        if self._stage > 0:
+            before = self._engine.skipped_steps
+            self._engine.step()
+            norm = float(self._engine.get_global_grad_norm() or 0.0)
+            return norm, self._engine.skipped_steps > before
+        gradients = [p.grad for p in self.backbone.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        finite = math.isfinite(norm)
+        if finite and norm > self._clip:
+            torch._foreach_mul_(gradients, self._clip / (norm + 1e-6))
+        self._engine.optimizer.idle = not finite
+        self._engine.step()
+        return norm, not finite
+
+
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW that can be told to let a step pass: DeepSpeed without ZeRO has no such guard."""
+
+    idle = False
+
+    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
+        """Update the weights, unless idle."""
+        return None if self.idle else super().step(closure)
+
+
+def pick_device(execution: ExecutionConfig) -> str:
+    """`cuda` where the run may use one and one is there, else `cpu`."""
+    if execution.device != "auto":
+        return execution.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def prepare_process(execution: ExecutionConfig) -> None:
+    """Fix what must hold for a whole process: threads, denormals, determinism, accelerator."""
+    device = pick_device(execution)
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    use_extension_cache()
+    torch.set_num_threads(execution.threads)
+    torch.set_flush_denormal(True)
+    torch.use_deterministic_algorithms(device == "cpu")
+
+
+def _micro_batch(config: RunConfig, execution: ExecutionConfig) -> int:
+    if config.batch_sequences % execution.ranks:
+        raise ValueError(
+            f"execution.ranks {execution.ranks} does not divide the {config.batch_sequences} "
+            "sequences of a step; choose a divisor or other optimizer.batch_tokens"
+        )
+    mine = config.batch_sequences // execution.ranks
+    micro = execution.micro_batch_sequences or mine
+    if mine % micro:
+        raise ValueError(
+            f"execution.micro_batch_sequences {micro} does not divide the {mine} sequences "
+            "of a rank; choose a divisor"
+        )
+    return micro
+
+
+def _initialize(
+    backbone: Backbone, config: RunConfig, execution: ExecutionConfig, micro: int
+) -> Any:  # noqa: ANN401
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    deepspeed.init_distributed(dist_init_required=False)
+    engine, _, _, _ = deepspeed.initialize(
+        model=backbone,
+        optimizer=adamw(backbone, config, GuardedAdamW),
+        config=_deepspeed_config(config, execution, micro),
+    )
+    return engine
+
+
+def _deepspeed_config(
+    config: RunConfig, execution: ExecutionConfig, micro: int
+) -> dict[str, object]:
+    """Every key is written here, because DeepSpeed accepts misspelt ones in silence."""
+    stage = execution.zero_stage
+    return {
+        "train_batch_size": config.batch_sequences,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": config.batch_sequences // execution.ranks // micro,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": config.optimizer.gradient_clip if stage > 0 else 0.0,
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 1_000_000_000,
+    }

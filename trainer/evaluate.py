@@ -1,0 +1,83 @@
+"""What is measured of a checkpoint: held-out loss of every evaluation set."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from data_pipelines.batch import Batch, target_bytes
+from data_pipelines.config import DataConfig
+from data_pipelines.stream import evaluation_batches, evaluation_sets
+from data_pipelines.tokenizers import load_tokenizer
+
+from trainer.config import EvaluationConfig
+from trainer.engine import Engine
+from trainer.objective import IGNORED, token_nats
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The loss of one set: total nats over its targets and over their bytes."""
+
+    evaluation_set: str
+    total_nats: float
+    targets: int
+    utf8_bytes: int
+    evaluation_seconds: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total nats / ln 2 / UTF-8 bytes."""
+        return self.total_nats / math.log(2) / max(self.utf8_bytes, 1)
+
+
+class Evaluator:
+    """Evaluates an engine's weights on all sets of a dataset; batches are read once a process."""
+
+    def __init__(self, corpus: DataConfig, config: EvaluationConfig, root: Path) -> None:
+        self._corpus, self._config, self._root = corpus, config, root
+        self._sets = evaluation_sets(root, corpus.dataset)
+        self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
+
+    def evaluate(self, engine: Engine) -> Iterator[Evaluated]:
+        """The loss of each set, summed over the ranks."""
+        for name in self._sets:
+            yield self._evaluate(engine, name)
+
+    def _evaluate(self, engine: Engine, name: str) -> Evaluated:
+        begin = time.perf_counter()
+        nats, targets, read = 0.0, 0, 0
+        engine.backbone.eval()
+        for batch in self._share(engine, name):
+            with torch.no_grad(), engine.autocast():
+                wanted = batch.targets.to(engine.device)
+                each = token_nats(engine.backbone, engine.hidden(batch), wanted)
+            nats += float(each.double().sum())
+            targets += int((batch.targets != IGNORED).sum())
+            read += target_bytes(batch, self._byte_lengths)
+        engine.backbone.train()
+        (nats,) = engine.ranks.sum_floats([nats])
+        targets, read = engine.ranks.sum_integers([targets, read])
+        return Evaluated(name, nats, targets, read, time.perf_counter() - begin)
+
+    def _share(self, engine: Engine, name: str) -> list[Batch]:
+        """This rank's batches of a set; a later rank may get fewer."""
+        config, corpus = self._config, self._corpus
+        place = (self._root, corpus.dataset, name, corpus.seq_len)
+        key = (*place, config.batch_sequences, config.blocks_per_set)
+        if key not in _batches:
+            _batches[key] = list(
+                evaluation_batches(
+                    corpus,
+                    self._root,
+                    name,
+                    batch_sequences=config.batch_sequences,
+                    max_blocks=config.blocks_per_set,
+                )
+            )
+        return _batches[key][engine.ranks.rank :: engine.ranks.ranks]
+
+
+_batches: dict[tuple, list[Batch]] = {}

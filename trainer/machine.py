@@ -1,0 +1,71 @@
+"""What this machine and this checkout are: for provenance, and for figures relative to a peak."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from kernels.runtime import describe as describe_kernels
+
+PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")
+
+
+def provenance() -> dict[str, object]:
+    """Code, packages, machine and command line of this process."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "host": socket.gethostname(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "kernels": describe_kernels(),
+        "command": sys.argv,
+    }
+
+
+@functools.cache
+def gemm_peak_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of a few square products, with the threads this process has."""
+    side = 1024 if device == "cpu" else 8192
+    a = torch.ones(side, side, dtype=dtype, device=device)
+    b, out = torch.ones_like(a), torch.empty_like(a)
+    best = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * side**3 / best
+
+
+def memory_bytes(device: str) -> int:
+    """Most memory held so far: of the GPU's allocator, or of this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _git(*words: str) -> str:
+    root = Path(__file__).parent.parent
+    asked = subprocess.run(
+        ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.processor()

@@ -1,0 +1,204 @@
+"""Plain data to config classes and back, with errors that name file, key, fact and remedy."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from models.channel import ChannelConfig, channel_kinds
+from models.mixer import MixerConfig, mixer_kinds
+
+MAX_YAML_BYTES = 1_000_000
+
+RENAMED: Mapping[str, str] = {}
+"""Old key path -> new key path, or "" for a key that is gone: the only shim for stored configs."""
+
+
+class ConfigError(ValueError):
+    """What a user wrote cannot be run; the message names file or key, the fact and the remedy."""
+
+
+def dump(config: object) -> dict[str, Any]:
+    """A config as plain dictionaries, lists and scalars, kinds included."""
+    plain = _plain(config)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def load(kind: type, data: object, path: str = "") -> Any:  # noqa: ANN401
+    """Build a config from plain data.
+
+    Args:
+        kind: the dataclass to build.
+        data: plain data, as from YAML.
+        path: where in the file the data stands, for messages.
+
+    Raises:
+        ConfigError: a key is unknown, missing, of a wrong type or out of range.
+    """
+    return _load(kind, data, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file into plain data, refusing what no config needs.
+
+    Raises:
+        ConfigError: it is missing, too large, not YAML, has duplicate keys or is no mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there; give the path of a YAML file")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is no config")
+    try:
+        loaded = OmegaConf.load(path)
+        if not isinstance(loaded, DictConfig):
+            raise ConfigError(f"{path} holds no mapping at its top level; write key: value lines")
+        plain = OmegaConf.to_container(loaded, resolve=False)
+    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    assert isinstance(plain, dict)
+    return typing.cast("dict[str, Any]", plain)
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Read `a.b=value` words into nested data.
+
+    Raises:
+        ConfigError: a word has no `=`.
+    """
+    for word in words:
+        if "=" not in word or word.startswith("="):
+            raise ConfigError(f"{word!r} is no override; write key=value, such as ladder=evening")
+    plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=False)
+    assert isinstance(plain, dict)
+    return typing.cast("dict[str, Any]", plain)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one tree of plain data over another; mappings merge, everything else replaces.
+
+    A mapping whose `kind` changes is replaced whole, since its other keys belonged to the old kind.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        fits = isinstance(value, Mapping) and isinstance(below, Mapping)
+        if fits and value.get("kind", below.get("kind")) == below.get("kind"):
+            merged[key] = merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def suggest(wrong: str, known: Sequence[str]) -> str:
+    """Words that help with a misspelt name: the closest one, then all."""
+    close = difflib.get_close_matches(wrong, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(sorted(known))}"
+
+
+def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = [a for a in arguments if a is not type(None)]
+        return None if data is None else _load(inner, data, path)
+    if origin is Literal:
+        if data not in arguments:
+            raise ConfigError(f"{path} is {data!r}; choose from {', '.join(map(str, arguments))}")
+        return data
+    if origin is dict:
+        pairs = _mapping(data, path).items()
+        return {str(key): _load(arguments[1], value, f"{path}.{key}") for key, value in pairs}
+    if origin is tuple:
+        if not isinstance(data, list | tuple):
+            raise ConfigError(f"{path} is {data!r}; write a list")
+        return tuple(_load(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(data))
+    if dataclasses.is_dataclass(kind):
+        return _load_fields(_resolve_kind(kind, data, path), data, path)
+    return _load_scalar(kind, data, path)
+
+
+def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
+    given = dict(_renamed(_mapping(data, path), path))
+    given.pop("kind", None) if hasattr(kind, "kind") else None
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    where = f"{path}." if path else ""
+    for key in given:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where}{key}; {suggest(str(key), list(fields))}")
+    for name, field in fields.items():
+        optional = dataclasses.MISSING not in (field.default,) or (
+            field.default_factory is not dataclasses.MISSING
+        )
+        if name not in given and not optional:
+            raise ConfigError(f"{where}{name} is missing; it has no default, give it a value")
+    values = {name: _load(hints[name], value, f"{where}{name}") for name, value in given.items()}
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from error
+
+
+def _resolve_kind(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
+    families = {MixerConfig: mixer_kinds, ChannelConfig: channel_kinds}
+    if kind not in families:
+        return kind
+    known = families[kind]()
+    name = _mapping(data, path).get("kind")
+    if name is None:
+        raise ConfigError(f"{path}.kind is missing; choose from {', '.join(known)}")
+    if name not in known:
+        raise ConfigError(f"{path}.kind {name!r} is unknown; {suggest(str(name), list(known))}")
+    return known[name]
+
+
+def _load_scalar(kind: type, data: object, path: str) -> object:
+    if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
+        if not math.isfinite(data):
+            raise ConfigError(f"{path} is {data!r}; write a finite number")
+        return float(data)
+    if kind is int and isinstance(data, float) and data.is_integer():
+        return int(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise ConfigError(f"{path} is {data!r}, a {type(data).__name__}; write a {kind.__name__}")
+    return data
+
+
+def _mapping(data: object, path: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'config'} is {data!r}; write a mapping of keys to values")
+    return data
+
+
+def _renamed(data: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    moved = {}
+    for key, value in data.items():
+        new = RENAMED.get(f"{path}.{key}" if path else key, key)
+        if new:
+            moved[new.rpartition(".")[2]] = value
+    return moved
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = {"kind": value.kind} if hasattr(value, "kind") else {}  # type: ignore[attr-defined]
+        named = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {**kind, **named}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
