@@ -1,0 +1,192 @@
+"""LauncherConfig to submitit: SLURM, local processes in slots, or the launcher's own process."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import submitit
+
+from launch.job import TrainJob, Unit
+from launch.journal import Journal
+from sweeps.grammar import LauncherConfig
+from trainer.schema import ConfigError
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one process of a run needs, and how many there are."""
+
+    ranks: int
+    threads: int
+
+    @property
+    def slots(self) -> int:
+        """CPU threads of a whole run."""
+        return self.ranks * self.threads
+
+
+@dataclass
+class Submission:
+    """A submitted job and what it holds."""
+
+    job: submitit.Job
+    shape: Shape
+    units: tuple[Unit, ...]
+
+
+@dataclass
+class Pool:
+    """Jobs that hold no more slots together than there are.
+
+    Attributes:
+        queue: jobs to start, in this order.
+    """
+
+    slots: int
+    start: Callable[[Shape, tuple[Unit, ...]], Submission]
+    queue: list[tuple[Shape, tuple[Unit, ...]]]
+    running: list[Submission] = field(default_factory=list)
+
+    def step(self) -> bool:
+        """Start what fits and forget what ended; whether anything is left."""
+        self.running = [s for s in self.running if not s.job.done()]
+        free = self.slots - sum(s.shape.slots for s in self.running)
+        while self.queue and self.queue[0][0].slots <= free:
+            shape, units = self.queue.pop(0)
+            self.running.append(self.start(shape, units))
+            free -= shape.slots
+        return bool(self.running or self.queue)
+
+
+def shape_of(unit: Unit) -> Shape:
+    """What a unit's runs need."""
+    execution = unit.branches[0].execution
+    return Shape(execution.ranks, execution.threads)
+
+
+def run_units(
+    units: Sequence[Unit], launcher: LauncherConfig, sweep: Path, tick: Callable[[], None]
+) -> None:
+    """Train units where the launcher config says, calling `tick` now and then, until all ended.
+
+    Raises:
+        ConfigError: a run needs more slots than there are.
+    """
+    if launcher.cluster == "inline":
+        TrainJob(sweep, tuple(units), None).run()
+        return
+    pool = _slurm_pool(units, launcher, sweep) if launcher.cluster == "slurm" else None
+    pool = pool or _local_pool(units, launcher, sweep)
+    try:
+        while pool.step():
+            tick()
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        # The terminal has sent the interrupt to the local jobs too; they save and end.
+        if launcher.cluster == "local":
+            while any(not s.job.done() for s in pool.running):
+                time.sleep(POLL_SECONDS)
+        raise
+
+
+def available_slots(launcher: LauncherConfig) -> int:
+    """CPU threads that local runs may hold together."""
+    return launcher.slots or len(os.sched_getaffinity(0))
+
+
+def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
+    slots = available_slots(launcher)
+    queue: list[tuple[Shape, tuple[Unit, ...]]] = []
+    shapes: dict[Shape, list[Unit]] = {}
+    for unit in units:
+        shapes.setdefault(shape_of(unit), []).append(unit)
+    for shape in sorted(shapes, key=lambda s: -s.slots):
+        if shape.slots > slots:
+            raise ConfigError(
+                f"execution.ranks {shape.ranks} x execution.threads {shape.threads} need "
+                f"{shape.slots} slots, but there are {slots}; lower one, or raise launcher.slots"
+            )
+        mine = tuple(shapes[shape])
+        if shape.ranks > 1:
+            queue += [(shape, (unit,)) for unit in mine]
+        else:
+            # Every worker is handed all units and claims the next free one.
+            queue += [(shape, mine)] * min(slots // shape.slots, len(mine))
+
+    def start(shape: Shape, units: tuple[Unit, ...]) -> Submission:
+        executor = submitit.LocalExecutor(folder=sweep / "jobs")
+        executor.update_parameters(
+            tasks_per_node=shape.ranks,
+            cpus_per_task=shape.threads,
+            gpus_per_node=launcher.gpus_per_node,
+            timeout_min=launcher.minutes,
+        )
+        return _submit(executor, TrainJob(sweep, units, os.getpid()), shape)
+
+    return Pool(slots, start, queue)
+
+
+def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
+    """One SLURM job a multi-rank unit, `runs_per_job` small ones in one job."""
+    adopted = _still_queued(sweep)
+    waiting = [unit for unit in units if unit.name not in adopted]
+    queue: list[tuple[Shape, tuple[Unit, ...]]] = []
+    shapes: dict[Shape, list[Unit]] = {}
+    for unit in waiting:
+        shapes.setdefault(shape_of(unit), []).append(unit)
+    for shape, mine in shapes.items():
+        size = 1 if shape.ranks > 1 else launcher.runs_per_job
+        queue += [(shape, tuple(mine[i : i + size])) for i in range(0, len(mine), size)]
+
+    def start(shape: Shape, units: tuple[Unit, ...]) -> Submission:
+        per_node = min(launcher.ranks_per_node or shape.ranks, shape.ranks)
+        executor = submitit.SlurmExecutor(folder=sweep / "jobs", max_num_timeout=100)
+        optional = {
+            "partition": launcher.partition,
+            "account": launcher.account,
+            "mem": None if launcher.memory_gb is None else f"{launcher.memory_gb}GB",
+            "gpus_per_node": launcher.gpus_per_node or None,
+        }
+        executor.update_parameters(
+            job_name=f"crossladder-{sweep.name}"[:60],
+            comment=f"crossladder:{','.join(unit.name for unit in units)}"[:200],
+            nodes=shape.ranks // per_node,
+            ntasks_per_node=per_node,
+            cpus_per_task=shape.threads,
+            time=launcher.minutes,
+            signal_delay_s=120,
+            **{key: value for key, value in optional.items() if value is not None},
+        )
+        return _submit(executor, TrainJob(sweep, units, None), shape)
+
+    pool = Pool(10**9, start, queue)
+    pool.running += list(dict.fromkeys(adopted.values()))
+    return pool
+
+
+def _submit(executor: submitit.Executor, job: TrainJob, shape: Shape) -> Submission:
+    journal = Journal(job.sweep)
+    names = ",".join(unit.name for unit in job.units)
+    journal.write("intent", units=names)
+    with submitit.helpers.clean_env():
+        submitted = executor.submit(job)
+    journal.write("submitted", units=names, job=submitted.job_id)
+    return Submission(submitted, shape, job.units)
+
+
+def _still_queued(sweep: Path) -> dict[str, "Submission"]:
+    """Jobs of this sweep that an earlier launcher submitted and SLURM still holds."""
+    adopted: dict[str, Submission] = {}
+    for row in Journal(sweep).rows():
+        if row["event"] != "submitted" or not str(row["job"]).isdigit():
+            continue
+        job = submitit.SlurmJob(folder=sweep / "jobs", job_id=str(row["job"]))
+        job.get_info(mode="force")
+        if job.state in ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING"):
+            submission = Submission(job, Shape(0, 0), ())
+            adopted |= dict.fromkeys(str(row["units"]).split(","), submission)
+    return adopted

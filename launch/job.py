@@ -1,0 +1,187 @@
+"""The unit of submission: a list of runs of one shape, trained one after the other."""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import submitit
+
+from launch.journal import Journal
+from launch.standing import Standing, standing_of
+from sweeps.grammar import Experiment
+
+WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Runs that one worker trains in order: a trunk and its branches, or one run alone.
+
+    Attributes:
+        name: what it is claimed by.
+        trunk: the trunk as an experiment, or None.
+        forks: steps at which the branches leave the trunk.
+        branches: the runs with a budget.
+    """
+
+    name: str
+    branches: tuple[Experiment, ...]
+    trunk: Experiment | None = None
+    forks: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train in all, if nothing is there."""
+        if self.trunk is None:
+            return sum(e.run.budget.tokens for e in self.branches)
+        batch = self.trunk.run.optimizer.batch_tokens
+        tails = (e.run.budget.tokens - _fork_of(e) * batch for e in self.branches)
+        return self.trunk.run.budget.tokens + sum(tails)
+
+
+@dataclass
+class TrainJob:
+    """Trains units until none is left that no other worker holds.
+
+    Attributes:
+        sweep: folder of the sweep.
+        units: longest first; every local worker is handed all of them and claims the next free one.
+        launcher: process id of a local launcher, with which the job ends; None on a cluster.
+    """
+
+    sweep: Path
+    units: tuple[Unit, ...]
+    launcher: int | None
+
+    def __call__(self) -> None:
+        """Train what is missing; called on every rank."""
+        environment = submitit.helpers.TorchDistributedEnvironment()
+        environment.export()
+        os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
+        self.run()
+
+    def run(self) -> None:
+        """Train what is missing, in this process and its peers."""
+        if self.launcher is not None:
+            _end_with(self.launcher)
+        # Ranks of one run have their units to themselves and must decide alike: one pass.
+        solo = os.environ.get("WORLD_SIZE", "1") == "1"
+        for wait in (False, True) if solo else (True,):
+            for unit in self.units:
+                with self._claim(unit, wait=wait) as mine:
+                    if mine:
+                        self._train(unit)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """What submitit submits again when it was interrupted outside of training."""
+        return submitit.helpers.DelayedSubmission(self)
+
+    def _train(self, unit: Unit) -> None:
+        from trainer.train import Lineage
+
+        trunk_folder = None
+        if unit.trunk is not None:
+            trunk_folder = self.sweep / unit.trunk.trunk_id
+            missing = [e for e in unit.branches if not self._is_done(e)]
+            if not missing:
+                return
+            if not _has_forks(trunk_folder, missing):
+                lineage = Lineage(forks=unit.forks)
+                if not self._train_one(unit.trunk, trunk_folder, lineage):
+                    return
+        for experiment in unit.branches:
+            if not self._is_done(experiment):
+                folder = self.sweep / experiment.folder_name
+                self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
+
+    def _train_one(self, experiment: Experiment, folder: Path, lineage: object) -> bool:
+        """Train one run; a Python error ends this run alone and is told in the journal."""
+        from trainer.train import train
+
+        journal, first = Journal(self.sweep), os.environ.get("RANK", "0") == "0"
+        begin = time.monotonic()
+        try:
+            outcome = train(
+                experiment.run, experiment.execution, experiment.evaluation, folder, lineage
+            )
+        except Exception as error:  # noqa: BLE001
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc())
+            journal.write("failed", run=folder.name, error=f"{type(error).__name__}: {error}")
+            return False
+        seconds = time.monotonic() - begin
+        if first:
+            journal.write("ended", run=folder.name, state=outcome.state, seconds=seconds)
+        if outcome.state == "stopped":
+            _leave(journal, first)
+        return True
+
+    def _is_done(self, experiment: Experiment) -> bool:
+        folder = self.sweep / experiment.folder_name
+        return standing_of(experiment, folder) in (Standing.DONE, Standing.DIVERGED)
+
+    @contextlib.contextmanager
+    def _claim(self, unit: Unit, *, wait: bool) -> Iterator[bool]:
+        """Hold a unit against other workers; ranks above 0 follow their rank 0."""
+        if os.environ.get("RANK", "0") != "0":
+            yield True
+            return
+        claims = self.sweep / "claims"
+        claims.mkdir(exist_ok=True)
+        with (claims / f"{unit.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+
+def _fork_of(experiment: Experiment) -> int:
+    from trainer.optimizer import decay_begins
+
+    return decay_begins(experiment.run)
+
+
+def _has_forks(trunk: Path, branches: list[Experiment]) -> bool:
+    """Whether every branch finds the checkpoint it starts from."""
+    from trainer.manifest import step_name
+
+    checkpoints = trunk / "checkpoints"
+    return all((checkpoints / step_name(_fork_of(e)) / "MANIFEST.json").exists() for e in branches)
+
+
+def _leave(journal: Journal, first: bool) -> None:
+    """End a stopped job: on SLURM it is put back into the queue once, by rank 0."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        os._exit(75)
+    if first:
+        asked = subprocess.run(
+            ["scontrol", "requeue", job], capture_output=True, text=True, check=False
+        )
+        journal.write("requeued", job=job, error=asked.stderr.strip() or None)
+    # SLURM ends all ranks now; a rank that returned would leave a result behind.
+    time.sleep(120)
+    os._exit(75)
+
+
+def _end_with(launcher: int) -> None:
+    """Stop this process when the launcher is gone: what it trained is saved, nothing is orphaned."""
+
+    def watch() -> None:
+        while Path(f"/proc/{launcher}").exists():
+            time.sleep(WATCH_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(75)
+
+    threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -1,0 +1,41 @@
+"""The write-ahead journal of a sweep: what was meant, what was submitted, how each run ended."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from trainer.record import Row, read_rows
+
+
+class Journal:
+    """Appends rows to `journal.jsonl`; launcher and jobs write it side by side, a line at once."""
+
+    def __init__(self, sweep: Path) -> None:
+        self._file = sweep / "journal.jsonl"
+
+    def write(self, event: str, **facts: str | int | float | None) -> None:
+        """Add one row and bring it to the disk."""
+        row = {"event": event, **facts, "pid": os.getpid(), "written": time.time()}
+        line = (json.dumps(row) + "\n").encode()
+        file = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line)
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+    def rows(self) -> list[Row]:
+        """Every row, oldest first."""
+        return read_rows(self._file)
+
+    def failures(self, since: float) -> dict[str, str]:
+        """The last error of each run that failed after a moment and has not ended well since."""
+        failed: dict[str, str] = {}
+        for row in self.rows():
+            name = str(row.get("run", ""))
+            if row["event"] == "failed" and float(row["written"]) >= since:  # type: ignore[arg-type]
+                failed[name] = str(row.get("error"))
+            elif row["event"] == "ended":
+                failed.pop(name, None)
+        return failed

@@ -1,0 +1,161 @@
+"""What a sweep will cost, before anything is submitted: parameters, FLOPs, time, disk."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from rich.table import Table
+
+from launch.job import Unit
+from models.accounting import Account, account
+from sweeps.grammar import Experiment, Sweep, trunks_of
+from trainer.machine import gemm_peak_flops
+from trainer.optimizer import decay_begins
+from trainer.record import read_rows
+
+STEP_OVERHEAD_SECONDS = 0.02
+"""What a step of a tiny model costs beside its products: launch of small operations, optimizer."""
+PEAK_SHARE = 0.3
+"""Share of the GEMM peak that small models reach; replaced by what was measured, once it was."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One line of the plan."""
+
+    experiment: Experiment
+    account: Account
+    unit: Unit
+    new_tokens: int
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the whole horizon, trunk included."""
+        return self.account.training_flops_per_token * self.experiment.run.budget.tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep with its costs.
+
+    Attributes:
+        runs: every run, in the order of the sweep.
+        units: what is trained together, longest first.
+        seconds: estimated for all units on one worker.
+    """
+
+    sweep: Sweep
+    runs: tuple[PlannedRun, ...]
+    units: tuple[Unit, ...]
+    seconds: dict[str, float]
+
+
+def make_plan(sweep: Sweep, folder: Path) -> Plan:
+    """Count everything and estimate times, from finished runs of the folder where there are any."""
+    units = _units(sweep)
+    accounts: dict[str, Account] = {}
+    runs = []
+    for unit in units:
+        for experiment in unit.branches:
+            key = f"{experiment.run.model}{experiment.run.corpus.seq_len}"
+            if key not in accounts:
+                accounts[key] = account(experiment.run.model, experiment.run.corpus.seq_len)
+            shared = 0
+            if unit.trunk is not None:
+                batch = experiment.run.optimizer.batch_tokens
+                shared = decay_begins(experiment.run) * batch
+            new = experiment.run.budget.tokens - shared
+            runs.append(PlannedRun(experiment, accounts[key], unit, new))
+    seconds = {unit.name: _seconds(unit, runs, folder) for unit in units}
+    ordered = sorted(units, key=lambda unit: -seconds[unit.name])
+    return Plan(sweep, tuple(runs), tuple(ordered), seconds)
+
+
+def ladder_table(runs: Sequence[PlannedRun]) -> pd.DataFrame:
+    """One row per architecture, rung and context: every count the accountant has."""
+    rows = []
+    for planned in runs:
+        run = planned.experiment.run
+        names = {"architecture": run.architecture, "rung": run.rung}
+        size = {"nominal_parameters": run.nominal_parameters}
+        shape = {"d_model": run.model.d_model, "n_layers": run.model.n_layers}
+        error = planned.account.total_parameters / run.nominal_parameters - 1
+        counts = asdict(planned.account)
+        rows.append({**names, **size, **shape, "parameter_error": error, **counts})
+    return pd.DataFrame(rows).drop_duplicates(["architecture", "rung", "seq_len"])
+
+
+def plan_table(plan: Plan, standings: dict[str, str]) -> Table:
+    """The plan as a person reads it, one line a group of horizons."""
+    table = Table(title=None, pad_edge=False, box=None, header_style="bold")
+    for name, right in (
+        ("trunk", False), ("architecture", False), ("corpus", False), ("rung", False),
+        ("seed", True), ("parameters", True), ("off", True), ("horizons (M tokens)", True),
+        ("FLOPs", True), ("about", True), ("state", False),
+    ):  # fmt: skip
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for unit in sorted(plan.units, key=_reading_order):
+        mine = [planned for planned in plan.runs if planned.unit is unit]
+        run = mine[0].experiment.run
+        off = mine[0].account.total_parameters / run.nominal_parameters - 1
+        table.add_row(
+            unit.name.removeprefix("trunk-")[:8],
+            " ".join([run.architecture, unit.branches[0].label]).strip(),
+            run.corpus.name,
+            run.rung,
+            str(run.seed),
+            f"{mine[0].account.total_parameters:,}",
+            f"{off:+.2%}",
+            " ".join(f"{p.experiment.run.budget.tokens / 1e6:.2f}" for p in mine),
+            f"{max(p.flops for p in mine):.1e}",
+            duration(plan.seconds[unit.name]),
+            standings[unit.name],
+        )
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _reading_order(unit: Unit) -> tuple:
+    run = unit.branches[0].run
+    return (run.architecture, run.corpus.name, run.nominal_parameters, run.seed, unit.name)
+
+
+def _units(sweep: Sweep) -> list[Unit]:
+    plain = [e for e in sweep.experiments if not e.label]
+    units = [Unit(e.folder_name, (e,)) for e in sweep.experiments if e.label]
+    for name, trunk in trunks_of(plain).items():
+        branches = tuple(e for e in plain if e.trunk_id == name)
+        if trunk is None:
+            units += [Unit(e.folder_name, (e,)) for e in branches]
+        else:
+            units.append(Unit(name, branches, trunk.experiment, trunk.forks))
+    return units
+
+
+def _seconds(unit: Unit, runs: Sequence[PlannedRun], folder: Path) -> float:
+    planned = next(p for p in runs if p.unit is unit)
+    run, execution = planned.experiment.run, planned.experiment.execution
+    measured = _measured_rate(folder / unit.name) or _measured_rate(folder / run.rung)
+    if measured is not None:
+        return unit.tokens / measured
+    steps = unit.tokens / run.optimizer.batch_tokens
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    peak = gemm_peak_flops(device, torch.float32) * execution.ranks
+    work = planned.account.training_flops_per_token + planned.account.scan_flops_per_token
+    return steps * STEP_OVERHEAD_SECONDS + work * unit.tokens / (PEAK_SHARE * peak)
+
+
+def _measured_rate(folder: Path) -> float | None:
+    rows = read_rows(folder / "metrics.jsonl")[-50:]
+    rates = sorted(float(row["tokens_per_second"]) for row in rows)  # type: ignore[arg-type]
+    return rates[len(rates) // 2] if rates else None

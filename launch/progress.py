@@ -1,0 +1,141 @@
+"""What a person sees while a sweep runs: each running job, all of it, and the time left."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from launch.job import Unit
+from launch.plan import Plan, duration
+from trainer.record import read_json
+
+LINE_SECONDS = 15.0
+
+
+class Progress:
+    """Shows a sweep's progress: a live table on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, plan: Plan, sweep: Path, todo: list[Unit], console: Console) -> None:
+        self._plan, self._sweep, self._todo, self._console = plan, sweep, todo, console
+        self._begin = time.monotonic()
+        self._trained_before = self._trained()
+        self._total = sum(unit.tokens for unit in todo)
+        self._spoke = self._begin
+        self._live = Live(console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Callable[[], None]:
+        if self._console.is_terminal:
+            self._live.start()
+        return self.tick
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._live.is_started:
+            self._live.stop()
+
+    def tick(self) -> None:
+        """Show where everything stands now."""
+        trained = self._trained()
+        if self._live.is_started:
+            self._live.update(Group(self._running_table(), self._overall(trained)))
+        elif time.monotonic() - self._spoke > LINE_SECONDS:
+            self._spoke = time.monotonic()
+            self._console.print(self._line(trained), highlight=False)
+
+    def _trained(self) -> int:
+        """Tokens of the units' runs that are done, each trunk counted once."""
+        return sum(self._unit_tokens(unit) for unit in self._todo)
+
+    def _unit_tokens(self, unit: Unit) -> int:
+        batch = unit.branches[0].run.optimizer.batch_tokens
+        done = 0
+        if unit.trunk is not None:
+            done += min(self._step(unit.trunk.trunk_id), max(unit.forks)) * batch
+        for planned in self._plan.runs:
+            if planned.unit is unit:
+                start = planned.experiment.run.budget.tokens - planned.new_tokens
+                here = self._step(planned.experiment.folder_name) * batch
+                done += max(0, here - start)
+        return done
+
+    def _step(self, folder: str) -> int:
+        return int(self._status(folder).get("step", 0))
+
+    def _status(self, folder: str) -> dict:
+        return read_json(self._sweep / folder / "STATUS.json")
+
+    def _seconds_left(self, trained: int) -> float | None:
+        new = trained - self._trained_before
+        elapsed = time.monotonic() - self._begin
+        if new <= 0 or elapsed < 5:
+            return None
+        # Tokens of larger models take longer: weigh what is left by the plan's estimates.
+        weight = self._plan.seconds
+        total = sum(weight[unit.name] for unit in self._todo)
+        done = sum(
+            weight[unit.name] * self._unit_tokens(unit) / max(unit.tokens, 1) for unit in self._todo
+        )
+        return elapsed * max(total - done, 0) / max(done, 1e-9)
+
+    def _line(self, trained: int) -> str:
+        left = self._seconds_left(trained)
+        running = [f"{name} {self._brief(status)}" for name, status in self._active()]
+        return (
+            f"{trained / 1e6:.2f} of {self._total / 1e6:.2f} M tokens, "
+            f"{duration(time.monotonic() - self._begin)} gone, "
+            f"{'time left not known yet' if left is None else duration(left) + ' left'}"
+            + (f" | {'; '.join(running)}" if running else "")
+        )
+
+    def _overall(self, trained: int) -> Table:
+        left = self._seconds_left(trained)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(
+            Text("all", style="bold"),
+            ProgressBar(total=self._total, completed=trained, width=40),
+            f"{trained / 1e6:.2f}/{self._total / 1e6:.2f} M tokens",
+            f"{duration(time.monotonic() - self._begin)} gone",
+            "" if left is None else f"{duration(left)} left",
+        )
+        return grid
+
+    def _running_table(self) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        for name, status in self._active():
+            step, steps = int(status.get("step", 0)), max(int(status.get("steps", 1)), 1)
+            grid.add_row(
+                name, ProgressBar(total=steps, completed=step, width=20), *self._cells(status)
+            )
+        return grid
+
+    def _cells(self, status: dict) -> list[str]:
+        rate = float(status.get("tokens_per_second") or 0)
+        loss = status.get("loss_nats")
+        return [
+            f"step {status.get('step', 0)}/{status.get('steps', '?')}",
+            "" if loss is None else f"loss {float(loss):.3f}",
+            f"{rate / 1e3:.0f} k tokens/s" if rate else "",
+        ]
+
+    def _brief(self, status: dict) -> str:
+        return " ".join(cell for cell in self._cells(status) if cell)
+
+    def _active(self) -> list[tuple[str, dict]]:
+        active = []
+        for unit in self._todo:
+            runs = [unit.trunk] if unit.trunk is not None else []
+            for experiment in [*runs, *unit.branches]:
+                is_trunk = experiment is unit.trunk
+                folder = experiment.trunk_id if is_trunk else experiment.folder_name
+                status = self._status(folder)
+                if status.get("state") == "running":
+                    run = experiment.run
+                    what = "trunk" if is_trunk else f"{run.budget.tokens / 1e6:.2f} M"
+                    active.append(
+                        (f"{run.architecture} {run.corpus.name} {run.rung} {what}", status)
+                    )
+        return active

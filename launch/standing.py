@@ -1,0 +1,66 @@
+"""Where a run of a sweep stands, read from its folder and re-hashed under today's schema."""
+
+from enum import Enum
+from pathlib import Path
+
+from sweeps.grammar import Experiment
+from trainer.config import RunConfig, evaluation_id, run_id
+from trainer.record import read_json, read_run
+from trainer.schema import ConfigError, load
+
+
+class Standing(Enum):
+    """How far a run is."""
+
+    MISSING = "waiting"
+    PARTIAL = "partial"
+    UNEVALUATED = "unevaluated"
+    DIVERGED = "diverged"
+    DONE = "done"
+
+
+def standing_of(experiment: Experiment, folder: Path) -> Standing:
+    """Where the run in a folder stands.
+
+    Raises:
+        ConfigError: the folder holds another run, or one that today's schema rejects.
+    """
+    if not (folder / "config.yaml").exists():
+        return Standing.MISSING
+    summary = read_json(folder / "summary.json")
+    if not summary:
+        return Standing.PARTIAL
+    stored = read_run(folder)
+    _require_same(experiment, stored.config, folder)
+    if summary["state"] == "diverged":
+        return Standing.DIVERGED
+    wanted = evaluation_id(experiment.evaluation)
+    measured = [
+        row
+        for row in stored.evaluations
+        if row["evaluation_id"] == wanted and row["step"] == summary["step"]
+    ]
+    return Standing.DONE if measured else Standing.UNEVALUATED
+
+
+def require_same_data(folder: Path, root_hash: str) -> None:
+    """Make sure that a finished run was made from the data at hand.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    made = read_json(folder / "provenance.json").get("dataset_root_hash")
+    if made is not None and made != root_hash:
+        raise ConfigError(
+            f"{folder} was made from data {made[:12]}, but the dataset is now {root_hash[:12]}; "
+            "move the run folder away, or bring the old dataset back"
+        )
+
+
+def _require_same(experiment: Experiment, config: dict, folder: Path) -> None:
+    try:
+        stored = run_id(load(RunConfig, config))
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/config.yaml: {error}") from error
+    if stored != experiment.run_id:
+        raise ConfigError(f"{folder} holds the configuration of run {stored}; move the folder away")

@@ -1,0 +1,212 @@
+"""The command: expand a sweep, print the plan, train what is missing, redraw the report.
+
+python launch/sweep.py sweeps/scaling.yaml [key=value ...] [--plan | --status]
+"""
+
+import argparse
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+from data_pipelines.build import build_dataset
+from rich.console import Console
+
+from analysis.report import write_report
+from launch.cluster import available_slots, run_units
+from launch.job import Unit
+from launch.journal import Journal
+from launch.plan import Plan, duration, ladder_table, make_plan, plan_table
+from launch.progress import Progress
+from launch.standing import Standing, require_same_data, standing_of
+from sweeps.grammar import Sweep, read_sweep_file
+from trainer.preemption import ExitCode
+from trainer.record import write_atomically
+from trainer.schema import ConfigError, dump
+
+REDRAW_SECONDS = 45.0
+EXAMPLES = """
+examples:
+  python launch/sweep.py sweeps/scaling.yaml                     the default study, on this machine
+  python launch/sweep.py sweeps/scaling.yaml --plan              what it would train, and what it costs
+  python launch/sweep.py sweeps/scaling.yaml ladder=evening      up to 1 M parameters, three hours
+  python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
+  python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
+
+The command may be stopped at any time and given again: what is complete is not trained again, and
+the rest goes on from its newest checkpoint. Records lie under runs/<sweep>/, the report in
+runs/<sweep>/report/index.html."""
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parse(words)
+    console = Console()
+    try:
+        sweep = read_sweep_file(arguments.sweep, arguments.override)
+        return _run(sweep, arguments, console)
+    except (ConfigError, RuntimeError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on from here")
+        return int(ExitCode.INTERRUPTED)
+
+
+def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
+    folder = Path(arguments.runs) / sweep.folder_name
+    plan = make_plan(sweep, folder)
+    standings = {e.folder_name: standing_of(e, folder / e.folder_name) for e in sweep.experiments}
+    todo = [unit for unit in plan.units if _is_open(unit, standings)]
+    _print_plan(plan, todo, standings, console)
+    if arguments.plan or arguments.status:
+        return int(ExitCode.DONE)
+    root_hash = _build_data(sweep, console)
+    for name, standing in standings.items():
+        if standing in (Standing.DONE, Standing.DIVERGED):
+            require_same_data(folder / name, root_hash)
+    _write_sweep(plan, folder)
+    begin = time.time()
+    if todo:
+        _train(plan, todo, folder, console)
+    report = write_report(folder)
+    console.print(report.text(), highlight=False, soft_wrap=True)
+    return _conclude(sweep, folder, begin, console)
+
+
+def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None:
+    redraw = _Redraw(folder)
+    with Progress(plan, folder, todo, console) as show:
+
+        def tick() -> None:
+            show()
+            redraw.tick()
+
+        run_units(todo, plan.sweep.config.launcher, folder, tick)
+    redraw.wait()
+
+
+def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int:
+    failures = Journal(folder).failures(begin)
+    for name, error in failures.items():
+        console.print(f"[red]failed:[/red] {folder / name}: {error}", highlight=False)
+    standings = [standing_of(e, folder / e.folder_name) for e in sweep.experiments]
+    finished = sum(s in (Standing.DONE, Standing.DIVERGED) for s in standings)
+    if finished < len(standings):
+        console.print(
+            f"{finished} of {len(standings)} runs are complete; give the same command again to "
+            "go on, jobs write to " + str(folder / "jobs"),
+            highlight=False,
+        )
+        return 1
+    return int(ExitCode.DONE)
+
+
+def _print_plan(
+    plan: Plan, todo: list[Unit], standings: dict[str, Standing], console: Console
+) -> None:
+    shown = {
+        unit.name: " ".join(dict.fromkeys(standings[e.folder_name].value for e in unit.branches))
+        for unit in plan.units
+    }
+    width = None if console.is_terminal else 160
+    console.print(plan_table(plan, shown), highlight=False, width=width)
+    slots = available_slots(plan.sweep.config.launcher)
+    seconds = sum(plan.seconds[unit.name] for unit in todo)
+    threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
+    workers = max(slots // threads, 1)
+    complete = len(plan.sweep.experiments) - sum(len(unit.branches) for unit in todo)
+    console.print(
+        f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, about {complete} complete; "
+        f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
+        f"roughly {duration(seconds / workers)} on {workers} workers",
+        highlight=False,
+    )
+
+
+def _build_data(sweep: Sweep, console: Console) -> str:
+    execution = sweep.experiments[0].execution
+    with console.status("building data") as status:
+
+        def report(stage: str, share: float) -> None:
+            status.update(f"building data: {stage} {share:.0%}")
+
+        root = Path(execution.data_root)
+        manifest = build_dataset(sweep.corpora.dataset, root, report=report)
+    return manifest.root_hash
+
+
+def _write_sweep(plan: Plan, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep = plan.sweep
+    stored = {
+        "name": sweep.folder_name,
+        "runs": [e.folder_name for e in sweep.experiments if not e.label],
+        "repeats": [e.folder_name for e in sweep.experiments if e.label],
+        "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
+        "neutral_set": sweep.corpora.neutral_set,
+        "config": dump(sweep.config),
+    }
+    write_atomically(folder / "sweep.yaml", yaml.safe_dump(stored, sort_keys=False))
+    ladder_table(plan.runs).to_parquet(folder / "ladder.parquet")
+
+
+def _is_open(unit: Unit, standings: dict[str, Standing]) -> bool:
+    ended = (Standing.DONE, Standing.DIVERGED)
+    return any(standings[e.folder_name] not in ended for e in unit.branches)
+
+
+class _Redraw:
+    """Redraws the report beside the training, in a process of its own, as points arrive."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._last = time.monotonic()
+        self._drawn = 0
+
+    def tick(self) -> None:
+        """Start a redraw if there is something new and the last one is over."""
+        busy = self._thread is not None and self._thread.is_alive()
+        if busy or time.monotonic() - self._last < REDRAW_SECONDS:
+            return
+        self._last = time.monotonic()
+        finished = len(list(self._folder.glob("*/summary.json")))
+        if finished > self._drawn:
+            self._drawn = finished
+            self._thread = threading.Thread(target=self._draw, name="redraw", daemon=True)
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Let a redraw that has begun end."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _draw(self) -> None:
+        child = os.spawnlp(
+            os.P_WAIT, "nice", "nice", sys.executable, "-m", "analysis.report", str(self._folder)
+        )
+        if child != 0:
+            Journal(self._folder).write("redraw failed", code=child)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/sweep.py",
+        description="Train a ladder of model sizes, crossed over architectures and corpora, and "
+        "fit scaling laws to what it saw.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", type=Path, help="the sweep file, such as sweeps/scaling.yaml")
+    parser.add_argument("override", nargs="*", help="key=value, laid over the sweep file")
+    parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
+    parser.add_argument("--status", action="store_true", help="print where every run stands")
+    parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

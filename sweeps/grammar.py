@@ -1,0 +1,411 @@
+"""One YAML file to the list of experiments it asks for: ladders x architectures x corpora x ..."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from data_pipelines.config import DataConfig, DatasetConfig
+from data_pipelines.tokenizers import vocabulary_size
+
+from sweeps.ladder import ArchitectureConfig, Fitted, find_rung, fit_architecture
+from sweeps.ladder import nominal_parameters as count_nominal
+from trainer.config import (
+    BudgetConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    run_id,
+    trunk_id,
+)
+from trainer.optimizer import decay_begins
+from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
+
+ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    """Where runs are executed; the trainer never sees it.
+
+    Attributes:
+        cluster: `local` processes, `slurm`, or `inline` in the launcher's own process.
+        slots: CPU threads (or GPUs) that local runs may hold together; None for all there are.
+        partition, account, minutes, memory_gb: as SLURM asks for them.
+        runs_per_job: small runs that one SLURM job trains one after the other.
+    """
+
+    cluster: Literal["local", "slurm", "inline"] = "local"
+    slots: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    minutes: int = 240
+    memory_gb: int | None = None
+    gpus_per_node: int = 0
+    ranks_per_node: int | None = None
+    runs_per_job: int = 8
+
+
+@dataclass(frozen=True)
+class PowerRule:
+    """coefficient * (N / 1e6) ** exponent of a rung's nominal parameters N."""
+
+    coefficient: float
+    exponent: float
+
+    def at(self, parameters: int) -> float:
+        """The rule's value."""
+        return self.coefficient * (parameters / 1e6) ** self.exponent
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """More seeds of some rungs, which show the noise floor."""
+
+    rungs: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """Sizes, horizons and the rules that all arms share.
+
+    Attributes:
+        horizons: token budgets; runs of one seed that differ in these alone share a trunk.
+        tokens_per_parameter: budgets as multiples of a rung's nominal parameters, instead.
+        replicates: more seeds of some rungs.
+        more_corpora: corpora beside the default ones.
+    """
+
+    rungs: tuple[str, ...]
+    seq_len: int
+    batch_tokens: int
+    learning_rate: PowerRule
+    warmup_tokens: int
+    seeds: tuple[int, ...] = (17,)
+    horizons: tuple[int, ...] = ()
+    tokens_per_parameter: tuple[float, ...] = ()
+    replicates: Replicates | None = None
+    more_corpora: tuple[str, ...] = ()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    model: dict = field(default_factory=dict)
+    execution: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.horizons) == bool(self.tokens_per_parameter):
+            raise ValueError("horizons and tokens_per_parameter: give exactly one of the two")
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """One corpus: shares of domains, and how many bytes of them are unique."""
+
+    domains: dict[str, float]
+    unique_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class CorporaConfig:
+    """A dataset and the corpora mixed from its domains.
+
+    Attributes:
+        default: names of the mixtures that every ladder crosses.
+        neutral_set: evaluation set of equal share in all corpora, for headlines.
+        epoch_blocks: blocks after which the order starts anew; fixed for the study.
+    """
+
+    dataset: DatasetConfig
+    mixtures: dict[str, MixtureConfig]
+    default: tuple[str, ...]
+    neutral_set: str
+    epoch_blocks: int
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`."""
+
+    name: str
+    ladder: str
+    corpus: str
+    architectures: tuple[str, ...]
+    ladders: dict[str, LadderConfig]
+    corpora: dict[str, CorporaConfig]
+    model: dict = field(default_factory=dict)
+    optimizer: dict = field(default_factory=dict)
+    schedule: dict = field(default_factory=dict)
+    execution: dict = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    also: tuple[dict, ...] = ()
+    exclude: tuple[dict, ...] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One point of a sweep: what is trained, how, and what is measured.
+
+    Attributes:
+        label: set where a run repeats another one under another execution; part of its folder.
+    """
+
+    run: RunConfig
+    execution: ExecutionConfig
+    evaluation: EvaluationConfig
+    label: str = ""
+
+    @property
+    def run_id(self) -> str:
+        """Hash of what is trained."""
+        return run_id(self.run)
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder: the run id, and the label of a repeat."""
+        return f"{self.run_id}.{self.label}" if self.label else self.run_id
+
+    @property
+    def trunk_id(self) -> str:
+        """What it shares with its other horizons."""
+        return trunk_id(self.run)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file, expanded."""
+
+    config: SweepConfig
+    experiments: tuple[Experiment, ...]
+
+    @property
+    def corpora(self) -> CorporaConfig:
+        """The chosen corpora."""
+        return self.config.corpora[self.config.corpus]
+
+    @property
+    def folder_name(self) -> str:
+        """Folder of its runs: the sweep's name, and the ladder's where it is not the default."""
+        name, ladder = self.config.name, self.config.ladder
+        return name if ladder == "default" else f"{name}-{ladder}"
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The constant-rate run that several horizons branch off.
+
+    Attributes:
+        experiment: the trunk as an experiment of its own, up to its last fork.
+        forks: steps at which horizons begin to decay.
+    """
+
+    experiment: Experiment
+    forks: frozenset[int]
+
+
+def read_sweep_file(path: Path, overrides: Sequence[str]) -> Sweep:
+    """Expand a sweep file.
+
+    Raises:
+        ConfigError: every problem of the file and the overrides, gathered.
+    """
+    try:
+        plain = merge(read_yaml(path), read_overrides(overrides))
+        config = load(SweepConfig, plain)
+        _choose("ladder", config.ladder, config.ladders)
+        _choose("corpus", config.corpus, config.corpora)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return Sweep(config, tuple(_expand(config, path)))
+
+
+def trunks_of(experiments: Sequence[Experiment]) -> dict[str, Trunk | None]:
+    """The trunk of each group that differs in horizon alone; None for a group of one."""
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in experiments:
+        groups.setdefault(experiment.trunk_id, []).append(experiment)
+    return {name: _trunk(group) if len(group) > 1 else None for name, group in groups.items()}
+
+
+def _trunk(group: list[Experiment]) -> Trunk:
+    first = group[0]
+    forks = frozenset(decay_begins(experiment.run) for experiment in group)
+    last = max(forks)
+    run = replace(
+        first.run,
+        schedule=replace(first.run.schedule, decay_fraction=0.0),
+        budget=BudgetConfig(last * first.run.optimizer.batch_tokens),
+    )
+    return Trunk(replace(first, run=run), forks)
+
+
+def _expand(config: SweepConfig, path: Path) -> Iterator[Experiment]:
+    architectures = _read_architectures()
+    problems, experiments = [], []
+    seen: set[str] = set()
+    for cell in _cells(config):
+        if any(_matches(cell, rule) for rule in config.exclude):
+            continue
+        try:
+            made = list(_experiments(config, architectures, cell))
+        except (ConfigError, ValueError) as error:
+            problems.append(str(error))
+            continue
+        for experiment in made:
+            if experiment.folder_name not in seen:
+                seen.add(experiment.folder_name)
+                experiments.append(experiment)
+    if problems:
+        listed = "\n  ".join(dict.fromkeys(problems))
+        raise ConfigError(f"{path}:\n  {listed}")
+    if not experiments:
+        raise ConfigError(f"{path} asks for no run; look at architectures, rungs and exclude")
+    yield from experiments
+
+
+def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
+    """The product of the axes, then the replicates, then the further products of `also`."""
+    ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
+    axes = {
+        "architecture": config.architectures,
+        "corpus": (*corpora.default, *ladder.more_corpora),
+        "rung": ladder.rungs,
+        "seed": ladder.seeds,
+    }
+    products: list[Mapping[str, Sequence]] = [axes]
+    if ladder.replicates:
+        more = {"rung": ladder.replicates.rungs, "seed": ladder.replicates.seeds}
+        products.append({**axes, **more})
+    for further in config.also:
+        products.append(
+            {**axes, **{k: v if isinstance(v, list) else [v] for k, v in further.items()}}
+        )
+    for product in products:
+        for values in itertools.product(*product.values()):
+            yield dict(zip(product, values, strict=True))
+
+
+def _experiments(
+    config: SweepConfig, architectures: Mapping[str, ArchitectureConfig], cell: Mapping[str, Any]
+) -> Iterator[Experiment]:
+    name = cell["architecture"]
+    _choose("architecture", name, architectures)
+    architecture = _overridden(architectures[name], config)
+    ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
+    _choose("corpus mixture", cell["corpus"], corpora.mixtures)
+    vocab_size = vocabulary_size(corpora.dataset.tokenizer)
+    rung = find_rung(cell["rung"])
+    fitted = _fit(name, architecture, cell["rung"], vocab_size)
+    nominal = count_nominal(rung, vocab_size)
+    optimizer = merge(
+        {
+            "learning_rate": ladder.learning_rate.at(nominal),
+            "learning_rate_scale": architecture.learning_rate_scale,
+            "batch_tokens": ladder.batch_tokens,
+        },
+        config.optimizer,
+    )
+    batch = int(optimizer["batch_tokens"])
+    for tokens in _horizons(ladder, nominal, batch):
+        run = RunConfig(
+            architecture=name,
+            rung=rung.name,
+            nominal_parameters=nominal,
+            model=fitted.model,
+            corpus=_corpus(cell["corpus"], corpora, ladder.seq_len),
+            optimizer=load(OptimizerConfig, optimizer, "optimizer"),
+            schedule=load(
+                ScheduleConfig,
+                merge({"warmup_tokens": ladder.warmup_tokens}, config.schedule),
+                "schedule",
+            ),
+            budget=BudgetConfig(tokens),
+            precision=_precision(ladder.precision),
+            seed=cell["seed"],
+        )
+        execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
+        evaluation = merge(ladder.evaluation, config.evaluation)
+        yield Experiment(
+            run,
+            load(ExecutionConfig, execution, "execution"),
+            load(EvaluationConfig, evaluation, "evaluation"),
+            cell.get("label", ""),
+        )
+
+
+def _fit(name: str, architecture: ArchitectureConfig, rung: str, vocab_size: int) -> Fitted:
+    key = (name, repr(architecture), rung, vocab_size)
+    if key not in _fitted:
+        _fitted[key] = fit_architecture(name, architecture, find_rung(rung), vocab_size)
+    return _fitted[key]
+
+
+_fitted: dict[tuple, Fitted] = {}
+
+
+def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> ArchitectureConfig:
+    """Lay the sweep's `model` keys over an architecture; blocks it lacks are not its own."""
+    ladder = config.ladders[config.ladder]
+    over = merge(ladder.model, config.model)
+    blocks = over.pop("blocks", {})
+    arms = [arm for arm in config.architectures if arm in _read_architectures()]
+    known = {block for arm in arms for block in _read_architectures()[arm].blocks}
+    for block in blocks:
+        if block not in known:
+            raise ConfigError(f"unknown key model.blocks.{block}; {suggest(block, sorted(known))}")
+    mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
+    model = merge(architecture.model, over)
+    return replace(architecture, blocks=merge(architecture.blocks, mine), model=model)
+
+
+def _corpus(name: str, corpora: CorporaConfig, seq_len: int) -> DataConfig:
+    mixture, dataset = corpora.mixtures[name], corpora.dataset
+    return DataConfig(
+        name=name,
+        dataset=dataset.name,
+        tokenizer=dataset.tokenizer,
+        domains=mixture.domains,
+        seq_len=seq_len,
+        block_tokens=dataset.block_tokens,
+        unique_bytes=mixture.unique_bytes,
+        epoch_blocks=corpora.epoch_blocks,
+    )
+
+
+def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
+    budgets = ladder.horizons or tuple(r * nominal for r in ladder.tokens_per_parameter)
+    for tokens in budgets:
+        yield max(1, round(tokens / batch)) * batch
+
+
+def _precision(asked: str) -> Any:  # noqa: ANN401
+    if asked != "auto":
+        return asked
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
+def _read_architectures() -> dict[str, ArchitectureConfig]:
+    if not _architectures:
+        for name, plain in read_yaml(ARCHITECTURES).items():
+            _architectures[name] = load(ArchitectureConfig, plain, name)
+    return _architectures
+
+
+_architectures: dict[str, ArchitectureConfig] = {}
+
+
+def _as_axes(values: Mapping[str, Any]) -> dict[str, list]:
+    return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+
+
+def _matches(cell: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
+    return all(cell.get(key) in values for key, values in _as_axes(rule).items())
+
+
+def _choose(what: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise ConfigError(f"unknown {what} {name!r}; {suggest(name, list(known))}")
