@@ -44,16 +44,21 @@ class Pool:
 
     Attributes:
         queue: jobs to start, in this order.
+        note: told of every job that ended.
     """
 
     slots: int
+    note: Callable[[Submission], None]
     start: Callable[[Shape, tuple[Unit, ...]], Submission]
     queue: list[tuple[Shape, tuple[Unit, ...]]]
     running: list[Submission] = field(default_factory=list)
 
     def step(self) -> bool:
         """Start what fits and forget what ended; whether anything is left."""
-        self.running = [s for s in self.running if not s.job.done()]
+        ended = [s for s in self.running if s.job.done()]
+        self.running = [s for s in self.running if s not in ended]
+        for submission in ended:
+            self.note(submission)
         free = self.slots - sum(s.shape.slots for s in self.running)
         while self.queue and self.queue[0][0].slots <= free:
             shape, units = self.queue.pop(0)
@@ -127,7 +132,7 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
         )
         return _submit(executor, TrainJob(sweep, units, os.getpid()), shape)
 
-    return Pool(slots, start, queue)
+    return Pool(slots, _noter(sweep), start, queue)
 
 
 def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
@@ -163,9 +168,32 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
         )
         return _submit(executor, TrainJob(sweep, units, None), shape)
 
-    pool = Pool(10**9, start, queue)
+    pool = Pool(10**9, _noter(sweep), start, queue)
     pool.running += list(dict.fromkeys(adopted.values()))
     return pool
+
+
+def _noter(sweep: Path) -> Callable[[Submission], None]:
+    """Tell the journal of jobs that ended badly, with the end of what they wrote."""
+    journal = Journal(sweep)
+
+    def note(submission: Submission) -> None:
+        job = submission.job
+        logs = sorted(job.paths.result_pickle.parent.glob(f"{job.job_id}_*_log.err"))
+        error = _error_of(job)
+        if error:
+            journal.write("job failed", job=job.job_id, error=error, logs=str(logs[:1]))
+
+    return note
+
+
+def _error_of(job: submitit.Job) -> str:
+    """The last line of a job's error, or nothing."""
+    try:
+        job.results()
+    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+        return str(error).strip().splitlines()[-1][:400]
+    return ""
 
 
 def _submit(executor: submitit.Executor, job: TrainJob, shape: Shape) -> Submission:

@@ -85,7 +85,7 @@ class TrainJob:
         return submitit.helpers.DelayedSubmission(self)
 
     def _train(self, unit: Unit) -> None:
-        from trainer.train import Lineage
+        from trainer.session import Lineage
 
         trunk_folder = None
         if unit.trunk is not None:
@@ -175,7 +175,7 @@ def _leave(journal: Journal, first: bool) -> None:
 
 
 def _end_with(launcher: int) -> None:
-    """Stop this process when the launcher is gone: what it trained is saved, nothing is orphaned."""
+    """Stop this process, with everything saved, when the launcher is gone: no orphans."""
 
     def watch() -> None:
         while Path(f"/proc/{launcher}").exists():

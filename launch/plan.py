@@ -91,8 +91,8 @@ def plan_table(plan: Plan, standings: dict[str, str]) -> Table:
     """The plan as a person reads it, one line a group of horizons."""
     table = Table(title=None, pad_edge=False, box=None, header_style="bold")
     for name, right in (
-        ("trunk", False), ("architecture", False), ("corpus", False), ("rung", False),
-        ("seed", True), ("parameters", True), ("off", True), ("horizons (M tokens)", True),
+        ("id", False), ("architecture", False), ("corpus", False), ("rung", False),
+        ("seed", True), ("parameters", True), ("off", True), ("M tokens", True),
         ("FLOPs", True), ("about", True), ("state", False),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left", no_wrap=True)

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from launch.job import Unit
 from launch.plan import Plan, duration
+from sweeps.grammar import Experiment
 from trainer.record import read_json
 
 LINE_SECONDS = 15.0
@@ -139,3 +140,9 @@ class Progress:
                         (f"{run.architecture} {run.corpus.name} {run.rung} {what}", status)
                     )
         return active
+
+
+def _title(experiment: Experiment, is_trunk: bool) -> str:
+    run = experiment.run
+    what = "trunk" if is_trunk else f"{run.budget.tokens / 1e6:.2f} M"
+    return f"{run.architecture} {run.corpus.name} {run.rung} {what}"

@@ -27,11 +27,13 @@ from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump
 
 REDRAW_SECONDS = 45.0
+RESUBMISSIONS = 2
+TABLE_WIDTH = 118
 EXAMPLES = """
 examples:
-  python launch/sweep.py sweeps/scaling.yaml                     the default study, on this machine
-  python launch/sweep.py sweeps/scaling.yaml --plan              what it would train, and what it costs
-  python launch/sweep.py sweeps/scaling.yaml ladder=evening      up to 1 M parameters, three hours
+  python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
+  python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and its cost
+  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, three hours
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
 
@@ -77,7 +79,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None:
-    redraw = _Redraw(folder)
+    redraw, begin = _Redraw(folder), time.time()
     with Progress(plan, folder, todo, console) as show:
 
         def tick() -> None:
@@ -85,13 +87,23 @@ def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None
             redraw.tick()
 
         run_units(todo, plan.sweep.config.launcher, folder, tick)
+        # A job that crashed gives the rest of its queue back; a run that failed stays failed.
+        for _ in range(RESUBMISSIONS):
+            failed = Journal(folder).failures(begin)
+            todo = [unit for unit in todo if _is_lost(unit, folder, failed)]
+            if not todo:
+                break
+            run_units(todo, plan.sweep.config.launcher, folder, tick)
     redraw.wait()
 
 
 def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int:
-    failures = Journal(folder).failures(begin)
-    for name, error in failures.items():
+    journal = Journal(folder)
+    for name, error in journal.failures(begin).items():
         console.print(f"[red]failed:[/red] {folder / name}: {error}", highlight=False)
+    for row in journal.rows():
+        if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
+            console.print(f"[red]job {row['job']} failed:[/red] {row['error']}", highlight=False)
     standings = [standing_of(e, folder / e.folder_name) for e in sweep.experiments]
     finished = sum(s in (Standing.DONE, Standing.DIVERGED) for s in standings)
     if finished < len(standings):
@@ -111,15 +123,17 @@ def _print_plan(
         unit.name: " ".join(dict.fromkeys(standings[e.folder_name].value for e in unit.branches))
         for unit in plan.units
     }
-    width = None if console.is_terminal else 160
-    console.print(plan_table(plan, shown), highlight=False, width=width)
+    # A narrow terminal breaks the lines rather than the columns.
+    wide = Console(width=max(console.width, TABLE_WIDTH), file=console.file)
+    wide.print(plan_table(plan, shown), highlight=False)
     slots = available_slots(plan.sweep.config.launcher)
     seconds = sum(plan.seconds[unit.name] for unit in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
-    complete = len(plan.sweep.experiments) - sum(len(unit.branches) for unit in todo)
+    ended = (Standing.DONE, Standing.DIVERGED)
+    complete = sum(standing in ended for standing in standings.values())
     console.print(
-        f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, about {complete} complete; "
+        f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
         f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
         f"roughly {duration(seconds / workers)} on {workers} workers",
         highlight=False,
@@ -156,6 +170,13 @@ def _write_sweep(plan: Plan, folder: Path) -> None:
 def _is_open(unit: Unit, standings: dict[str, Standing]) -> bool:
     ended = (Standing.DONE, Standing.DIVERGED)
     return any(standings[e.folder_name] not in ended for e in unit.branches)
+
+
+def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
+    """Whether a unit is open although none of its runs failed: its job ended too early."""
+    names = [e.folder_name for e in unit.branches] + [unit.name]
+    standings = {e.folder_name: standing_of(e, folder / e.folder_name) for e in unit.branches}
+    return _is_open(unit, standings) and not any(name in failed for name in names)
 
 
 class _Redraw:

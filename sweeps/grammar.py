@@ -1,16 +1,24 @@
 """One YAML file to the list of experiments it asks for: ladders x architectures x corpora x ..."""
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from data_pipelines.config import DataConfig, DatasetConfig
 from data_pipelines.tokenizers import vocabulary_size
-
-from sweeps.ladder import ArchitectureConfig, Fitted, find_rung, fit_architecture
+from sweeps.ladder import (
+    ADMITTED_ERROR,
+    ArchitectureConfig,
+    Fitted,
+    Rung,
+    find_rung,
+    fit_architecture,
+)
 from sweeps.ladder import nominal_parameters as count_nominal
 from trainer.config import (
     BudgetConfig,
@@ -218,9 +226,9 @@ def read_sweep_file(path: Path, overrides: Sequence[str]) -> Sweep:
         config = load(SweepConfig, plain)
         _choose("ladder", config.ladder, config.ladders)
         _choose("corpus", config.corpus, config.corpora)
+        return Sweep(config, tuple(_expand(config)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return Sweep(config, tuple(_expand(config, path)))
 
 
 def trunks_of(experiments: Sequence[Experiment]) -> dict[str, Trunk | None]:
@@ -243,8 +251,8 @@ def _trunk(group: list[Experiment]) -> Trunk:
     return Trunk(replace(first, run=run), forks)
 
 
-def _expand(config: SweepConfig, path: Path) -> Iterator[Experiment]:
-    architectures = _read_architectures()
+def _expand(config: SweepConfig) -> Iterator[Experiment]:
+    architectures = read_architectures()
     problems, experiments = [], []
     seen: set[str] = set()
     for cell in _cells(config):
@@ -260,10 +268,9 @@ def _expand(config: SweepConfig, path: Path) -> Iterator[Experiment]:
                 seen.add(experiment.folder_name)
                 experiments.append(experiment)
     if problems:
-        listed = "\n  ".join(dict.fromkeys(problems))
-        raise ConfigError(f"{path}:\n  {listed}")
+        raise ConfigError("\n  ".join(dict.fromkeys(problems)))
     if not experiments:
-        raise ConfigError(f"{path} asks for no run; look at architectures, rungs and exclude")
+        raise ConfigError("no run is left; look at architectures, rungs and exclude")
     yield from experiments
 
 
@@ -276,6 +283,9 @@ def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
         "rung": ladder.rungs,
         "seed": ladder.seeds,
     }
+    for rule in (*config.also, *config.exclude):
+        for key in rule:
+            _choose("axis", key, dict.fromkeys((*axes, "horizon", "label", "execution")))
     products: list[Mapping[str, Sequence]] = [axes]
     if ladder.replicates:
         more = {"rung": ladder.replicates.rungs, "seed": ladder.replicates.seeds}
@@ -299,7 +309,9 @@ def _experiments(
     _choose("corpus mixture", cell["corpus"], corpora.mixtures)
     vocab_size = vocabulary_size(corpora.dataset.tokenizer)
     rung = find_rung(cell["rung"])
-    fitted = _fit(name, architecture, cell["rung"], vocab_size)
+    # Whoever overrides the model takes the closest shape; the plan shows how far off it is.
+    tolerance = math.inf if config.model else ADMITTED_ERROR
+    fitted = _fit(name, architecture, rung, vocab_size, tolerance)
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
         {
@@ -310,7 +322,7 @@ def _experiments(
         config.optimizer,
     )
     batch = int(optimizer["batch_tokens"])
-    for tokens in _horizons(ladder, nominal, batch):
+    for tokens in [cell["horizon"]] if "horizon" in cell else _horizons(ladder, nominal, batch):
         run = RunConfig(
             architecture=name,
             rung=rung.name,
@@ -337,10 +349,12 @@ def _experiments(
         )
 
 
-def _fit(name: str, architecture: ArchitectureConfig, rung: str, vocab_size: int) -> Fitted:
-    key = (name, repr(architecture), rung, vocab_size)
+def _fit(
+    name: str, architecture: ArchitectureConfig, rung: Rung, vocab_size: int, tolerance: float
+) -> Fitted:
+    key = (name, repr(architecture), rung.name, vocab_size)
     if key not in _fitted:
-        _fitted[key] = fit_architecture(name, architecture, find_rung(rung), vocab_size)
+        _fitted[key] = fit_architecture(name, architecture, rung, vocab_size, tolerance)
     return _fitted[key]
 
 
@@ -352,8 +366,8 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     ladder = config.ladders[config.ladder]
     over = merge(ladder.model, config.model)
     blocks = over.pop("blocks", {})
-    arms = [arm for arm in config.architectures if arm in _read_architectures()]
-    known = {block for arm in arms for block in _read_architectures()[arm].blocks}
+    arms = [arm for arm in config.architectures if arm in read_architectures()]
+    known = {block for arm in arms for block in read_architectures()[arm].blocks}
     for block in blocks:
         if block not in known:
             raise ConfigError(f"unknown key model.blocks.{block}; {suggest(block, sorted(known))}")
@@ -388,7 +402,8 @@ def _precision(asked: str) -> Any:  # noqa: ANN401
     return "bf16" if torch.cuda.is_available() else "fp32"
 
 
-def _read_architectures() -> dict[str, ArchitectureConfig]:
+def read_architectures() -> dict[str, ArchitectureConfig]:
+    """The named architectures that the project ships."""
     if not _architectures:
         for name, plain in read_yaml(ARCHITECTURES).items():
             _architectures[name] = load(ArchitectureConfig, plain, name)

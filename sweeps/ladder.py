@@ -88,12 +88,16 @@ def nominal_parameters(rung: Rung, vocab_size: int, tied: bool = True) -> int:
 
 
 def fit_architecture(
-    name: str, architecture: ArchitectureConfig, rung: Rung, vocab_size: int
+    name: str,
+    architecture: ArchitectureConfig,
+    rung: Rung,
+    vocab_size: int,
+    tolerance: float = ADMITTED_ERROR,
 ) -> Fitted:
     """The legal shape whose parameters come closest to the rung's.
 
     Raises:
-        ConfigError: none comes within 1 %.
+        ConfigError: none comes within the tolerance.
     """
     target = nominal_parameters(rung, vocab_size)
     sizing = _Sizing(architecture, rung, vocab_size)
@@ -105,9 +109,9 @@ def fit_architecture(
 
     best = min(sizing.shapes(target), key=preference)
     error = sizing.count(best) / target - 1
-    if abs(error) > ADMITTED_ERROR:
+    if abs(error) > tolerance:
         raise ConfigError(
-            f"rung {rung.name} asks for {target} parameters within 1 %, but the closest {name} has "
+            f"rung {rung.name} asks for {target} parameters within {tolerance:.0%}, but the closest {name} has "
             f"{sizing.count(best)}; choose another rung or leave the architecture out"
         )
     return Fitted(sizing.backbone(best), sizing.count(best), error)

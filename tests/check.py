@@ -1,0 +1,41 @@
+"""The linters, one after the other: format, lint, types, import rules."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.measurements import Measurement, write_measurements
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+TOOLS = (
+    ("ruff format", "ruff", "format", "--check", "."),
+    ("ruff check", "ruff", "check", "."),
+    ("pyright", "pyright", "--pythonpath", sys.executable),
+    ("import rules", "lint-imports", "--no-cache"),
+)
+
+
+def check() -> list[Measurement]:
+    """Run every linter; a measurement each, 0 for content."""
+    measured = []
+    for name, tool, *words in TOOLS:
+        begin = time.monotonic()
+        ended = subprocess.run([str(BIN / tool), *words], cwd=ROOT, check=False)
+        sys.stdout.write(f"{name}: {'ok' if ended.returncode == 0 else 'FAILED'}\n")
+        sys.stdout.flush()
+        measured.append(Measurement(f"{name} exit code", ended.returncode, "", 0))
+        measured.append(Measurement(f"{name} time", time.monotonic() - begin, "s"))
+    return measured
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    measured = check()
+    write_measurements("check", measured, ROOT)
+    return 0 if all(m.holds is not False for m in measured) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

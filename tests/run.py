@@ -1,0 +1,35 @@
+"""The whole test suite and the linters: what `make test` runs."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launch.measurements import Measurement, write_measurements
+from tests.check import check
+
+ROOT = Path(__file__).parent.parent
+TYPED = ("--jaxtyping-packages=models,kernels,beartype.beartype",)
+STAGES = (
+    ("models and kernels, shapes checked", (*TYPED, "tests/models", "tests/kernels")),
+    ("everything else", ("tests", "--ignore=tests/models", "--ignore=tests/kernels")),
+)
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    measured = check()
+    for name, words in STAGES:
+        begin = time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-q", "--durations=8", *words]
+        ended = subprocess.run(command, cwd=ROOT, check=False)
+        measured.append(Measurement(f"{name}: exit code", ended.returncode, "", 0))
+        measured.append(Measurement(f"{name}: time", time.monotonic() - begin, "s"))
+    write_measurements("test", measured, ROOT)
+    broken = [m.name for m in measured if m.holds is False]
+    sys.stdout.write(f"not in order: {'; '.join(broken)}\n" if broken else "all in order\n")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

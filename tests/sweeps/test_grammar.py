@@ -1,0 +1,91 @@
+"""Sweep files: what they expand to, and how they fail."""
+
+from pathlib import Path
+
+import pytest
+
+from sweeps.grammar import read_sweep_file, trunks_of
+from trainer.config import run_id
+from trainer.schema import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+SCALING = ROOT / "sweeps" / "scaling.yaml"
+SMOKE = ROOT / "sweeps" / "smoke.yaml"
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("ladder=nano",), ("ladder=evening",), ("ladder=pile", "corpus=pile")]
+)
+def test_every_shipped_ladder_expands(words: tuple[str, ...]) -> None:
+    sweep = read_sweep_file(SCALING, words)
+    assert len({e.folder_name for e in sweep.experiments}) == len(sweep.experiments) > 0
+
+
+def test_the_default_study_is_the_one_that_is_described() -> None:
+    sweep = read_sweep_file(SCALING, ())
+    trunks = trunks_of(sweep.experiments)
+    assert len(sweep.experiments) == 84
+    assert len(trunks) == 5 * 2 * 2 + 2 * 2 * 2
+    assert all(e.run.steps >= 220 for e in sweep.experiments)
+    assert {e.run.budget.tokens for e in sweep.experiments} == {450_560, 901_120, 1_802_240}
+
+
+def test_arms_of_a_rung_share_everything_but_the_model() -> None:
+    sweep = read_sweep_file(SCALING, ())
+    shared = {}
+    for e in sweep.experiments:
+        run = e.run
+        key = (run.rung, run.budget.tokens, run.seed, run.corpus.name)
+        facts = (run.optimizer, run.schedule, run.precision, run.nominal_parameters, e.execution)
+        assert shared.setdefault(key, facts) == facts
+
+
+def test_expanding_twice_gives_the_same_ids() -> None:
+    first, second = (read_sweep_file(SCALING, ()) for _ in range(2))
+    assert [run_id(e.run) for e in first.experiments] == [run_id(e.run) for e in second.experiments]
+
+
+def test_a_model_override_reaches_the_blocks_that_have_it() -> None:
+    sweep = read_sweep_file(SCALING, ["ladder=nano", "model.blocks.m.mixer.d_state=8"])
+    states = {
+        e.run.model.blocks["m"].mixer.d_state
+        for e in sweep.experiments
+        if e.run.architecture == "mamba"
+    }
+    assert states == {8}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("ladder=evning", "unknown ladder 'evning'; did you mean 'evening'"),
+        ("laddder=nano", "unknown key laddder; did you mean 'ladder'"),
+        ("launcher.clustr=slurm", "unknown key launcher.clustr; did you mean 'cluster'"),
+        ("ladders.default.rungs=[10k,12k]", "unknown rung '12k'"),
+        ("model.blocks.q.mixer.d_state=8", "unknown key model.blocks.q"),
+        ("model.blocks.m.mixer.d_stat=8", "did you mean 'd_state'"),
+        ("optimizer.learning_rat=1", "unknown key optimizer.learning_rat"),
+        ("execution.rnks=2", "unknown key execution.rnks; did you mean 'ranks'"),
+        ("architectures=[transformer,manba]", "unknown architecture 'manba'"),
+        ("exclude=[{rungs: 10k}]", "unknown axis 'rungs'; did you mean 'rung'"),
+    ],
+)
+def test_what_is_misspelt_is_named_with_what_was_meant(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweeps/scaling\.yaml") as raised:
+        read_sweep_file(SCALING, [word])
+    assert message in str(raised.value)
+
+
+def test_an_excluded_cell_is_left_out() -> None:
+    words = ["exclude=[{rung: 97k, architecture: mamba}]"]
+    kept = {(e.run.rung, e.run.architecture) for e in read_sweep_file(SCALING, words).experiments}
+    assert ("97k", "mamba") not in kept
+    assert ("97k", "transformer") in kept
+
+
+def test_the_smoke_sweep_repeats_one_run_on_two_processes() -> None:
+    repeats = [e for e in read_sweep_file(SMOKE, ()).experiments if e.label]
+    assert len({e.run_id for e in repeats}) == 1
+    assert {(e.execution.ranks, e.execution.zero_stage) for e in repeats} == {(1, 0), (2, 2)}
+    two = next(e for e in repeats if e.execution.ranks == 2)
+    assert two.run.batch_sequences > 2 * (two.execution.micro_batch_sequences or 0)

@@ -1,0 +1,48 @@
+"""Every rung is reached by every architecture, and sizes are what they claim to be."""
+
+import pytest
+
+from models.accounting import total_parameters
+from sweeps.grammar import read_architectures
+from sweeps.ladder import RUNGS, find_rung, fit_architecture, nominal_parameters
+from trainer.schema import ConfigError
+
+DEFAULT = ("10k", "20k", "31k", "68k", "97k")
+
+
+@pytest.mark.parametrize("name", sorted(read_architectures()))
+@pytest.mark.parametrize("rung", sorted(RUNGS))
+def test_every_rung_is_matched_within_one_percent(rung: str, name: str) -> None:
+    vocab_size = 257 if RUNGS[rung].parameters else 50_304
+    fitted = fit_architecture(name, read_architectures()[name], RUNGS[rung], vocab_size)
+    built = total_parameters(fitted.model)
+    assert built == fitted.parameters
+    assert abs(built / nominal_parameters(RUNGS[rung], vocab_size) - 1) <= 0.01
+
+
+@pytest.mark.parametrize("rung", DEFAULT)
+def test_mamba_is_about_twice_as_deep_as_the_transformer(rung: str) -> None:
+    fitted = fit_architecture("mamba", read_architectures()["mamba"], RUNGS[rung], 257)
+    assert abs(fitted.model.n_layers - 2 * RUNGS[rung].n_layers) <= 1
+
+
+@pytest.mark.parametrize(("rung", "layers", "width"), [("360M", 24, 1024), ("3B", 32, 2560)])
+def test_rung_names_are_labels_of_the_transformers_shape(
+    rung: str, layers: int, width: int
+) -> None:
+    model = fit_architecture(
+        "transformer", read_architectures()["transformer"], RUNGS[rung], 50_304
+    ).model
+    assert (model.n_layers, model.d_model) == (layers, width)
+
+
+@pytest.mark.parametrize(
+    ("rung", "total"), [("125M", 123.6e6), ("360M", 355.1e6), ("1.3B", 1317.4e6), ("3B", 2650.8e6)]
+)
+def test_published_transformer_totals(rung: str, total: float) -> None:
+    assert nominal_parameters(RUNGS[rung], 50_304) == pytest.approx(total, rel=1e-3)
+
+
+def test_an_unknown_rung_is_named_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="unknown rung '361M'; did you mean '360M'"):
+        find_rung("361M")

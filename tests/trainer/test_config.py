@@ -1,0 +1,132 @@
+"""Run configs: loading, ids, and every misspelt key."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.trainer.conftest import PLAIN
+from trainer.config import RunConfig, run_id, trunk_id
+from trainer.schema import ConfigError, dump, load, merge, read_overrides, read_yaml
+
+
+def paths(tree: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (*above, key)
+        if isinstance(value, dict):
+            yield from paths(value, (*above, key))
+
+
+FREE = {("corpus", "domains", "python"), ("corpus", "domains", "prose"), ("model", "blocks", "a")}
+KEYS = [path for path in paths(PLAIN) if path not in FREE and path[-1] != "kind"]
+
+
+def changed(path: tuple[str, ...], change: Any) -> dict[str, Any]:
+    tree = copy.deepcopy(PLAIN)
+    below = tree
+    for key in path[:-1]:
+        below = below[key]
+    change(below, path[-1])
+    return tree
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_a_misspelt_key_is_named_with_the_right_one(path: tuple[str, ...]) -> None:
+    wrong = path[-1][:-1] + "_x"
+
+    def misspell(below: dict, key: str) -> None:
+        below[wrong] = below.pop(key)
+
+    with pytest.raises(ConfigError, match="unknown key") as raised:
+        load(RunConfig, changed(path, misspell))
+    assert ".".join((*path[:-1], wrong)) in str(raised.value)
+    assert path[-1] in str(raised.value)
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_a_value_of_another_type_is_refused_with_its_key(path: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load(RunConfig, changed(path, lambda below, key: below.update({key: object()})))
+    assert ".".join(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
+def test_a_learning_rate_that_is_no_rate_is_refused(plain: dict, bad: float) -> None:
+    plain["optimizer"]["learning_rate"] = bad
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate"):
+        load(RunConfig, plain)
+
+
+def test_an_unknown_mixer_is_named_with_the_known_ones(plain: dict) -> None:
+    plain["model"]["blocks"]["a"]["mixer"] = {"kind": "manba"}
+    with pytest.raises(ConfigError, match="'manba' is unknown; did you mean 'mamba'"):
+        load(RunConfig, plain)
+
+
+def test_a_budget_that_is_no_whole_number_of_batches_is_refused(plain: dict) -> None:
+    plain["budget"]["tokens"] = 10241
+    with pytest.raises(ConfigError, match="whole number of batches of 512 tokens"):
+        load(RunConfig, plain)
+
+
+def test_a_config_survives_dump_and_load(plain: dict) -> None:
+    config = load(RunConfig, plain)
+    again = load(RunConfig, dump(config))
+    assert again == config
+    assert run_id(again) == run_id(config)
+
+
+def test_writing_out_a_default_keeps_the_id(plain: dict) -> None:
+    before = run_id(load(RunConfig, plain))
+    plain["optimizer"]["weight_decay"] = 0.1
+    assert run_id(load(RunConfig, plain)) == before
+
+
+@pytest.mark.parametrize("path", [("seed",), ("model", "d_model"), ("corpus", "name")])
+def test_every_choice_is_part_of_the_id(path: tuple[str, ...]) -> None:
+    other = {"seed": 18, "d_model": 32, "name": "other"}[path[-1]]
+    tree = changed(path, lambda below, key: below.update({key: other}))
+    assert run_id(load(RunConfig, tree)) != run_id(load(RunConfig, PLAIN))
+
+
+def test_horizons_share_a_trunk_and_nothing_else_does(plain: dict) -> None:
+    short = load(RunConfig, plain)
+    plain["budget"]["tokens"] *= 2
+    long = load(RunConfig, plain)
+    plain["schedule"]["warmup_tokens"] = 1024
+    other = load(RunConfig, plain)
+    assert trunk_id(short) == trunk_id(long) != trunk_id(other)
+    assert run_id(short) != run_id(long)
+
+
+def test_a_changed_kind_drops_the_keys_of_the_old_one() -> None:
+    merged = merge({"m": {"kind": "a", "x": 1}}, {"m": {"kind": "b"}})
+    assert merged == {"m": {"kind": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a: 1\na: 2\n", "duplicate"),
+        ("- 1\n", "no mapping"),
+        ("a: !!python/object/apply:os.system [touch x]\n", "cannot be read"),
+        ("a: [1, 2\n", "cannot be read"),
+    ],
+)
+def test_yaml_that_no_config_needs_is_refused(tmp_path: Any, text: str, why: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=why):
+        read_yaml(file)
+
+
+def test_environment_variables_are_not_read_from_yaml(tmp_path: Any) -> None:
+    file = tmp_path / "leak.yaml"
+    file.write_text("a: ${oc.env:HOME}\n")
+    assert read_yaml(file) == {"a": "${oc.env:HOME}"}
+
+
+def test_an_override_without_a_value_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'ladder' is no override"):
+        read_overrides(["ladder"])
