@@ -1,0 +1,112 @@
+// Channels in vector registers: loads, stores, sums and the exponential that the kernels share.
+//
+// Plain compiler vector extensions (GCC and Clang, any architecture): `Lanes` is one AVX-512
+// register, two of AVX2 or four of NEON, and the arithmetic operators are the usual ones.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+namespace crossladder {
+
+constexpr int64_t LANES = 16;
+
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t IntegerLanes __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+// The first `count` floats at `source`; the lanes beyond are zero, so they add nothing to any sum.
+inline Lanes load(const float* source, int64_t count) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Lanes>(_mm512_maskz_loadu_ps((1u << count) - 1, source));
+#else
+  Lanes lanes{};
+  std::memcpy(&lanes, source, count * sizeof(float));
+  return lanes;
+#endif
+}
+
+inline void store(float* target, Lanes lanes, int64_t count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(target, (1u << count) - 1, std::bit_cast<__m512>(lanes));
+#else
+  std::memcpy(target, &lanes, count * sizeof(float));
+#endif
+}
+
+// The sums of neighbouring lanes: those of `first`, then those of `second`.
+inline Lanes sum_neighbours(Lanes first, Lanes second) {
+#if defined(__clang__)
+  return __builtin_shufflevector(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26,
+                                 28, 30) +
+         __builtin_shufflevector(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27,
+                                 29, 31);
+#else
+  constexpr IntegerLanes EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(first, second, EVEN) + __builtin_shuffle(first, second, EVEN + 1);
+#endif
+}
+
+// Lane i of the result is the sum over the lanes of rows[i * stride], i < 16, in a fixed order.
+template <int64_t COUNT = LANES>
+inline Lanes sums(const Lanes* rows, int64_t stride) {
+  if constexpr (COUNT == 1) {
+    return rows[0];
+  } else {
+    return sum_neighbours(sums<COUNT / 2>(rows, stride),
+                          sums<COUNT / 2>(rows + COUNT / 2 * stride, stride));
+  }
+}
+
+// NaN stays NaN. The comparisons are what the instructions do, but GCC 12 does not find them.
+inline Lanes clamp(Lanes x, float low, float high) {
+#if defined(__AVX512F__)
+  const __m512 raised = _mm512_max_ps(_mm512_set1_ps(low), std::bit_cast<__m512>(x));
+  return std::bit_cast<Lanes>(_mm512_min_ps(_mm512_set1_ps(high), raised));
+#else
+  x = x < low ? Lanes{} + low : x;
+  return x > high ? Lanes{} + high : x;
+#endif
+}
+
+// 2^x with a relative error below 2e-7, exactly 1 at 0.
+//
+// Adding 1.5 * 2^23 leaves round(x) in the low bits of the float. 2^(x - round(x)) is a minimax
+// polynomial with the constant term held at 1; round(x) is added to its exponent bits. Below -126
+// the result stays at the smallest normal number, above 128 it is infinite, and NaN stays NaN.
+inline Lanes exp2(Lanes x) {
+  constexpr float ROUNDER = 12582912.0f;
+  x = clamp(x, -126.0f, 128.0f);
+  const Lanes shifted = x + ROUNDER;
+  const Lanes fraction = x - (shifted - ROUNDER);
+  Lanes power = fraction * 0.00132647273f + 0.00967151299f;
+  power = power * fraction + 0.0555073358f;
+  power = power * fraction + 0.240222424f;
+  power = power * fraction + 0.693147004f;
+  power = power * fraction + 1.0f;
+  const IntegerLanes exponent = std::bit_cast<IntegerLanes>(shifted) << 23;
+  return std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(power) + exponent);
+}
+
+// Denormal numbers count as zero while this lives: a decayed state would otherwise cost a hundred
+// times as much, and worker threads do not share the setting of the thread that calls.
+class FlushDenormals {
+ public:
+#if defined(__SSE__)
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+#else
+  FlushDenormals() : saved_(0) {}
+#endif
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+};
+
+}  // namespace crossladder
