@@ -1,0 +1,333 @@
+"""The run record: the folder a run leaves behind, its files, its columns, and who may write it.
+
+Layout of one run, `runs/<sweep>/<id>/`:
+
+    config.yaml         the resolved RunConfig
+    provenance.json     code, data, machine and the accountant's figures at each start
+    metrics.jsonl       one row a step
+    evaluations.jsonl   one row an evaluated set and milestone
+    summary.json        appears only when the run has reached its budget or diverged
+    STATUS.json         where the run stands now
+    OWNER.json run.lock who writes it, and how often it was started (the incarnation)
+    checkpoints/        see trainer.checkpoint
+
+Rows are flat; a key names its unit. A column is *exact* (bit-identical after any interruption) or
+*measured* (times, memory). This file imports no torch: a laptop reads records with it.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+Scalar = bool | int | float | str | None
+Row = dict[str, Scalar]
+
+EXACT_COLUMNS = frozenset(
+    [
+        "step",
+        "tokens",
+        "learning_rate",
+        "loss_nats",
+        "gradient_norm",
+        "skipped",
+        "certificate",
+        "evaluation_id",
+        "evaluation_set",
+        "decayed",
+        "total_nats",
+        "targets",
+        "utf8_bytes",
+        "bits_per_byte",
+    ]
+)
+MEASURED_COLUMNS = frozenset(
+    [
+        "incarnation",
+        "step_seconds",
+        "data_wait_seconds",
+        "tokens_per_second",
+        "flops_per_second",
+        "gemm_peak_share",
+        "memory_bytes",
+        "evaluation_seconds",
+        "error",
+    ]
+)
+
+
+class RunOwnedError(RuntimeError):
+    """Another live process writes this run."""
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """What one run folder holds; absent files read as empty."""
+
+    path: Path
+    config: dict
+    provenance: dict
+    status: dict
+    summary: dict
+    metrics: list[Row]
+    evaluations: list[Row]
+
+
+class RunRecord:
+    """The only writer of a run folder, held by a lock for the life of the process.
+
+    Raises:
+        RunOwnedError: another live process holds the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock_or_refuse(path)
+        self.incarnation = _claim(path)
+        self._files = {
+            name: _open_for_append(path / name) for name in ("metrics.jsonl", "evaluations.jsonl")
+        }
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints of this run lie."""
+        return self.path / "checkpoints"
+
+    def still_owned(self) -> bool:
+        """Whether no later incarnation has taken the run over."""
+        owner = read_json(self.path / "OWNER.json")
+        return owner.get("incarnation") == self.incarnation and owner.get("pid") == os.getpid()
+
+    def write_config(self, config: Mapping) -> None:
+        """Store the resolved RunConfig, once; a later start leaves the text as it is."""
+        if not (self.path / "config.yaml").exists():
+            text = yaml.safe_dump(dict(config), sort_keys=False)
+            write_atomically(self.path / "config.yaml", text)
+
+    def write_provenance(self, start: Mapping) -> None:
+        """Append what held at this start; top-level keys show the latest one."""
+        stored = read_json(self.path / "provenance.json")
+        starts = [*stored.get("starts", []), {"incarnation": self.incarnation, **start}]
+        write_json(self.path / "provenance.json", {**start, "starts": starts})
+
+    def append_metrics(self, row: Row) -> None:
+        """Add the row of one step."""
+        self._append("metrics.jsonl", row)
+
+    def append_evaluation(self, row: Row) -> None:
+        """Add the row of one evaluation set at one milestone."""
+        self._append("evaluations.jsonl", row)
+
+    def write_status(self, state: str, **facts: Scalar) -> None:
+        """Say where the run stands; `state` is running, stopped, failed, diverged or done."""
+        write_json(
+            self.path / "STATUS.json",
+            {"state": state, **facts, "incarnation": self.incarnation, "written": _now()},
+        )
+
+    def write_summary(self, summary: Mapping) -> None:
+        """Finish the run: nothing is added to it after this."""
+        self.sync()
+        write_json(self.path / "summary.json", dict(summary))
+
+    def sync(self) -> None:
+        """Bring every appended row to the disk."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Give the run back."""
+        self.sync()
+        for file in self._files.values():
+            file.close()
+        self._lock.close()
+
+    def _append(self, name: str, row: Row) -> None:
+        unknown = set(row) - EXACT_COLUMNS - MEASURED_COLUMNS
+        assert not unknown, f"undeclared columns in {name}: {sorted(unknown)}"
+        stored = {key: _finite(value) for key, value in row.items()}
+        self._files[name].write(
+            json.dumps({**stored, "incarnation": self.incarnation}, allow_nan=False) + "\n"
+        )
+        self._files[name].flush()
+
+
+def read_run(path: Path) -> StoredRun:
+    """Read a run folder: for each step (and evaluation set) the row of the latest incarnation."""
+    config_file = path / "config.yaml"
+    return StoredRun(
+        path=path,
+        config=yaml.safe_load(config_file.read_text()) if config_file.exists() else {},
+        provenance=read_json(path / "provenance.json"),
+        status=read_json(path / "STATUS.json"),
+        summary=read_json(path / "summary.json"),
+        metrics=_latest(read_rows(path / "metrics.jsonl"), ("step",)),
+        evaluations=_latest(
+            read_rows(path / "evaluations.jsonl"), ("step", "evaluation_set", "evaluation_id")
+        ),
+    )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every complete row of a JSON-lines file, in the order written; a torn last line is dropped.
+
+    Raises:
+        RuntimeError: a line that is not the last one cannot be read.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RuntimeError(
+                f"{path} line {number} is not a row: {error}; move the file away to go on without"
+            ) from error
+    return rows
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, or an empty one if there is no such file.
+
+    Raises:
+        RuntimeError: the file is there but holds no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise RuntimeError(f"{path} is not JSON: {error}; restore it or move it away") from error
+    if not isinstance(value, dict):
+        raise RuntimeError(f"{path} holds no JSON object; restore it or move it away")
+    return value
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """Replace a JSON file in one step that survives a crash.
+
+    Numbers of numpy and torch become plain ones, non-finite ones null, and what JSON does not know
+    becomes its text.
+    """
+    write_atomically(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a text file in one step: a reader sees the old one or the new one, whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        # Half a file must not keep a full disk full.
+        partial.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def open_record(path: Path) -> Iterator[RunRecord]:
+    """A RunRecord that is given back at the end."""
+    record = RunRecord(path)
+    try:
+        yield record
+    finally:
+        record.close()
+
+
+def _lock_or_refuse(path: Path) -> IO[str]:
+    lock = (path / "run.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        owner = read_json(path / "OWNER.json")
+        raise RunOwnedError(
+            f"run {path.name} is being written by process {owner.get('pid')} on "
+            f"{owner.get('host')}; wait for it, or stop it"
+        ) from None
+    return lock
+
+
+def _claim(path: Path) -> int:
+    incarnation = int(read_json(path / "OWNER.json").get("incarnation", 0)) + 1
+    owner = {
+        "incarnation": incarnation,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restarts": os.environ.get("SLURM_RESTART_COUNT"),
+        "claimed": _now(),
+    }
+    write_json(path / "OWNER.json", owner)
+    return incarnation
+
+
+def _boot_id() -> str:
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.exists() else ""
+
+
+def _open_for_append(path: Path) -> IO[str]:
+    """Open a row file after cutting off the line a crash left unfinished."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return path.open("a")
+
+
+def _latest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
+    newest: dict[tuple[Scalar, ...], tuple[int, Row]] = {}
+    for row in rows:
+        place = tuple(row.get(name) for name in key)
+        incarnation = int(row["incarnation"] or 0)
+        if place not in newest or incarnation >= newest[place][0]:
+            newest[place] = (incarnation, row)
+    # An evaluation that failed may lack its set or id, and None has no order.
+    ordered = sorted(newest, key=lambda place: (place[0], *map(str, place[1:])))
+    return [newest[place][1] for place in ordered]
+
+
+def _finite(value: Scalar) -> Scalar:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(value: object) -> object:
+    """A value as JSON holds it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bool | int | float | str | None):
+        return _finite(value)
+    item = getattr(value, "item", None)
+    return _plain(item()) if item else str(value)
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring a rename to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
