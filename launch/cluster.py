@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import submitit
+from submitit.core.utils import FailedJobError, UncompletedJobError
 
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
@@ -191,7 +192,7 @@ def _error_of(job: submitit.Job) -> str:
     """The last line of a job's error, or nothing."""
     try:
         job.results()
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError) as error:
+    except (UncompletedJobError, FailedJobError) as error:
         return str(error).strip().splitlines()[-1][:400]
     return ""
 

@@ -11,12 +11,16 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import submitit
 
 from launch.journal import Journal
 from launch.standing import Standing, standing_of
 from sweeps.grammar import Experiment
+
+if TYPE_CHECKING:
+    from trainer.session import Lineage
 
 WATCH_SECONDS = 0.5
 
@@ -102,7 +106,7 @@ class TrainJob:
                 folder = self.sweep / experiment.folder_name
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
-    def _train_one(self, experiment: Experiment, folder: Path, lineage: object) -> bool:
+    def _train_one(self, experiment: Experiment, folder: Path, lineage: "Lineage") -> bool:
         """Train one run; a Python error ends this run alone and is told in the journal."""
         from trainer.train import train
 

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import yaml
-from data_pipelines.build import build_dataset
 from rich.console import Console
 
 from analysis.report import write_report
 from launch.cluster import available_slots, run_units
+from launch.data import build_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.plan import Plan, duration, ladder_table, make_plan, plan_table
@@ -65,7 +65,8 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     _print_plan(plan, todo, standings, console)
     if arguments.plan or arguments.status:
         return int(ExitCode.DONE)
-    root_hash = _build_data(sweep, console)
+    data_root = Path(sweep.experiments[0].execution.data_root)
+    root_hash = build_data(sweep.corpora.dataset, data_root, console)
     for name, standing in standings.items():
         if standing in (Standing.DONE, Standing.DIVERGED):
             require_same_data(folder / name, root_hash)
@@ -138,18 +139,6 @@ def _print_plan(
         f"roughly {duration(seconds / workers)} on {workers} workers",
         highlight=False,
     )
-
-
-def _build_data(sweep: Sweep, console: Console) -> str:
-    execution = sweep.experiments[0].execution
-    with console.status("building data") as status:
-
-        def report(stage: str, share: float) -> None:
-            status.update(f"building data: {stage} {share:.0%}")
-
-        root = Path(execution.data_root)
-        manifest = build_dataset(sweep.corpora.dataset, root, report=report)
-    return manifest.root_hash
 
 
 def _write_sweep(plan: Plan, folder: Path) -> None:

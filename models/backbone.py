@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from models.channel import ChannelConfig
-from models.layers import Embedding, Linear, RMSNorm
+from models.layers import Drawn, Embedding, Linear, RMSNorm
 from models.mixer import MixerConfig
 from models.sequence import ContinuedSequence, DecodingState, WholeSequence
 
@@ -149,8 +149,8 @@ def initialise(backbone: Backbone, seed: int) -> None:
     with torch.no_grad():
         for path, module in backbone.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                generator = _generator(seed, f"{path}.{name}")
-                parameter.copy_(module.draw(name, generator))
+                assert isinstance(module, Drawn), f"{path} does not say how {name} starts"
+                parameter.copy_(module.draw(name, _generator(seed, f"{path}.{name}")))
 
 
 def undecayed(backbone: Backbone) -> set[str]:

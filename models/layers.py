@@ -1,15 +1,24 @@
 """Layers that two mixers or more use, each of which knows its own initial values."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from kernels.causal_conv import causal_conv
 from torch import Tensor, nn
 
+from kernels.causal_conv import causal_conv
 from models.sequence import WholeSequence
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """A module that knows the initial values of the parameters it holds itself."""
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial values of a parameter."""
+        ...
 
 
 class Linear(nn.Linear):

@@ -336,7 +336,7 @@ def _experiments(
                 "schedule",
             ),
             budget=BudgetConfig(tokens),
-            precision=_precision(ladder.precision),
+            precision=resolve_precision(ladder.precision),
             seed=cell["seed"],
         )
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
@@ -396,7 +396,8 @@ def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
         yield max(1, round(tokens / batch)) * batch
 
 
-def _precision(asked: str) -> Any:  # noqa: ANN401
+def resolve_precision(asked: str) -> Any:  # noqa: ANN401
+    """What `auto` means on this machine: bf16 on a GPU, fp32 elsewhere."""
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() else "fp32"

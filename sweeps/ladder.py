@@ -111,8 +111,9 @@ def fit_architecture(
     error = sizing.count(best) / target - 1
     if abs(error) > tolerance:
         raise ConfigError(
-            f"rung {rung.name} asks for {target} parameters within {tolerance:.0%}, but the closest {name} has "
-            f"{sizing.count(best)}; choose another rung or leave the architecture out"
+            f"rung {rung.name} asks for {target} parameters within {tolerance:.0%}, but "
+            f"the closest {name} has {sizing.count(best)}; choose another "
+            "rung or leave the architecture out"
         )
     return Fitted(sizing.backbone(best), sizing.count(best), error)
 

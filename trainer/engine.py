@@ -3,17 +3,19 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from data_pipelines.batch import Batch
-from kernels.runtime import use_extension_cache
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipelines.batch import Batch
+from kernels.runtime import use_extension_cache
+from kernels.runtime import warm as warm_kernels
 from models.backbone import Backbone
 from models.sequence import WholeSequence
 from trainer.config import ExecutionConfig, RunConfig
@@ -98,11 +100,31 @@ class Engine:
             yield
 
     def save(self, folder: Path) -> None:
-        """Write this rank's state into a folder; all ranks call it."""
+        """Write this rank's state into a folder; all ranks call it.
+
+        An error of one rank is raised after DeepSpeed's own barrier, where its peers wait for it.
+        """
         weights = self.weights()
+        failed: list[Exception] = []
+
+        def try_to(write: Callable[[], object]) -> None:
+            try:
+                write()
+            except (OSError, RuntimeError, SafetensorError) as error:
+                failed.append(error)
+
         if self.ranks.rank == 0:
-            save_file(weights, folder / MODEL_FILE)
-        self._engine.save_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG, save_latest=False)
+            try_to(lambda: save_file(weights, folder / MODEL_FILE))
+        disk = self._engine.checkpoint_engine
+        write = disk.save
+        disk.save = lambda state, path: try_to(lambda: write(state, path))
+        try:
+            place = str(folder / STATE_FOLDER)
+            self._engine.save_checkpoint(place, tag=STATE_TAG, save_latest=False)
+        finally:
+            disk.save = write
+        if failed:
+            raise failed[0]
 
     def load(self, folder: Path) -> None:
         """Take back the state that `save` wrote; all ranks call it.
@@ -152,7 +174,9 @@ class Engine:
         norm = float(torch.nn.utils.get_total_norm(gradients))
         finite = math.isfinite(norm)
         if finite and norm > self._clip:
-            torch._foreach_mul_(gradients, self._clip / (norm + 1e-6))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.backbone.parameters(), self._clip, torch.tensor(norm)
+            )
         self._engine.optimizer.idle = not finite
         self._engine.step()
         return norm, not finite
@@ -185,6 +209,23 @@ def prepare_process(execution: ExecutionConfig) -> None:
     torch.use_deterministic_algorithms(device == "cpu")
 
 
+def warm() -> None:
+    """Build now what the first run would otherwise build: kernels, and DeepSpeed's helper."""
+    prepare_process(ExecutionConfig(device="cpu"))
+    warm_kernels()
+    join_ranks("cpu", 1)
+    _deepspeed().init_distributed(dist_init_required=False)
+
+
+def _deepspeed() -> Any:  # noqa: ANN401
+    """DeepSpeed, imported late: it takes seconds, and decides on the accelerator at once."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    return deepspeed
+
+
 def _micro_batch(config: RunConfig, execution: ExecutionConfig) -> int:
     if config.batch_sequences % execution.ranks:
         raise ValueError(
@@ -204,10 +245,7 @@ def _micro_batch(config: RunConfig, execution: ExecutionConfig) -> int:
 def _initialize(
     backbone: Backbone, config: RunConfig, execution: ExecutionConfig, micro: int
 ) -> Any:  # noqa: ANN401
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel("WARNING")
+    deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
     engine, _, _, _ = deepspeed.initialize(
         model=backbone,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from trainer.checkpoint import DistributedGroup, RankGroup, SoloGroup
 
@@ -41,7 +42,9 @@ class Ranks:
         """A group of the same processes for the checkpoint protocol alone; all ranks call it."""
         if self.ranks == 1:
             return SoloGroup()
-        return DistributedGroup(dist.new_group(backend="gloo", timeout=TIMEOUT))
+        group = dist.new_group(backend="gloo", timeout=2 * TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup)
+        return DistributedGroup(group)
 
     def _sum(self, values: torch.Tensor) -> list:
         if self.ranks > 1:
@@ -71,6 +74,6 @@ def join_ranks(device: str, expected: int) -> Ranks:
         os.environ.setdefault(name, str(value))
     if not dist.is_initialized():
         backend = "nccl" if device == "cuda" else "gloo"
-        store = dist.HashStore() if ranks == 1 else None
+        store = HashStore() if ranks == 1 else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     return Ranks(rank, ranks, local_rank)

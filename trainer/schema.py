@@ -92,11 +92,11 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        fits = isinstance(value, Mapping) and isinstance(below, Mapping)
-        if fits and value.get("kind", below.get("kind")) == below.get("kind"):
+        merged[key] = value
+        if not isinstance(value, Mapping) or not isinstance(below, Mapping):
+            continue
+        if value.get("kind", below.get("kind")) == below.get("kind"):
             merged[key] = merge(below, value)
-        else:
-            merged[key] = value
     return merged
 
 
@@ -130,18 +130,17 @@ def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
 
 def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     given = dict(_renamed(_mapping(data, path), path))
-    given.pop("kind", None) if hasattr(kind, "kind") else None
     fields = {field.name: field for field in dataclasses.fields(kind)}
+    if "kind" not in fields and hasattr(kind, "kind"):
+        given.pop("kind", None)
     hints = typing.get_type_hints(kind)
     where = f"{path}." if path else ""
     for key in given:
         if key not in fields:
             raise ConfigError(f"unknown key {where}{key}; {suggest(str(key), list(fields))}")
     for name, field in fields.items():
-        optional = dataclasses.MISSING not in (field.default,) or (
-            field.default_factory is not dataclasses.MISSING
-        )
-        if name not in given and not optional:
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if name not in given and required:
             raise ConfigError(f"{where}{name} is missing; it has no default, give it a value")
     values = {name: _load(hints[name], value, f"{where}{name}") for name, value in given.items()}
     try:

@@ -9,10 +9,9 @@ from typing import Literal
 
 from data_pipelines.build import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
-
 from models.accounting import Account, account
 from models.backbone import build_backbone
-from trainer.checkpoint import Draft, Found, SaveFailure, collect, inspect, newest, publish
+from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
 from trainer.config import (
     EvaluationConfig,
     ExecutionConfig,
@@ -24,7 +23,7 @@ from trainer.config import (
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import Evaluator
 from trainer.machine import gemm_peak_flops, memory_bytes, provenance
-from trainer.manifest import CheckpointError
+from trainer.manifest import CheckpointError, Found, inspect
 from trainer.optimizer import decay_begins
 from trainer.preemption import Heartbeat
 from trainer.record import Row, RunRecord, read_run
@@ -264,8 +263,12 @@ class Session:
             self._tracker = Tracker(self.folder.name, self.folder, dump(self.config))
 
     def _find_fork(self, trunk: Path) -> Found | None:
+        """Rank 0 looks and decides for all: a live trunk may collect folders meanwhile."""
         fork = decay_begins(self.config)
-        return inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
+        found = None
+        if self._group.rank == 0:
+            found = inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
+        return self._group.gather(found)[0]
 
     def _refuse_rows_without_checkpoint(self) -> None:
         rows = read_run(self.folder).metrics if self.record is not None else []

@@ -1,0 +1,75 @@
+"""Make sure that a dataset is there, in a process of its own: its builder loads slow libraries."""
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from rich.console import Console
+
+from data_pipelines.config import DatasetConfig
+from data_pipelines.manifest import MANIFEST, read_manifest
+from trainer.preemption import ExitCode
+from trainer.schema import dump, load
+
+
+class DataError(RuntimeError):
+    """A dataset cannot be built or is not what it must be."""
+
+    exit_code = ExitCode.BAD_DATA
+
+
+def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
+    """Build a dataset unless it is there; returns its root hash.
+
+    Raises:
+        DataError: it cannot be built, or another config made what is there.
+    """
+    folder = root / config.name
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder)
+        if manifest.config == dump(config):
+            return manifest.root_hash
+    console.print(f"building data in {folder}, once", highlight=False)
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    child = multiprocessing.get_context("spawn").Process(
+        target=_build, args=(dump(config), root, theirs)
+    )
+    child.start()
+    theirs.close()
+    try:
+        return _follow(ours, console)
+    finally:
+        child.join()
+
+
+def _follow(pipe: Connection, console: Console) -> str:
+    with console.status("building data") as status:
+        while True:
+            try:
+                kind, text = pipe.recv()
+            except EOFError:
+                raise DataError(
+                    "the process that builds data was ended from outside; "
+                    "give the same command again, it goes on where it stood"
+                ) from None
+            if kind == "error":
+                raise DataError(text)
+            if kind == "done":
+                return text
+            status.update(f"building data: {text}")
+
+
+def _build(plain: Mapping, root: Path, pipe: Connection) -> None:
+    from data_pipelines.build import build_dataset
+
+    def report(stage: str, share: float) -> None:
+        pipe.send(("progress", f"{stage} {share:.0%}"))
+
+    try:
+        manifest = build_dataset(load(DatasetConfig, plain), root, report=report)
+    except (RuntimeError, ValueError, OSError) as error:
+        pipe.send(("error", str(error)))
+    else:
+        pipe.send(("done", manifest.root_hash))
+    pipe.close()

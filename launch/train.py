@@ -1,0 +1,145 @@
+"""The command: one run from one YAML, here and now.
+
+python launch/train.py sweeps/single.yaml [key=value ...]
+"""
+
+import argparse
+import sys
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from data_pipelines.config import DatasetConfig
+from launch.cluster import run_units
+from launch.data import build_data
+from launch.job import TrainJob, Unit
+from launch.journal import Journal
+from launch.standing import Standing, standing_of
+from sweeps.grammar import Experiment, LauncherConfig, resolve_precision
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
+from trainer.preemption import ExitCode
+from trainer.record import read_json, read_run
+from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
+
+LINE_SECONDS = 2.0
+EXAMPLES = """
+examples:
+  python launch/train.py sweeps/single.yaml
+  python launch/train.py sweeps/single.yaml budget.tokens=40960 optimizer.learning_rate=0.02
+  python launch/train.py sweeps/single.yaml execution.ranks=2 execution.threads=1
+  python launch/train.py runs/scaling/<id>/config.yaml --runs /tmp/again     any recorded run"""
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parse(words)
+    console = Console()
+    try:
+        return _train(arguments, console)
+    except (ConfigError, RuntimeError, OSError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+    except KeyboardInterrupt:
+        console.print("\nstopped; the same command goes on from here")
+        return int(ExitCode.INTERRUPTED)
+
+
+def _train(arguments: argparse.Namespace, console: Console) -> int:
+    experiment = read_experiment(arguments.run, arguments.override)
+    runs = Path(arguments.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    folder = runs / experiment.folder_name
+    plain = read_yaml(arguments.run).get("dataset")
+    if plain is not None:
+        dataset = load(DatasetConfig, plain, "dataset")
+        build_data(dataset, Path(experiment.execution.data_root), console)
+    unit = Unit(experiment.folder_name, (experiment,))
+    console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
+    with _Ticker(folder, console):
+        if experiment.execution.ranks == 1:
+            TrainJob(runs, (unit,), None).run()
+        else:
+            run_units([unit], LauncherConfig(), runs, lambda: None)
+    return _conclude(experiment, folder, console)
+
+
+def read_experiment(path: Path, overrides: list[str]) -> Experiment:
+    """The run that a YAML and overrides describe.
+
+    Raises:
+        ConfigError: they describe none.
+    """
+    plain = merge(read_yaml(path), read_overrides(overrides))
+    execution = plain.pop("execution", {})
+    evaluation = plain.pop("evaluation", {})
+    plain.pop("dataset", None)
+    plain["precision"] = resolve_precision(str(plain.get("precision", "auto")))
+    try:
+        return Experiment(
+            load(RunConfig, plain),
+            load(ExecutionConfig, execution, "execution"),
+            load(EvaluationConfig, evaluation, "evaluation"),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
+    if standing_of(experiment, folder) is not Standing.DONE:
+        failures = Journal(folder.parent).failures(0.0)
+        reason = failures.get(folder.name) or read_json(folder / "STATUS.json").get("message")
+        console.print(f"[red]not complete:[/red] {reason}", highlight=False, soft_wrap=True)
+        return 1
+    stored = read_run(folder)
+    for row in stored.evaluations:
+        nats = float(row["total_nats"]) / float(row["targets"])  # type: ignore[arg-type]
+        console.print(
+            f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats a token, "
+            f"{float(row['bits_per_byte']):.4f} bits a byte",  # type: ignore[arg-type]
+            highlight=False,
+        )
+    return int(ExitCode.DONE)
+
+
+class _Ticker:
+    """Prints where the run is, every few seconds."""
+
+    def __init__(self, folder: Path, console: Console) -> None:
+        self._folder, self._console = folder, console
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _tick(self) -> None:
+        while not self._ended.wait(LINE_SECONDS):
+            status = read_json(self._folder / "STATUS.json")
+            if status.get("state") == "running":
+                self._console.print(
+                    f"step {status['step']}/{status['steps']}  loss {status['loss_nats']:.3f}  "
+                    f"{status['tokens_per_second'] / 1e3:.0f} k tokens/s",
+                    highlight=False,
+                )
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/train.py",
+        description="Train one run from one YAML, here and now.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run's YAML, such as sweeps/single.yaml")
+    parser.add_argument("override", nargs="*", help="key=value, laid over the YAML")
+    parser.add_argument("--runs", default="runs/single", help="where the record goes")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
