@@ -201,7 +201,10 @@ def _submit(executor: submitit.Executor, job: TrainJob, shape: Shape) -> Submiss
     journal = Journal(job.sweep)
     names = ",".join(unit.name for unit in job.units)
     journal.write("intent", units=names)
+    # It says where the cluster is, not in which job we are, but is cleaned away with the rest.
+    cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env():
+        os.environ.update(cluster)
         submitted = executor.submit(job)
     journal.write("submitted", units=names, job=submitted.job_id)
     return Submission(submitted, shape, job.units)

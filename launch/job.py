@@ -9,7 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,11 +59,13 @@ class TrainJob:
         sweep: folder of the sweep.
         units: longest first; every local worker is handed all of them and claims the next free one.
         launcher: process id of a local launcher, with which the job ends; None on a cluster.
+        begun: when the launcher made the job; a run that failed since is not tried again by it.
     """
 
     sweep: Path
     units: tuple[Unit, ...]
     launcher: int | None
+    begun: float = field(default_factory=time.time)
 
     def __call__(self) -> None:
         """Train what is missing; called on every rank."""
@@ -111,6 +113,8 @@ class TrainJob:
         from trainer.train import train
 
         journal, first = Journal(self.sweep), os.environ.get("RANK", "0") == "0"
+        if folder.name in journal.failures(self.begun):
+            return False
         begin = time.monotonic()
         try:
             outcome = train(

@@ -30,12 +30,13 @@ class Journal:
         return read_rows(self._file)
 
     def failures(self, since: float) -> dict[str, str]:
-        """The last error of each run that failed after a moment and has not ended well since."""
+        """The first error of each run that failed after a moment and has not ended well since."""
         failed: dict[str, str] = {}
         for row in self.rows():
             name = str(row.get("run", ""))
             if row["event"] == "failed" and float(row["written"]) >= since:  # type: ignore[arg-type]
-                failed[name] = str(row.get("error"))
+                # The first error is the cause; peers that lost a rank complain after it.
+                failed.setdefault(name, str(row.get("error")))
             elif row["event"] == "ended":
                 failed.pop(name, None)
         return failed

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from analysis.report import write_report
 from launch.cluster import available_slots, run_units
@@ -50,7 +51,7 @@ def main(words: list[str]) -> int:
         sweep = read_sweep_file(arguments.sweep, arguments.override)
         return _run(sweep, arguments, console)
     except (ConfigError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on from here")
@@ -75,7 +76,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     if todo:
         _train(plan, todo, folder, console)
     report = write_report(folder)
-    console.print(report.text(), highlight=False, soft_wrap=True)
+    console.print(escape(report.text()), highlight=False, soft_wrap=True)
     return _conclude(sweep, folder, begin, console)
 
 
@@ -101,10 +102,11 @@ def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None
 def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int:
     journal = Journal(folder)
     for name, error in journal.failures(begin).items():
-        console.print(f"[red]failed:[/red] {folder / name}: {error}", highlight=False)
+        console.print(f"[red]failed:[/red] {folder / name}: {escape(error)}", highlight=False)
     for row in journal.rows():
         if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
-            console.print(f"[red]job {row['job']} failed:[/red] {row['error']}", highlight=False)
+            error = escape(str(row["error"]))
+            console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
     standings = [standing_of(e, folder / e.folder_name) for e in sweep.experiments]
     finished = sum(s in (Standing.DONE, Standing.DIVERGED) for s in standings)
     if finished < len(standings):

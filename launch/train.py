@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from data_pipelines.config import DatasetConfig
 from launch.cluster import run_units
@@ -38,7 +39,7 @@ def main(words: list[str]) -> int:
     try:
         return _train(arguments, console)
     except (ConfigError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
         console.print("\nstopped; the same command goes on from here")
@@ -89,7 +90,9 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
     if standing_of(experiment, folder) is not Standing.DONE:
         failures = Journal(folder.parent).failures(0.0)
         reason = failures.get(folder.name) or read_json(folder / "STATUS.json").get("message")
-        console.print(f"[red]not complete:[/red] {reason}", highlight=False, soft_wrap=True)
+        console.print(
+            f"[red]not complete:[/red] {escape(str(reason))}", highlight=False, soft_wrap=True
+        )
         return 1
     stored = read_run(folder)
     for row in stored.evaluations:

@@ -117,7 +117,11 @@ class Engine:
             try_to(lambda: save_file(weights, folder / MODEL_FILE))
         disk = self._engine.checkpoint_engine
         write = disk.save
-        disk.save = lambda state, path: try_to(lambda: write(state, path))
+
+        def guarded(state_dict: object, path: str) -> None:
+            try_to(lambda: write(state_dict, path))
+
+        disk.save = guarded
         try:
             place = str(folder / STATE_FOLDER)
             self._engine.save_checkpoint(place, tag=STATE_TAG, save_latest=False)
