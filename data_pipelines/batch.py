@@ -1,0 +1,102 @@
+"""A batch of training sequences, and the 64-bit mixing that gives samples their ids."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+IGNORED = -100
+"""Target of a position whose next token belongs to another document."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with their next tokens and documents.
+
+    Attributes:
+        tokens: ids.
+        targets: the next token of the same document, `IGNORED` where there is none.
+        documents: document of each token, counted from 0 in each sequence.
+        samples: id of each sequence (B,), the same wherever and whenever it is read.
+    """
+
+    tokens: Int[Tensor, "B L"]
+    targets: Int[Tensor, "B L"]
+    documents: Int[Tensor, "B L"]
+    samples: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def split(self, sequences: int) -> Iterator["Batch"]:
+        """Consecutive parts of that many sequences; the last one may have fewer."""
+        for begin in range(0, len(self), sequences):
+            part = slice(begin, begin + sequences)
+            yield Batch(
+                self.tokens[part], self.targets[part], self.documents[part], self.samples[part]
+            )
+
+
+def cut_blocks(
+    tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray, seq_len: int
+) -> Batch:
+    """Cut blocks of T + 1 tokens into the T / seq_len sequences of each, in order.
+
+    Args:
+        tokens: (blocks, T + 1); the last token is the target of the one before it.
+        documents: (blocks, T + 1), rising within a block.
+        samples: id of each block.
+        seq_len: a divisor of T.
+    """
+    length = tokens.shape[1] - 1
+    pieces = length // seq_len
+    inputs, following = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+    targets = np.where(documents[:, 1:] == documents[:, :-1], following, IGNORED)
+    local = documents[:, :-1].astype(np.int32).reshape(-1, seq_len)
+    ids = mix(np.repeat(samples, pieces), np.tile(np.arange(pieces), len(samples)))
+    return Batch(
+        torch.from_numpy(inputs.reshape(-1, seq_len)),
+        torch.from_numpy(targets.reshape(-1, seq_len)),
+        torch.from_numpy(local - local[:, :1]),
+        ids,
+    )
+
+
+def join_batches(batches: list[Batch]) -> Batch:
+    """One batch with the sequences of all."""
+    return Batch(
+        torch.cat([b.tokens for b in batches]),
+        torch.cat([b.targets for b in batches]),
+        torch.cat([b.documents for b in batches]),
+        np.concatenate([b.samples for b in batches]),
+    )
+
+
+def target_bytes(batch: Batch, byte_lengths: np.ndarray) -> int:
+    """UTF-8 bytes that the targets of a batch stand for."""
+    targets = batch.targets.numpy()
+    return int(byte_lengths[targets[targets != IGNORED]].sum())
+
+
+def mix(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
+    """Hash two 64-bit numbers into one, elementwise (the finalizer of splitmix64, twice)."""
+    return _finalize(_finalize(_unsigned(left)) ^ _unsigned(right))
+
+
+def _finalize(value: np.ndarray) -> np.ndarray:
+    value = value + _GOLDEN
+    value = (value ^ (value >> np.uint64(30))) * _FIRST
+    value = (value ^ (value >> np.uint64(27))) * _SECOND
+    return value ^ (value >> np.uint64(31))
+
+
+def _unsigned(value: np.ndarray | int) -> np.ndarray:
+    # One-dimensional: numpy warns of overflow for scalars, and wraps silently for arrays.
+    return np.atleast_1d(np.asarray(value)).astype(np.uint64)

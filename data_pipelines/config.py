@@ -1,0 +1,191 @@
+"""What a dataset is built from and what a run reads of it; free of torch and of machine paths."""
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What names of datasets and domains look like, since they become folder names."""
+
+SHARE_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens.
+
+    Attributes:
+        kind: `bytes` (257 ids), `bpe` (trained on the dataset) or `file` (a saved tokenizer).
+        path: for `file`, the tokenizers JSON, relative to where the dataset is built.
+        vocab_size: ids in all, the special one included; `bytes` always has 257.
+    """
+
+    # A default factory leaves no class attribute, which config loaders take for a fixed kind.
+    kind: Literal["bytes", "bpe", "file"] = field(default_factory=lambda: "bytes")
+    path: str | None = None
+    vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bytes", "bpe", "file"):
+            raise ValueError(f"tokenizer.kind {self.kind!r} is unknown; choose bytes, bpe or file")
+        if (self.path is not None) != (self.kind == "file"):
+            raise ValueError(
+                f"tokenizer.path is {self.path!r} with kind {self.kind}; "
+                "a path goes with kind file, and only with it"
+            )
+        if self.kind == "bytes" and self.vocab_size not in (None, 257):
+            raise ValueError(
+                f"tokenizer.vocab_size is {self.vocab_size}, but kind bytes has 257 ids; "
+                "leave it out or choose kind bpe"
+            )
+        if self.kind != "bytes" and (self.vocab_size is None or self.vocab_size < 258):
+            raise ValueError(
+                f"tokenizer.vocab_size is {self.vocab_size} with kind {self.kind}, which needs "
+                "256 bytes, a special id and more; give at least 258"
+            )
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where documents come from.
+
+    Attributes:
+        kind: `installed` (text this environment holds), `jsonl` (Pile format, .jsonl or
+            .jsonl.zst) or `text_folder` (one sub-folder a domain).
+        paths: files or folders; none for `installed`.
+    """
+
+    kind: Literal["installed", "jsonl", "text_folder"]
+    paths: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("installed", "jsonl", "text_folder"):
+            raise ValueError(
+                f"source.kind {self.kind!r} is unknown; choose installed, jsonl or text_folder"
+            )
+        if bool(self.paths) == (self.kind == "installed"):
+            raise ValueError(
+                f"source.paths is {list(self.paths)} with kind {self.kind}; "
+                "give paths for jsonl and text_folder, none for installed"
+            )
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """What the builder builds.
+
+    Attributes:
+        block_tokens: tokens of a packed block; contexts are cut from blocks.
+        domain_bytes: most UTF-8 bytes of documents taken of a domain; None for all.
+        validation_fraction: share of documents held out, chosen by their hash.
+        seed: of the split and of the order of documents.
+    """
+
+    name: str
+    source: SourceConfig
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    block_tokens: int = 512
+    domain_bytes: int | None = 16_000_000
+    validation_fraction: float = 0.02
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        _require_name("dataset.name", self.name)
+        if not 2 <= self.block_tokens <= 1 << 24:
+            raise ValueError(
+                f"dataset.block_tokens {self.block_tokens} is no block; choose 2 to {1 << 24}"
+            )
+        if self.domain_bytes is not None and self.domain_bytes < 1:
+            raise ValueError(
+                f"dataset.domain_bytes {self.domain_bytes} leaves nothing; give a positive number"
+            )
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"dataset.validation_fraction {self.validation_fraction} leaves one side empty; "
+                "choose between 0 and 1, such as 0.02"
+            )
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"dataset.seed {self.seed} is out of range; choose 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run reads: a corpus, mixed from the domains of one dataset.
+
+    Attributes:
+        name: of the corpus.
+        dataset: name of the dataset it is mixed from.
+        domains: share of each domain in every epoch; they sum to 1.
+        seq_len: tokens of a training sequence.
+        block_tokens: of the dataset.
+        unique_bytes: UTF-8 bytes of different text, over all domains by their shares; a smaller
+            corpus is contained in a larger one. None for all there is.
+        epoch_blocks: blocks after which the order starts anew.
+        shuffle_seed: of the order of blocks.
+        num_canonical_nodes: part of the order's definition, whatever the number of machines.
+    """
+
+    name: str
+    dataset: str
+    tokenizer: TokenizerConfig
+    domains: dict[str, float]
+    seq_len: int
+    block_tokens: int
+    epoch_blocks: int
+    unique_bytes: int | None = None
+    shuffle_seed: int = 17
+    num_canonical_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        _require_name("corpus.dataset", self.dataset)
+        self._require_shares()
+        if self.seq_len > self.block_tokens:
+            raise ValueError(
+                f"corpus.seq_len {self.seq_len} is longer than block_tokens {self.block_tokens}; "
+                "build the dataset with longer blocks"
+            )
+        if self.seq_len < 1 or self.block_tokens % self.seq_len:
+            raise ValueError(
+                f"corpus.seq_len {self.seq_len} does not divide block_tokens "
+                f"{self.block_tokens}; choose a divisor"
+            )
+        for key in ("epoch_blocks", "num_canonical_nodes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"corpus.{key} {getattr(self, key)} is below 1; raise it")
+        if self.epoch_blocks % self.num_canonical_nodes:
+            raise ValueError(
+                f"corpus.num_canonical_nodes {self.num_canonical_nodes} does not divide "
+                f"epoch_blocks {self.epoch_blocks}; choose a divisor"
+            )
+        if self.unique_bytes is not None and self.unique_bytes < 1:
+            raise ValueError(
+                f"corpus.unique_bytes {self.unique_bytes} leaves nothing; give a positive number"
+            )
+        if not 0 <= self.shuffle_seed < 1 << 31:
+            raise ValueError(
+                f"corpus.shuffle_seed {self.shuffle_seed} is out of range; choose 0 to 2^31 - 1"
+            )
+
+    @property
+    def pieces(self) -> int:
+        """Sequences cut from one block."""
+        return self.block_tokens // self.seq_len
+
+    def _require_shares(self) -> None:
+        for domain, share in self.domains.items():
+            _require_name("a key of corpus.domains", domain)
+            if not 0 < share <= 1:
+                raise ValueError(
+                    f"corpus.domains.{domain} is {share}, no share of a whole; "
+                    "choose above 0 and at most 1, or leave the domain out"
+                )
+        total = sum(self.domains.values())
+        if abs(total - 1) > SHARE_TOLERANCE:
+            raise ValueError(f"corpus.domains sum to {total:.6g}; make the shares sum to 1")
+
+
+def _require_name(key: str, name: str) -> None:
+    if not NAME.fullmatch(name):
+        raise ValueError(
+            f"{key} {name!r} cannot be a folder; use letters, digits, dot, dash and underscore"
+        )

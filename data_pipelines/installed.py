@@ -1,0 +1,280 @@
+"""The embedded corpus: Python, C++ and technical prose that any installed environment holds.
+
+Python is the source of the standard library and of the packages named in requirements.lock, with
+the docstrings taken out; prose is those docstrings and the packages' descriptions; C++ is the
+headers and sources that packages ship. Files come in the order of a hash of their name inside
+their package, until each domain has its bytes; so the result follows from the lock file and the
+version of Python alone.
+"""
+
+import hashlib
+import itertools
+import json
+import platform
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+
+import zstandard
+
+from data_pipelines.extract import (
+    Chunk,
+    Piece,
+    SourceFile,
+    is_worth_reading,
+    make_piece,
+    read_chunk,
+)
+from data_pipelines.sources import SOURCE, Document, write_jsonl_line
+from data_pipelines.workers import Workers
+
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+OWN = "crossladder"
+STANDARD_LIBRARY = "python"
+
+ORIGIN_SHARE = {"python": 0.15, "cpp": 0.3, "prose": 0.15}
+"""Most of a domain's bytes that one package (for C++, one folder of a package) may give."""
+
+PYTHON_SUFFIXES = frozenset([".py"])
+CPP_SUFFIXES = frozenset([".h", ".hpp", ".hh", ".cuh", ".cu", ".cpp", ".cc", ".cxx", ".inl"])
+
+_LOCKED = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)")
+_SKIPPED = re.compile(
+    r"(^|/)(__pycache__|site-packages|tests?|testing|_vendor|vendored|idle_test|lib2to3)/"
+    r"|_sysconfigdata|(^|/)\.\.(/|$)|^/"
+)
+CHUNK = 48
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What the environment is made of, as far as the corpus depends on it.
+
+    Attributes:
+        packages: name -> version of what is read.
+        deviations: where the environment is not what the lock file says.
+    """
+
+    python: str
+    packages: dict[str, str]
+    deviations: tuple[str, ...]
+    distributions: tuple[Distribution, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Yield:
+    """What a domain came to."""
+
+    documents: int
+    utf8_bytes: int
+    duplicates: int
+    full: bool
+
+
+def survey(lock: Path) -> Installed:
+    """Compare the environment with the lock file.
+
+    Raises:
+        RuntimeError: there is no lock file.
+    """
+    if not lock.is_file():
+        raise RuntimeError(
+            f"{lock} is not there, and the embedded corpus is made of the packages it names; "
+            "restore it, or write one with: pip freeze --exclude-editable > requirements.lock"
+        )
+    lines = (_LOCKED.match(line) for line in lock.read_text().splitlines())
+    pinned = {_normal(line[1]): line[2] for line in lines if line}
+    wanted = {name: version for name, version in pinned.items() if name != OWN}
+    found = {_normal(d.name): d for d in distributions() if d.name}
+    deviations = []
+    for name, version in sorted(wanted.items()):
+        if name not in found:
+            deviations.append(f"{name}=={version} is not installed")
+        elif found[name].version.partition("+")[0] != version.partition("+")[0]:
+            deviations.append(f"{name} is {found[name].version}, not {version}")
+    present = sorted(name for name in wanted if name in found)
+    return Installed(
+        platform.python_version(),
+        {name: found[name].version for name in present},
+        tuple(deviations),
+        tuple(found[name] for name in present),
+    )
+
+
+def write_raw(
+    installed: Installed,
+    cap: int | None,
+    folder: Path,
+    workers: Workers,
+    report: Callable[[float], None],
+) -> None:
+    """Write `<domain>.jsonl.zst` for each domain, up to `cap` bytes, and what they came to.
+
+    Raises:
+        RuntimeError: a domain is empty.
+    """
+    writers = {domain: _RawWriter(folder / f"{domain}.jsonl.zst") for domain in ORIGIN_SHARE}
+    try:
+        found = collect(installed, cap, workers, lambda piece: writers[piece.domain](piece), report)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    for domain, came in found.items():
+        if not came.documents:
+            raise RuntimeError(
+                f"domain {domain} of the embedded corpus is empty in this environment; "
+                f"install the packages of {LOCK}, or raise dataset.domain_bytes"
+            )
+    facts = {
+        "python": installed.python,
+        "packages": installed.packages,
+        "deviations_from_lock": installed.deviations,
+        "domains": {domain: asdict(came) for domain, came in found.items()},
+        "below_domain_bytes": sorted(d for d, came in found.items() if cap and not came.full),
+    }
+    (folder / SOURCE).write_text(json.dumps(facts))
+
+
+def collect(
+    installed: Installed,
+    cap: int | None,
+    workers: Workers,
+    write: Callable[[Piece], None],
+    report: Callable[[float], None],
+) -> dict[str, Yield]:
+    """Hand the documents of all domains to `write`, each domain up to `cap` bytes.
+
+    Returns:
+        what each domain came to.
+    """
+    gathered = {domain: _Gathered(domain, cap) for domain in ORIGIN_SHARE}
+    sources = _files(installed)
+    for suffixes, domains in ((CPP_SUFFIXES, ["cpp"]), (PYTHON_SUFFIXES, ["python", "prose"])):
+        mine = [file for file in sources if Path(file.name).suffix in suffixes]
+        if "prose" in domains:
+            for piece in _descriptions(installed):
+                _offer(gathered["prose"], piece, write)
+        chunks = _chunks(mine, [gathered[domain] for domain in domains])
+        for pieces in workers.map(read_chunk, chunks):
+            for piece in pieces:
+                _offer(gathered[piece.domain], piece, write)
+            report(sum(g.share() for g in gathered.values()) / len(gathered))
+    return {domain: g.result() for domain, g in gathered.items()}
+
+
+class _RawWriter:
+    """One file in the Pile's format."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._stream = zstandard.ZstdCompressor(level=3).stream_writer(self._file)
+
+    def __call__(self, piece: Piece) -> None:
+        self._stream.write(write_jsonl_line(Document(piece.domain, piece.text, piece.origin)))
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._stream.close()
+        self._file.close()
+
+
+class _Gathered:
+    """How much of a domain is there, in all and of each origin; once full, always full."""
+
+    def __init__(self, domain: str, cap: int | None) -> None:
+        self.domain, self.cap = domain, cap
+        self.full = False
+        self.closed: set[str] = set()
+        self.seen: set[bytes] = set()
+        self.duplicates = self.utf8_bytes = 0
+        self._of_origin: Counter[str] = Counter()
+
+    def wants(self, file: SourceFile) -> bool:
+        """Whether a file of that origin could still be taken."""
+        return (
+            not self.full and _group(self.domain, file.package + ":" + file.name) not in self.closed
+        )
+
+    def take(self, piece: Piece) -> bool:
+        """Count a piece if it is new and fits."""
+        group, size = _group(self.domain, piece.origin), len(piece.text.encode())
+        if self.full or group in self.closed:
+            return False
+        if piece.digest in self.seen:
+            self.duplicates += 1
+            return False
+        if self.cap is not None:
+            if self.utf8_bytes + size > self.cap:
+                self.full = True
+                return False
+            if self._of_origin[group] + size > ORIGIN_SHARE[self.domain] * self.cap:
+                self.closed.add(group)
+                return False
+        self.seen.add(piece.digest)
+        self._of_origin[group] += size
+        self.utf8_bytes += size
+        return True
+
+    def share(self) -> float:
+        """How full it is, as far as that is known."""
+        return 1.0 if self.full else self.utf8_bytes / self.cap if self.cap else 0.0
+
+    def result(self) -> Yield:
+        """What it came to."""
+        return Yield(len(self.seen), self.utf8_bytes, self.duplicates, self.full)
+
+
+def _offer(gathered: _Gathered, piece: Piece, write: Callable[[Piece], None]) -> None:
+    if gathered.take(piece):
+        write(piece)
+
+
+def _group(domain: str, origin: str) -> str:
+    """What counts as one origin: the package, or for C++ the folder inside it."""
+    package, _, name = origin.partition(":")
+    return "/".join([package, *name.split("/")[:3]]) if domain == "cpp" else package
+
+
+def _chunks(files: Iterable[SourceFile], gathered: list[_Gathered]) -> Iterator[Chunk]:
+    """Files that may still be wanted, drawn late so that few are read in vain."""
+    wanted = (file for file in files if any(g.wants(file) for g in gathered))
+    while chunk := tuple(itertools.islice(wanted, CHUNK)):
+        yield Chunk(chunk, frozenset(g.domain for g in gathered if not g.full))
+
+
+def _files(installed: Installed) -> list[SourceFile]:
+    """All candidate files in the order of a hash of their names."""
+    known = PYTHON_SUFFIXES | CPP_SUFFIXES
+    files = []
+    for distribution in installed.distributions:
+        package = _normal(distribution.name)
+        root = Path(str(distribution.locate_file("")))
+        for name in map(str, distribution.files or ()):
+            if name[name.rfind(".") :] in known and not _SKIPPED.search(name):
+                files.append(SourceFile(f"{root}/{name}", name, package))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in library.rglob("*.py"):
+        name = path.relative_to(library).as_posix()
+        if not _SKIPPED.search(name):
+            files.append(SourceFile(str(path), name, STANDARD_LIBRARY))
+    return sorted(files, key=_place)
+
+
+def _place(file: SourceFile) -> bytes:
+    return hashlib.blake2b(f"{file.package}:{file.name}".encode(), digest_size=16).digest()
+
+
+def _descriptions(installed: Installed) -> Iterator[Piece]:
+    for distribution in installed.distributions:
+        package = _normal(distribution.name)
+        text = distribution.metadata.get_payload()  # type: ignore[attr-defined]
+        if isinstance(text, str) and is_worth_reading(text, "prose"):
+            yield make_piece("prose", text, f"{package}:METADATA")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,0 +1,154 @@
+"""What a finished dataset says of itself: its streams, its shards and one hash over them all."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data_pipelines.stages import write_durably
+
+MANIFEST = "MANIFEST.json"
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of blocks, stored compressed and decompressed beside that when it is first read.
+
+    Attributes:
+        name: of the decompressed file, relative to the dataset's folder.
+    """
+
+    name: str
+    samples: int
+    raw_bytes: int
+    raw_sha256: str
+    zip_name: str
+    zip_bytes: int
+    zip_sha256: str
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One split of one domain.
+
+    Attributes:
+        tokens: targets it offers: blocks x tokens a block.
+        utf8_bytes: that those targets stand for.
+        documents: that lie in its blocks, the last one perhaps cut.
+        document_bytes: of all documents that were packed.
+    """
+
+    domain: str
+    split: str
+    blocks: int
+    tokens: int
+    utf8_bytes: int
+    documents: int
+    document_bytes: int
+    duplicates: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def folder(self) -> str:
+        """Where it lies in the dataset."""
+        return f"{self.domain}/{self.split}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished dataset.
+
+    Attributes:
+        config: the DatasetConfig it was built from, as plain data.
+        source: what the documents were made of: versions, inputs, domains that fell short.
+        root_hash: over all that a run reads; neither times nor paths enter it.
+    """
+
+    config: dict
+    vocab_size: int
+    tokenizer_fingerprint: str
+    block_tokens: int
+    source: dict
+    streams: tuple[Stream, ...]
+    root_hash: str
+
+    def stream(self, domain: str, split: str) -> Stream:
+        """One split of one domain.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        for stream in self.streams:
+            if (stream.domain, stream.split) == (domain, split):
+                return stream
+        known = sorted({f"{s.domain}/{s.split}" for s in self.streams})
+        raise ValueError(
+            f"corpus.domains names {domain}/{split}, which dataset {self.config['name']} lacks; "
+            f"choose among {', '.join(known)}"
+        )
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains, sorted."""
+        return sorted({stream.domain for stream in self.streams})
+
+
+def root_hash(manifest: Manifest) -> str:
+    """Hash of everything in a dataset that a run could see."""
+    content = {
+        "vocab_size": manifest.vocab_size,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        "block_tokens": manifest.block_tokens,
+        "streams": [
+            {
+                "folder": stream.folder,
+                "blocks": stream.blocks,
+                "tokens": stream.tokens,
+                "utf8_bytes": stream.utf8_bytes,
+                "documents": stream.documents,
+                "shards": [[s.name, s.samples, s.raw_bytes, s.raw_sha256] for s in stream.shards],
+            }
+            for stream in manifest.streams
+        ],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished dataset.
+
+    Raises:
+        RuntimeError: it is missing, unreadable or altered.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise RuntimeError(
+            f"{file} is not there, so {folder} holds no finished dataset; build it first"
+        )
+    try:
+        plain = json.loads(file.read_text())
+        streams = tuple(
+            Stream(**{**s, "shards": tuple(Shard(**shard) for shard in s["shards"])})
+            for s in plain.pop("streams")
+        )
+        manifest = Manifest(**plain, streams=streams)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RuntimeError(
+            f"{file} cannot be read ({type(error).__name__}: {error}); {rebuild(folder)}"
+        ) from error
+    if root_hash(manifest) != manifest.root_hash:
+        raise RuntimeError(
+            f"{file} does not fit its own root hash, so it was altered; {rebuild(folder)}"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest in one step that survives a crash."""
+    write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def rebuild(folder: Path) -> str:
+    """What to do about a dataset that cannot be used."""
+    return f"delete {folder} and build the dataset again"

@@ -1,0 +1,341 @@
+"""Blocks to this rank's batches: the order of a study, resumable by position alone.
+
+The global order of blocks is a function of the DataConfig and the dataset. Step s takes the blocks
+from s x blocks a step on, wherever epochs begin; rank r of R takes the r-th part of these. So the
+global batch is the same, in the same order, for any number of ranks and after any interruption.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from streaming import Stream, StreamingDataset
+from streaming.base.batching import generate_work
+from streaming.base.format.mds import MDSReader
+from streaming.base.spanner import Spanner
+from streaming.base.world import World
+
+from data_pipelines import manifest as manifests
+from data_pipelines.batch import Batch, cut_blocks, join_batches, mix
+from data_pipelines.config import DataConfig
+from data_pipelines.manifest import Manifest, read_manifest, rebuild
+from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.verify import verify_streams
+
+SAMPLING_GRANULARITY = 64
+SHUFFLE_ALGORITHM = "py1e"
+SHUFFLE_BLOCK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Realised:
+    """What was read of a domain: blocks in all, different ones, and the most often read one."""
+
+    blocks: int
+    unique_blocks: int
+    most_repeats: int
+
+
+class TokenStream:
+    """The batches of one rank, from a step on, without end.
+
+    Args:
+        config: the corpus.
+        root: folder of all datasets.
+        rank: of `ranks` that share each global batch.
+        ranks: data-parallel ranks, not counting those that share a sequence.
+        batch_sequences: sequences of a global batch.
+        first_step: steps that were taken before.
+        expected_root_hash: of the dataset, if one was registered.
+
+    Raises:
+        ValueError: the config does not fit the dataset, or the batch cannot be shared out.
+        RuntimeError: the dataset is not what its manifest says.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        config: DataConfig,
+        root: Path,
+        *,
+        rank: int,
+        ranks: int,
+        batch_sequences: int,
+        first_step: int,
+        expected_root_hash: str | None = None,
+    ) -> None:
+        share = ranks * config.pieces
+        if batch_sequences < 1 or batch_sequences % share:
+            raise ValueError(
+                f"a step of {batch_sequences} sequences cannot be shared out: {ranks} ranks x "
+                f"{config.pieces} sequences a block need a multiple of {share}; change "
+                "optimizer.batch_tokens, corpus.seq_len or execution.ranks"
+            )
+        assert 0 <= rank < ranks
+        self.config, self.rank, self.step = config, rank, first_step
+        self._blocks_per_step = batch_sequences // config.pieces
+        self._blocks_per_rank = self._blocks_per_step // ranks
+        self._folder, self._manifest = _open(config, root, expected_root_hash)
+        self._blocks: _Blocks | None = _Blocks(self._folder, self._manifest, config)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches from the current step on."""
+        while True:
+            first = self.step * self._blocks_per_step + self.rank * self._blocks_per_rank
+            blocks = self._opened()
+            batch = blocks.read(blocks.at(range(first, first + self._blocks_per_rank)))
+            self.step += 1
+            yield batch
+
+    def realised(self) -> dict[str, Realised]:
+        """What all ranks have read of each domain from step 0 to the current one."""
+        blocks = self._opened()
+        return blocks.count(self.step * self._blocks_per_step)
+
+    def close(self) -> None:
+        """Let go of the dataset; there is no thread, process or shared memory to end."""
+        self._blocks = None
+
+    def _opened(self) -> "_Blocks":
+        assert self._blocks is not None, "the stream was closed"
+        return self._blocks
+
+
+class _Blocks(StreamingDataset):
+    """StreamingDataset for shards that are here and verified, private to this process.
+
+    Index, weights, sampling, partition, shuffle and reading are StreamingDataset's own. Left out
+    is its constructor's registration in shared memory and file locks, and the download threads of
+    its iteration: they coordinate downloads, of which there are none, wait without limit for
+    peers that died, and outlive a killed process. Attributes are named as the base class reads
+    them; a test holds the order equal to the base class's own.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, config: DataConfig) -> None:
+        self._manifest, self._config = manifest, config
+        self.domains = sorted(config.domains)
+        described = [manifest.stream(domain, "train") for domain in self.domains]
+        verify_streams(folder, manifest, described)
+        self.streams = [
+            Stream(local=str(folder / d.folder), proportion=config.domains[d.domain])
+            for d in described
+        ]
+        self._set_order()
+        kept = [_leading(_open_shards(folder, d), _unique_blocks(config, d)) for d in described]
+        self.shards = [shard for shards in kept for shard in shards]
+        self._set_index([[shard.samples for shard in shards] for shards in kept])
+
+    def at(self, positions: range) -> np.ndarray:
+        """The blocks at some positions of the order, which may run over the end of an epoch."""
+        length = self._config.epoch_blocks
+        epochs = range(positions.start // length, (positions.stop - 1) // length + 1)
+        parts = []
+        for epoch in epochs:
+            begin, end = epoch * length, (epoch + 1) * length
+            inside = slice(max(positions.start, begin) - begin, min(positions.stop, end) - begin)
+            parts.append(self._order(epoch)[inside])
+        return np.concatenate(parts)
+
+    def read(self, ids: np.ndarray) -> Batch:
+        """The sequences of some blocks.
+
+        Raises:
+            RuntimeError: a shard was removed or damaged since it was verified.
+        """
+        rows = []
+        for block in ids:
+            shard, place = self.spanner[int(block)]
+            with _blamed(self.shards[shard], place):
+                rows.append(self[int(block)])
+        return _batch(rows, self._config, self._manifest)
+
+    def count(self, blocks: int) -> dict[str, Realised]:
+        """What the first blocks of the order hold of each domain."""
+        times = np.zeros(self.num_samples, np.int64)
+        length = self._config.epoch_blocks
+        for begin in range(0, blocks, length):
+            ids = self._order(begin // length)[: blocks - begin]
+            times += np.bincount(ids, minlength=self.num_samples)
+        bounds = [*self.sample_offset_per_stream, self.num_samples]
+        return {
+            domain: Realised(int(part.sum()), int((part > 0).sum()), int(part.max()))
+            for domain, begin, end in zip(self.domains, bounds, bounds[1:], strict=False)
+            for part in [times[begin:end]]
+        }
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Refuse: every shard was here when the dataset was opened."""
+        del shard_id, blocking
+        raise FileNotFoundError("it was removed")
+
+    def _set_order(self) -> None:
+        """Pin everything that the order depends on."""
+        self.num_canonical_nodes = self._config.num_canonical_nodes
+        self.shuffle, self.shuffle_algo = True, SHUFFLE_ALGORITHM
+        self.shuffle_seed = self._config.shuffle_seed
+        self.shuffle_block_size = SHUFFLE_BLOCK
+        self.sampling_method, self.sampling_granularity = "balanced", SAMPLING_GRANULARITY
+        self.epoch_seed_change = True
+        self.partition_algo, self.batching_method = "relaxed", "random"
+        self.initial_physical_nodes = None
+        self.batch_size = 1
+        self._orders: dict[int, np.ndarray] = {}
+
+    def _set_index(self, counts: Sequence[list[int]]) -> None:
+        """Say which sample lies in which shard, and how many of each stream make an epoch."""
+        self.num_streams, self.num_shards = len(self.streams), len(self.shards)
+        self.shards_per_stream = np.array([len(c) for c in counts], np.int64)
+        self.shard_offset_per_stream = self.shards_per_stream.cumsum() - self.shards_per_stream
+        self.stream_per_shard = np.repeat(np.arange(self.num_streams), self.shards_per_stream)
+        self.samples_per_stream = np.array([sum(c) for c in counts], np.int64)
+        self.sample_offset_per_stream = self.samples_per_stream.cumsum() - self.samples_per_stream
+        self.samples_per_shard = np.array([shard.samples for shard in self.shards], np.int64)
+        self.sample_offset_per_shard = self.samples_per_shard.cumsum() - self.samples_per_shard
+        self.num_samples = int(self.samples_per_stream.sum())
+        # Spanner changes the array that it is given.
+        self.spanner = Spanner(self.samples_per_shard.copy())
+        self.epoch_size = Stream.apply_weights(
+            self.streams, self.samples_per_stream, self._config.epoch_blocks, self.shuffle_seed
+        )
+        self.length = self.epoch_size
+        self._shard_access_times = np.zeros(self.num_shards, np.uint64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The blocks of one epoch, in order; the two latest epochs are kept."""
+        if epoch not in self._orders:
+            work = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, 0)
+            while len(self._orders) > 1:
+                self._orders.pop(next(iter(self._orders)))
+            self._orders[epoch] = work.reshape(-1)
+        return self._orders[epoch]
+
+
+def certificate(samples: np.ndarray) -> int:
+    """A sum modulo 2^64 that is equal for equal multisets of sample ids, in any order."""
+    return int(mix(samples, 0).sum(dtype=np.uint64))
+
+
+def evaluation_sets(root: Path, dataset: str) -> list[str]:
+    """Names of the evaluation sets of a dataset: its domains."""
+    return read_manifest(root / dataset).domains
+
+
+def evaluation_batches(
+    config: DataConfig,
+    root: Path,
+    domain: str,
+    *,
+    split: str = "validation",
+    batch_sequences: int,
+    max_blocks: int,
+) -> Iterator[Batch]:
+    """The first blocks of a held-out set, in their order, cut into sequences.
+
+    Raises:
+        ValueError: the config does not fit the dataset.
+        RuntimeError: the dataset is not what its manifest says.
+    """
+    folder, manifest = _open(config, root, None)
+    described = manifest.stream(domain, split)
+    verify_streams(folder, manifest, [described])
+    blocks = itertools.islice(_in_order(_open_shards(folder, described)), max_blocks)
+    waiting: list[Batch] = []
+    while rows := list(itertools.islice(blocks, batch_sequences)):
+        waiting.append(_batch(rows, config, manifest))
+        *whole, rest = join_batches(waiting).split(batch_sequences)
+        yield from whole
+        waiting = [rest]
+    yield from waiting
+
+
+def _open(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
+    """The dataset of a corpus, if it fits."""
+    folder = root / config.dataset
+    manifest = read_manifest(folder)
+    if expected is not None and manifest.root_hash != expected:
+        raise RuntimeError(
+            f"dataset {folder} has the root hash {manifest.root_hash[:16]}, but "
+            f"{expected[:16]} was registered; restore the registered one"
+        )
+    if config.block_tokens != manifest.block_tokens:
+        raise ValueError(
+            f"corpus.block_tokens is {config.block_tokens}, but dataset {folder} has blocks of "
+            f"{manifest.block_tokens}; set it to that"
+        )
+    built = manifest.config["tokenizer"]
+    if (config.tokenizer.kind, config.tokenizer.vocab_size) != (built["kind"], built["vocab_size"]):
+        raise ValueError(
+            f"corpus.tokenizer is {config.tokenizer.kind} of {config.tokenizer.vocab_size} ids, "
+            f"but dataset {folder} was built with {built['kind']} of {built['vocab_size']}; "
+            "set it to that"
+        )
+    fingerprint = load_tokenizer(config.tokenizer, folder).fingerprint
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise RuntimeError(
+            f"the tokenizer in {folder} is not the one its blocks were made with; {rebuild(folder)}"
+        )
+    return folder, manifest
+
+
+def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
+    """Leading blocks of a domain that hold its share of `unique_bytes`."""
+    if config.unique_bytes is None:
+        return described.blocks
+    wanted = config.unique_bytes * config.domains[described.domain]
+    blocks = max(1, round(wanted * described.blocks / described.utf8_bytes))
+    if blocks > described.blocks:
+        most = described.utf8_bytes / config.domains[described.domain]
+        raise ValueError(
+            f"corpus.unique_bytes {config.unique_bytes} asks for {wanted:.0f} bytes of "
+            f"{described.domain}, which has {described.utf8_bytes}; choose at most {int(most)}"
+        )
+    return blocks
+
+
+def _leading(shards: list[MDSReader], blocks: int) -> list[MDSReader]:
+    """Shards cut down to the leading blocks of their stream."""
+    for shard in shards:
+        shard.samples = min(shard.samples, blocks)
+        blocks -= shard.samples
+    return [shard for shard in shards if shard.samples]
+
+
+def _open_shards(folder: Path, described: manifests.Stream) -> list[MDSReader]:
+    """Readers of the shards of one stream, by StreamingDataset's own way."""
+    stream = Stream(local=str(folder / described.folder), split="")
+    return stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)  # type: ignore[return-value]
+
+
+def _in_order(shards: list[MDSReader]) -> Iterator[dict]:
+    for shard in shards:
+        for place in range(shard.samples):
+            with _blamed(shard, place):
+                row = shard[place]
+            yield row
+
+
+def _batch(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
+    tokens = np.stack([row["tokens"] for row in rows])
+    if int(tokens.max()) >= manifest.vocab_size:
+        raise RuntimeError(
+            f"dataset {config.dataset} holds the token {tokens.max()}, but its tokenizer has "
+            f"{manifest.vocab_size} ids; verify it, or build it again"
+        )
+    documents = np.stack([row["documents"] for row in rows])
+    samples = np.array([row["sample"] for row in rows], np.uint64)
+    return cut_blocks(tokens, documents, samples, config.seq_len)
+
+
+@contextlib.contextmanager
+def _blamed(shard: MDSReader, place: int) -> Iterator[None]:
+    """Name the shard and the sample in whatever goes wrong while one is read."""
+    try:
+        yield
+    except (ValueError, IndexError, OSError) as error:
+        raise RuntimeError(
+            f"shard {shard.dirname}/{shard.raw_data.basename} cannot be read at sample {place}: "
+            f"{error}; it was changed since it was verified, start again to have it checked"
+        ) from error

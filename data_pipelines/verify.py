@@ -1,0 +1,262 @@
+"""Trust in a dataset's files: what is checked before a block is read, and remembered after.
+
+The manifest is the authority. An index that does not repeat it word for word is refused, so
+nothing that an index could smuggle in (paths, foreign encodings, sizes) reaches the reader. Each
+shard is hashed when it is first opened on a machine; a stamp then says so for the very same file.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import zstandard
+
+from data_pipelines.config import NAME
+from data_pipelines.manifest import INDEX, Manifest, Shard, Stream, read_manifest, rebuild
+from data_pipelines.packing import token_dtype
+from data_pipelines.stages import hold_lock, sync
+from kernels.faults import fault_point
+
+COMPRESSION = "zstd:3"
+HASHES = ("sha256",)
+SHARD_BYTES = 8 << 20
+CHUNK_BYTES = 1 << 20
+MAX_INDEX_BYTES_PER_SHARD = 4096
+
+
+def columns(block_tokens: int, vocab_size: int) -> dict[str, str]:
+    """The columns of a block, all of a fixed shape: no other encoding is ever read."""
+    length = block_tokens + 1
+    return {
+        "tokens": f"ndarray:{token_dtype(vocab_size)}:{length}",
+        "documents": f"ndarray:{token_dtype(length)}:{length}",
+        "sample": "uint64",
+    }
+
+
+def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) -> None:
+    """Make sure of every shard of some streams, and decompress those that are not yet.
+
+    Raises:
+        RuntimeError: an index or a shard is not what the manifest says.
+    """
+    for stream in streams:
+        _verify_index(folder, manifest, stream)
+    shards = [shard for stream in streams for shard in stream.shards]
+    stamps = _read_stamps(folder)
+    if all(_is_stamped(stamps, folder, shard) for shard in shards):
+        return
+    with _locked(folder):
+        stamps = _read_stamps(folder)
+        for shard in shards:
+            if not _is_stamped(stamps, folder, shard):
+                _make_sure(folder, shard)
+                stamps[shard.name] = _stamp(folder / shard.name, shard)
+        _write_stamps(folder, stamps)
+
+
+def verify_dataset(folder: Path) -> Manifest:
+    """Check every byte of a dataset, whatever was checked before.
+
+    Raises:
+        RuntimeError: something is not what the manifest says.
+    """
+    manifest = read_manifest(folder)
+    for stream in manifest.streams:
+        _verify_index(folder, manifest, stream)
+        for shard in stream.shards:
+            _read_compressed(folder, shard)
+            if (folder / shard.name).exists() and not _raw_is_right(folder, shard):
+                raise RuntimeError(
+                    f"shard {folder / shard.name} is not what the manifest says, but its "
+                    "compressed form is; delete it, and it is made anew"
+                )
+    return manifest
+
+
+def missing_file(folder: Path, manifest: Manifest) -> str | None:
+    """The first file of a dataset that is missing or of another size, found without reading."""
+    for stream in manifest.streams:
+        names = [(shard.zip_name, shard.zip_bytes) for shard in stream.shards]
+        for name, size in [(f"{stream.folder}/{INDEX}", None), *names]:
+            path = folder / name
+            if not path.is_file() or size not in (None, path.stat().st_size):
+                return str(path)
+    return None
+
+
+def _verify_index(folder: Path, manifest: Manifest, stream: Stream) -> None:
+    path = folder / stream.folder / INDEX
+    if not path.is_file():
+        raise RuntimeError(f"index {path} is missing; {rebuild(folder)}")
+    if path.stat().st_size > MAX_INDEX_BYTES_PER_SHARD * (len(stream.shards) + 1):
+        raise RuntimeError(f"index {path} is larger than any index; {rebuild(folder)}")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"index {path} cannot be read: {error}; {rebuild(folder)}") from error
+    expected = [_expected_entry(manifest, shard) for shard in stream.shards]
+    wrong = _difference({"version": 2, "shards": expected}, found, "")
+    if wrong:
+        raise RuntimeError(f"index {path} does not repeat the manifest: {wrong}; {rebuild(folder)}")
+
+
+def _expected_entry(manifest: Manifest, shard: Shard) -> dict:
+    encodings = columns(manifest.block_tokens, manifest.vocab_size)
+    names = sorted(encodings)
+    bytes_of = {"uint16": 2, "uint32": 4}
+    length = manifest.block_tokens + 1
+    sizes = {n: length * bytes_of[encodings[n].split(":")[1]] for n in ("documents", "tokens")}
+    raw, zipped = Path(shard.name).name, Path(shard.zip_name).name
+    for name in (raw, zipped):
+        if not NAME.fullmatch(name):
+            raise RuntimeError(f"manifest names the shard {name!r}, which is no file name; rebuild")
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": COMPRESSION,
+        "hashes": list(HASHES),
+        "size_limit": SHARD_BYTES,
+        "samples": shard.samples,
+        "column_names": names,
+        "column_encodings": [encodings[name] for name in names],
+        "column_sizes": [{**sizes, "sample": 8}[name] for name in names],
+        "raw_data": _entry(raw, shard.raw_bytes, shard.raw_sha256),
+        "zip_data": _entry(zipped, shard.zip_bytes, shard.zip_sha256),
+    }
+
+
+def _entry(name: str, size: int, digest: str) -> dict:
+    return {"basename": name, "bytes": size, "hashes": {"sha256": digest}}
+
+
+def _difference(expected: object, found: object, path: str) -> str:
+    """Where two trees of plain data first differ, in words, or nothing."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in [*expected, *(k for k in found if k not in expected)]:
+            where = f"{path}.{key}".strip(".")
+            if key not in expected or key not in found:
+                return f"{where} is {'unknown' if key in found else 'missing'}"
+            if wrong := _difference(expected[key], found[key], where):
+                return wrong
+        return ""
+    if isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        pairs = enumerate(zip(expected, found, strict=True))
+        return next((w for i, (e, f) in pairs if (w := _difference(e, f, f"{path}[{i}]"))), "")
+    if type(expected) is type(found) and expected == found:
+        return ""
+    return f"{path} is {str(found)[:80]!r}, not {str(expected)[:80]!r}"
+
+
+def _make_sure(folder: Path, shard: Shard) -> None:
+    """Have the decompressed shard there and right; it is made anew once if it is not."""
+    if _raw_is_right(folder, shard):
+        return
+    content = _read_compressed(folder, shard)
+    path = folder / shard.name
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        fault_point("verify.decompressed")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free
+        raise RuntimeError(
+            f"shard {path} cannot be decompressed: {error.strerror}; it needs {len(content)} "
+            f"bytes and {free} are free, make room and start again"
+        ) from error
+
+
+def _raw_is_right(folder: Path, shard: Shard) -> bool:
+    path = folder / shard.name
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISREG(status.st_mode) or status.st_size != shard.raw_bytes:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest() == shard.raw_sha256
+
+
+def _read_compressed(folder: Path, shard: Shard) -> bytes:
+    """The content of a shard from its compressed form, checked before and after."""
+    path = folder / shard.zip_name
+    if not path.is_file() or path.is_symlink():
+        raise RuntimeError(f"shard {path} is missing; {rebuild(folder)}")
+    size = path.stat().st_size
+    if size != shard.zip_bytes:
+        raise RuntimeError(
+            f"shard {path} has {size} bytes instead of {shard.zip_bytes}, it is truncated or "
+            f"replaced; {rebuild(folder)}"
+        )
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != shard.zip_sha256:
+        raise RuntimeError(
+            f"shard {path} does not match its hash, it is damaged; {rebuild(folder)}"
+        )
+    with zstandard.ZstdDecompressor().stream_reader(data) as reader:
+        content = reader.read(shard.raw_bytes + 1)
+    if hashlib.sha256(content).hexdigest() != shard.raw_sha256:
+        raise RuntimeError(
+            f"shard {path} decompresses to other content than the manifest says; {rebuild(folder)}"
+        )
+    return content
+
+
+def _is_stamped(stamps: dict[str, list | None], folder: Path, shard: Shard) -> bool:
+    stamp = _stamp(folder / shard.name, shard)
+    return stamp is not None and stamps.get(shard.name) == stamp
+
+
+def _stamp(path: Path, shard: Shard) -> list | None:
+    """What identifies a file that was checked, or None if there is no such file."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    return [status.st_ino, status.st_mtime_ns, status.st_size, shard.raw_sha256]
+
+
+def _stamp_file(folder: Path) -> Path:
+    return folder / f".verified-{socket.gethostname()}.json"
+
+
+def _read_stamps(folder: Path) -> dict[str, list | None]:
+    """What was checked on this machine; a stamp file that cannot be read counts as none."""
+    try:
+        stamps = json.loads(_stamp_file(folder).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return stamps if isinstance(stamps, dict) else {}
+
+
+def _write_stamps(folder: Path, stamps: dict[str, list | None]) -> None:
+    # Stamps only save work, so a dataset on a read-only disk is checked at each start instead.
+    with contextlib.suppress(OSError):
+        partial = _stamp_file(folder).with_suffix(".tmp")
+        partial.write_text(json.dumps(stamps))
+        partial.replace(_stamp_file(folder))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time decompresses; on a read-only disk there is nothing to write."""
+    if os.access(folder, os.W_OK):
+        with hold_lock(folder / ".verify.lock"):
+            yield
+    else:
+        yield

@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+
+import pytest
+
+from data_pipelines.build import read_manifest
+from data_pipelines.stream import TokenStream
+from data_pipelines.verify import verify_dataset
+from tests.data_pipelines.conftest import corpus, die_at
+
+ZIPPED = "tiny/alpha/train/shard.00000.mds.zstd"
+RAW = "tiny/alpha/train/shard.00000.mds"
+INDEX = "tiny/alpha/train/index.json"
+
+
+def open_stream(root):
+    return TokenStream(corpus(), root, rank=0, ranks=1, batch_sequences=8, first_step=0)
+
+
+def read_some(root):
+    return next(iter(open_stream(root))).samples.tolist()
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "flipped at the start": lambda path: flip(path, 3),
+    "flipped in the middle": lambda path: flip(path, 4000),
+    "replaced by a link": lambda path: (path.unlink(), path.symlink_to("/etc/hostname")),
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_shard_is_named_before_it_is_read(copied_root, damage):
+    DAMAGES[damage](copied_root / ZIPPED)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"alpha/train/shard\.00000\.mds\.zstd .*delete"):
+            open_stream(copied_root)
+    with pytest.raises(RuntimeError, match=r"alpha/train/shard\.00000\.mds\.zstd"):
+        verify_dataset(copied_root / "tiny")
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_decompressed_shard_is_made_anew_from_its_source(copied_root, damage):
+    expected = read_some(copied_root)
+    content = (copied_root / RAW).read_bytes()
+    DAMAGES[damage](copied_root / RAW)
+    assert read_some(copied_root) == expected
+    assert (copied_root / RAW).read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_decompressed_shard_without_a_sound_source_is_refused_if_damaged(copied_root, damage):
+    read_some(copied_root)
+    flip(copied_root / ZIPPED, 100)
+    DAMAGES[damage](copied_root / RAW)
+    with pytest.raises(RuntimeError, match=r"shard\.00000\.mds\.zstd does not match its hash"):
+        open_stream(copied_root)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_a_shard_that_is_damaged_while_it_is_read_is_named(copied_root, damage):
+    batches = iter(open_stream(copied_root))
+    next(batches)
+    DAMAGES[damage](copied_root / RAW)
+    DAMAGES[damage](copied_root / RAW.replace("alpha", "beta"))
+
+    def read_an_epoch():
+        for _ in range(12):
+            next(batches)
+
+    with pytest.raises(RuntimeError, match=r"train/shard\.00000\.mds cannot be read at"):
+        read_an_epoch()
+
+
+def test_a_reader_killed_while_it_decompresses_leaves_nothing_that_is_trusted(copied_root):
+    ended = die_at("verify.decompressed:2", lambda: open_stream(copied_root))
+    assert ended == -signal.SIGKILL
+    assert len(list(copied_root.rglob("*.mds.tmp"))) == 1
+    read_some(copied_root)
+    verify_dataset(copied_root / "tiny")
+    assert not list(copied_root.rglob("*.tmp"))
+
+
+def test_a_verified_shard_is_not_hashed_again(copied_root, monkeypatch):
+    expected = read_some(copied_root)
+    monkeypatch.setattr("data_pipelines.verify._make_sure", None)
+    assert read_some(copied_root) == expected
+
+
+def test_a_shard_touched_after_it_was_verified_is_hashed_again(copied_root):
+    expected = read_some(copied_root)
+    inode = (copied_root / RAW).stat().st_ino
+    os.utime(copied_root / RAW, ns=(1, 1))
+    assert read_some(copied_root) == expected
+    assert (copied_root / RAW).stat().st_ino == inode
+
+
+def test_a_stamp_file_that_cannot_be_read_counts_as_none(copied_root):
+    expected = read_some(copied_root)
+    (stamps,) = (copied_root / "tiny").glob(".verified-*.json")
+    stamps.write_text("{torn")
+    assert read_some(copied_root) == expected
+
+
+def set_in(index, path, value):
+    *parents, last = path
+    for key in parents:
+        index = index[key]
+    index[last] = value
+
+
+SHARD = ("shards", 0)
+HOSTILE = {
+    "pickle": ((*SHARD, "column_encodings", 0), "pkl"),
+    "image": ((*SHARD, "column_encodings", 2), "jpeg"),
+    "shapeless": ((*SHARD, "column_encodings", 2), "ndarray:uint16"),
+    "parent folder": ((*SHARD, "raw_data", "basename"), "../evil.bin"),
+    "absolute path": ((*SHARD, "zip_data", "basename"), "/etc/passwd"),
+    "many samples": ((*SHARD, "samples"), 10**9),
+    "samples as text": ((*SHARD, "samples"), "40"),
+    "no samples": ((*SHARD, "samples"), True),
+    "other size": ((*SHARD, "raw_data", "bytes"), 1 << 40),
+    "other hash": ((*SHARD, "zip_data", "hashes", "sha256"), "0" * 64),
+    "no hash": ((*SHARD, "zip_data", "hashes"), {}),
+    "no compression": ((*SHARD, "compression"), None),
+    "other format": ((*SHARD, "format"), "csv"),
+    "unknown key": ((*SHARD, "remote"), "s3://elsewhere"),
+    "column sizes": ((*SHARD, "column_sizes", 0), None),
+    "version": (("version",), 3),
+    "no shards": (("shards",), []),
+}
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_an_index_that_differs_from_the_manifest_is_refused(copied_root, name):
+    file = copied_root / INDEX
+    index = json.loads(file.read_text())
+    set_in(index, *HOSTILE[name])
+    file.write_text(json.dumps(index))
+    with pytest.raises(RuntimeError, match=r"alpha/train/index\.json does not repeat the manifest"):
+        open_stream(copied_root)
+    assert not (copied_root / "tiny/alpha/evil.bin").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "null", "[" * 3000, '{"version": 2}', "[" * 100_000, '{"a": "' + "x" * 10**6 + '"}'],
+)
+def test_an_index_that_is_no_index_is_refused(copied_root, text):
+    (copied_root / INDEX).write_text(text)
+    with pytest.raises(RuntimeError, match=r"alpha/train/index\.json"):
+        open_stream(copied_root)
+
+
+def test_duplicate_shards_in_an_index_are_refused(copied_root):
+    file = copied_root / INDEX
+    index = json.loads(file.read_text())
+    index["shards"] *= 2
+    file.write_text(json.dumps(index))
+    with pytest.raises(RuntimeError, match="does not repeat the manifest: shards"):
+        open_stream(copied_root)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', "[" * 100_000])
+def test_a_manifest_that_is_no_manifest_is_refused(copied_root, content):
+    (copied_root / "tiny/MANIFEST.json").write_text(content)
+    with pytest.raises(RuntimeError, match=r"MANIFEST\.json cannot be read"):
+        read_manifest(copied_root / "tiny")
+
+
+def test_a_whole_dataset_passes_its_verification(built_root):
+    assert verify_dataset(built_root / "tiny") == read_manifest(built_root / "tiny")
