@@ -1,0 +1,31 @@
+"""What the analysis declines to say: the codes, and the form a refusal takes."""
+
+from dataclasses import dataclass
+
+CODES = {
+    "R-UNDER": "too few points, or too narrow a design, for this law",
+    "R-FACTOR": "the study holds a single level of this factor",
+    "R-PAIRS": "too few matched pairs for an interval",
+    "R-AMBIGUOUS": "several runs claim the same place in the design",
+    "R-YARDSTICK": "the evaluation set differs between runs",
+    "R-RATIO": "the denominator of the ratio may be zero",
+    "R-SEED": "no cell was run with two seeds",
+    "R-REACH": "the two arms meet nowhere inside the data",
+    "R-MULT": "the multiplier is undefined in too many bootstrap replicates",
+    "R-EMPTY": "there is nothing to analyse yet",
+}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An answer that is not given: its code, what is true, and what would make it possible."""
+
+    code: str
+    reason: str
+    remedy: str
+
+    def __post_init__(self) -> None:
+        assert self.code in CODES, f"undeclared refusal code {self.code}"
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.reason}; {self.remedy}"

@@ -1,0 +1,281 @@
+"""The run table: how a sweep folder becomes one row per evaluated point, and what was left out."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from trainer.record import Row, StoredRun, read_run
+
+COLUMNS = {
+    "run_id": "hash of the resolved run configuration; of a trunk, its trunk_id",
+    "trunk_id": "the cluster: runs of one trunk share all training before their decay",
+    "status": "done, diverged, trunk, running, stopped, failed or other-data",
+    "architecture": "name of the model's arm",
+    "corpus": "name of the training mixture",
+    "rung": "named size",
+    "seed": "of weights and order",
+    "nominal_parameters": "the rung's target size [parameters]",
+    "parameters": "N: total parameters, tied embeddings once [parameters]",
+    "non_embedding_parameters": "N without embeddings [parameters]",
+    "horizon_tokens": "the run's token budget [tokens]",
+    "step": "optimizer steps taken [steps]",
+    "tokens": "D: training tokens seen at this point [tokens]",
+    "flops": "C: training FLOPs, causal attention as needed, head included, 3x forward [FLOP]",
+    "flops_full_attention": "the same with full-square attention [FLOP]",
+    "flops_six_n": "6 x non-embedding parameters x tokens [FLOP]",
+    "scan_flops": "elementwise FLOPs of scans, not part of C [FLOP]",
+    "state_bytes": "decoding state of one sequence [bytes]",
+    "evaluation_set": "name of the held-out set",
+    "evaluation_id": "hash of what was measured",
+    "decayed": "whether the learning rate had decayed to its end [true/false]",
+    "certificate": "commutative hash of the samples consumed so far",
+    "total_nats": "summed loss over the set [nats]",
+    "targets": "predicted tokens in the set [tokens]",
+    "utf8_bytes": "size of the set's text [bytes]",
+    "loss_nats": "total_nats / targets [nats per token]",
+    "bits_per_byte": "total_nats / ln 2 / utf8_bytes [bits per byte]",
+    "batch_tokens": "tokens in one optimizer step [tokens]",
+    "learning_rate": "peak learning rate",
+    "dataset_root_hash": "fingerprint of the built data",
+    "commit": "code version of the latest start",
+}
+FLOP_CONVENTIONS = {
+    "flops": "headline (causal attention as needed, head included)",
+    "flops_full_attention": "full-square attention",
+    "flops_six_n": "6 x non-embedding parameters x tokens",
+}
+RUN_COLUMNS = [
+    "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "parameters",
+    "horizon_tokens", "tokens",
+]  # fmt: skip
+_FLOAT_COLUMNS = [
+    name for name, meaning in COLUMNS.items() if "[" in meaning and "true/false" not in meaning
+] + ["learning_rate"]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A run, or part of one, that the fits and contrasts do not use."""
+
+    run_id: str
+    reason: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A sweep as the analysis sees it.
+
+    Attributes:
+        rows: one row per evaluated point; see COLUMNS.
+        runs: one row per run of the sweep as last expanded, whatever its state.
+    """
+
+    name: str
+    neutral_set: str
+    rows: pd.DataFrame
+    runs: pd.DataFrame
+    exclusions: tuple[Exclusion, ...]
+    context: dict
+
+    def levels(self, factor: str) -> list[str]:
+        """The levels of a factor, in the order in which the sweep lists its runs."""
+        return [str(level) for level in self.runs[factor].dropna().unique()]
+
+
+def load(root: Path) -> Table:
+    """Read every run of a sweep folder.
+
+    Raises:
+        ValueError: the folder is not a sweep.
+    """
+    sweep = _read_sweep(root)
+    stored = [read_run(root / str(run_id)) for run_id in sweep["runs"]]
+    trunks = [read_run(root / str(run_id)) for run_id in sweep.get("trunks", [])]
+    statuses = {run.path.name: _status(run) for run in stored}
+    statuses |= {run.path.name: "trunk" for run in trunks}
+    exclusions = _other_data(stored + trunks, statuses)
+    exclusions += [_unused(run, statuses[run.path.name]) for run in stored]
+    exclusions += _foreign(root, set(statuses))
+    wanted, other_evaluations = _one_evaluation(stored)
+    failures: list[Exclusion] = []
+    points = []
+    for run in stored + trunks:
+        points += _points(run, statuses[run.path.name], wanted, failures)
+    return Table(
+        name=str(sweep.get("name", root.name)),
+        neutral_set=str(sweep.get("neutral_set", "prose")),
+        rows=_frame(points, list(COLUMNS)),
+        runs=_frame([_summary_row(run, statuses[run.path.name]) for run in stored], RUN_COLUMNS),
+        exclusions=tuple(
+            [each for each in exclusions if each is not None] + other_evaluations + failures
+        ),
+        context=dict(sweep.get("context") or {}),
+    )
+
+
+def final(table: Table) -> Table:
+    """The table with nothing but the decayed points of finished runs."""
+    keep = table.rows["decayed"].astype(bool) & (table.rows["status"] == "done")
+    return replace(table, rows=table.rows.loc[keep].reset_index(drop=True))
+
+
+def _read_sweep(root: Path) -> dict:
+    file = root / "sweep.yaml"
+    if not file.exists():
+        raise ValueError(f"{root} holds no sweep.yaml; name a folder runs/<sweep>")
+    sweep = yaml.safe_load(file.read_text())
+    if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
+        raise ValueError(f"{file} lists no runs; expand the sweep again to rewrite it")
+    return sweep
+
+
+def _status(run: StoredRun) -> str:
+    if run.summary:
+        return str(run.summary.get("state", "done"))
+    if not run.config:
+        return "not started"
+    return str(run.status.get("state", "running"))
+
+
+def _unused(run: StoredRun, status: str) -> Exclusion | None:
+    """Why a run of the sweep adds no decayed point, or None if it does."""
+    step = max((int(row["step"] or 0) for row in run.metrics), default=0)
+    reasons = {
+        "not started": "no configuration stored yet",
+        "diverged": f"diverged at step {run.summary.get('step', step)}",
+        "failed": f"failed at step {step}: {run.status.get('error', 'no error stored')}",
+    }
+    if status in ("done", "other-data"):
+        return None
+    kind = status if status in reasons else "unfinished"
+    return Exclusion(run.path.name, reasons.get(status, f"{status}, at step {step}"), kind)
+
+
+def _foreign(root: Path, known: set[str]) -> list[Exclusion]:
+    others = sorted(file.parent.name for file in root.glob("*/config.yaml"))
+    reason = "not part of the sweep as last expanded"
+    return [Exclusion(name, reason, "foreign") for name in others if name not in known]
+
+
+def _other_data(runs: list[StoredRun], statuses: dict[str, str]) -> list[Exclusion | None]:
+    """Mark runs whose data differ from what most runs of the same dataset were made from."""
+    hashes: dict[str, Counter] = {}
+    for run in runs:
+        if run.provenance.get("dataset_root_hash"):
+            seen = hashes.setdefault(_dataset(run), Counter())
+            seen[run.provenance["dataset_root_hash"]] += 1
+    found: list[Exclusion | None] = []
+    for run in runs:
+        own = run.provenance.get("dataset_root_hash")
+        usual = hashes[_dataset(run)].most_common(1)[0][0] if own else own
+        if own != usual:
+            statuses[run.path.name] = "other-data"
+            reason = f"made from data {own}, the other runs of this dataset from {usual}"
+            found.append(Exclusion(run.path.name, reason, "other-data"))
+    return found
+
+
+def _dataset(run: StoredRun) -> str:
+    return str(run.config.get("corpus", {}).get("dataset"))
+
+
+def _one_evaluation(runs: list[StoredRun]) -> tuple[object, list[Exclusion]]:
+    """The evaluation most runs carry; points measured otherwise do not mix with it."""
+    count = Counter(
+        evaluation
+        for run in runs
+        for evaluation in {row["evaluation_id"] for row in run.evaluations}
+    )
+    if not count:
+        return None, []
+    wanted = max(count, key=lambda evaluation: (count[evaluation], str(evaluation)))
+    others = [
+        Exclusion(
+            run.path.name,
+            f"also evaluated as {row['evaluation_id']}; the report is about {wanted}",
+            "evaluation",
+        )
+        for run in runs
+        for row in {r["evaluation_id"]: r for r in run.evaluations}.values()
+        if row["evaluation_id"] != wanted
+    ]
+    return wanted, others
+
+
+def _points(
+    run: StoredRun, status: str, wanted: object, failures: list[Exclusion]
+) -> list[dict[str, object]]:
+    points = []
+    for row in run.evaluations:
+        if wanted is not None and row["evaluation_id"] != wanted:
+            continue
+        if row.get("error") or not row.get("total_nats") or not row.get("targets"):
+            place = f"{row['evaluation_set']} at step {row['step']}"
+            reason = f"evaluation of {place} failed: {row.get('error') or 'no finite loss'}"
+            failures.append(Exclusion(run.path.name, reason, "evaluation"))
+            continue
+        points.append(_point(run, status, row))
+    return points
+
+
+def _point(run: StoredRun, status: str, row: Row) -> dict[str, object]:
+    accounting = run.provenance["accounting"]
+    # Counts pass 2**63 in honest studies: float64 before any product.
+    tokens, nats = float(row["tokens"] or 0), float(row["total_nats"] or 0)
+
+    def flops(name: str) -> float:
+        return float(accounting[name]) * tokens
+
+    return {
+        **_identity(run, status),
+        "nominal_parameters": run.config["nominal_parameters"],
+        "non_embedding_parameters": accounting["non_embedding_parameters"],
+        "flops": flops("training_flops_per_token"),
+        "flops_full_attention": flops("training_flops_per_token_full_attention"),
+        "flops_six_n": flops("training_flops_per_token_six_n"),
+        "scan_flops": flops("scan_flops_per_token"),
+        "state_bytes": accounting["state_bytes"],
+        "loss_nats": nats / float(row["targets"] or np.nan),
+        "batch_tokens": run.config["optimizer"]["batch_tokens"],
+        "learning_rate": run.config["optimizer"]["learning_rate"],
+        "dataset_root_hash": run.provenance.get("dataset_root_hash"),
+        "commit": run.provenance.get("commit"),
+        **{name: row.get(name) for name in _STORED},
+    }
+
+
+_STORED = [
+    "step", "tokens", "evaluation_set", "evaluation_id", "decayed", "certificate", "total_nats",
+    "targets", "utf8_bytes", "bits_per_byte",
+]  # fmt: skip
+
+
+def _identity(run: StoredRun, status: str) -> dict[str, object]:
+    config = run.config
+    return {
+        "run_id": run.path.name,
+        "trunk_id": str(run.provenance.get("trunk_id") or run.path.name),
+        "status": status,
+        "architecture": config.get("architecture"),
+        "corpus": config.get("corpus", {}).get("name"),
+        "rung": config.get("rung"),
+        "seed": config.get("seed"),
+        "parameters": run.provenance.get("accounting", {}).get("total_parameters"),
+        "horizon_tokens": config.get("budget", {}).get("tokens"),
+    }
+
+
+def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
+    last = run.metrics[-1]["tokens"] if run.metrics else None
+    return {**_identity(run, status), "tokens": run.summary.get("tokens", last)}
+
+
+def _frame(records: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
+    frame = pd.DataFrame(records, columns=pd.Index(columns))
+    numbers = [name for name in columns if name in _FLOAT_COLUMNS]
+    return frame.astype(dict.fromkeys(numbers, "float64"))

@@ -1,0 +1,100 @@
+"""Figures: drawn without warnings, from what is handed in, in files with their data."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from analysis import figures
+from analysis.plates import draw
+from analysis.study import Settings, analyse
+from analysis.table import load
+from tests.analysis.synthetic_study import Study, write
+
+
+@pytest.fixture(scope="module")
+def learnt(sweep):
+    return analyse(load(sweep), Settings(replicates=40))
+
+
+@pytest.fixture(scope="module")
+def plates(learnt):
+    return draw(learnt)
+
+
+def test_a_full_sweep_has_the_five_figures(plates):
+    assert [plate.name for plate in plates] == [
+        "data_against_architecture",
+        "loss_against_compute",
+        "loss_against_tokens",
+        "loss_against_parameters",
+        "residuals",
+    ]
+
+
+def test_each_figure_is_saved_with_its_data(plates, tmp_path):
+    for plate in plates:
+        plate.save(tmp_path)
+        assert (tmp_path / f"{plate.name}.png").stat().st_size > 10_000
+        assert (tmp_path / f"{plate.name}.svg").read_text().rstrip().endswith("</svg>")
+        assert len(pd.read_csv(tmp_path / f"{plate.name}.csv")) == len(plate.data) > 0
+
+
+def test_each_caption_has_its_number_of_points_and_its_interval(plates):
+    for plate in plates:
+        assert re.search(r"n = \d+", plate.caption)
+        assert "interval" in plate.caption
+
+
+def test_no_two_labels_of_line_ends_overlap():
+    ax = Figure(figsize=(4, 3)).add_subplot()
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set(xlim=(1, 100), ylim=(1, 2))
+    figures.label_ends(ax, {name: (90.0, 1.5 + 1e-4 * place, "#000000") for place, name in
+                            enumerate("abcd")})  # fmt: skip
+    heights = sorted(text.get_position()[1] for text in ax.texts)
+    assert min(np.diff(heights)) > 0.05
+
+
+def test_no_text_leaves_the_figure(plates):
+    for plate in plates:
+        plate.figure.draw_without_rendering()
+        width, height = plate.figure.canvas.get_width_height()
+        for ax in plate.figure.axes:
+            for text in [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label]:
+                if text.get_text():
+                    box = text.get_window_extent()
+                    assert box.x0 >= -1
+                    assert box.x1 <= width + 1
+                    assert box.y0 >= -1
+                    assert box.y1 <= height + 1
+
+
+def test_ticks_are_few_and_plain(plates):
+    for plate in plates:
+        for ax in plate.figure.axes:
+            low, high = sorted(ax.get_xlim())
+            shown = [tick for tick in ax.get_xticks() if low <= tick <= high]
+            assert 2 <= len(shown) <= 8
+
+
+def test_frontiers_are_drawn_inside_the_data_only(learnt):
+    ax = Figure().add_subplot()
+    rows = learnt.points.rows
+    rows = rows[(rows["evaluation_set"] == "prose") & (rows["corpus"] == "web")]
+    curves = learnt.curves[learnt.curves["corpus"] == "web"]
+    figures.plot_loss_against_compute(ax, rows, curves, ["transformer", "mamba"])
+    for line in (each for each in ax.lines if each.get_linestyle() == "-"):
+        compute = np.asarray(line.get_xdata(), dtype=float)
+        assert compute.min() >= 0.99 * rows["flops"].min()
+        assert compute.max() <= 1.01 * rows["flops"].max()
+
+
+def test_a_sweep_of_one_point_is_drawn(tmp_path):
+    study = Study(("mamba",), ("web",), {"r9k": 9e3}, (4.5e5,), {})
+    root = write(study, tmp_path / "point", np.random.default_rng(0))
+    for plate in draw(analyse(load(root), Settings(replicates=10))):
+        plate.save(tmp_path / "figures")
