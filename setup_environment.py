@@ -41,8 +41,8 @@ def main() -> int:
     own = ("--no-deps", "--no-build-isolation", "-e", str(ROOT))
     run("installing this project", *pip(*own))
     if shutil.which("g++") or shutil.which("c++"):
-        run("compiling native kernels", str(PYTHON), "-m", "kernels.runtime")
-        run("compiling DeepSpeed's helper", str(PYTHON), "-m", "trainer.engine")
+        warm = "from trainer.engine import warm; warm()"
+        run("compiling native kernels", str(PYTHON), "-c", warm)
     MARK.write_text(wanted)
     say(f"ready after {time.monotonic() - begin:.0f} s")
     return 0

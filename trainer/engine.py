@@ -27,6 +27,7 @@ from trainer.parallel import join_ranks
 MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "deepspeed"
 STATE_TAG = "state"
+BUCKET_ELEMENTS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,7 @@ def prepare_process(execution: ExecutionConfig) -> None:
 
 
 def warm() -> None:
-    """Build now what the first run would otherwise build: kernels, and DeepSpeed's helper."""
+    """Build now what the first run would otherwise build, and load what it will load."""
     prepare_process(ExecutionConfig(device="cpu"))
     warm_kernels()
     join_ranks("cpu", 1)
@@ -227,6 +228,9 @@ def _deepspeed() -> Any:  # noqa: ANN401
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # Its shared-memory reduction is compiled at the first start, where a killed build leaves a lock
+    # that hangs every later one, and its ranks wait by spinning on cores that others may need.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
@@ -251,24 +255,32 @@ def _initialize(
 ) -> Any:  # noqa: ANN401
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
+    parameters = sum(p.numel() for p in backbone.parameters())
     engine, _, _, _ = deepspeed.initialize(
         model=backbone,
         optimizer=adamw(backbone, config, GuardedAdamW),
-        config=_deepspeed_config(config, execution, micro),
+        config=_deepspeed_config(config, execution, micro, parameters),
     )
     return engine
 
 
 def _deepspeed_config(
-    config: RunConfig, execution: ExecutionConfig, micro: int
+    config: RunConfig, execution: ExecutionConfig, micro: int, parameters: int
 ) -> dict[str, object]:
     """Every key is written here, because DeepSpeed accepts misspelt ones in silence."""
     stage = execution.zero_stage
+    bucket = min(parameters, BUCKET_ELEMENTS)
     return {
         "train_batch_size": config.batch_sequences,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.batch_sequences // execution.ranks // micro,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            # The default of 5e8 elements is allocated at every backward, whatever the model's size.
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "zero_allow_untested_optimizer": True,
         "gradient_clipping": config.optimizer.gradient_clip if stage > 0 else 0.0,
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
