@@ -60,7 +60,7 @@ BUCKET_BYTES = 256 << 20
 BPE_BYTES = 8_000_000
 """Training text taken of each domain for BPE."""
 DISK_FACTOR = 5
-"""Disk that a build needs, as a multiple of its text: scattered, packed, compressed, and decompressed later."""
+"""Disk that a build and its first reader need, as a multiple of the text."""
 COMPRESSED_TEXT = 4
 """Text is about that many times as large as its compressed form."""
 STATE = "STATE.json"

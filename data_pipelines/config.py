@@ -85,7 +85,7 @@ class DatasetConfig:
     source: SourceConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     block_tokens: int = 512
-    domain_bytes: int | None = 16_000_000
+    domain_bytes: int | None = None
     validation_fraction: float = 0.02
     seed: int = 17
 

@@ -108,6 +108,11 @@ def take_docstrings(source: str) -> tuple[str, str]:
     return code.strip("\n") + "\n", prose
 
 
+def make_piece(domain: str, text: str, origin: str) -> Piece:
+    """A piece with the hash of its text."""
+    return Piece(domain, text, origin, hashlib.blake2b(text.encode(), digest_size=16).digest())
+
+
 def _bodies(tree: ast.Module) -> Iterator[list]:
     """Every body that opens with a docstring on lines of its own."""
     stack: list = [tree]
@@ -145,8 +150,3 @@ def _texts(source: str, domains: frozenset[str]) -> Iterator[tuple[str, str]]:
         yield "python", code
     if wants_prose:
         yield "prose", prose
-
-
-def make_piece(domain: str, text: str, origin: str) -> Piece:
-    """A piece with the hash of its text."""
-    return Piece(domain, text, origin, hashlib.blake2b(text.encode(), digest_size=16).digest())

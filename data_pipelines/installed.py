@@ -146,10 +146,14 @@ def collect(
     write: Callable[[Piece], None],
     report: Callable[[float], None],
 ) -> dict[str, Yield]:
-    """Hand the documents of all domains to `write`, each domain up to `cap` bytes.
+    """Hand the documents of all domains to `write`, and say what each domain came to.
 
-    Returns:
-        what each domain came to.
+    Args:
+        installed: what to read.
+        cap: most bytes of a domain.
+        workers: that read.
+        write: called with the documents, in the order that the environment alone decides.
+        report: told the share done.
     """
     gathered = {domain: _Gathered(domain, cap) for domain in ORIGIN_SHARE}
     sources = _files(installed)

@@ -12,7 +12,19 @@ import kernels.faults
 from data_pipelines.build import build_dataset
 from data_pipelines.config import DataConfig, DatasetConfig, SourceConfig, TokenizerConfig
 
-WORDS = ["scan", "kernel", "naïve", "token", "→", "state", "of", "the", "mixer", "ladder", "\n"]
+WORDS = [
+    "scan",
+    "kernel",
+    "na\u00efve",
+    "token",
+    "\u2192",
+    "state",
+    "of",
+    "the",
+    "mixer",
+    "ladder",
+    "\n",
+]
 
 
 def silent(stage, share):

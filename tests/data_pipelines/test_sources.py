@@ -1,11 +1,13 @@
 import json
 import random
 
+import numpy
 import pytest
 import zstandard
 
 from data_pipelines.config import SourceConfig
 from data_pipelines.extract import is_worth_reading, take_docstrings
+from data_pipelines.installed import ORIGIN_SHARE, collect, survey
 from data_pipelines.sources import (
     Input,
     folder_name,
@@ -14,6 +16,7 @@ from data_pipelines.sources import (
     read_jsonl,
     read_text_folder,
 )
+from data_pipelines.workers import open_workers
 
 
 def line(text, domain="Pile-CC"):
@@ -99,6 +102,39 @@ def test_paths_that_hold_nothing_are_refused(tmp_path):
         list_inputs(SourceConfig("jsonl", (str(tmp_path / "none"),)))
     with pytest.raises(ValueError, match="holds nothing for kind jsonl"):
         list_inputs(SourceConfig("jsonl", (str(tmp_path),)))
+
+
+def test_an_environment_without_a_lock_file_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match=r"requirements\.lock is not there, .* restore it"):
+        survey(tmp_path / "requirements.lock")
+
+
+def test_departures_from_the_lock_file_are_told(tmp_path):
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(
+        "# comment\nnumpy==0.0.1 \\\n    --hash=sha256:00\nno-such-package==1.0\nzstandard\n"
+    )
+    found = survey(lock)
+    assert list(found.packages) == ["numpy"]
+    assert found.deviations == (
+        "no-such-package==1.0 is not installed",
+        f"numpy is {numpy.__version__}, not 0.0.1",
+    )
+
+
+def test_only_locked_packages_and_the_standard_library_are_read(tmp_path):
+    lock = tmp_path / "requirements.lock"
+    lock.write_text(f"numpy=={numpy.__version__}\ncrossladder==0.1.0\n")
+    pieces = []
+    with open_workers(1) as workers:
+        came = collect(survey(lock), 60_000, workers, pieces.append, lambda _: None)
+    assert {piece.origin.partition(":")[0] for piece in pieces} == {"numpy", "python"}
+    assert len({piece.digest for piece in pieces}) == len(pieces)
+    for domain, share in ORIGIN_SHARE.items():
+        mine = [p for p in pieces if p.domain == domain]
+        assert sum(len(p.text.encode()) for p in mine) == came[domain].utf8_bytes <= 60_000
+        of_numpy = [p for p in mine if p.origin.startswith("numpy:numpy/_core/include")]
+        assert sum(len(p.text.encode()) for p in of_numpy) <= share * 60_000
 
 
 def test_folder_names_of_the_pile_stay_readable():

@@ -184,7 +184,6 @@ print(json.dumps({canonical: read(canonical) for canonical in (1, 4)}))
 """
 
 
-@pytest.mark.slow
 def test_the_order_is_the_one_of_streaming_dataset_itself(built_root, tmp_path):
     open_stream(built_root).close()
     command = [sys.executable, "-c", STOCK, str(built_root / "tiny")]

@@ -17,7 +17,7 @@ from tests.data_pipelines.conftest import DOMAINS
 TEXTS = [
     "",
     "plain",
-    "naïve → 漢字 🙂",
+    "na\u00efve \u2192 \u6f22\u5b57 \U0001f642",
     "  two  spaces\n\ttab",
     "<|endoftext|> in a text",
     "\x00\x7f",
