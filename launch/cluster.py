@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
+from kernels.faults import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
+from launch.slurm import QueuedJob, QueueExecutor, held_jobs
 from sweeps.grammar import LauncherConfig
 from trainer.schema import ConfigError
 
@@ -131,7 +134,7 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             gpus_per_node=launcher.gpus_per_node,
             timeout_min=launcher.minutes,
         )
-        return _submit(executor, TrainJob(sweep, units, os.getpid()), shape)
+        return _submit(executor, TrainJob(sweep, units, os.getpid()), shape, None)
 
     return Pool(slots, _noter(sweep), start, queue)
 
@@ -150,7 +153,8 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
 
     def start(shape: Shape, units: tuple[Unit, ...]) -> Submission:
         per_node = min(launcher.ranks_per_node or shape.ranks, shape.ranks)
-        executor = submitit.SlurmExecutor(folder=sweep / "jobs", max_num_timeout=100)
+        executor = QueueExecutor(folder=sweep / "jobs", max_num_timeout=100)
+        intent = uuid.uuid4().hex
         optional = {
             "partition": launcher.partition,
             "account": launcher.account,
@@ -159,7 +163,7 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
         }
         executor.update_parameters(
             job_name=f"crossladder-{sweep.name}"[:60],
-            comment=f"crossladder:{','.join(unit.name for unit in units)}"[:200],
+            comment=intent,
             nodes=shape.ranks // per_node,
             ntasks_per_node=per_node,
             cpus_per_task=shape.threads,
@@ -167,10 +171,10 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             signal_delay_s=120,
             **{key: value for key, value in optional.items() if value is not None},
         )
-        return _submit(executor, TrainJob(sweep, units, None), shape)
+        return _submit(executor, TrainJob(sweep, units, None), shape, intent)
 
     pool = Pool(10**9, _noter(sweep), start, queue)
-    pool.running += list(dict.fromkeys(adopted.values()))
+    pool.running += {s.job.job_id: s for s in adopted.values()}.values()
     return pool
 
 
@@ -197,28 +201,38 @@ def _error_of(job: submitit.Job) -> str:
     return ""
 
 
-def _submit(executor: submitit.Executor, job: TrainJob, shape: Shape) -> Submission:
+def _submit(
+    executor: submitit.Executor, job: TrainJob, shape: Shape, intent: str | None
+) -> Submission:
     journal = Journal(job.sweep)
     names = ",".join(unit.name for unit in job.units)
-    journal.write("intent", units=names)
+    journal.write("intent", units=names, intent=intent, ranks=shape.ranks)
     # It says where the cluster is, not in which job we are, but is cleaned away with the rest.
     cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env():
         os.environ.update(cluster)
         submitted = executor.submit(job)
-    journal.write("submitted", units=names, job=submitted.job_id)
+    fault_point("launch.submitted")
+    journal.write("submitted", units=names, intent=intent, ranks=shape.ranks, job=submitted.job_id)
     return Submission(submitted, shape, job.units)
 
 
-def _still_queued(sweep: Path) -> dict[str, "Submission"]:
-    """Jobs of this sweep that an earlier launcher submitted and SLURM still holds."""
+def _still_queued(sweep: Path) -> dict[str, Submission]:
+    """Jobs of this sweep that an earlier launcher submitted and SLURM still holds, by unit.
+
+    A launcher killed between sbatch and its next row has left the intent, which is the job's
+    comment; where a site writes comments of its own, the job's id is what is left.
+    """
+    # Rows of local jobs have no intent, and process ids for job ids.
+    rows = [row for row in Journal(sweep).rows() if row.get("intent")]
+    known = {str(row.get("job") or row["intent"]): row for row in rows}
     adopted: dict[str, Submission] = {}
-    for row in Journal(sweep).rows():
-        if row["event"] != "submitted" or not str(row["job"]).isdigit():
-            continue
-        job = submitit.SlurmJob(folder=sweep / "jobs", job_id=str(row["job"]))
-        job.get_info(mode="force")
-        if job.state in ("PENDING", "RUNNING", "REQUEUED", "CONFIGURING", "COMPLETING"):
-            submission = Submission(job, Shape(0, 0), ())
-            adopted |= dict.fromkeys(str(row["units"]).split(","), submission)
+    for name, comment in held_jobs().items():
+        row = known.get(comment) or known.get(name)
+        if row is not None:
+            ranks = int(row["ranks"] or 1)
+            job = QueuedJob(folder=sweep / "jobs", job_id=name, tasks=range(ranks))
+            units = str(row["units"]).split(",")
+            adopted |= dict.fromkeys(units, Submission(job, Shape(0, 0), ()))
+            Journal(sweep).write("adopted", units=row["units"], job=name)
     return adopted

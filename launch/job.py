@@ -70,7 +70,8 @@ class TrainJob:
     def __call__(self) -> None:
         """Train what is missing; called on every rank."""
         environment = submitit.helpers.TorchDistributedEnvironment()
-        environment.export()
+        # Ranks pick their device by LOCAL_RANK among those that SLURM or submitit gave to the job.
+        environment.export(set_cuda_visible_devices=False)
         os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
         self.run()
 

@@ -1,6 +1,6 @@
 """The command: expand a sweep, print the plan, train what is missing, redraw the report.
 
-python launch/sweep.py sweeps/scaling.yaml [key=value ...] [--plan | --status]
+python launch/sweep.py sweeps/scaling.yaml [key=value ...] [--plan | --status | --data]
 """
 
 import argparse
@@ -68,6 +68,8 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         return int(ExitCode.DONE)
     data_root = Path(sweep.experiments[0].execution.data_root)
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
+    if arguments.data:
+        return int(ExitCode.DONE)
     for name, standing in standings.items():
         if standing in (Standing.DONE, Standing.DIVERGED):
             require_same_data(folder / name, root_hash)
@@ -101,8 +103,13 @@ def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None
 
 def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int:
     journal = Journal(folder)
+    same: dict[str, list[str]] = {}
     for name, error in journal.failures(begin).items():
-        console.print(f"[red]failed:[/red] {folder / name}: {escape(error)}", highlight=False)
+        same.setdefault(error, []).append(name)
+    for error, names in same.items():
+        more = f" and {len(names) - 1} more runs" if len(names) > 1 else ""
+        line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
+        console.print(line, highlight=False, soft_wrap=True)
     for row in journal.rows():
         if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
             error = escape(str(row["error"]))
@@ -216,6 +223,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("override", nargs="*", help="key=value, laid over the sweep file")
     parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
     parser.add_argument("--status", action="store_true", help="print where every run stands")
+    parser.add_argument("--data", action="store_true", help="build the data and stop")
     parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
     return parser.parse_args(words)
 

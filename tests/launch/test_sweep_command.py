@@ -1,0 +1,149 @@
+"""The smoke sweep as a user runs it: whole, again, killed, on two processes, and on bad input."""
+
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch.command import ROOT, command, start
+from tests.trainer.study import read_exact
+from trainer.record import read_json, read_rows, read_run
+
+pytestmark = pytest.mark.slow
+SMOKE = ("launch/sweep.py", "sweeps/smoke.yaml")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="session")
+def swept(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a smoke sweep that ran undisturbed, data building included."""
+    runs = tmp_path_factory.mktemp("swept")
+    ended = command(*SMOKE, "--runs", str(runs), f"execution.data_root={data}")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Report:" in ended.stdout
+    return runs / "smoke"
+
+
+def stored_sweep(folder: Path) -> dict:
+    return yaml.safe_load((folder / "sweep.yaml").read_text())
+
+
+def test_every_run_is_complete_and_in_the_report(swept: Path) -> None:
+    listed = stored_sweep(swept)
+    assert len(listed["runs"]) == 24
+    for name in [*listed["runs"], *listed["repeats"]]:
+        assert read_json(swept / name / "summary.json")["state"] == "done"
+    page = (swept / "report" / "index.html").read_text()
+    assert "24 of 24" in page
+    assert (swept / "ladder.parquet").exists()
+
+
+def test_the_same_command_again_trains_nothing(swept: Path, data: Path) -> None:
+    before = len(read_rows(swept / "journal.jsonl"))
+    ended = command(*SMOKE, "--runs", str(swept.parent), f"execution.data_root={data}")
+    assert ended.returncode == 0, ended.stdout
+    assert "26 complete" in ended.stdout
+    assert len(read_rows(swept / "journal.jsonl")) == before
+
+
+def test_two_processes_equal_one(swept: Path) -> None:
+    one, two = (read_run(swept / name) for name in sorted(stored_sweep(swept)["repeats"]))
+    assert one.provenance["execution"]["ranks"] == 1
+    assert two.provenance["execution"]["ranks"] == 2
+    assert two.provenance["execution"]["zero_stage"] == 2
+    assert [r["certificate"] for r in one.metrics] == [r["certificate"] for r in two.metrics]
+    for a, b in zip(one.metrics[:20], two.metrics[:20], strict=True):
+        assert math.isclose(a["loss_nats"], b["loss_nats"], rel_tol=2e-5)  # type: ignore[arg-type]
+
+
+def test_kill_of_everything_then_the_same_command_ends_bit_identically(
+    swept: Path, data: Path, tmp_path: Path
+) -> None:
+    words = (*SMOKE, "--runs", str(tmp_path), f"execution.data_root={data}")
+    running = start(*words)
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.glob("smoke/*/summary.json"))) < 6 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    ended = command(*words)
+    assert ended.returncode == 0, ended.stdout
+    listed = stored_sweep(swept)
+    for name in [*listed["runs"], *listed["trunks"], *listed["repeats"]]:
+        assert read_exact(tmp_path / "smoke" / name) == read_exact(swept / name), name
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_damaged_shard_stops_every_run_with_one_message(
+    swept: Path, data: Path, tmp_path: Path, damage: str
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    shard = next((root / "smoke" / "python" / "train").glob("*.zstd"))
+    for raw in shard.parent.glob("*.mds"):
+        raw.unlink()
+    content = shard.read_bytes()
+    shard.unlink()
+    if damage == "truncated":
+        shard.write_bytes(content[: len(content) // 2])
+    ended = command(*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={root}")
+    assert ended.returncode != 0
+    (line,) = [line for line in ended.stdout.splitlines() if line.startswith("failed:")]
+    assert shard.name in line
+    assert not list((tmp_path / "runs").glob("smoke/*/summary.json"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sweeps/scaling.yaml", "laddder=nano"), "did you mean 'ladder'"),
+        (("sweeps/scaling.yaml", "ladders.default.rungs=[11k]"), "unknown rung '11k'"),
+        (("sweeps/none.yaml",), "sweeps/none.yaml is not there"),
+    ],
+)
+def test_bad_input_is_one_clear_message(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    ended = command("launch/sweep.py", *words, "--runs", str(tmp_path / "runs"))
+    assert ended.returncode == 64
+    assert message in " ".join(ended.stdout.split())
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_full_disk_while_building_data_is_one_clear_message(tmp_path: Path) -> None:
+    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
+    ended = command(*words, fault="build.after_pack:1:enospc")
+    assert ended.returncode == 65
+    assert "free" in ended.stdout
+    assert not (tmp_path / "data" / "smoke").exists()
+    assert ended.stdout.count("error:") == 1
+
+
+def test_a_kill_while_building_data_is_gone_on_from(swept: Path, tmp_path: Path) -> None:
+    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
+    killed = command(*words, "architectures=[transformer]", fault="build.after_pack:1")
+    assert killed.returncode == 65
+    assert "ended from outside" in " ".join(killed.stdout.split())
+    built = command(*words, "--data")
+    assert built.returncode == 0, built.stdout
+    roots = {
+        read_json(ROOT / folder / "smoke" / "MANIFEST.json")["root_hash"]
+        for folder in (tmp_path / "data", data_root_of(swept))
+    }
+    assert len(roots) == 1
+
+
+def data_root_of(swept: Path) -> Path:
+    """The data that a sweep was made from."""
+    name = stored_sweep(swept)["runs"][0]
+    return Path(read_run(swept / name).provenance["execution"]["data_root"])
