@@ -109,7 +109,9 @@ def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval 
         for name, values in fit.form.natural(replicates.theta, group).items():
             interval = replicates.interval(float(point[name]), values)
             if is_coefficient(fit.law, name) and isinstance(interval, Interval):
-                interval = interval.mapped(lambda value: float(np.exp(value)))
+                # An open interval of a logarithm is an unbounded one of the coefficient.
+                with np.errstate(over="ignore"):
+                    interval = interval.mapped(lambda value: float(np.exp(value)))
             found[fit.form.labels[fit.form.slots[name, group]]] = interval
     return found
 

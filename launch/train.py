@@ -51,7 +51,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     runs = Path(arguments.runs)
     runs.mkdir(parents=True, exist_ok=True)
     folder = runs / experiment.folder_name
-    plain = read_yaml(arguments.run).get("dataset")
+    plain = merge(read_yaml(arguments.run), read_overrides(arguments.override)).get("dataset")
     if plain is not None:
         dataset = load(DatasetConfig, plain, "dataset")
         build_data(dataset, Path(experiment.execution.data_root), console)
