@@ -25,7 +25,7 @@ def check() -> list[Measurement]:
         ended = subprocess.run([str(BIN / tool), *words], cwd=ROOT, check=False)
         sys.stdout.write(f"{name}: {'ok' if ended.returncode == 0 else 'FAILED'}\n")
         sys.stdout.flush()
-        measured.append(Measurement(f"{name} exit code", ended.returncode, "", 0))
+        measured.append(Measurement(f"{name} exit code", abs(ended.returncode), "", 0))
         measured.append(Measurement(f"{name} time", time.monotonic() - begin, "s"))
     return measured
 
