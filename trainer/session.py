@@ -307,10 +307,16 @@ class Session:
             "tokens": progress.step * self.config.optimizer.batch_tokens,
             "certificate": f"{progress.certificate:016x}",
             "parameters_sha256": digest.hexdigest(),
+            "read_blocks": self._realised(),
             "message": message,
         }
         self.record.write_summary(summary)
         self.record.write_status(state, step=progress.step, steps=self.config.steps)
+
+    def _realised(self) -> dict[str, dict[str, int]]:
+        """Blocks, different blocks and most repeats of each domain, over all ranks."""
+        assert self._stream is not None
+        return {domain: asdict(read) for domain, read in self._stream.realised().items()}
 
     def _show(self, progress: Progress, **facts: float) -> None:
         now = time.monotonic()

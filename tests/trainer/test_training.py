@@ -154,6 +154,25 @@ def test_evaluation_equals_a_float64_sum_over_targets(root: Path, tmp_path: Path
     assert row["total_nats"] == pytest.approx(nats, rel=1e-5)
 
 
+def test_what_was_read_of_each_domain_is_recorded(root: Path, tmp_path: Path) -> None:
+    run(make(root), tmp_path / "run")
+    read = read_run(tmp_path / "run").summary["read_blocks"]
+    blocks = {domain: counts["blocks"] for domain, counts in read.items()}
+    assert sum(blocks.values()) == 10240 // 128
+    assert blocks["python"] / sum(blocks.values()) == pytest.approx(0.7, abs=0.1)
+    assert all(counts["most_repeats"] >= 1 for counts in read.values())
+
+
+def test_rows_are_copied_to_an_offline_tracker_and_change_nothing(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    run(make(root), tmp_path / "off")
+    run(make(root, tracker="wandb"), tmp_path / "wandb")
+    assert read_exact(tmp_path / "off") == read_exact(tmp_path / "wandb")
+    assert list((tmp_path / "wandb").glob("wandb/offline-run-*"))
+
+
 def test_chunked_losses_equal_whole_ones(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     backbone = build_backbone(make(root).run.model, 3)
     tokens = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
