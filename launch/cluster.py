@@ -14,7 +14,7 @@ from kernels.faults import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.slurm import QueuedJob, QueueExecutor, held_jobs
-from sweeps.grammar import LauncherConfig
+from sweeps.config import LauncherConfig
 from trainer.schema import ConfigError
 
 POLL_SECONDS = 0.5

@@ -17,7 +17,8 @@ from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.standing import Standing, standing_of
-from sweeps.grammar import Experiment, LauncherConfig, resolve_precision
+from sweeps.config import LauncherConfig
+from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.preemption import ExitCode
 from trainer.record import read_json, read_run
