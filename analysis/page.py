@@ -24,6 +24,7 @@ from analysis.wording import (
     contrast_sentence,
     counting_sentence,
     detectable_sentence,
+    exponent_words,
     interaction_sentence,
     largest_effect,
     law_words,
@@ -156,7 +157,7 @@ def laws_table(study: Study) -> pd.DataFrame:
         for name in ("alpha", "beta", "gamma", "E"):
             interval = law.intervals.get(name)
             hidden = name == "E" and "W-E0" in law.fit.codes
-            text = "" if interval is None else bracketed(interval)
+            text = "" if interval is None else exponent_words(interval)
             record[name] = "not identified" if hidden else text
         record |= {
             "points": str(len(law.fit.rows)),

@@ -14,7 +14,7 @@ from analysis.page import answers, laws_table, progress, refusals, render
 from analysis.plates import draw
 from analysis.study import Settings, Study, analyse
 from analysis.table import Table, load
-from analysis.wording import bracketed
+from analysis.wording import exponent_words
 from trainer.record import read_json, write_atomically, write_json
 
 MOST_LINES = 30
@@ -43,6 +43,16 @@ def write_report(sweep: Path, *, plan: Mapping | None = None) -> Report:
     return _write(load(sweep), sweep / "report", dict(plan or {}), FULL)
 
 
+def refresh(sweep: Path) -> Report:
+    """The report as `write_report` would write it, written only if it is not there as such."""
+    table = load(sweep)
+    stored = read_json(sweep / "report" / "report.json")
+    whole = stored.get("settings") == plain(FULL)
+    if whole and stored.get("fingerprint") == fingerprint(table):
+        return Report(sweep / "report" / "index.html", stored, tuple(stored["text"]))
+    return write_report(sweep)
+
+
 def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
     """Write the report if points or states changed since, with a quarter of the replicates."""
     table = load(sweep)
@@ -54,8 +64,10 @@ def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
 
 
 def fingerprint(table: Table) -> str:
-    """A hash of every point and every run's state."""
+    """A hash of every point, every run's state, and the code that makes a page of them."""
     parts = [table.rows.to_json(), table.runs.to_json(), repr(table.exclusions), table.neutral_set]
+    here = Path(__file__).parent
+    parts += [file.read_text() for file in sorted([*here.glob("*.py"), *here.glob("*.html")])]
     return hashlib.sha256("".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
@@ -148,7 +160,7 @@ def _law_lines(study: Study) -> list[str]:
         if isinstance(law.fit, Fit) and law.evaluation_set == study.table.neutral_set:
             hidden = {"E"} if "W-E0" in law.fit.codes else set()
             exponents = [
-                f"{name} {bracketed(law.intervals[name])}"
+                f"{name} {exponent_words(law.intervals[name])}"
                 for name in ("alpha", "beta", "gamma", "E")
                 if name in law.intervals and name not in hidden
             ]

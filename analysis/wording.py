@@ -44,6 +44,13 @@ def bracketed(interval: Interval | Refusal) -> str:
     return f"{estimate} [{low}, {high}]"
 
 
+def exponent_words(interval: Interval | Refusal) -> str:
+    """An exponent with its interval, unless the data cannot tell it from no effect at all."""
+    if isinstance(interval, Interval) and interval.low <= 0:
+        return "not identified"
+    return bracketed(interval)
+
+
 def law_words(law: Law) -> str:
     """A law in words, with what its cells share."""
     if not law.by:

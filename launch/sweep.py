@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.report import write_report
+from analysis.report import refresh
 from launch.cluster import available_slots, run_units
 from launch.data import build_data
 from launch.job import Unit
@@ -77,7 +77,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     begin = time.time()
     if todo:
         _train(plan, todo, folder, console)
-    report = write_report(folder)
+    report = refresh(folder)
     console.print(escape(report.text()), highlight=False, soft_wrap=True)
     return _conclude(sweep, folder, begin, console)
 
