@@ -57,6 +57,7 @@ class LadderConfig:
         tokens_per_parameter: budgets as multiples of a rung's nominal parameters, instead.
         replicates: more seeds of some rungs.
         more_corpora: corpora beside the default ones.
+        epoch_blocks: longer epochs than the corpora's own, for horizons that would repeat blocks.
     """
 
     rungs: tuple[str, ...]
@@ -69,6 +70,7 @@ class LadderConfig:
     tokens_per_parameter: tuple[float, ...] = ()
     replicates: Replicates | None = None
     more_corpora: tuple[str, ...] = ()
+    epoch_blocks: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: dict = field(default_factory=dict)
     execution: dict = field(default_factory=dict)

@@ -211,7 +211,7 @@ def _experiments(
             rung=rung.name,
             nominal_parameters=nominal,
             model=fitted.model,
-            corpus=_corpus(cell["corpus"], corpora, ladder.seq_len),
+            corpus=_corpus(cell["corpus"], corpora, ladder),
             optimizer=load(OptimizerConfig, optimizer, "optimizer"),
             schedule=load(
                 ScheduleConfig,
@@ -259,17 +259,17 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     return replace(architecture, blocks=merge(architecture.blocks, mine), model=model)
 
 
-def _corpus(name: str, corpora: CorporaConfig, seq_len: int) -> DataConfig:
+def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
     mixture, dataset = corpora.mixtures[name], corpora.dataset
     return DataConfig(
         name=name,
         dataset=dataset.name,
         tokenizer=dataset.tokenizer,
         domains=mixture.domains,
-        seq_len=seq_len,
+        seq_len=ladder.seq_len,
         block_tokens=dataset.block_tokens,
         unique_bytes=mixture.unique_bytes,
-        epoch_blocks=corpora.epoch_blocks,
+        epoch_blocks=ladder.epoch_blocks or corpora.epoch_blocks,
     )
 
 

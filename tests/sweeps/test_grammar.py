@@ -30,6 +30,15 @@ def test_the_default_study_is_the_one_that_is_described() -> None:
     assert {e.run.budget.tokens for e in sweep.experiments} == {450_560, 901_120, 1_802_240}
 
 
+@pytest.mark.parametrize(
+    "words", [(), ("ladder=nano",), ("ladder=evening",), ("ladder=pile", "corpus=pile")]
+)
+def test_no_horizon_is_longer_than_an_epoch(words: tuple[str, ...]) -> None:
+    for experiment in read_sweep_file(SCALING, words).experiments:
+        corpus = experiment.run.corpus
+        assert experiment.run.budget.tokens <= corpus.epoch_blocks * corpus.block_tokens
+
+
 def test_arms_of_a_rung_share_everything_but_the_model() -> None:
     sweep = read_sweep_file(SCALING, ())
     shared = {}
