@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep smoke test check bench slurm lock
+.PHONY: setup sweep smoke test check bench faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
 test:  setup ; $(BIN)/python -m tests.run
 check: setup ; $(BIN)/python -m tests.check
 bench: setup ; $(BIN)/python -m tests.bench
+faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run
 lock:  setup ; $(BIN)/python setup_environment.py --lock
 

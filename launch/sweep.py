@@ -225,7 +225,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--status", action="store_true", help="print where every run stands")
     parser.add_argument("--data", action="store_true", help="build the data and stop")
     parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 if __name__ == "__main__":

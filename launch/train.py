@@ -142,7 +142,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="a run's YAML, such as sweeps/single.yaml")
     parser.add_argument("override", nargs="*", help="key=value, laid over the YAML")
     parser.add_argument("--runs", default="runs/single", help="where the record goes")
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 if __name__ == "__main__":
