@@ -10,8 +10,8 @@ from launch.measurements import Measurement, write_measurements
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 TOOLS = (
-    ("ruff format", "ruff", "format", "--check", "."),
-    ("ruff check", "ruff", "check", "."),
+    ("ruff format", "ruff", "format", "--no-cache", "--check", "."),
+    ("ruff check", "ruff", "check", "--no-cache", "."),
     ("pyright", "pyright", "--pythonpath", sys.executable),
     ("import rules", "lint-imports", "--no-cache"),
 )

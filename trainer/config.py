@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_pipelines.config import DataConfig
-
 from models.backbone import BackboneConfig
 from trainer.schema import dump
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from data_pipelines.batch import Batch, target_bytes
 from data_pipelines.config import DataConfig
 from data_pipelines.stream import evaluation_batches, evaluation_sets
 from data_pipelines.tokenizers import load_tokenizer
-
 from trainer.config import EvaluationConfig
 from trainer.engine import Engine
 from trainer.objective import IGNORED, token_nats

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+
 from kernels.runtime import describe as describe_kernels
 
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 from data_pipelines.stream import certificate
-
 from kernels.faults import fault_point
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import prepare_process

@@ -11,9 +11,9 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from kernels.selective_scan import selective_scan
 from torch import Tensor, nn
 
+from kernels.selective_scan import selective_scan
 from models.layers import Linear, ShortConv
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, register
 from models.sequence import WholeSequence
