@@ -38,12 +38,12 @@ class Evaluator:
 
     def __init__(self, corpus: DataConfig, config: EvaluationConfig, root: Path) -> None:
         self._corpus, self._config, self._root = corpus, config, root
-        self._sets = evaluation_sets(root, corpus.dataset)
+        self.sets = evaluation_sets(root, corpus.dataset)
         self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
 
     def evaluate(self, engine: Engine) -> Iterator[Evaluated]:
         """The loss of each set, summed over the ranks."""
-        for name in self._sets:
+        for name in self.sets:
             yield self._evaluate(engine, name)
 
     def _evaluate(self, engine: Engine, name: str) -> Evaluated:

@@ -22,7 +22,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -122,11 +122,15 @@ class RunRecord:
 
     def append_metrics(self, row: Row) -> None:
         """Add the row of one step."""
-        self._append("metrics.jsonl", row)
+        self._append("metrics.jsonl", [row])
 
     def append_evaluation(self, row: Row) -> None:
         """Add the row of one evaluation set at one milestone."""
-        self._append("evaluations.jsonl", row)
+        self._append("evaluations.jsonl", [row])
+
+    def append_evaluations(self, rows: Sequence[Row]) -> None:
+        """Add the rows of all sets at one milestone, in one write: all of them or none."""
+        self._append("evaluations.jsonl", rows)
 
     def write_status(self, state: str, **facts: Scalar) -> None:
         """Say where the run stands; `state` is running, stopped, failed, diverged or done."""
@@ -153,13 +157,14 @@ class RunRecord:
             file.close()
         self._lock.close()
 
-    def _append(self, name: str, row: Row) -> None:
-        unknown = set(row) - EXACT_COLUMNS - MEASURED_COLUMNS
-        assert not unknown, f"undeclared columns in {name}: {sorted(unknown)}"
-        stored = {key: _finite(value) for key, value in row.items()}
-        self._files[name].write(
-            json.dumps({**stored, "incarnation": self.incarnation}, allow_nan=False) + "\n"
-        )
+    def _append(self, name: str, rows: Sequence[Row]) -> None:
+        text = ""
+        for row in rows:
+            unknown = set(row) - EXACT_COLUMNS - MEASURED_COLUMNS
+            assert not unknown, f"undeclared columns in {name}: {sorted(unknown)}"
+            stored = {key: _finite(value) for key, value in row.items()}
+            text += json.dumps({**stored, "incarnation": self.incarnation}, allow_nan=False) + "\n"
+        self._files[name].write(text)
         self._files[name].flush()
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from data_pipelines.build import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
+from kernels.faults import fault_point
 from models.accounting import Account, account
 from models.backbone import build_backbone
 from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
@@ -181,20 +182,23 @@ class Session:
         measured = evaluation_id(self.evaluation)
         tokens = progress.step * self.config.optimizer.batch_tokens
         row: Row = {"step": progress.step, "tokens": tokens, "evaluation_id": measured}
-        if any(e["step"] == progress.step for e in self._evaluations(measured)):
+        done = {e["evaluation_set"] for e in self._evaluations(measured, progress.step)}
+        if done >= set(self._evaluator.sets):
             return
         self.heartbeat.beat(progress.step, "evaluate")
         decayed = not self.lineage.forks and progress.step == self.config.steps
         row |= {"decayed": decayed, "certificate": f"{progress.certificate:016x}"}
+        rows: list[Row] = []
         try:
             for result in self._evaluator.evaluate(self.engine):
                 bits = {"bits_per_byte": result.bits_per_byte}
-                if self.record is not None:
-                    self.record.append_evaluation({**row, **asdict(result), **bits})
+                rows.append({**row, **asdict(result), **bits})
+                fault_point("evaluate.set_done")
         except (RuntimeError, OSError) as error:
             self.complain(f"evaluation at step {progress.step} failed: {error}")
-            if self.record is not None:
-                self.record.append_evaluation({**row, "error": str(error)})
+            rows = [{**row, "error": str(error)}]
+        if self.record is not None:
+            self.record.append_evaluations(rows)
 
     def stop(self, progress: Progress, name: str) -> Outcome:
         """End early, with everything saved."""
@@ -289,8 +293,8 @@ class Session:
                     "go back to that, or move the run folder away to train it anew"
                 )
 
-    def _evaluations(self, measured: str) -> list[Row]:
-        rows = read_run(self.folder).evaluations
+    def _evaluations(self, measured: str, step: int) -> list[Row]:
+        rows = (r for r in read_run(self.folder).evaluations if r["step"] == step)
         return [r for r in rows if r["evaluation_id"] == measured and not r.get("error")]
 
     def _write_summary(self, state: str, progress: Progress, message: str) -> None:

@@ -109,6 +109,17 @@ def test_a_kill_at_every_point_of_a_save_leaves_no_trace(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("passing", [1, 2, 3, 4, 5, 6])
+def test_a_kill_between_two_sets_of_an_evaluation_leaves_none_out(
+    root: Path, server: Incarnations, undisturbed: dict, tmp_path: Path, passing: int
+) -> None:
+    job, unit = job_file(root, tmp_path)
+    assert server.start(job, f"evaluate.set_done:{passing}") == KILLED
+    assert server.start(job) == 0
+    assert all_exact(tmp_path, unit) == undisturbed
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_one_save_loses_nothing(
     root: Path, server: Incarnations, undisturbed: dict, tmp_path: Path
 ) -> None:

@@ -98,9 +98,10 @@ def in_child(action: Callable[[], object], fault: str = "") -> int:
 def rebind_faults() -> None:
     """Hand the reloaded fault point to the modules that imported it by name."""
     import trainer.checkpoint
+    import trainer.session
     import trainer.train
 
-    for module in (trainer.checkpoint, trainer.train):
+    for module in (trainer.checkpoint, trainer.session, trainer.train):
         module.fault_point = kernels.faults.fault_point  # type: ignore[attr-defined]
 
 
