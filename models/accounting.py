@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from models.backbone import Backbone, BackboneConfig, Block
-from models.layers import ShortConv
 from models.mixer import MixFlops
 
 CONVENTIONS: Mapping[str, str] = {
@@ -75,14 +73,10 @@ def total_parameters(config: BackboneConfig) -> int:
 
 
 def dense_flops_per_token(backbone: Backbone) -> float:
-    """2 per weight of every dense map, short convolution and the head."""
-    weights = sum(
-        module.weight.numel()
-        for module in backbone.modules()
-        if isinstance(module, nn.Linear | ShortConv)
-    )
-    head = backbone.embedding.weight.numel() if backbone.config.tied else 0
-    return 2.0 * (weights + head)
+    """2 per weight of every map of single tokens, short convolution and the head."""
+    counts = (getattr(module, "token_flops", None) for module in backbone.modules())
+    head = 2 * backbone.embedding.weight.numel() if backbone.config.tied else 0
+    return float(sum(count() for count in counts if count is not None) + head)
 
 
 def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:

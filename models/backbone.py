@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,43 @@ from torch import Tensor, nn
 
 from models.channel import ChannelConfig
 from models.layers import Drawn, Embedding, Linear, RMSNorm
-from models.mixer import MixerConfig
-from models.sequence import ContinuedSequence, DecodingState, WholeSequence
+from models.mixer import MixerConfig, Pattern, Slot
+from models.sequence import ContinuedSequence, DecodingState, Memory, WholeSequence
+
+Form = Literal["decoder", "encoder"]
+SELF = {"decoder": Pattern.CAUSAL_SELF, "encoder": Pattern.NONCAUSAL_SELF}
+CROSS = {"decoder": Pattern.CAUSAL_CROSS, "encoder": Pattern.NONCAUSAL_CROSS}
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A named block: a token mixer, then a channel mixer, each behind a norm and a residual."""
+    """A named block: mixers of tokens, then of channels, each behind a norm and a residual.
+
+    Attributes:
+        cross: mixes in tokens of a memory, after the mixer; None for a block that has none.
+    """
 
     mixer: MixerConfig
     channel: ChannelConfig
+    cross: MixerConfig | None = None
+
+    @property
+    def residuals(self) -> int:
+        """Residual branches."""
+        return 1 + (self.cross is not None) + self.channel.residuals
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The stack that makes a memory of a source; its blocks are the backbone's, by name.
+
+    Attributes:
+        pattern: names of blocks, separated by spaces, repeated to `n_layers`.
+        n_layers: blocks in all.
+    """
+
+    pattern: str
+    n_layers: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,9 @@ class BackboneConfig:
         tied: whether the head is the embedding, transposed.
         norm_eps: added to mean squares.
         embedding_std: standard deviation of initial embeddings.
+        form: a decoder's mixers see their own and earlier tokens, an encoder's see all.
+        encoder: a stack whose output the blocks' `cross` mixers read, on the same embedding.
+        learned_positions: longest sequence of learned absolute positions; None for none.
     """
 
     blocks: dict[str, BlockConfig]
@@ -45,73 +76,131 @@ class BackboneConfig:
     tied: bool = True
     norm_eps: float = 1e-5
     embedding_std: float = 0.02
+    form: Form = "decoder"
+    encoder: EncoderConfig | None = None
+    learned_positions: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
-        names = self.pattern.split()
-        unknown = sorted(set(names) - set(self.blocks))
-        if unknown or not names:
-            raise ValueError(
-                f"pattern {self.pattern!r} names {unknown or 'no block'}; "
-                f"blocks are {', '.join(sorted(self.blocks))}"
-            )
+        self._check_pattern(self.pattern)
+        if self.encoder is not None:
+            self._check_pattern(self.encoder.pattern)
+            if all(block.cross is None for block in self.layers()):
+                raise ValueError("encoder is given, but no block has a cross mixer; give one")
 
     def layers(self) -> list[BlockConfig]:
         """The block of each layer."""
-        names = self.pattern.split()
-        return [self.blocks[names[i % len(names)]] for i in range(self.n_layers)]
+        return self._repeat(self.pattern, self.n_layers)
+
+    def encoder_layers(self) -> list[BlockConfig]:
+        """The block of each layer of the encoder; none without one."""
+        if self.encoder is None:
+            return []
+        return self._repeat(self.encoder.pattern, self.encoder.n_layers)
+
+    def _repeat(self, pattern: str, n_layers: int) -> list[BlockConfig]:
+        names = pattern.split()
+        return [self.blocks[names[i % len(names)]] for i in range(n_layers)]
+
+    def _check_pattern(self, pattern: str) -> None:
+        names = pattern.split()
+        unknown = sorted(set(names) - set(self.blocks))
+        if unknown or not names:
+            raise ValueError(
+                f"pattern {pattern!r} names {unknown or 'no block'}; "
+                f"blocks are {', '.join(sorted(self.blocks))}"
+            )
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + channel(norm(x)) if there is a channel mixer."""
+    """x + mixer(norm(x)), then the same with the cross and the channel mixer where there is one."""
 
-    def __init__(self, config: BlockConfig, backbone: BackboneConfig, n_residuals: int) -> None:
+    def __init__(
+        self, config: BlockConfig, backbone: BackboneConfig, n_residuals: int, form: Form
+    ) -> None:
         super().__init__()
         D, eps = backbone.d_model, backbone.norm_eps
         self.mixer_norm = RMSNorm(D, eps)
-        self.mixer = config.mixer.build(D, n_residuals)
+        self.mixer = config.mixer.build(Slot(D, n_residuals, SELF[form]))
+        self.cross = None
+        if config.cross is not None:
+            self.cross_norm = RMSNorm(D, eps)
+            self.cross = config.cross.build(Slot(D, n_residuals, CROSS[form]))
         self.channel = config.channel.build(D, n_residuals)
         if self.channel is not None:
             self.channel_norm = RMSNorm(D, eps)
 
-    def forward(self, x: Float[Tensor, "B L D"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
+    def forward(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> Float[Tensor, "B L D"]:
         """Run the block; the residual stream keeps its dtype."""
         x = x + self.mixer(self.mixer_norm(x), sequence)
+        if self.cross is not None:
+            x = x + self.cross(self.cross_norm(x), sequence, memory)
         if self.channel is not None:
             x = x + self.channel(self.channel_norm(x))
         return x
 
 
-class Backbone(nn.Module):
+class Stack(nn.Module):
+    """Blocks one after the other, and a norm."""
+
+    def __init__(self, layers: list[BlockConfig], config: BackboneConfig, form: Form) -> None:
+        super().__init__()
+        n_residuals = sum(layer.residuals for layer in layers)
+        self.layers = nn.ModuleList(Block(layer, config, n_residuals, form) for layer in layers)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+
+    def run(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Features to hidden states, normalised."""
+        for layer in self.layers:
+            x = layer(x, sequence, memory)
+        return self.norm(x)
+
+
+class Backbone(Stack):
     """Tokens to hidden states; `head` maps hidden states to logits."""
 
     def __init__(self, config: BackboneConfig) -> None:
-        super().__init__()
+        super().__init__(config.layers(), config, config.form)
         self.config = config
-        layers = config.layers()
-        n_residuals = len(layers) + sum(layer.channel.residuals for layer in layers)
         self.embedding = Embedding(config.vocab_size, config.d_model, config.embedding_std)
-        self.layers = nn.ModuleList(Block(layer, config, n_residuals) for layer in layers)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.encoder = None
+        if config.encoder is not None:
+            self.encoder = Stack(config.encoder_layers(), config, "encoder")
+        if config.learned_positions is not None:
+            self.places = Embedding(config.learned_positions, config.d_model, config.embedding_std)
         if not config.tied:
             self.unembedding = Linear(config.d_model, config.vocab_size, std=config.embedding_std)
 
     def forward(
-        self, tokens: Int[Tensor, "B L"], sequence: WholeSequence
+        self, tokens: Int[Tensor, "B L"], sequence: WholeSequence, memory: Memory | None = None
     ) -> Float[Tensor, "B L D"]:
         """The hidden state of each token, normalised."""
+        return self.run(self.embed(tokens, sequence), sequence, memory)
+
+    def encode(self, tokens: Int[Tensor, "B S"], sequence: WholeSequence) -> Memory:
+        """What the encoder makes of a source."""
+        assert self.encoder is not None, "a backbone without an encoder has no memory"
+        return Memory(self.encoder.run(self.embed(tokens, sequence), sequence), sequence)
+
+    def embed(self, tokens: Int[Tensor, "B L"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
+        """The vector of each token, and of its place where places are learned."""
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, sequence)
-        return self.norm(x)
+        if self.config.learned_positions is not None:
+            x = x + self.places(sequence.positions())
+        return x
 
     def extend(
         self,
         tokens: Int[Tensor, "B L"],
         documents: Int[Tensor, "B L"],
         state: DecodingState | None,
+        memory: Memory | None = None,
     ) -> tuple[Float[Tensor, "B L D"], DecodingState]:
         """Hidden states of the tokens that follow `state`, and the state they leave.
 
@@ -119,12 +208,13 @@ class Backbone(nn.Module):
             tokens: the next piece, of any length from 1.
             documents: ids of its documents; 0 continues the last one seen.
             state: what earlier pieces left; None at the beginning.
+            memory: what the encoder made of the source, where there is one.
         """
         sequence = ContinuedSequence(documents, state)
-        x = self.embedding(tokens)
+        x = self.embed(tokens, sequence)
         for layer in self.layers:
             sequence.enter_layer()
-            x = layer(x, sequence)
+            x = layer(x, sequence, memory)
             sequence.leave_layer()
         return self.norm(x), sequence.state()
 

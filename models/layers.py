@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
-from models.sequence import WholeSequence
+from kernels.window_attention import window_attention
+from models.sequence import PADDING, WholeSequence
 
 
 @runtime_checkable
@@ -22,11 +23,12 @@ class Drawn(Protocol):
 
 
 class Linear(nn.Linear):
-    """A dense map of each token, without bias.
+    """A dense map of each token.
 
     Args:
         n_in: width it reads.
         n_out: width it writes.
+        bias: whether a vector is added, which starts at zero.
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n_in), 1/sqrt(n_in)),
             torch's default, which has the standard deviation 0.58/sqrt(n_in).
         scale: factor on the initial weights; 1/sqrt(residual branches) for maps that write to the
@@ -34,19 +36,78 @@ class Linear(nn.Linear):
     """
 
     def __init__(
-        self, n_in: int, n_out: int, *, std: float | None = None, scale: float = 1.0
+        self,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = False,
+        std: float | None = None,
+        scale: float = 1.0,
     ) -> None:
-        super().__init__(n_in, n_out, bias=False)
+        super().__init__(n_in, n_out, bias=bias)
         self._std, self._scale = std, scale
+
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
 
     def reset_parameters(self) -> None:
         """Leave the weights alone; the backbone draws them."""
 
-    def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Initial weights."""
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial weights, and a bias of zeros."""
+        if name == "bias":
+            return torch.zeros(self.bias.shape)
         if self._std is None:
             return uniform(self.weight.shape, self.in_features**-0.5, generator) * self._scale
         return torch.randn(self.weight.shape, generator=generator) * (self._std * self._scale)
+
+
+class BlockDiagonal(nn.Module):
+    """A map of each token that is dense within blocks of channels and nothing between them.
+
+    Args:
+        blocks: how many; they divide both widths.
+        n_in: width it reads.
+        n_out: width it writes.
+        bias: whether a vector is added, which starts at zero.
+        std: standard deviation of its initial weights; None draws U(-1/sqrt(n), 1/sqrt(n)) with n
+            the inputs of a block.
+
+    Raises:
+        ValueError: the blocks do not divide a width.
+    """
+
+    def __init__(
+        self, blocks: int, n_in: int, n_out: int, *, bias: bool = False, std: float | None = None
+    ) -> None:
+        super().__init__()
+        for width in (n_in, n_out):
+            if width % blocks:
+                raise ValueError(f"{blocks} blocks do not divide a width of {width}")
+        self.weight = nn.Parameter(torch.empty(blocks, n_out // blocks, n_in // blocks))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self._std = std
+
+    def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """Map each block of channels."""
+        blocks = self.weight.shape[0]
+        pieces = x.unflatten(-1, (blocks, -1)).unsqueeze(-2)
+        mapped = (pieces @ self.weight.transpose(1, 2)).squeeze(-2).flatten(-2)
+        return mapped if self.bias is None else mapped + self.bias
+
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial weights, and a bias of zeros."""
+        if name == "bias":
+            assert self.bias is not None
+            return torch.zeros(self.bias.shape)
+        if self._std is None:
+            return uniform(self.weight.shape, self.weight.shape[2] ** -0.5, generator)
+        return torch.randn(self.weight.shape, generator=generator) * self._std
 
 
 class Embedding(nn.Embedding):
@@ -95,10 +156,72 @@ class ShortConv(nn.Module):
         initial = sequence.halo(x, self.weight.shape[1] - 1)
         return causal_conv(x, self.weight, self.bias, initial, documents).outputs
 
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
+
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
         """Initial values as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
         shape = getattr(self, name).shape
         return uniform(shape, self.weight.shape[1] ** -0.5, generator)
+
+
+class CentredConv(nn.Module):
+    """A depthwise convolution over the tokens on both sides, which never leaves a document.
+
+    Args:
+        channels: width.
+        width: taps, an odd number.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        if width < 1 or width % 2 == 0:
+            raise ValueError(f"d_conv {width} has no middle; take an odd number")
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
+        """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
+        L, half = x.shape[1], self.weight.shape[1] // 2
+        around = F.pad(x, (0, 0, half, half))
+        ids = F.pad(sequence.documents, (half, half), value=PADDING)
+        mixed = self.bias.to(x.dtype)
+        for k, tap in enumerate(self.weight.to(x.dtype).unbind(dim=1)):
+            seen = around[:, k : k + L]
+            if sequence.packed:
+                other = ids[:, k : k + L] != sequence.documents
+                seen = seen.masked_fill(other[:, :, None], 0.0)
+            mixed = mixed + tap * seen
+        return mixed
+
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial values as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
+        shape = getattr(self, name).shape
+        return uniform(shape, self.weight.shape[1] ** -0.5, generator)
+
+
+def attend_window(
+    queries: Float[Tensor, "B L H P"],
+    keys: Float[Tensor, "B L G P"],
+    values: Float[Tensor, "B L G Q"],
+    window: int,
+    sequence: WholeSequence,
+) -> Float[Tensor, "B L H Q"]:
+    """Attend to the last `window` tokens of the document, tokens of earlier pieces included."""
+    before = sequence.halo(keys, window - 1)
+    values_before = sequence.halo(values, window - 1)
+    documents = sequence.documents if sequence.packed else None
+    if before is not None and values_before is not None:
+        ids = sequence.halo_documents(window - 1)
+        assert ids is not None, "what is before the first token has documents"
+        keys, values = torch.cat([before, keys], dim=1), torch.cat([values_before, values], dim=1)
+        documents = torch.cat([ids, sequence.documents], dim=1)
+    return window_attention(queries, keys, values, window, documents)
 
 
 class Rotation(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.sequence import WholeSequence
+from models.sequence import Memory, WholeSequence
 
 Coefficients: TypeAlias = Any
 """What a mixer passes from `project` to `mix` and `merge`: private to it."""
@@ -25,6 +25,31 @@ class Pattern(Enum):
     CAUSAL_SELF = "causal_self"
     NONCAUSAL_CROSS = "noncausal_cross"
     CAUSAL_CROSS = "causal_cross"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a mixer stands in a backbone, and what is asked of it there.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_residuals: residual branches of the whole backbone, which output maps are scaled by.
+        pattern: what it may see.
+    """
+
+    d_model: int
+    n_residuals: int = 1
+    pattern: Pattern = Pattern.CAUSAL_SELF
+
+    @property
+    def causal(self) -> bool:
+        """Whether an output may depend on its own and earlier tokens alone."""
+        return self.pattern in (Pattern.CAUSAL_SELF, Pattern.CAUSAL_CROSS)
+
+    @property
+    def residual_scale(self) -> float:
+        """Factor on the initial weights of maps that write to the residual stream."""
+        return self.n_residuals**-0.5
 
 
 @dataclass(frozen=True)
@@ -48,27 +73,54 @@ class MixerConfig:
 
     kind: ClassVar[str]
 
-    def build(self, d_model: int, n_residuals: int) -> "Mixer":
+    def build(self, slot: Slot) -> "Mixer":
         """Make the module.
 
-        Args:
-            d_model: width of the residual stream.
-            n_residuals: residual branches of the whole backbone, which output maps are scaled by.
+        Raises:
+            ValueError: the mixer does not serve the slot's pattern, or its sizes do not fit.
         """
-        return _mixers[self.kind](self, d_model, n_residuals)
+        mixer = _mixers[self.kind]
+        if slot.pattern not in mixer.patterns:
+            served = ", ".join(sorted(pattern.value for pattern in mixer.patterns))
+            raise ValueError(
+                f"mixer {self.kind} is asked for {slot.pattern.value}, but serves {served}; "
+                "choose another mixer or another form of backbone"
+            )
+        return mixer(self, slot)
 
 
 class Mixer(nn.Module, abc.ABC):
-    """A token mixer y = merge(M values): M depends on the tokens but not on the values."""
+    """A token mixer y = merge(M values): M depends on the tokens but not on the values.
+
+    Attributes:
+        patterns: which of CAB's four it can serve; the slot decides which it does.
+        no_decay: names of its parameters that weight decay must not touch.
+        approximate: why it is no exact function of what a token may see; empty where it is one.
+        linear: whether `mix` is linear in the values.
+        uses_fft: whether rounding may carry a trace of later tokens, as that of an FFT does.
+    """
 
     patterns: ClassVar[frozenset[Pattern]]
     no_decay: ClassVar[frozenset[str]] = frozenset()
+    approximate: ClassVar[str] = ""
+    linear: ClassVar[bool] = True
+    uses_fft: ClassVar[bool] = False
+
+    def __init__(self, slot: Slot) -> None:
+        super().__init__()
+        self.slot = slot
 
     @abc.abstractmethod
     def project(
-        self, x: Float[Tensor, "B L D"], sequence: WholeSequence
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
-        """Compute from the tokens what is mixed (values) and what decides how (coefficients)."""
+        """Compute from the tokens what is mixed (values) and what decides how (coefficients).
+
+        Args:
+            x: features of the tokens, zero where there is padding.
+            sequence: the tokens at hand.
+            memory: in a cross pattern the other side, which the values come from.
+        """
 
     @abc.abstractmethod
     def mix(
@@ -86,16 +138,18 @@ class Mixer(nn.Module, abc.ABC):
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
         """Count one forward `mix` of a sequence whose last `queries` tokens see `keys` tokens."""
 
-    def forward(self, x: Float[Tensor, "B L D"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
-        """Mix the tokens."""
-        values, coefficients = self.project(x, sequence)
+    def forward(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """Mix the tokens; what stands in padding is never read."""
+        values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         return self.merge(self.mix(values, coefficients, sequence), coefficients)
 
     def materialize(
-        self, x: Float[Tensor, "B L D"], sequence: WholeSequence
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> Float[Tensor, "B H L S"]:
         """The mixing matrix of each head, read off by mixing the unit vectors."""
-        values, coefficients = self.project(x, sequence)
+        values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         B, S, G, _ = values.shape
         units = torch.eye(S, dtype=values.dtype, device=values.device)
         units = units[None, :, None, :].expand(B, S, G, S)
@@ -121,6 +175,12 @@ def mixer_kinds() -> dict[str, type[MixerConfig]]:
     for module in pkgutil.walk_packages(family.__path__, prefix=f"{family.__name__}."):
         importlib.import_module(module.name)
     return dict(sorted(_configs.items()))
+
+
+def mixer_class(kind: str) -> type[Mixer]:
+    """The mixer of that kind."""
+    mixer_kinds()
+    return _mixers[kind]
 
 
 _mixers: dict[str, type[Mixer]] = {}

@@ -6,40 +6,75 @@ once it exists, other ranks do. What each exchange must remember, in call order,
 state, so forward, any split and any number of ranks are one piece of code.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+PADDING = -1
+"""Document id of tokens that fill up a row; they stand at its end."""
+
+
+class Collected(NamedTuple):
+    """Features of the tokens that end a segment of their document, the rows filled up at the end.
+
+    Attributes:
+        documents: their document ids, `PADDING` where a row has no more.
+        positions: their places in their documents.
+    """
+
+    features: Float[Tensor, "B S *rest"]
+    documents: Int[Tensor, "B S"]
+    positions: Int[Tensor, "B S"]
 
 
 class WholeSequence:
     """Tokens that nothing precedes.
 
     Args:
-        documents: ids of the documents packed into each row, starting at 0 and never falling.
+        documents: ids of the documents packed into each row, starting at 0 and never falling, then
+            `PADDING` where the row is filled up.
     """
 
     def __init__(self, documents: Int[Tensor, "B L"]) -> None:
         self.documents = documents
-        self.packed = bool(documents[:, -1].any()) if not documents.is_meta else True
+        # On the meta device there is nothing to look at: its sequences hold one document a row.
+        self.packed = not documents.is_meta and bool(documents[:, -1].any())
+        self.padded = self.packed and bool((documents[:, -1] == PADDING).any())
         self._memo: dict[object, Tensor] = {}
 
     def positions(self) -> Int[Tensor, "B L"]:
         """The place of each token in its document."""
         return self.memo("positions", lambda: positions_in_documents(self.documents))
 
+    def own_documents(self) -> Int[Tensor, "B L"]:
+        """The document id of each token, counted from the first piece."""
+        return self.documents
+
     def gathered_documents(self) -> Int[Tensor, "B S"]:
         """The document id of every token that `gather` returns."""
         return self.documents
 
-    def visible(self) -> Bool[Tensor, "B 1 L S"]:
-        """Which gathered tokens each token may see: itself and what precedes it in its document."""
-        return self.memo("visible", self._visible)
+    def visible(self, *, causal: bool) -> Bool[Tensor, "B 1 L S"]:
+        """Which gathered tokens each token may see: those of its document, not later if causal."""
+        return self.memo(("visible", causal), lambda: self._visible(causal))
+
+    def without_padding(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
+        """The features with zeros in padding, whatever stood there."""
+        if not self.padded:
+            return x
+        padding = self.documents == PADDING
+        return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0.0)
 
     def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Tensor | None:  # noqa: ARG002
         """The `left` inputs before the first token, or None where there are none."""
+        return None
+
+    def halo_documents(self, left: int) -> Int[Tensor, "B W"] | None:  # noqa: ARG002
+        """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
         return None
 
     def recur(
@@ -58,14 +93,35 @@ class WholeSequence:
         """The features of every token that the last one may see, in order."""
         return x
 
+    def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
+        """Features of every `every`-th token of each document, the last of each whole segment."""
+        if not self.packed:
+            features = x[:, every - 1 :: every]
+            ends = torch.arange(features.shape[1], device=x.device).expand(features.shape[:2])
+            return Collected(features, torch.zeros_like(ends), ends * every + every - 1)
+        index = self.memo(("ends", every), lambda: segment_ends(self, every))
+        return _collect(x, index, self.own_documents(), self.positions())
+
+    def once(self, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
+        return make()
+
     def memo(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that all layers share, made at its first use."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
 
-    def _visible(self) -> Bool[Tensor, "B 1 L S"]:
-        return visible_keys(self.documents, self.gathered_documents())
+    def _visible(self, causal: bool) -> Bool[Tensor, "B 1 L S"]:
+        same = same_documents(self.own_documents(), self.gathered_documents())
+        return same & _not_later(*same.shape[-2:], same.device) if causal else same
+
+
+class Memory(NamedTuple):
+    """The other side of a cross pattern: its features, and the sequence that they belong to."""
+
+    x: Float[Tensor, "B S D"]
+    sequence: WholeSequence
 
 
 @dataclass(frozen=True)
@@ -74,11 +130,15 @@ class DecodingState:
 
     Attributes:
         documents: ids of all tokens seen, counted on from piece to piece.
+        position: tokens seen of the last document.
         layers: for each layer what its exchanges remember, in call order.
+        collected: documents and positions of the tokens that `collect` has returned, by distance.
     """
 
     documents: Int[Tensor, "B S"]
+    position: Int[Tensor, "B 1"]
     layers: tuple[tuple[Tensor, ...], ...]
+    collected: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def bytes(self) -> int:
         """Bytes held for all rows of the batch, token bookkeeping left out."""
@@ -99,9 +159,11 @@ class ContinuedSequence(WholeSequence):
         seen = None if state is None else state.documents
         counted = documents if seen is None else documents + seen[:, -1:]
         self._all_documents = counted if seen is None else torch.cat([seen, counted], dim=1)
+        self.packed = not documents.is_meta and bool(counted[:, -1].any())
         self._incoming: list[Tensor] = []
         self._outgoing: list[Tensor] = []
         self._finished: list[tuple[Tensor, ...]] = []
+        self._collected = {} if state is None else dict(state.collected)
 
     def enter_layer(self) -> None:
         """Say that the exchanges of the next layer follow."""
@@ -115,14 +177,16 @@ class ContinuedSequence(WholeSequence):
 
     def state(self) -> DecodingState:
         """What this piece leaves to the next one."""
-        return DecodingState(self._all_documents, tuple(self._finished))
+        last = self.positions()[:, -1:] + 1
+        return DecodingState(self._all_documents, last, tuple(self._finished), self._collected)
 
     def positions(self) -> Int[Tensor, "B L"]:
         """The place of each token in its document, counted from the document's first piece."""
-        length = self.documents.shape[1]
-        return self.memo(
-            "positions", lambda: positions_in_documents(self._all_documents)[:, -length:]
-        )
+        return self.memo("positions", self._positions)
+
+    def own_documents(self) -> Int[Tensor, "B L"]:
+        """The document id of each token, counted from the first piece."""
+        return self._all_documents[:, -self.documents.shape[1] :]
 
     def gathered_documents(self) -> Int[Tensor, "B S"]:
         """The document id of every token seen so far, this piece included."""
@@ -131,16 +195,18 @@ class ContinuedSequence(WholeSequence):
     def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Tensor | None:
         """The `left` inputs before this piece; zeros stand where its document had not begun."""
         before = self._recall()
-        if before is None or self._earlier is None:
+        if before is None:
             before = x.new_zeros((x.shape[0], left, *x.shape[2:]))
-            self._outgoing.append(torch.cat([before, x], dim=1)[:, x.shape[1] :])
-            return before
-        self._outgoing.append(torch.cat([before, x], dim=1)[:, x.shape[1] :])
-        seen = self._earlier.documents
-        known = min(left, seen.shape[1])
-        others = torch.zeros(before.shape[:2], dtype=torch.bool, device=before.device)
-        others[:, left - known :] = seen[:, seen.shape[1] - known :] != seen[:, -1:]
+        # A copy: a view would keep the whole piece alive in the state.
+        self._outgoing.append(torch.cat([before, x], dim=1)[:, x.shape[1] :].clone())
+        others = self.halo_documents(left) != 0
         return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
+
+    def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
+        """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
+        known = torch.zeros_like(self.documents[:, :1]) if self._earlier is None else self._before()
+        ago = torch.arange(left, 0, -1, device=self.documents.device)
+        return -(ago > known).to(self.documents.dtype)
 
     def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
         """The outputs of a recurrence started from the state that the earlier pieces left."""
@@ -155,12 +221,43 @@ class ContinuedSequence(WholeSequence):
         self._outgoing.append(gathered)
         return gathered
 
+    def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
+        """Features of every `every`-th token of each document seen so far, this piece included."""
+        before = self._recall()
+        if before is None or self._earlier is None:
+            new = super().collect(x, every)
+        else:
+            index = self.memo(("ends", every), lambda: segment_ends(self, every))
+            new = _collect(x, index, self.own_documents(), self.positions())
+            documents, positions = self._earlier.collected[every]
+            new = Collected(
+                torch.cat([before, new.features], dim=1),
+                torch.cat([documents, new.documents], dim=1),
+                torch.cat([positions, new.positions], dim=1),
+            )
+        self._outgoing.append(new.features)
+        self._collected[every] = (new.documents, new.positions)
+        return new
+
+    def once(self, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
+        before = self._recall()
+        kept = make() if before is None else before
+        self._outgoing.append(kept)
+        return kept
+
+    def _before(self) -> Int[Tensor, "B 1"]:
+        assert self._earlier is not None
+        return self._earlier.position
+
+    def _positions(self) -> Int[Tensor, "B L"]:
+        places = positions_in_documents(self.documents)
+        if self._earlier is None:
+            return places
+        return places + torch.where(self.documents == 0, self._before(), 0)
+
     def _recall(self) -> Tensor | None:
         return self._incoming.pop(0) if self._incoming else None
-
-    def _visible(self) -> Bool[Tensor, "B 1 L S"]:
-        length = self.documents.shape[1]
-        return visible_keys(self._all_documents[:, -length:], self._all_documents)
 
 
 def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -172,10 +269,30 @@ def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     return index - first
 
 
-def visible_keys(queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]) -> Bool[Tensor, "B 1 L S"]:
-    """Mark the keys that share a query's document and do not follow it; queries end the keys."""
-    L, S = queries.shape[1], keys.shape[1]
-    place = torch.arange(S, device=keys.device)
-    causal = place[None, :] <= place[S - L :, None]
-    same = queries[:, :, None] == keys[:, None, :]
-    return (same & causal)[:, None]
+def same_documents(
+    queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]
+) -> Bool[Tensor, "B 1 L S"]:
+    """Mark the keys of each query's own document."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def segment_ends(sequence: WholeSequence, every: int) -> Int[Tensor, "B S"]:
+    """Index of each token that ends a whole segment of its document; -1 fills up the rows."""
+    positions, documents = sequence.positions(), sequence.documents
+    ends = ((positions + 1) % every == 0) & (documents != PADDING)
+    counts = ends.sum(dim=1)
+    index = torch.argsort((~ends).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
+    filled = torch.arange(index.shape[1], device=index.device) < counts[:, None]
+    return torch.where(filled, index, -1)
+
+
+def _collect(x: Tensor, index: Tensor, documents: Tensor, positions: Tensor) -> Collected:
+    taken = index.clamp(min=0)
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    at = torch.gather(documents, 1, taken).masked_fill(index < 0, PADDING)
+    return Collected(x[rows, taken], at, torch.gather(positions, 1, taken))
+
+
+def _not_later(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "L S"]:
+    place = torch.arange(keys, device=device)
+    return place[None, :] <= place[keys - queries :, None]

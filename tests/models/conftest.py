@@ -5,17 +5,31 @@ import dataclasses
 import pytest
 import torch
 
-from models.mixer import Mixer, mixer_kinds
+from models.mixer import Mixer, Pattern, Slot, mixer_class, mixer_kinds
 from models.sequence import WholeSequence
 
 D_MODEL = 16
-REQUIRED = {"attention": {"n_heads": 2, "initial_std": 0.3}}
+SMALL = {
+    "n_heads": 2,
+    "initial_std": 0.3,
+    "max_len": 64,
+    "window": 5,
+    "every": 4,
+}
+"""Sizes for tests, given to every mixer whose configuration has a field of that name."""
 
 
-def build(kind: str, seed: int = 0) -> Mixer:
-    """A mixer of a kind with weights of ordinary size, all of them drawn anew."""
-    config = mixer_kinds()[kind](**REQUIRED.get(kind, {}))
-    mixer = config.build(D_MODEL, 2)
+def build(kind: str, seed: int = 0, pattern: Pattern | None = None, **fields: object) -> Mixer:
+    """A mixer of a kind with weights of ordinary size, all of them drawn anew.
+
+    Its pattern is the one given, else causal self attention's where it serves that, else
+    non-causal self's, else the first it serves. `fields` go over the sizes of SMALL.
+    """
+    config_class = mixer_kinds()[kind]
+    known = {f.name for f in dataclasses.fields(config_class)}
+    sizes = {name: value for name, value in SMALL.items() if name in known}
+    config = config_class(**{**sizes, **fields})
+    mixer = config.build(Slot(D_MODEL, 2, pattern or first_pattern(kind)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in mixer.modules():
@@ -24,6 +38,13 @@ def build(kind: str, seed: int = 0) -> Mixer:
                 if name == "weight" and parameter.ndim == 1:
                     parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
     return mixer
+
+
+def first_pattern(kind: str) -> Pattern:
+    """The pattern that a mixer is tested in where nothing else is asked for."""
+    served = mixer_class(kind).patterns
+    order = (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF, *sorted(served, key=lambda p: p.value))
+    return next(pattern for pattern in order if pattern in served)
 
 
 def inputs(length: int, seed: int = 1, rows: int = 2) -> torch.Tensor:
@@ -46,9 +67,3 @@ def whole(length: int, rows: int = 2) -> WholeSequence:
 def kind(request: pytest.FixtureRequest) -> str:
     """Every registered mixer."""
     return request.param
-
-
-def required_fields(kind: str) -> list[str]:
-    """Fields without a default, which a test must give."""
-    fields = dataclasses.fields(mixer_kinds()[kind])
-    return [f.name for f in fields if f.default is dataclasses.MISSING]

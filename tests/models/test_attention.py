@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.mixer import Slot
 from models.mixers.softmax.attention import AttentionConfig
 from models.sequence import WholeSequence
 from tests.models.conftest import D_MODEL, build, inputs, packed, whole
@@ -41,8 +42,8 @@ def test_rescaling_queries_and_keys_changes_nothing_under_qk_norm() -> None:
 
 
 def test_grouped_keys_equal_repeated_ones() -> None:
-    grouped = AttentionConfig(n_heads=4, n_kv_heads=2, initial_std=0.3).build(D_MODEL, 1)
-    full = AttentionConfig(n_heads=4, initial_std=0.3).build(D_MODEL, 1)
+    grouped = AttentionConfig(n_heads=4, n_kv_heads=2, initial_std=0.3).build(Slot(D_MODEL))
+    full = AttentionConfig(n_heads=4, initial_std=0.3).build(Slot(D_MODEL))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in grouped.modules():
@@ -60,4 +61,4 @@ def test_grouped_keys_equal_repeated_ones() -> None:
 
 def test_heads_that_do_not_fit_are_refused_with_those_that_do() -> None:
     with pytest.raises(ValueError, match=r"n_heads 3 .* d_model 16 .* choose from 1, 2, 4, 8"):
-        AttentionConfig(n_heads=3).build(16, 1)
+        AttentionConfig(n_heads=3).build(Slot(16))

@@ -11,6 +11,7 @@ from models.accounting import account, dense_flops_per_token, mix_flops
 from models.backbone import Backbone, BackboneConfig, BlockConfig, build_backbone, undecayed
 from models.channel import NoChannelConfig, SwiGLUConfig
 from models.layers import ShortConv
+from models.mixer import Slot
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
 from models.sequence import WholeSequence
@@ -97,7 +98,7 @@ def test_forward_flops_equal_those_of_torchs_counter(d_model: int) -> None:
 
 
 def test_needed_attention_flops_equal_an_enumeration_of_visible_pairs() -> None:
-    mixer = AttentionConfig(n_heads=4).build(32, 1)
+    mixer = AttentionConfig(n_heads=4).build(Slot(32))
     queries, keys = 5, 9
     pairs = sum(1 for i in range(keys - queries, keys) for j in range(keys) if j <= i)
     flops = mixer.mix_flops(queries, keys)

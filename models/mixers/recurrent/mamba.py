@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kernels.selective_scan import selective_scan
 from models.layers import Linear, ShortConv
-from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, register
-from models.sequence import WholeSequence
+from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Mamba(Mixer):
     patterns = frozenset({Pattern.CAUSAL_SELF})
     no_decay = frozenset({"A_log", "D", "dt_bias"})
 
-    def __init__(self, config: MambaConfig, d_model: int, n_residuals: int) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: MambaConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config, d_model = config, slot.d_model
         E, N = config.expand * d_model, config.d_state
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
         self.in_proj = Linear(d_model, 2 * E)
@@ -78,12 +78,16 @@ class Mamba(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(E))
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))
-        self.out_proj = Linear(E, d_model, scale=n_residuals**-0.5)
+        self.out_proj = Linear(E, d_model, scale=slot.residual_scale)
 
     def project(
-        self, x: Float[Tensor, "B L D"], sequence: WholeSequence
+        self,
+        x: Float[Tensor, "B L D"],
+        sequence: WholeSequence,
+        memory: Memory | None = None,
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
         """Values are the convolved inputs, one channel a head; dt, B and C decide."""
+        del memory
         inner, gate = self.in_proj(x).chunk(2, dim=-1)
         inner = F.silu(self.conv(inner, sequence))
         N = self.config.d_state

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
-from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, register
-from models.sequence import WholeSequence
+from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence, same_documents
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AttentionConfig(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """Queries and keys, which decide how values are mixed."""
+    """Queries and keys, which decide how values are mixed; all keys are visible without a mask."""
 
     queries: Float[Tensor, "B L H P"]
     keys: Float[Tensor, "B S G P"]
@@ -72,66 +72,89 @@ class Coefficients(NamedTuple):
 
 @register(AttentionConfig)
 class Attention(Mixer):
-    """M = softmax(queries keys^T / sqrt(P)) over the visible keys."""
+    """M = softmax(queries keys^T / sqrt(P)) over the visible keys.
 
-    patterns = frozenset({Pattern.CAUSAL_SELF})
+    In a cross pattern queries come from the tokens and keys and values from the memory, whose
+    distances mean nothing: there is no rotation.
+    """
 
-    def __init__(self, config: AttentionConfig, d_model: int, n_residuals: int) -> None:
-        super().__init__()
-        self.config = config
+    patterns = frozenset(Pattern)
+
+    def __init__(self, config: AttentionConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config, d_model = config, slot.d_model
         P = self.head_dim = config.head_dim(d_model)
         H, G = config.n_heads, config.kv_heads
-        self.qkv = Linear(d_model, (H + 2 * G) * P, std=config.initial_std)
-        self.out = Linear(H * P, d_model, std=config.initial_std, scale=n_residuals**-0.5)
+        std, scale = config.initial_std, slot.residual_scale
+        self.qkv = Linear(d_model, (H + 2 * G) * P, std=std)
+        self.out = Linear(H * P, d_model, std=std, scale=scale)
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(P), RMSNorm(P)
 
     def project(
-        self, x: Float[Tensor, "B L D"], sequence: WholeSequence
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
         """Values are the value heads; queries and keys decide."""
+        if memory is not None:
+            return self._project_cross(x, sequence, memory)
         B, L, _ = x.shape
-        H, G, P = self.config.n_heads, self.config.kv_heads, self.head_dim
-        heads = self.qkv(x).view(B, L, H + 2 * G, P)
+        H, G = self.config.n_heads, self.config.kv_heads
+        heads = self.qkv(x).view(B, L, H + 2 * G, self.head_dim)
         queries, keys, values = heads.split([H, G, G], dim=2)
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         turn = self._rotation(sequence)
         keys = sequence.gather(rotate(keys, turn))
-        visible = sequence.visible() if sequence.packed or keys.shape[1] > L else None
+        masked = sequence.packed or keys.shape[1] > L
+        visible = sequence.visible(causal=self.slot.causal) if masked else None
         return sequence.gather(values), Coefficients(rotate(queries, turn), keys, visible)
 
     def mix(
-        self,
-        values: Float[Tensor, "B S G P"],
-        coefficients: Coefficients,
-        sequence: WholeSequence,  # noqa: ARG002
+        self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Attend; torch's fused kernel keeps the statistics in float32."""
+        del sequence
         queries, keys, visible = coefficients
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2).to(queries.dtype),
             values.transpose(1, 2).to(queries.dtype),
             attn_mask=visible,
-            is_causal=visible is None,
+            is_causal=visible is None and self.slot.pattern is Pattern.CAUSAL_SELF,
             enable_gqa=self.config.kv_heads != self.config.n_heads,
         )
         return mixed.transpose(1, 2)
 
     def merge(
-        self,
-        mixed: Float[Tensor, "B L H P"],
-        coefficients: Coefficients,  # noqa: ARG002
+        self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
+        del coefficients
         return self.out(mixed.flatten(2))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
         """Two products of head_dim for each visible pair (Transformer card, D.3)."""
         each = 4.0 * self.config.n_heads * self.head_dim
-        visible = queries * (keys - queries) + queries * (queries + 1) / 2
+        visible: float = queries * keys
+        if self.slot.pattern is Pattern.CAUSAL_SELF:
+            visible = queries * (keys - queries) + queries * (queries + 1) / 2
         return MixFlops(needed=each * visible, full_square=each * queries * keys)
+
+    def _project_cross(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory
+    ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
+        H, G, P = self.config.n_heads, self.config.kv_heads, self.head_dim
+        to_queries, to_pairs = self.qkv.weight.split([H * P, 2 * G * P])
+        queries = F.linear(x, to_queries).unflatten(2, (H, P))
+        seen = memory.sequence.without_padding(memory.x)
+        pairs = sequence.once(lambda: F.linear(seen, to_pairs).unflatten(2, (2 * G, P)))
+        keys, values = pairs.split(G, dim=2)
+        if self.config.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        own, other = sequence.own_documents(), memory.sequence.own_documents()
+        masked = sequence.packed or memory.sequence.packed
+        visible = same_documents(own, other) if masked else None
+        return values, Coefficients(queries, keys, visible)
 
     def _rotation(self, sequence: WholeSequence) -> Rotation:
         theta, P = self.config.rope_theta, self.head_dim

@@ -1,0 +1,60 @@
+"""No mixing at all: every token keeps to itself. The line that a real mixer must beat."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from models.layers import Linear
+from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
+
+
+@dataclass(frozen=True)
+class IdentityConfig(MixerConfig):
+    """A mixer whose matrix is the identity."""
+
+    kind: ClassVar[str] = "identity"
+
+
+@register(IdentityConfig)
+class Identity(Mixer):
+    """M = 1 between the two dense maps that every mixer has."""
+
+    patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+
+    def __init__(self, config: IdentityConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config = config
+        self.into = Linear(slot.d_model, slot.d_model)
+        self.out = Linear(slot.d_model, slot.d_model, scale=slot.residual_scale)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B L 1 D"], Coefficients]:
+        """Values are a map of the tokens; nothing decides."""
+        del sequence, memory
+        return self.into(x).unsqueeze(2), None
+
+    def mix(
+        self,
+        values: Float[Tensor, "B L 1 P"],
+        coefficients: Coefficients,
+        sequence: WholeSequence,
+    ) -> Float[Tensor, "B L 1 P"]:
+        """Leave every token as it is."""
+        del coefficients, sequence
+        return values
+
+    def merge(
+        self, mixed: Float[Tensor, "B L 1 P"], coefficients: Coefficients
+    ) -> Float[Tensor, "B L D"]:
+        """Project back."""
+        del coefficients
+        return self.out(mixed.squeeze(2))
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:
+        """None."""
+        del queries, keys
+        return MixFlops()
