@@ -16,9 +16,10 @@ from sweeps.ladder import (
     ADMITTED_ERROR,
     ArchitectureConfig,
     Fitted,
-    Rung,
+    Place,
     find_rung,
     fit_architecture,
+    read_architectures,
 )
 from sweeps.ladder import nominal_parameters as count_nominal
 from trainer.config import (
@@ -33,8 +34,6 @@ from trainer.config import (
 )
 from trainer.optimizer import decay_begins
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
-
-ARCHITECTURES = Path(__file__).parent / "architectures.yaml"
 
 
 @dataclass(frozen=True)
@@ -194,7 +193,7 @@ def _experiments(
     rung = find_rung(cell["rung"])
     # Whoever overrides the model takes the closest shape; the plan shows how far off it is.
     tolerance = math.inf if config.model else ADMITTED_ERROR
-    fitted = _fit(name, architecture, rung, vocab_size, tolerance)
+    fitted = _fit(name, architecture, Place(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
         {
@@ -232,12 +231,10 @@ def _experiments(
         )
 
 
-def _fit(
-    name: str, architecture: ArchitectureConfig, rung: Rung, vocab_size: int, tolerance: float
-) -> Fitted:
-    key = (name, repr(architecture), rung.name, vocab_size)
+def _fit(name: str, architecture: ArchitectureConfig, place: Place, tolerance: float) -> Fitted:
+    key = (name, repr(architecture), place)
     if key not in _fitted:
-        _fitted[key] = fit_architecture(name, architecture, rung, vocab_size, tolerance)
+        _fitted[key] = fit_architecture(name, architecture, place, tolerance)
     return _fitted[key]
 
 
@@ -284,17 +281,6 @@ def resolve_precision(asked: str) -> Any:  # noqa: ANN401
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() else "fp32"
-
-
-def read_architectures() -> dict[str, ArchitectureConfig]:
-    """The named architectures that the project ships."""
-    if not _architectures:
-        for name, plain in read_yaml(ARCHITECTURES).items():
-            _architectures[name] = load(ArchitectureConfig, plain, name)
-    return _architectures
-
-
-_architectures: dict[str, ArchitectureConfig] = {}
 
 
 def _as_axes(values: Mapping[str, Any]) -> dict[str, list]:

@@ -1,16 +1,23 @@
 """Named rungs, and the shape that each architecture takes to reach a rung's parameters."""
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from models.accounting import total_parameters
 from models.backbone import BackboneConfig
-from trainer.schema import ConfigError, load, merge, suggest
+from models.channel import channel_kinds
+from models.mixer import mixer_kinds
+from trainer.schema import ConfigError, load, merge, read_yaml, suggest
 
 ADMITTED_ERROR = 0.01
 """A rung is admitted only if every architecture comes this close to its parameters."""
+NARROW = 512
+"""Below this width steps are fine, and an architecture's `narrow` keys apply."""
+ARCHITECTURES = Path(__file__).parent / "architectures"
 
 
 @dataclass(frozen=True)
@@ -33,16 +40,27 @@ class ArchitectureConfig:
     """An architecture without a size.
 
     Attributes:
-        blocks: blocks by name, as in a backbone, sizes left out.
+        blocks: blocks by name, as in a backbone; `n_heads`, `d_hidden` and `max_len` that a kind
+            needs and that are left out are filled in from the rung and the context.
         pattern: as in a backbone.
         layers_ratio: layers per layer of the Transformer.
+        hidden_ratio: published inner width of channel mixers over d_model.
+        d_model_step: legal step of d_model from 512 on; below, it is 4.
+        narrow: keys over the blocks where d_model is below 512: published sizes that make no
+            sense there, such as a state larger than the width.
         learning_rate_scale: the architecture's factor on the rung's learning rate.
+        learning_rate_evidence: the sweep that the factor was read off, and its rungs.
+        model: other keys of the backbone.
     """
 
     blocks: dict[str, dict]
     pattern: str
     layers_ratio: float = 1.0
+    hidden_ratio: float = 8 / 3
+    d_model_step: int = 16
+    narrow: dict = field(default_factory=dict)
     learning_rate_scale: float = 1.0
+    learning_rate_evidence: str = ""
     model: dict = field(default_factory=dict)
 
 
@@ -53,6 +71,19 @@ class Fitted:
     model: BackboneConfig
     parameters: int
     error: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an architecture is fitted: a rung at a vocabulary and a context.
+
+    Attributes:
+        seq_len: the context, which mixers with a longest length are built for.
+    """
+
+    rung: Rung
+    vocab_size: int
+    seq_len: int
 
 
 RUNGS: Mapping[str, Rung] = {
@@ -83,31 +114,40 @@ def nominal_parameters(rung: Rung, vocab_size: int, tied: bool = True) -> int:
         return rung.parameters + (vocab_size - 257) * embeddings
     block = {"mixer": {"kind": "attention"}, "channel": {"kind": "swiglu"}}
     shape = ArchitectureConfig(blocks={"a": block}, pattern="a")
-    published = _Shape(rung.d_model, rung.n_layers, _published_hidden(rung.d_model))
-    return _Sizing(shape, rung, vocab_size).count(published)
+    hidden = _round_up(8 / 3 * rung.d_model, 64)
+    sizing = _Sizing(shape, Place(rung, vocab_size, seq_len=1))
+    return sizing.count(_Shape(rung.d_model, rung.n_layers, hidden))
 
 
 def fit_architecture(
     name: str,
     architecture: ArchitectureConfig,
-    rung: Rung,
-    vocab_size: int,
+    place: Place,
     tolerance: float = ADMITTED_ERROR,
 ) -> Fitted:
     """The legal shape whose parameters come closest to the rung's.
 
+    A rung is a label of the Transformer's shape. Where an inner width is free, width and depth
+    stay as published and the inner width alone is searched, if that reaches the tolerance; else,
+    and where no inner width is free, width, depth and inner width are searched together.
+
     Raises:
         ConfigError: none comes within the tolerance.
     """
-    target = nominal_parameters(rung, vocab_size)
-    sizing = _Sizing(architecture, rung, vocab_size)
+    rung = place.rung
+    target = nominal_parameters(rung, place.vocab_size)
+    sizing = _Sizing(architecture, place)
 
     def preference(shape: _Shape) -> tuple[float, float]:
         # Errors under a tenth of a percent are ties: the shape nearest to the published one wins.
         far = abs(sizing.count(shape) / target - 1)
-        return round(max(far, 1e-3), 4), shape.distance(rung, architecture.layers_ratio)
+        return round(max(far, 1e-3), 4), sizing.distance(shape)
 
-    best = min(sizing.shapes(target), key=preference)
+    best = min(sizing.published_shapes(target), key=preference, default=None)
+    if best is None or abs(sizing.count(best) / target - 1) > ADMITTED_ERROR:
+        best = min(sizing.shapes(target), key=preference, default=None)
+    if best is None:
+        raise ConfigError(f"{name} has no legal shape near rung {rung.name}: {sizing.problem}")
     error = sizing.count(best) / target - 1
     if abs(error) > tolerance:
         raise ConfigError(
@@ -129,6 +169,17 @@ def find_rung(name: str) -> Rung:
     return RUNGS[name]
 
 
+def read_architectures() -> dict[str, ArchitectureConfig]:
+    """The named architectures that the project ships, one YAML file each."""
+    if not _architectures:
+        for path in sorted(ARCHITECTURES.glob("*.yaml")):
+            _architectures[path.stem] = load(ArchitectureConfig, read_yaml(path), path.stem)
+    return _architectures
+
+
+_architectures: dict[str, ArchitectureConfig] = {}
+
+
 @dataclass(frozen=True)
 class _Shape:
     """What the search varies; `d_hidden` is None where no block has a channel mixer."""
@@ -137,94 +188,155 @@ class _Shape:
     n_layers: int
     d_hidden: int | None
 
-    def distance(self, rung: Rung, ratio: float) -> float:
-        """How far the shape is from the published proportions."""
-        wide = abs(math.log(self.d_model / rung.d_model))
-        deep = abs(math.log(self.n_layers / (ratio * rung.n_layers)))
-        hidden = self.d_hidden or _published_hidden(self.d_model)
-        return wide + deep + abs(math.log(hidden / _published_hidden(self.d_model)))
-
 
 class _Sizing:
-    """The shapes of one architecture on one rung, and their parameters."""
+    """The shapes of one architecture at one place, and their parameters.
 
-    def __init__(self, architecture: ArchitectureConfig, rung: Rung, vocab_size: int) -> None:
-        self._architecture, self._rung, self._vocab_size = architecture, rung, vocab_size
-        self._period = len(architecture.pattern.split())
-        self._counted: dict[_Shape, int] = {}
-        blocks = architecture.blocks.values()
-        self._has_hidden = any(_hidden(block) for block in blocks)
-        self._has_heads = any(_heads(block) for block in blocks)
+    Attributes:
+        problem: why the first illegal width was refused.
+    """
+
+    def __init__(self, architecture: ArchitectureConfig, place: Place) -> None:
+        self._architecture, self._place = architecture, place
+        self._names = architecture.pattern.split()
+        self._deep = max(1, round(architecture.layers_ratio * place.rung.n_layers))
+        self._counted: dict[tuple[str, int, int | None], tuple[int, int]] = {}
+        self.problem: ValueError | None = None
+        self._has_hidden = any(
+            "d_hidden" in _missing(part)
+            for block in architecture.blocks.values()
+            for part in _parts(block)
+        )
+
+    def published_shapes(self, target: int) -> Iterator[_Shape]:
+        """The published width and depth, with the inner widths on both sides of the target."""
+        d_model = self._place.rung.d_model
+        if self._has_hidden and self._legal(d_model):
+            depth = min(self._depths(), key=lambda n: abs(n - self._deep))
+            yield from self._with_hidden(d_model, depth, target)
 
     def shapes(self, target: int) -> Iterator[_Shape]:
         """Every legal shape near the published proportions."""
-        rung = self._rung
-        deep = round(self._architecture.layers_ratio * rung.n_layers)
-        if self._has_hidden:
-            # A rung is a label of the Transformer's shape: where f is free, f alone is searched.
-            for d_hidden in self._hidden_widths(target, deep):
-                yield _Shape(rung.d_model, deep, d_hidden)
-            return
-        step = 4 if rung.d_model < 512 else 16
-        reach = 0 if self._has_heads else max(step, int(0.35 * rung.d_model) // step * step)
-        slack = max(1, int(0.15 * deep))
-        for d_model in range(max(step, rung.d_model - reach), rung.d_model + reach + 1, step):
-            for n_layers in range(max(1, deep - slack), deep + slack + 1):
-                yield _Shape(d_model, n_layers, None)
+        wide = self._place.rung.d_model
+        step = 4 if wide < NARROW else self._architecture.d_model_step
+        reach = max(step, int(0.35 * wide) // step * step)
+        first = _round_up(max(step, wide - reach), step)
+        for d_model in filter(self._legal, range(first, wide + reach + 1, step)):
+            for n_layers in self._depths():
+                if self._has_hidden:
+                    yield from self._with_hidden(d_model, n_layers, target)
+                else:
+                    yield _Shape(d_model, n_layers, None)
+
+    def distance(self, shape: _Shape) -> float:
+        """How far the shape is from the published proportions."""
+        wide = abs(math.log(shape.d_model / self._place.rung.d_model))
+        deep = abs(math.log(shape.n_layers / self._deep))
+        published = self._architecture.hidden_ratio * shape.d_model
+        return wide + deep + abs(math.log((shape.d_hidden or published) / published))
 
     def count(self, shape: _Shape) -> int:
-        """Parameters of a shape; layers of one kind are built once and multiplied."""
-        periods, rest = divmod(shape.n_layers, self._period)
-        if rest or periods < 3:
-            return self._total(shape)
-        one = self._total(replace(shape, n_layers=self._period))
-        two = self._total(replace(shape, n_layers=2 * self._period))
-        return one + (periods - 1) * (two - one)
+        """Parameters of a shape; each kind of layer is built once and multiplied."""
+        size = (shape.d_model, shape.d_hidden)
+        layers = [self._names[i % len(self._names)] for i in range(shape.n_layers)]
+        rest, _ = self._block_counts(layers[0], *size)
+        return rest + sum(self._block_counts(name, *size)[1] for name in layers)
 
     def backbone(self, shape: _Shape) -> BackboneConfig:
         """The configuration of a shape."""
+        return self._build(self._architecture.pattern, shape)
+
+    def _build(self, pattern: str, shape: _Shape) -> BackboneConfig:
         architecture = self._architecture
+        blocks = architecture.blocks
+        if shape.d_model < NARROW:
+            blocks = merge(blocks, architecture.narrow)
         sized = {
-            "blocks": {name: self._block(b, shape) for name, b in architecture.blocks.items()},
-            "pattern": architecture.pattern,
+            "blocks": {name: self._filled(block, shape) for name, block in blocks.items()},
+            "pattern": pattern,
             "n_layers": shape.n_layers,
             "d_model": shape.d_model,
-            "vocab_size": self._vocab_size,
+            "vocab_size": self._place.vocab_size,
         }
         return load(BackboneConfig, merge(sized, architecture.model), "model")
 
-    def _hidden_widths(self, target: int, deep: int) -> list[int]:
-        """The legal inner widths on both sides of the target."""
-        d_model = self._rung.d_model
-        step = 4 if d_model < 512 else 64
-        base = self.count(_Shape(d_model, deep, step))
-        slope = self.count(_Shape(d_model, deep, 2 * step)) - base
+    def _block_counts(self, name: str, d_model: int, d_hidden: int | None) -> tuple[int, int]:
+        """Parameters outside all layers, and of one layer."""
+        key = (name, d_model, d_hidden)
+        if key not in self._counted:
+            one, two = (
+                total_parameters(self._build(name, _Shape(d_model, n, d_hidden))) for n in (1, 2)
+            )
+            self._counted[key] = (2 * one - two, two - one)
+        return self._counted[key]
+
+    def _with_hidden(self, d_model: int, n_layers: int, target: int) -> Iterator[_Shape]:
+        """A width and depth with the legal inner widths on both sides of the target."""
+        step = 4 if d_model < NARROW else 64
+        base = self.count(_Shape(d_model, n_layers, step))
+        slope = self.count(_Shape(d_model, n_layers, 2 * step)) - base
         steps = max(0.0, (target - base) / slope)
-        return [step * (1 + k) for k in (math.floor(steps), math.ceil(steps))]
+        for k in {math.floor(steps), math.ceil(steps)}:
+            yield _Shape(d_model, n_layers, step * (1 + k))
 
-    def _total(self, shape: _Shape) -> int:
-        if shape not in self._counted:
-            self._counted[shape] = total_parameters(self.backbone(shape))
-        return self._counted[shape]
+    def _depths(self) -> list[int]:
+        """Numbers of layers within 15 % or one of the published; whole patterns if there are."""
+        slack = max(1, int(0.15 * self._deep))
+        near = range(max(1, self._deep - slack), self._deep + slack + 1)
+        return [n for n in near if n % len(self._names) == 0] or list(near)
 
-    def _block(self, block: Mapping[str, Any], shape: _Shape) -> dict[str, Any]:
-        sizes: dict[str, Any] = {}
-        if _heads(block):
-            sizes["mixer"] = {"n_heads": self._rung.n_heads}
-        if _hidden(block):
-            sizes["channel"] = {"d_hidden": shape.d_hidden}
-        return {part: merge(sizes.get(part, {}), given) for part, given in block.items()}
+    def _legal(self, d_model: int) -> bool:
+        """Whether every mixer fits into the width."""
+        try:
+            hidden = 4 if d_model < NARROW else 64
+            for name in dict.fromkeys(self._names):
+                self._block_counts(name, d_model, hidden if self._has_hidden else None)
+        except ValueError as error:
+            self.problem = self.problem or error
+            return False
+        return True
+
+    def _filled(self, block: Mapping[str, Any], shape: _Shape) -> dict[str, Any]:
+        return {
+            slot: merge(self._sizes(part, shape), part) if isinstance(part, Mapping) else part
+            for slot, part in block.items()
+        }
+
+    def _sizes(self, part: Mapping[str, Any], shape: _Shape) -> dict[str, Any]:
+        """Values of the required fields that the architecture leaves to the rung."""
+        sizes = {
+            "n_heads": fitting_heads(shape.d_model, self._place.rung),
+            "d_hidden": shape.d_hidden,
+            "max_len": self._place.seq_len,
+        }
+        filled = {name: sizes[name] for name in _missing(part) if name in sizes}
+        # The parts of a parallel mixer are mixers themselves.
+        if isinstance(part.get("mixers"), Mapping):
+            filled["mixers"] = {n: self._sizes(each, shape) for n, each in part["mixers"].items()}
+        return filled
 
 
-def _heads(block: Mapping[str, Any]) -> bool:
-    return block.get("mixer", {}).get("kind") == "attention"
+def fitting_heads(d_model: int, rung: Rung) -> int:
+    """The number of heads nearest to the rung's whose widths are even and whole."""
+    fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+    return min(fitting, key=lambda n: (abs(math.log(n / rung.n_heads)), n), default=1)
 
 
-def _hidden(block: Mapping[str, Any]) -> bool:
-    return block.get("channel", {}).get("kind") == "swiglu"
+def _parts(block: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    return (part for part in block.values() if isinstance(part, Mapping))
 
 
-def _published_hidden(d_model: int) -> int:
-    """8/3 of the width, rounded up to the legal step (Transformer card, D.1)."""
-    step = 4 if d_model < 512 else 64
-    return math.ceil(8 * d_model / 3 / step) * step
+def _missing(part: Mapping[str, Any]) -> list[str]:
+    """Required fields of a mixer or channel mixer that are not given."""
+    kind = {**mixer_kinds(), **channel_kinds()}.get(str(part.get("kind")))
+    if kind is None:
+        return []
+    return [
+        each.name
+        for each in dataclasses.fields(kind)
+        if each.default is each.default_factory is dataclasses.MISSING and each.name not in part
+    ]
+
+
+def _round_up(value: float, step: int) -> int:
+    return math.ceil(value / step) * step

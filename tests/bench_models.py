@@ -15,8 +15,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig, TokenizerConfig
 from models.backbone import BackboneConfig, build_backbone
 from models.sequence import WholeSequence
-from sweeps.grammar import read_architectures
-from sweeps.ladder import Rung, fit_architecture
+from sweeps.ladder import Place, Rung, fit_architecture, read_architectures
 from trainer.config import (
     BudgetConfig,
     ExecutionConfig,
@@ -52,7 +51,7 @@ class Size:
     def shape(self, architecture: str) -> BackboneConfig:
         """The architecture's shape, by the ladder's own search."""
         known = read_architectures()[architecture]
-        return fit_architecture(architecture, known, self.rung, VOCAB).model
+        return fit_architecture(architecture, known, Place(self.rung, VOCAB, self.seq_len)).model
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,14 @@
 import pytest
 
 from models.accounting import total_parameters
-from sweeps.grammar import read_architectures
-from sweeps.ladder import RUNGS, find_rung, fit_architecture, nominal_parameters
+from sweeps.ladder import (
+    RUNGS,
+    Place,
+    find_rung,
+    fit_architecture,
+    nominal_parameters,
+    read_architectures,
+)
 from trainer.schema import ConfigError
 
 DEFAULT = ("10k", "20k", "31k", "68k", "97k")
@@ -13,8 +19,10 @@ DEFAULT = ("10k", "20k", "31k", "68k", "97k")
 @pytest.mark.parametrize("name", sorted(read_architectures()))
 @pytest.mark.parametrize("rung", sorted(RUNGS))
 def test_every_rung_is_matched_within_one_percent(rung: str, name: str) -> None:
-    vocab_size = 257 if RUNGS[rung].parameters else 50_304
-    fitted = fit_architecture(name, read_architectures()[name], RUNGS[rung], vocab_size)
+    vocab_size, seq_len = (257, 256) if RUNGS[rung].parameters else (50_304, 2048)
+    fitted = fit_architecture(
+        name, read_architectures()[name], Place(RUNGS[rung], vocab_size, seq_len)
+    )
     built = total_parameters(fitted.model)
     assert built == fitted.parameters
     assert abs(built / nominal_parameters(RUNGS[rung], vocab_size) - 1) <= 0.01
@@ -22,7 +30,7 @@ def test_every_rung_is_matched_within_one_percent(rung: str, name: str) -> None:
 
 @pytest.mark.parametrize("rung", DEFAULT)
 def test_mamba_is_about_twice_as_deep_as_the_transformer(rung: str) -> None:
-    fitted = fit_architecture("mamba", read_architectures()["mamba"], RUNGS[rung], 257)
+    fitted = fit_architecture("mamba", read_architectures()["mamba"], Place(RUNGS[rung], 257, 256))
     assert abs(fitted.model.n_layers - 2 * RUNGS[rung].n_layers) <= 1
 
 
@@ -31,7 +39,7 @@ def test_rung_names_are_labels_of_the_transformers_shape(
     rung: str, layers: int, width: int
 ) -> None:
     model = fit_architecture(
-        "transformer", read_architectures()["transformer"], RUNGS[rung], 50_304
+        "transformer", read_architectures()["transformer"], Place(RUNGS[rung], 50_304, 2048)
     ).model
     assert (model.n_layers, model.d_model) == (layers, width)
 
