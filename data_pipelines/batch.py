@@ -10,6 +10,8 @@ from torch import Tensor
 
 IGNORED = -100
 """Target of a position whose next token belongs to another document."""
+PADDING = -1
+"""Document of what fills up a row."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -25,12 +27,15 @@ class Batch:
         targets: the next token of the same document, `IGNORED` where there is none.
         documents: document of each token, counted from 0 in each sequence.
         samples: id of each sequence (B,), the same wherever and whenever it is read.
+        source: ids of what an encoder reads, with `source_documents`; None without an encoder.
     """
 
     tokens: Int[Tensor, "B L"]
     targets: Int[Tensor, "B L"]
     documents: Int[Tensor, "B L"]
     samples: np.ndarray
+    source: Int[Tensor, "B S"] | None = None
+    source_documents: Int[Tensor, "B S"] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -40,7 +45,12 @@ class Batch:
         for begin in range(0, len(self), sequences):
             part = slice(begin, begin + sequences)
             yield Batch(
-                self.tokens[part], self.targets[part], self.documents[part], self.samples[part]
+                self.tokens[part],
+                self.targets[part],
+                self.documents[part],
+                self.samples[part],
+                None if self.source is None else self.source[part],
+                None if self.source_documents is None else self.source_documents[part],
             )
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +37,24 @@ class BlockConfig:
         return 1 + (self.cross is not None) + self.channel.residuals
 
 
+class Source(NamedTuple):
+    """What an encoder reads."""
+
+    tokens: Int[Tensor, "B S"]
+    sequence: WholeSequence
+
+
 @dataclass(frozen=True)
 class EncoderConfig:
     """The stack that makes a memory of a source; its blocks are the backbone's, by name.
 
     Attributes:
         pattern: names of blocks, separated by spaces, repeated to `n_layers`.
-        n_layers: blocks in all.
+        n_layers: blocks in all; None for as many as the backbone has.
     """
 
     pattern: str
-    n_layers: int
+    n_layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class BackboneConfig:
         """The block of each layer of the encoder; none without one."""
         if self.encoder is None:
             return []
-        return self._repeat(self.encoder.pattern, self.encoder.n_layers)
+        return self._repeat(self.encoder.pattern, self.encoder.n_layers or self.n_layers)
 
     def _repeat(self, pattern: str, n_layers: int) -> list[BlockConfig]:
         names = pattern.split()
@@ -178,15 +185,17 @@ class Backbone(Stack):
             self.unembedding = Linear(config.d_model, config.vocab_size, std=config.embedding_std)
 
     def forward(
-        self, tokens: Int[Tensor, "B L"], sequence: WholeSequence, memory: Memory | None = None
+        self, tokens: Int[Tensor, "B L"], sequence: WholeSequence, source: Source | None = None
     ) -> Float[Tensor, "B L D"]:
         """The hidden state of each token, normalised."""
+        memory = None if source is None else self.encode(source)
         return self.run(self.embed(tokens, sequence), sequence, memory)
 
-    def encode(self, tokens: Int[Tensor, "B S"], sequence: WholeSequence) -> Memory:
+    def encode(self, source: Source) -> Memory:
         """What the encoder makes of a source."""
         assert self.encoder is not None, "a backbone without an encoder has no memory"
-        return Memory(self.encoder.run(self.embed(tokens, sequence), sequence), sequence)
+        x = self.embed(source.tokens, source.sequence)
+        return Memory(self.encoder.run(x, source.sequence), source.sequence)
 
     def embed(self, tokens: Int[Tensor, "B L"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
         """The vector of each token, and of its place where places are learned."""

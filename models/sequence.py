@@ -114,7 +114,7 @@ class WholeSequence:
 
     def _visible(self, causal: bool) -> Bool[Tensor, "B 1 L S"]:
         same = same_documents(self.own_documents(), self.gathered_documents())
-        return same & _not_later(*same.shape[-2:], same.device) if causal else same
+        return same & _not_later(same.shape[2], same.shape[3], same.device) if causal else same
 
 
 class Memory(NamedTuple):
@@ -274,6 +274,18 @@ def same_documents(
 ) -> Bool[Tensor, "B 1 L S"]:
     """Mark the keys of each query's own document."""
     return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def visible_memory(
+    queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]
+) -> Bool[Tensor, "B 1 L S"]:
+    """Mark the tokens of a memory that each query may see: those of its own document.
+
+    A query whose document has none there, such as one in padding, sees all, so that no row is
+    empty; what becomes of it counts nowhere.
+    """
+    same = same_documents(queries, keys) & (keys != PADDING)[:, None, None, :]
+    return same | ~same.any(dim=-1, keepdim=True)
 
 
 def segment_ends(sequence: WholeSequence, every: int) -> Int[Tensor, "B S"]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipelines.config import DatasetConfig
+from trainer.config import Objective
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,12 @@ class CorporaConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`."""
+    """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`.
+
+    Attributes:
+        objective: what is predicted; the form of all backbones follows from it.
+        mask_rate: share of the tokens that an objective with masks hides in training.
+    """
 
     name: str
     ladder: str
@@ -116,6 +122,8 @@ class SweepConfig:
     architectures: tuple[str, ...]
     ladders: dict[str, LadderConfig]
     corpora: dict[str, CorporaConfig]
+    objective: Objective = "causal_lm"
+    mask_rate: float = 0.3
     model: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
     schedule: dict = field(default_factory=dict)

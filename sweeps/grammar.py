@@ -23,6 +23,7 @@ from sweeps.ladder import (
 )
 from sweeps.ladder import nominal_parameters as count_nominal
 from trainer.config import (
+    FORMS,
     BudgetConfig,
     EvaluationConfig,
     ExecutionConfig,
@@ -189,7 +190,8 @@ def _experiments(
     architecture = _overridden(architectures[name], config)
     ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
     _choose("corpus mixture", cell["corpus"], corpora.mixtures)
-    vocab_size = vocabulary_size(corpora.dataset.tokenizer)
+    # Objectives that hide tokens have an id for what is hidden, after the tokenizer's.
+    vocab_size = vocabulary_size(corpora.dataset.tokenizer) + (config.objective != "causal_lm")
     rung = find_rung(cell["rung"])
     # Whoever overrides the model takes the closest shape; the plan shows how far off it is.
     tolerance = math.inf if config.model else ADMITTED_ERROR
@@ -220,6 +222,8 @@ def _experiments(
             budget=BudgetConfig(tokens),
             precision=resolve_precision(ladder.precision),
             seed=cell["seed"],
+            objective=config.objective,
+            mask_rate=config.mask_rate,
         )
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
         evaluation = merge(ladder.evaluation, config.evaluation)
@@ -252,7 +256,8 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
         if block not in known:
             raise ConfigError(f"unknown key model.blocks.{block}; {suggest(block, sorted(known))}")
     mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
-    model = merge(architecture.model, over)
+    form, _ = FORMS[config.objective]
+    model = merge({"form": form, **architecture.model}, over)
     return replace(architecture, blocks=merge(architecture.blocks, mine), model=model)
 
 

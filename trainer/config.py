@@ -78,6 +78,15 @@ class BudgetConfig:
         _require_positive(self, "tokens")
 
 
+Objective = Literal["causal_lm", "masked_lm", "seq2seq"]
+FORMS: Mapping[str, tuple[str, bool]] = {
+    "causal_lm": ("decoder", False),
+    "masked_lm": ("encoder", False),
+    "seq2seq": ("decoder", True),
+}
+"""The form of backbone that each objective needs, and whether it reads a source."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What is trained. Its hash is the run id.
@@ -87,6 +96,9 @@ class RunConfig:
         rung: name of the size in the study.
         nominal_parameters: size of the rung that budgets and rates are derived from.
         precision: fp32, or bf16 for bf16 products over fp32 weights.
+        objective: next tokens; hidden tokens (an encoder's); a hidden span, written by a decoder
+            after an encoder has read the rest. The last two hide with the vocabulary's last id.
+        mask_rate: share of the tokens that the objective hides in training.
     """
 
     architecture: str
@@ -99,9 +111,13 @@ class RunConfig:
     budget: BudgetConfig
     precision: Literal["fp32", "bf16"]
     seed: int
-    objective: Literal["causal_lm"] = "causal_lm"
+    objective: Objective = "causal_lm"
+    mask_rate: float = 0.3
 
     def __post_init__(self) -> None:
+        _require_within(self, 0, 1, "mask_rate")
+        self._check_form()
+        self._check_lengths()
         if self.optimizer.batch_tokens % self.corpus.seq_len:
             raise ValueError(
                 f"optimizer.batch_tokens {self.optimizer.batch_tokens} is not a multiple of "
@@ -114,6 +130,24 @@ class RunConfig:
                 f"{self.optimizer.batch_tokens} tokens; the nearest is "
                 f"{max(below, 1) * self.optimizer.batch_tokens}"
             )
+
+    def _check_form(self) -> None:
+        wanted = FORMS[self.objective]
+        has = (self.model.form, self.model.encoder is not None)
+        if has != wanted:
+            raise ValueError(
+                f"objective {self.objective} needs {_describe(*wanted)}, but model is "
+                f"{_describe(*has)}; change the objective, or model.form and model.encoder"
+            )
+
+    def _check_lengths(self) -> None:
+        for name, block in self.model.blocks.items():
+            longest = getattr(block.mixer, "max_len", None)
+            if longest is not None and longest < self.corpus.seq_len:
+                raise ValueError(
+                    f"model.blocks.{name}.mixer.max_len {longest} is shorter than corpus.seq_len "
+                    f"{self.corpus.seq_len}; give it at least that"
+                )
 
     @property
     def steps(self) -> int:
@@ -166,14 +200,22 @@ class EvaluationConfig:
         milestones: token counts at which every run is evaluated, beside its end.
         blocks_per_set: validation blocks read of each set.
         batch_sequences: sequences evaluated at once.
+        mask_rate: share of the tokens that an objective with masks hides here, whatever it hid in
+            training.
     """
 
     milestones: tuple[int, ...] = ()
     blocks_per_set: int = 64
     batch_sequences: int = 16
+    mask_rate: float = 0.15
 
     def __post_init__(self) -> None:
         _require_positive(self, "blocks_per_set", "batch_sequences")
+        _require_within(self, 0, 1, "mask_rate")
+
+
+def _describe(form: str, encoder: bool) -> str:
+    return f"a {form} with an encoder" if encoder else f"a lone {form}"
 
 
 def run_id(config: RunConfig) -> str:

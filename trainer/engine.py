@@ -16,15 +16,14 @@ from torch import Tensor
 from data_pipelines.batch import Batch
 from kernels.runtime import use_extension_cache
 from kernels.runtime import warm as warm_kernels
-from models.backbone import Backbone
+from models.backbone import Backbone, Source
 from models.sequence import WholeSequence
 from trainer.config import ExecutionConfig, RunConfig
-from trainer.manifest import refuse_unsafe
-from trainer.objective import IGNORED, total_nats
+from trainer.manifest import MODEL_FILE, refuse_unsafe
+from trainer.objective import IGNORED, prepare, total_nats
 from trainer.optimizer import adamw
 from trainer.parallel import join_ranks
 
-MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "deepspeed"
 STATE_TAG = "state"
 BUCKET_ELEMENTS = 200_000_000
@@ -77,6 +76,7 @@ class Engine:
             batch: this rank's sequences.
             rate: learning rate of this step.
         """
+        batch = prepare(batch, self._config, self._config.seed, self._config.mask_rate)
         (targets,) = self.ranks.sum_floats([float((batch.targets != IGNORED).sum())])
         nats = 0.0
         for piece in batch.split(self._micro):
@@ -90,8 +90,15 @@ class Engine:
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states of a batch, without gradients."""
         with torch.no_grad(), self.autocast():
-            documents = batch.documents.to(self.device)
-            return self.backbone(batch.tokens.to(self.device), WholeSequence(documents))
+            return self.backbone(*self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, WholeSequence, Source | None]:
+        sequence = WholeSequence(batch.documents.to(self.device))
+        source = None
+        if batch.source is not None and batch.source_documents is not None:
+            theirs = WholeSequence(batch.source_documents.to(self.device))
+            source = Source(batch.source.to(self.device), theirs)
+        return batch.tokens.to(self.device), sequence, source
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -156,8 +163,7 @@ class Engine:
         self._engine.destroy()
 
     def _backward(self, piece: Batch, targets: float) -> float:
-        documents = piece.documents.to(self.device)
-        hidden = self._engine(piece.tokens.to(self.device), WholeSequence(documents))
+        hidden = self._engine(*self._inputs(piece))
         with self.autocast():
             nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
         # DeepSpeed divides by the accumulation steps and averages over the ranks.

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 
 from data_pipelines.batch import Batch, target_bytes
-from data_pipelines.config import DataConfig
 from data_pipelines.stream import evaluation_batches, evaluation_sets
 from data_pipelines.tokenizers import load_tokenizer
-from trainer.config import EvaluationConfig
+from trainer.config import EvaluationConfig, RunConfig
 from trainer.engine import Engine
-from trainer.objective import IGNORED, token_nats
+from trainer.objective import IGNORED, prepare, token_nats
+
+MASK_SEED = 0
+"""What is hidden of a held-out sequence is the same for all runs."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Evaluated:
 class Evaluator:
     """Evaluates an engine's weights on all sets of a dataset; batches are read once a process."""
 
-    def __init__(self, corpus: DataConfig, config: EvaluationConfig, root: Path) -> None:
-        self._corpus, self._config, self._root = corpus, config, root
+    def __init__(self, run: RunConfig, config: EvaluationConfig, root: Path) -> None:
+        corpus = run.corpus
+        self._run, self._corpus, self._config, self._root = run, corpus, config, root
         self.sets = evaluation_sets(root, corpus.dataset)
         self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
 
@@ -50,7 +53,8 @@ class Evaluator:
         begin = time.perf_counter()
         nats, targets, read = 0.0, 0, 0
         engine.backbone.eval()
-        for batch in self._share(engine, name):
+        for plain in self._share(engine, name):
+            batch = prepare(plain, self._run, MASK_SEED, self._config.mask_rate)
             with torch.no_grad(), engine.autocast():
                 wanted = batch.targets.to(engine.device)
                 each = token_nats(engine.backbone, engine.hidden(batch), wanted)

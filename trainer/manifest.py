@@ -38,6 +38,10 @@ INERT_SUFFIXES = frozenset([".safetensors", ".json", ".py"])
 _STEP = re.compile(r"step-(\d{8,})")
 
 
+MODEL_FILE = "model.safetensors"
+"""The unsharded float32 weights, in every checkpoint."""
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint that is not what was committed; `reason` is one word, fit for a folder name."""
 

@@ -1,4 +1,4 @@
-"""Losses of hidden states, computed a chunk of tokens at a time so that logits stay small."""
+"""What is hidden of a batch, and losses of hidden states, a chunk of tokens at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,30 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from data_pipelines.batch import IGNORED, Batch
+from data_pipelines.masking import infill_spans, mask_tokens
 from models.backbone import Backbone
+from trainer.config import RunConfig
 
-IGNORED = -100
 CHUNK_LOGITS = 16_000_000
 """Logits held at once; at most 64 MB in float32."""
+
+
+HIDERS = {"masked_lm": mask_tokens, "seq2seq": infill_spans}
+
+
+def prepare(batch: Batch, config: RunConfig, seed: int, rate: float) -> Batch:
+    """The batch as the run's objective wants it: next tokens, hidden tokens, or hidden spans.
+
+    Args:
+        batch: sequences with their next tokens.
+        config: the run.
+        seed: of what is hidden.
+        rate: share of the tokens that is hidden; not read by next-token prediction.
+    """
+    if config.objective == "causal_lm":
+        return batch
+    return HIDERS[config.objective](batch, seed, rate, config.model.vocab_size - 1)
 
 
 def total_nats(

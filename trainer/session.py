@@ -95,7 +95,7 @@ class Session:
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
         self._account: Account = account(config.model, config.corpus.seq_len)
-        self._evaluator = Evaluator(config.corpus, evaluation, self._data_root)
+        self._evaluator = Evaluator(config, evaluation, self._data_root)
         self._stream: TokenStream | None = None
         self._shown = 0.0
         self.record = RunRecord(folder) if self.engine.ranks.rank == 0 else None

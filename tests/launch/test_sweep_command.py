@@ -147,3 +147,20 @@ def data_root_of(swept: Path) -> Path:
     """The data that a sweep was made from."""
     name = stored_sweep(swept)["runs"][0]
     return Path(read_run(swept / name).provenance["execution"]["data_root"])
+
+
+def test_a_trained_run_goes_on_with_a_prompt(swept: Path, data: Path) -> None:
+    run = swept / stored_sweep(swept)["runs"][0]
+    words = ("launch/generate.py", str(run), "def ", "--data", str(data), "--tokens", "12")
+    first, second = (command(*words, "--temperature", "0") for _ in range(2))
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("def ")
+    assert len(first.stdout.encode()) == len("def ") + 12 + 1
+    assert first.stdout == second.stdout
+    assert "decode" in first.stderr
+
+
+def test_a_folder_without_a_run_cannot_generate(tmp_path: Path) -> None:
+    ended = command("launch/generate.py", str(tmp_path), "x")
+    assert ended.returncode == 64
+    assert "config.yaml is not there" in ended.stderr

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence, same_documents
+from models.sequence import Memory, WholeSequence, visible_memory
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class Attention(Mixer):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         own, other = sequence.own_documents(), memory.sequence.own_documents()
         masked = sequence.packed or memory.sequence.packed
-        visible = same_documents(own, other) if masked else None
+        visible = visible_memory(own, other) if masked else None
         return values, Coefficients(queries, keys, visible)
 
     def _rotation(self, sequence: WholeSequence) -> Rotation:

@@ -1,0 +1,105 @@
+"""The command: continue a prompt with a trained run.
+
+python launch/generate.py runs/scaling/<id> "def add(a, b):" [--tokens 200] [--temperature 0]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from data_pipelines.tokenizers import Tokenizer
+from launch.weights import TrainedRun, load_run
+from models.generate import Piece, Sampling, generate
+from trainer.preemption import ExitCode
+from trainer.schema import ConfigError
+
+REPLACEMENT = "\ufffd"
+EXAMPLES = """
+examples:
+  python launch/generate.py runs/scaling/<id> "def add(a, b):"
+  python launch/generate.py runs/scaling/<id> "The " --tokens 400 --temperature 0.8 --top-p 0.95
+  python launch/generate.py runs/scaling/<id> "import " --temperature 0      the likeliest token"""
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parse(words)
+    console = Console(stderr=True)
+    torch.set_num_threads(arguments.threads)
+    try:
+        sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+        run = load_run(arguments.run)
+        if run.config.objective != "causal_lm":
+            raise ConfigError(
+                f"{arguments.run} was trained for {run.config.objective}; only causal_lm runs go "
+                "on with a prompt"
+            )
+        pieces = _stream(run, run.tokenizer(arguments.data), arguments, sampling)
+    except (ValueError, RuntimeError, OSError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return int(ExitCode.BAD_CONFIG)
+    except KeyboardInterrupt:
+        return int(ExitCode.INTERRUPTED)
+    console.print(_speeds(run, arguments.run, pieces), highlight=False)
+    return int(ExitCode.DONE)
+
+
+def _stream(
+    run: TrainedRun, tokenizer: Tokenizer, arguments: argparse.Namespace, sampling: Sampling
+) -> tuple[int, list[Piece]]:
+    """Write the prompt and what follows, as it comes; returns the prompt's length and the pieces.
+
+    A document begins with the special token, and ends where the model writes it.
+    """
+    prompt = [tokenizer.special, *(int(i) for i in tokenizer.encode(arguments.prompt))]
+    sys.stdout.write(arguments.prompt)
+    pieces, ids, shown = [], [], ""
+    for piece in generate(run.backbone(), torch.tensor([prompt]), arguments.tokens, sampling):
+        pieces.append(piece)
+        ids.append(int(piece.tokens))
+        if ids[-1] == tokenizer.special:
+            break
+        # The last characters may be halves until the next byte has come.
+        text = tokenizer.decode(ids).rstrip(REPLACEMENT)
+        if text.startswith(shown):
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write(tokenizer.decode(ids)[len(shown) :] + "\n")
+    sys.stdout.flush()
+    return len(prompt), pieces
+
+
+def _speeds(run: TrainedRun, folder: Path, generated: tuple[int, list[Piece]]) -> str:
+    length, pieces = generated
+    prefill, later = pieces[0].seconds, [piece.seconds for piece in pieces[1:]]
+    text = f"{folder.name}, step {run.step}: prefill {length / prefill:,.0f} tokens/s of {length}"
+    if later:
+        text += f", decode {len(later) / sum(later):,.0f} tokens/s of {len(later)}"
+    return f"{text}, state {pieces[-1].state_bytes:,} bytes"
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/generate.py",
+        description="Continue a prompt with the newest checkpoint of a run.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, such as runs/scaling/<id>")
+    parser.add_argument("prompt", help="text to go on from; may be empty")
+    parser.add_argument("--tokens", type=int, default=200, help="how many at most (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of chances (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the datasets")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
