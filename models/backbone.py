@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.channel import ChannelConfig
 from models.layers import Drawn, Embedding, Linear, RMSNorm
@@ -152,7 +153,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, and a norm."""
+    """Blocks one after the other, and a norm.
+
+    Attributes:
+        recompute: whether the backward pass computes each block anew instead of keeping what its
+            forward pass made.
+    """
+
+    recompute = False
 
     def __init__(self, layers: list[BlockConfig], config: BackboneConfig, form: Form) -> None:
         super().__init__()
@@ -165,7 +173,10 @@ class Stack(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """Features to hidden states, normalised."""
         for layer in self.layers:
-            x = layer(x, sequence, memory)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, sequence, memory, use_reentrant=False)
+            else:
+                x = layer(x, sequence, memory)
         return self.norm(x)
 
 

@@ -169,6 +169,8 @@ class ExecutionConfig:
         threads: CPU threads of each process, fixed for the life of a run.
         micro_batch_sequences: sequences a rank passes through the model at once; None for all.
         zero_stage: DeepSpeed's ZeRO stage.
+        recompute: whether blocks are computed anew in the backward pass: less memory, a third more
+            work, the same numbers.
         save_every_tokens: tokens between checkpoints; None saves at forks and the end only.
         keep_checkpoints: newest checkpoints kept beside the pinned ones.
         data_root: folder of the built datasets.
@@ -179,6 +181,7 @@ class ExecutionConfig:
     threads: int = 1
     micro_batch_sequences: int | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0
+    recompute: bool = False
     save_every_tokens: int | None = None
     keep_checkpoints: int = 2
     data_root: str = "data"

@@ -57,6 +57,9 @@ class Engine:
         if self.device == "cuda":
             torch.cuda.set_device(self.ranks.local_rank)
         backbone.to(self.device)
+        for stack in (backbone, backbone.encoder):
+            if stack is not None:
+                stack.recompute = execution.recompute
         self._engine = _initialize(backbone, config, execution, self._micro)
 
     @property

@@ -42,6 +42,12 @@ def test_the_same_run_twice_is_bit_identical(root: Path, tmp_path: Path, arm: di
     assert read_exact(tmp_path / "one") == read_exact(tmp_path / "two")
 
 
+def test_recomputation_is_bit_identical(root: Path, tmp_path: Path, arm: dict) -> None:
+    for name in ("kept", "anew"):
+        assert run(make(root, arm, recompute=name == "anew"), tmp_path / name).state == "done"
+    assert read_exact(tmp_path / "kept") == read_exact(tmp_path / "anew")
+
+
 def test_training_lowers_the_loss(root: Path, tmp_path: Path, arm: dict) -> None:
     run(make(root, arm), tmp_path / "run")
     losses = [row["loss_nats"] for row in read_run(tmp_path / "run").metrics]
