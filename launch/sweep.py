@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from analysis.report import refresh
+from launch.baselines import write_baselines
 from launch.cluster import available_slots, run_units
 from launch.data import build_data
 from launch.job import Unit
@@ -74,6 +75,13 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         if standing in (Standing.DONE, Standing.DIVERGED):
             require_same_data(folder / name, root_hash)
     _write_sweep(plan, folder)
+    write_baselines(
+        [experiment.run for experiment in sweep.experiments],
+        sweep.experiments[0].evaluation,
+        sweep.config.baselines,
+        (folder, data_root, root_hash),
+        console,
+    )
     begin = time.time()
     if todo:
         _train(plan, todo, folder, console)

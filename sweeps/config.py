@@ -58,6 +58,7 @@ class LadderConfig:
         tokens_per_parameter: budgets as multiples of a rung's nominal parameters, instead.
         replicates: more seeds of some rungs.
         more_corpora: corpora beside the default ones.
+        learning_rate_factors: factors on the rule's rate, each a run of its own: a search.
         epoch_blocks: longer epochs than the corpora's own, for horizons that would repeat blocks.
     """
 
@@ -71,6 +72,7 @@ class LadderConfig:
     tokens_per_parameter: tuple[float, ...] = ()
     replicates: Replicates | None = None
     more_corpora: tuple[str, ...] = ()
+    learning_rate_factors: tuple[float, ...] = (1.0,)
     epoch_blocks: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     model: dict = field(default_factory=dict)
@@ -114,6 +116,7 @@ class SweepConfig:
     Attributes:
         objective: what is predicted; the form of all backbones follows from it.
         mask_rate: share of the tokens that an objective with masks hides in training.
+        baselines: orders of n-gram models of the training bytes that the report shows as lines.
     """
 
     name: str
@@ -124,6 +127,7 @@ class SweepConfig:
     corpora: dict[str, CorporaConfig]
     objective: Objective = "causal_lm"
     mask_rate: float = 0.3
+    baselines: tuple[int, ...] = ()
     model: dict = field(default_factory=dict)
     optimizer: dict = field(default_factory=dict)
     schedule: dict = field(default_factory=dict)

@@ -165,6 +165,7 @@ def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
         "corpus": (*corpora.default, *ladder.more_corpora),
         "rung": ladder.rungs,
         "seed": ladder.seeds,
+        "learning_rate_factor": ladder.learning_rate_factors,
     }
     for rule in (*config.also, *config.exclude):
         for key in rule:
@@ -199,7 +200,7 @@ def _experiments(
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
         {
-            "learning_rate": ladder.learning_rate.at(nominal),
+            "learning_rate": ladder.learning_rate.at(nominal) * cell["learning_rate_factor"],
             "learning_rate_scale": architecture.learning_rate_scale,
             "batch_tokens": ladder.batch_tokens,
         },
@@ -258,7 +259,9 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
     form, _ = FORMS[config.objective]
     model = merge({"form": form, **architecture.model}, over)
-    return replace(architecture, blocks=merge(architecture.blocks, mine), model=model)
+    # What is asked for here goes over what the architecture says for narrow widths too.
+    blocks, narrow = (merge(part, mine) for part in (architecture.blocks, architecture.narrow))
+    return replace(architecture, blocks=blocks, narrow=narrow, model=model)
 
 
 def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
