@@ -1,0 +1,149 @@
+"""Causal attention without a softmax: a running sum of products of keys and values.
+
+Source: Katharopoulos et al. 2020, "Transformers are RNNs", section 3.3, in chunks as in Hua et al.
+2022, "Transformer Quality in Linear Time", section 3.3. Changed: initial and final states that
+carry gradients, and resets at document boundaries. Normalisation is the caller's.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.precision import without_autocast
+
+# Tokens of a chunk: work within chunks grows with it, states between them shrink with it.
+CHUNK = 64
+
+
+class LinearAttention(NamedTuple):
+    """The outputs, and the state after the last token."""
+
+    outputs: Float[Tensor, "B L H P"]
+    final: Float[Tensor, "B H N P"]
+
+
+def linear_attention(
+    queries: Float[Tensor, "B L H N"],
+    keys: Float[Tensor, "B L H N"],
+    values: Float[Tensor, "B L H P"],
+    initial: Float[Tensor, "B H N P"] | None = None,
+    documents: Int[Tensor, "B L"] | None = None,
+) -> LinearAttention:
+    """Compute S[t] = S[t-1] + keys[t] (x) values[t] and outputs[t] = queries[t] S[t].
+
+    Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
+    (float64 in, float64 out).
+
+    Args:
+        queries: how the state enters a token's output.
+        keys: how a token's value enters the state.
+        values: the inputs.
+        initial: S[-1], zero if not given.
+        documents: document of each token, never falling along the length but for padding at its
+            end. Document 0 continues the initial state; where the id changes, the state is zero
+            before the token.
+
+    Raises:
+        ValueError: the shapes differ, or the length is 0.
+    """
+    _check_shapes(queries, keys, values, documents)
+    L, wide = values.shape[1], torch.promote_types(values.dtype, torch.float32)
+    q, k, v = (_chunked(x.to(wide)) for x in (queries, keys, values))
+    ids = None if documents is None else chunked_documents(documents, CHUNK)
+    with without_autocast(values):
+        scores = (q @ k.transpose(-1, -2)).tril()
+        if ids is not None:
+            scores = scores.masked_fill(~_same(ids), 0.0)
+        before, final = _states(k, v, initial, ids)
+        carried = q @ before
+        if ids is not None:
+            carried = carried.masked_fill(~continuing(ids)[:, :, None, :, None], 0.0)
+        outputs = scores @ v + carried
+    outputs = outputs.transpose(2, 3).flatten(1, 2)[:, :L]
+    return LinearAttention(outputs.to(values.dtype), final)
+
+
+def linear_attention_reference(
+    queries: Float[Tensor, "B L H N"],
+    keys: Float[Tensor, "B L H N"],
+    values: Float[Tensor, "B L H P"],
+    initial: Float[Tensor, "B H N P"] | None = None,
+    documents: Int[Tensor, "B L"] | None = None,
+) -> LinearAttention:
+    """Compute `linear_attention` token by token, in float32 or wider."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (queries, keys, values))
+    state = k.new_zeros(k.shape[0], *k.shape[2:], v.shape[-1]) if initial is None else initial
+    outputs = []
+    for t in range(v.shape[1]):
+        if documents is not None:
+            before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
+            state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0.0)
+        state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        outputs.append((q[:, t, :, :, None] * state).sum(-2))
+    return LinearAttention(torch.stack(outputs, dim=1).to(values.dtype), state)
+
+
+def chunked_documents(documents: Int[Tensor, "B L"], chunk: int) -> Int[Tensor, "B C T"]:
+    """Document ids in chunks, the last of which is filled up with its last id."""
+    L = documents.shape[1]
+    filled = documents[:, -1:].expand(-1, -L % chunk)
+    return torch.cat([documents, filled], dim=1).unflatten(1, (-1, chunk))
+
+
+def continuing(ids: Int[Tensor, "B C T"]) -> Tensor:
+    """Which tokens go on with the document of the last token before their chunk."""
+    before = F.pad(ids[:, :-1, -1], (1, 0), value=0)
+    return ids == before[:, :, None]
+
+
+def _same(ids: Int[Tensor, "B C T"]) -> Tensor:
+    return (ids[:, :, :, None] == ids[:, :, None, :])[:, :, None]
+
+
+def _chunked(x: Float[Tensor, "B L H N"]) -> Float[Tensor, "B C H T N"]:
+    filled = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
+    return filled.unflatten(1, (-1, CHUNK)).transpose(2, 3)
+
+
+def _states(
+    keys: Float[Tensor, "B C H T N"],
+    values: Float[Tensor, "B C H T P"],
+    initial: Float[Tensor, "B H N P"] | None,
+    ids: Int[Tensor, "B C T"] | None,
+) -> tuple[Float[Tensor, "B C H N P"], Float[Tensor, "B H N P"]]:
+    """The state before each chunk, and the one after the last."""
+    if ids is None:
+        added = (keys.transpose(-1, -2) @ values).unbind(dim=1)
+        kept = [None] * len(added)
+    else:
+        # Only the document that a chunk ends in leaves anything behind.
+        ending = (ids == ids[:, :, -1:])[:, :, None, :, None]
+        added = (keys.masked_fill(~ending, 0.0).transpose(-1, -2) @ values).unbind(dim=1)
+        kept = continuing(ids)[:, :, -1, None, None, None].unbind(dim=1)
+    state = torch.zeros_like(added[0]) if initial is None else initial.to(added[0].dtype)
+    before = []
+    for more, goes_on in zip(added, kept, strict=True):
+        before.append(state)
+        state = (state if goes_on is None else state.masked_fill(~goes_on, 0.0)) + more
+    return torch.stack(before, dim=1), state
+
+
+def _check_shapes(queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> None:
+    if values.shape[1] == 0:
+        raise ValueError("linear_attention was given no tokens; the length must be at least 1")
+    places = values.shape[:3]
+    for name, shape in (("queries", queries.shape), ("keys", keys.shape)):
+        if shape != (*places, keys.shape[-1]):
+            raise ValueError(
+                f"linear_attention {name} have shape {tuple(shape)}, but values of shape "
+                f"{tuple(values.shape)} and keys need {(*places, keys.shape[-1])}"
+            )
+    if documents is not None and documents.shape != places[:2]:
+        raise ValueError(
+            f"linear_attention documents have shape {tuple(documents.shape)}; "
+            f"they need {tuple(places[:2])}"
+        )
