@@ -1,0 +1,250 @@
+"""Mamba-2's state space duality: a recurrence with one decay per head, as products of matrices.
+
+Source: Dao and Gu 2024, "Transformers are SSMs", sections 6 and 7. Changed: initial and final
+states that carry gradients, resets at document boundaries, and a backward pass in closed form that
+keeps nothing but its inputs.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+
+from kernels.ssd_chunks import Rows, scan, scan_back, sum_in_documents
+
+# Tokens of a chunk. Work within chunks grows with it; memory between them, for which the backward
+# pass holds a state each, shrinks with it.
+CHUNK = 64
+
+
+class Scan(NamedTuple):
+    """What a scan returns: the outputs, and the state after the last token."""
+
+    outputs: Float[Tensor, "B L H P"]
+    final: Float[Tensor, "B H P N"]
+
+
+def ssd(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L G N"],
+    C: Float[Tensor, "B L G N"],
+    initial: Float[Tensor, "B H P N"] | None = None,
+    documents: Int[Tensor, "B L"] | None = None,
+) -> Scan:
+    """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] values[t] (x) B[t] and outputs[t] = h[t] C[t].
+
+    Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
+    (float64 in, float64 out). From a token with an input that is not finite on, the outputs of its
+    document are NaN, and no gradient comes back through them; other documents do not notice.
+
+    Args:
+        values: the inputs of each head.
+        dt: step sizes, at least 0; softplus is the caller's.
+        A: rates, at most 0.
+        B: how a token's input enters the state; H / G heads that follow each other share one.
+        C: how the state enters a token's output.
+        initial: h[-1], zero if not given.
+        documents: document of each token; those of one stand together. Document 0 continues the
+            initial state; where the id changes, the state is zero before the token.
+
+    Raises:
+        ValueError: the shapes differ, G does not divide H, or the length is 0.
+    """
+    _check_shapes(values, dt, A, B, C, initial, documents)
+    if values.shape[1] == 1:
+        # Decoding: one step of the recurrence costs a third of the many small products of a chunk.
+        return ssd_reference(values, dt, A, B, C, initial, documents)
+    if documents is None or documents.is_meta:
+        return _by_groups(values, dt, A, B, C, initial, documents)
+    states = values.new_zeros(len(values), 1, 1) if initial is None else initial.unsqueeze(1)
+    unfit, no_start = _not_finite(values, dt, B, C), _not_finite(states)[:, 0]
+    if not (unfit.any() or no_start.any()):
+        return _by_groups(values, dt, A, B, C, initial, documents)
+    # Products of matrices would multiply it by the zeros that keep documents apart.
+    x, steps, enter, leave = (_blanked(tensor, unfit) for tensor in (values, dt, B, C))
+    start = None if initial is None else _blanked(initial, no_start)
+    outputs, final = _by_groups(x, steps, A, enter, leave, start, documents)
+    first = unfit[:, :1] | (no_start[:, None] & (documents[:, :1] == 0))
+    unfit = torch.cat([first, unfit[:, 1:]], dim=1)
+    spoilt = sum_in_documents(unfit.float(), documents) > 0
+    return Scan(_blanked(outputs, spoilt, torch.nan), _blanked(final, spoilt[:, -1], torch.nan))
+
+
+def ssd_reference(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L G N"],
+    C: Float[Tensor, "B L G N"],
+    initial: Float[Tensor, "B H P N"] | None = None,
+    documents: Int[Tensor, "B L"] | None = None,
+) -> Scan:
+    """Compute `ssd` token by token in plain torch, in float32 or wider."""
+    accumulator = torch.promote_types(values.dtype, torch.float32)
+    x, dt, A, B, C = (tensor.to(accumulator) for tensor in (values, dt, A, B, C))
+    H, P = x.shape[2:]
+    B, C = (tensor.repeat_interleave(H // tensor.shape[2], dim=2) for tensor in (B, C))
+    state = x.new_zeros(x.shape[0], H, P, B.shape[3])
+    state = state if initial is None else initial.to(accumulator)
+    outputs = []
+    for t in range(x.shape[1]):
+        if documents is not None:
+            before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
+            state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0.0)
+        added = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + added
+        outputs.append((state * C[:, t, :, None]).sum(-1))
+    return Scan(torch.stack(outputs, dim=1).to(values.dtype), state)
+
+
+def two_way_ssd(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L 2 H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L 2 G N"],
+    C: Float[Tensor, "B L 2 G N"],
+    documents: Int[Tensor, "B L"] | None = None,
+) -> Float[Tensor, "B L H P"]:
+    """Sum over the tokens before and those after each token, by one scan in either direction.
+
+    outputs[t] is what `ssd` gives for token t - 1, and what it gives for token t + 1 when the
+    sequence is read from its end: a quasiseparable matrix with zeros on its diagonal (Hwang et al.
+    2024, section 3.2).
+
+    Args:
+        values: the inputs of each head.
+        dt: step sizes of the scan from the front, then of that from the end.
+        A: rates, the same both ways.
+        B: how a token's input enters the state, either way.
+        C: how the state enters the output of the token after it, either way.
+        documents: document of each token; those of one stand together.
+    """
+    both = torch.cat([values, values.flip(1)])
+    steps, enter, leave = (torch.cat([x[:, :, 0], x[:, :, 1].flip(1)]) for x in (dt, B, C))
+    ids = None if documents is None else torch.cat([documents, documents.flip(1)])
+    outputs = ssd(both, steps, A, enter, leave, None, ids).outputs[:, :-1]
+    if ids is not None:
+        outputs = _blanked(outputs, ids[:, 1:] != ids[:, :-1])
+    before, after = F.pad(outputs, (0, 0, 0, 0, 1, 0)).chunk(2)
+    return before + after.flip(1)
+
+
+def _by_groups(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L G N"],
+    C: Float[Tensor, "B L G N"],
+    initial: Float[Tensor, "B H P N"] | None,
+    documents: Int[Tensor, "B L"] | None,
+) -> Scan:
+    """Scan with the groups as further rows, since they share nothing."""
+    dtype, G = torch.promote_types(values.dtype, torch.float32), B.shape[2]
+    x, steps = (_heads_to_rows(tensor.to(dtype), G) for tensor in (values, dt))
+    rates = A.to(dtype).view(G, -1).repeat(values.shape[0], 1)
+    enter, leave = (tensor.to(dtype).transpose(1, 2).flatten(0, 1) for tensor in (B, C))
+    start = None
+    if initial is not None:
+        start = initial.to(dtype).unflatten(1, (G, -1)).flatten(0, 1).permute(0, 3, 1, 2)
+    ids = None if documents is None else documents.repeat_interleave(G, dim=0)
+    outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids)
+    outputs = outputs.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
+    final = final.permute(0, 2, 3, 1).unflatten(0, (-1, G)).flatten(1, 2)
+    return Scan(outputs.to(values.dtype), final)
+
+
+class _Ssd(torch.autograd.Function):
+    """The scan of rows whose heads share B and C."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        values: Float[Tensor, "B L H P"],
+        dt: Float[Tensor, "B L H"],
+        A: Float[Tensor, "B H"],
+        B: Float[Tensor, "B L N"],
+        C: Float[Tensor, "B L N"],
+        initial: Float[Tensor, "B N H P"] | None,
+        documents: Int[Tensor, "B L"] | None,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = Rows(values, dt, A, B, C, initial, documents)
+        # Torch saves None as None; its stub does not say so.
+        ctx.save_for_backward(*inputs)  # pyright: ignore[reportArgumentType]
+        ctx.set_materialize_grads(False)
+        with _without_autocast(values):
+            return scan(inputs, CHUNK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        values, dt, A, B, C, initial, documents = list(ctx.saved_tensors)
+        inputs = Rows(values, dt, A, B, C, initial, documents)
+        d_outputs = torch.zeros_like(values) if d_outputs is None else d_outputs
+        state = values.new_zeros(values.shape[0], B.shape[2], *values.shape[2:])
+        state = state if d_final is None else state.copy_(d_final)
+        with _without_autocast(values):
+            d_values, d_dt, d_B, d_C, d_A, d_initial = scan_back(inputs, d_outputs, state, CHUNK)
+        return d_values, d_dt, d_A, d_B, d_C, None if initial is None else d_initial, None
+
+
+def _heads_to_rows(x: Float[Tensor, "B L H *P"], groups: int) -> Float[Tensor, "BG L R *P"]:
+    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
+    """Which tokens have an infinity or a NaN, which sums inherit."""
+    wide = (x.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+    return ~torch.stack([x.isfinite() for x in wide]).all(0)
+
+
+def _blanked(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
+    return x.masked_fill(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), value)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast would lower the products of a float32 computation to bfloat16."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+def _check_shapes(
+    values: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial: Tensor | None,
+    documents: Tensor | None,
+) -> None:
+    batch, L, H, P = values.shape
+    G, N = B.shape[2:]
+    expected = {
+        "dt": (dt, (batch, L, H)),
+        "A": (A, (H,)),
+        "B": (B, (batch, L, G, N)),
+        "C": (C, (batch, L, G, N)),
+        "initial": (initial, (batch, H, P, N)),
+        "documents": (documents, (batch, L)),
+    }
+    if L == 0:
+        raise ValueError("ssd was given no tokens; the length must be at least 1")
+    if H % G:
+        raise ValueError(f"ssd was given {G} groups for {H} heads; groups must divide heads")
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"ssd {name} has shape {tuple(tensor.shape)}, but values of shape "
+                f"{tuple(values.shape)}, {G} groups and a state of {N} need {shape}"
+            )
