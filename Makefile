@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep smoke test check bench faults slurm lock
+.PHONY: setup sweep smoke test check conformance bench faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
 test:  setup ; $(BIN)/python -m tests.run
 check: setup ; $(BIN)/python -m tests.check
+conformance: setup ; $(BIN)/python -m tests.conformance.run
 bench: setup ; $(BIN)/python -m tests.bench
 faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from models.backbone import Backbone, BackboneConfig, Block
+from models.backbone import Backbone, BackboneConfig, Block, Source
 from models.mixer import MixFlops
+from models.sequence import WholeSequence
 
 CONVENTIONS: Mapping[str, str] = {
     "total_parameters": "N: all parameters, tied embeddings once",
@@ -80,12 +81,11 @@ def dense_flops_per_token(backbone: Backbone) -> float:
 
 
 def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:
-    """Forward work of all `mix` calls on one whole sequence."""
-    each = [
-        layer.mixer.mix_flops(seq_len, seq_len)
-        for layer in backbone.layers
-        if isinstance(layer, Block)
-    ]
+    """Forward work of all `mix` calls on one whole sequence, and on a source of its length."""
+    blocks = [module for module in backbone.modules() if isinstance(module, Block)]
+    mixers = [block.mixer for block in blocks]
+    mixers += [block.cross for block in blocks if block.cross is not None]
+    each = [mixer.mix_flops(seq_len, seq_len) for mixer in mixers]
     return MixFlops(
         needed=sum(mix.needed for mix in each),
         full_square=sum(mix.full_square for mix in each),
@@ -94,8 +94,14 @@ def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:
 
 
 def _state_bytes(backbone: Backbone, seq_len: int) -> int:
+    """Bytes that decoding keeps; none for an encoder, which sees all tokens at once."""
+    if backbone.config.form == "encoder":
+        return 0
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device="meta")
     documents = torch.zeros(1, seq_len, dtype=torch.int32, device="meta")
     with torch.no_grad():
-        _, state = backbone.extend(tokens, documents, None)
+        memory = None
+        if backbone.encoder is not None:
+            memory = backbone.encode(Source(tokens, WholeSequence(documents)))
+        _, state = backbone.extend(tokens, documents, None, memory)
     return state.bytes()

@@ -4,11 +4,13 @@ import abc
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Linear
+from models.layers import BlockDiagonal, Linear
+from models.monarch_matrix import monarch_multiply
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,133 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+@dataclass(frozen=True)
+class GELUConfig(ChannelConfig):
+    """The MLP of the first Transformers, with a GELU (Hendrycks and Gimpel 2016).
+
+    Attributes:
+        d_hidden: inner width.
+        bias: whether its maps add vectors.
+        initial_std: standard deviation of its initial weights; None scales it with the width.
+    """
+
+    kind: ClassVar[str] = "gelu"
+    d_hidden: int
+    bias: bool = False
+    initial_std: float | None = 0.02
+
+    def __post_init__(self) -> None:
+        if self.d_hidden < 1:
+            raise ValueError(f"d_hidden {self.d_hidden} is not positive; take about 4 d_model")
+
+    def build(self, d_model: int, n_residuals: int) -> nn.Module:
+        """Make the module."""
+        return GELUMLP(self, d_model, n_residuals)
+
+
+class GELUMLP(nn.Module):
+    """y = down(gelu(up(x)))."""
+
+    def __init__(self, config: GELUConfig, d_model: int, n_residuals: int) -> None:
+        super().__init__()
+        std, bias = config.initial_std, config.bias
+        self.up = Linear(d_model, config.d_hidden, bias=bias, std=std)
+        scale = n_residuals**-0.5
+        self.down = Linear(config.d_hidden, d_model, bias=bias, std=std, scale=scale)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Mix the channels of each token."""
+        return self.down(F.gelu(self.up(x)))
+
+
+@dataclass(frozen=True)
+class MonarchMLPConfig(ChannelConfig):
+    """M2's gated MLP of block-diagonal maps (Fu et al. 2023, section 4.2), as released by default.
+
+    Attributes:
+        d_hidden: inner width f.
+        n_blocks: blocks of each factor.
+        n_factors: 1 for a block-diagonal map, as released; 2 for a Monarch matrix, whose second
+            factor mixes the blocks.
+        interleave: whether each block of outputs holds gates and values alike; if not, the first
+            half of the outputs are gates, so that with one factor no gate sees what a value sees.
+    """
+
+    kind: ClassVar[str] = "monarch_mlp"
+    d_hidden: int
+    n_blocks: int = 4
+    n_factors: int = 1
+    interleave: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n_factors not in (1, 2):
+            raise ValueError(f"n_factors {self.n_factors} is neither 1 nor 2; take one of them")
+        for name in ("d_hidden", "n_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
+
+    def build(self, d_model: int, n_residuals: int) -> nn.Module:
+        """Make the module.
+
+        Raises:
+            ValueError: the blocks do not divide a width.
+        """
+        return MonarchMLP(self, d_model, n_residuals)
+
+
+class MonarchMLP(nn.Module):
+    """y = down(gelu(gate(x)) * up(x)), gate and up one map without a bias, down with one."""
+
+    def __init__(self, config: MonarchMLPConfig, d_model: int, n_residuals: int) -> None:
+        super().__init__()
+        self.config, f = config, config.d_hidden
+        block_map = BlockDiagonal if config.n_factors == 1 else MonarchMap
+        self.gate_up = block_map(config.n_blocks, d_model, 2 * f)
+        self.down = block_map(config.n_blocks, f, d_model, bias=True, scale=n_residuals**-0.5)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        """Mix the channels of each token."""
+        inner = self.gate_up(x)
+        if self.config.interleave:
+            inner = inner.unflatten(-1, (self.config.n_blocks, 2, -1)).transpose(-2, -3).flatten(-3)
+        gate, up = inner.chunk(2, dim=-1)
+        return self.down(F.gelu(gate) * up)
+
+
+class MonarchMap(nn.Module):
+    """A map of each token by two block-diagonal factors with a permutation between them.
+
+    The width between them is the smaller of the outer ones, as in the release of Dao et al. 2022.
+
+    Args:
+        blocks: blocks of each factor; they divide both widths.
+        n_in: width it reads.
+        n_out: width it writes.
+        bias: whether a vector is added, which starts at zero.
+        scale: factor on the initial weights of the second factor.
+    """
+
+    def __init__(
+        self, blocks: int, n_in: int, n_out: int, *, bias: bool = False, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        middle = min(n_in, n_out)
+        self.first = BlockDiagonal(blocks, n_in, middle)
+        self.second = BlockDiagonal(blocks, middle, n_out, scale=scale)
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+
+    def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        """Map all channels."""
+        mapped = monarch_multiply(x, self.first.weight, self.second.weight)
+        return mapped if self.bias is None else mapped + self.bias
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """A bias of zeros."""
+        assert self.bias is not None
+        return torch.zeros(self.bias.shape)
+
+
 def channel_kinds() -> dict[str, type[ChannelConfig]]:
     """The configuration class of every channel mixer, by kind."""
-    return {config.kind: config for config in (NoChannelConfig, SwiGLUConfig)}
+    configs = (NoChannelConfig, SwiGLUConfig, GELUConfig, MonarchMLPConfig)
+    return {config.kind: config for config in configs}

@@ -73,13 +73,21 @@ class BlockDiagonal(nn.Module):
         bias: whether a vector is added, which starts at zero.
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n), 1/sqrt(n)) with n
             the inputs of a block.
+        scale: factor on the initial weights, as that of `Linear`.
 
     Raises:
         ValueError: the blocks do not divide a width.
     """
 
     def __init__(
-        self, blocks: int, n_in: int, n_out: int, *, bias: bool = False, std: float | None = None
+        self,
+        blocks: int,
+        n_in: int,
+        n_out: int,
+        *,
+        bias: bool = False,
+        std: float | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         for width in (n_in, n_out):
@@ -87,13 +95,14 @@ class BlockDiagonal(nn.Module):
                 raise ValueError(f"{blocks} blocks do not divide a width of {width}")
         self.weight = nn.Parameter(torch.empty(blocks, n_out // blocks, n_in // blocks))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
-        self._std = std
+        self._std, self._scale = std, scale
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Map each block of channels."""
         blocks = self.weight.shape[0]
-        pieces = x.unflatten(-1, (blocks, -1)).unsqueeze(-2)
-        mapped = (pieces @ self.weight.transpose(1, 2)).squeeze(-2).flatten(-2)
+        pieces = x.unflatten(-1, (blocks, -1))
+        # One product a block: a broadcast matmul would copy the weights for each token.
+        mapped = torch.einsum("...bi,boi->...bo", pieces, self.weight).flatten(-2)
         return mapped if self.bias is None else mapped + self.bias
 
     def token_flops(self) -> int:
@@ -106,8 +115,9 @@ class BlockDiagonal(nn.Module):
             assert self.bias is not None
             return torch.zeros(self.bias.shape)
         if self._std is None:
-            return uniform(self.weight.shape, self.weight.shape[2] ** -0.5, generator)
-        return torch.randn(self.weight.shape, generator=generator) * self._std
+            bound = self.weight.shape[2] ** -0.5
+            return uniform(self.weight.shape, bound, generator) * self._scale
+        return torch.randn(self.weight.shape, generator=generator) * (self._std * self._scale)
 
 
 class Embedding(nn.Embedding):
@@ -135,7 +145,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self._eps).to(x.dtype)
+        wide, weight = widened(x), widened(self.weight)
+        return F.rms_norm(wide, self.weight.shape, weight, self._eps).to(x.dtype)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""
@@ -143,12 +154,20 @@ class RMSNorm(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """A causal depthwise convolution over the last few tokens of each document."""
+    """A causal depthwise convolution over the last few tokens of each document.
 
-    def __init__(self, channels: int, width: int) -> None:
+    Args:
+        channels: width.
+        width: taps.
+        std: standard deviation of its initial taps, beside a bias of zeros; None draws both as
+            torch draws those of a Conv1d, from U(-1/sqrt(width), 1/sqrt(width)).
+    """
+
+    def __init__(self, channels: int, width: int, *, std: float | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
+        self._std = std
 
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
         """Convolve each channel."""
@@ -161,9 +180,13 @@ class ShortConv(nn.Module):
         return 2 * self.weight.numel()
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial values as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
+        """Initial taps and bias."""
         shape = getattr(self, name).shape
-        return uniform(shape, self.weight.shape[1] ** -0.5, generator)
+        if self._std is None:
+            return uniform(shape, self.weight.shape[1] ** -0.5, generator)
+        if name == "bias":
+            return torch.zeros(shape)
+        return torch.randn(shape, generator=generator) * self._std
 
 
 class CentredConv(nn.Module):
@@ -245,6 +268,11 @@ def rotate(x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"
     left, right = x.chunk(2, dim=-1)
     turned = torch.cat([-right, left], dim=-1)
     return (x * by.cos + turned * by.sin).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if it is wider: for decays, states and statistics."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:

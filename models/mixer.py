@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -86,7 +86,8 @@ class MixerConfig:
                 f"mixer {self.kind} is asked for {slot.pattern.value}, but serves {served}; "
                 "choose another mixer or another form of backbone"
             )
-        return mixer(self, slot)
+        # Every mixer takes its own configuration before the slot; the base class takes none.
+        return mixer(self, slot)  # pyright: ignore[reportCallIssue]
 
 
 class Mixer(nn.Module, abc.ABC):
@@ -97,7 +98,11 @@ class Mixer(nn.Module, abc.ABC):
         no_decay: names of its parameters that weight decay must not touch.
         approximate: why it is no exact function of what a token may see; empty where it is one.
         linear: whether `mix` is linear in the values.
-        uses_fft: whether rounding may carry a trace of later tokens, as that of an FFT does.
+        uses_fft: whether rounding may carry a trace of later tokens, as that of an FFT does; the
+            mixer then has `filter_norm()`, the largest 1-norm of a filter.
+        stops_nan: whether not even a NaN gets from one document of a row into another.
+        constant_state: whether decoding keeps as many bytes after any number of tokens.
+        ordered_memory: whether the order of a memory's tokens matters.
     """
 
     patterns: ClassVar[frozenset[Pattern]]
@@ -105,6 +110,9 @@ class Mixer(nn.Module, abc.ABC):
     approximate: ClassVar[str] = ""
     linear: ClassVar[bool] = True
     uses_fft: ClassVar[bool] = False
+    stops_nan: ClassVar[bool] = False
+    constant_state: ClassVar[bool] = False
+    ordered_memory: ClassVar[bool] = False
 
     def __init__(self, slot: Slot) -> None:
         super().__init__()
@@ -156,10 +164,13 @@ class Mixer(nn.Module, abc.ABC):
         return self.mix(units, coefficients, sequence).permute(0, 2, 1, 3)
 
 
-def register(config: type[MixerConfig]) -> Callable[[type[Mixer]], type[Mixer]]:
+Registered = TypeVar("Registered", bound=Mixer)
+
+
+def register(config: type[MixerConfig]) -> Callable[[type[Registered]], type[Registered]]:
     """Make a mixer known under its configuration's `kind`."""
 
-    def remember(mixer: type[Mixer]) -> type[Mixer]:
+    def remember(mixer: type[Registered]) -> type[Registered]:
         assert config.kind not in _mixers, f"two mixers of kind {config.kind}"
         _mixers[config.kind] = mixer
         _configs[config.kind] = config

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kernels.long_conv import long_conv
+from kernels.online_conv import Block, Taps, extend_blocks
+
 PADDING = -1
 """Document id of tokens that fill up a row; they stand at its end."""
 
@@ -92,6 +95,19 @@ class WholeSequence:
     def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
         """The features of every token that the last one may see, in order."""
         return x
+
+    def convolve(
+        self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """Each channel's sum of filter[t - s] x[s] over its document's tokens s <= t.
+
+        Args:
+            x: the inputs.
+            taps: gives the filter's first taps, as many as asked for or fewer where it ends.
+            reverse: the same for the tokens s > t, that of s = t + 1 first.
+        """
+        L, documents = x.shape[1], self.documents if self.packed else None
+        return long_conv(x, taps(L), documents, None if reverse is None else reverse(L))
 
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document, the last of each whole segment."""
@@ -221,11 +237,28 @@ class ContinuedSequence(WholeSequence):
         self._outgoing.append(gathered)
         return gathered
 
+    def convolve(
+        self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """Each channel's sum over the tokens of its document, those of earlier pieces included."""
+        assert reverse is None, "a filter of later tokens needs all of them at once"
+        known, take = self._incoming, self._incoming.pop
+        blocks = [Block(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
+        documents = self.documents if self.packed else None
+        longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None
+        outputs, blocks = extend_blocks(x, taps, blocks, documents, longest)
+        # How many blocks follow: a tensor without elements, because a state holds tensors alone.
+        self._outgoing.append(x.new_empty(len(blocks), 0))
+        self._outgoing.extend(tensor for block in blocks for tensor in block)
+        return outputs
+
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document seen so far, this piece included."""
         before = self._recall()
         if before is None or self._earlier is None:
             new = super().collect(x, every)
+            # A copy: a view would keep the whole piece alive in the state.
+            new = new._replace(features=new.features.clone())
         else:
             index = self.memo(("ends", every), lambda: segment_ends(self, every))
             new = _collect(x, index, self.own_documents(), self.positions())

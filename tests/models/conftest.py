@@ -2,10 +2,11 @@
 
 import dataclasses
 
-import pytest
 import torch
 
-from models.mixer import Mixer, Pattern, Slot, mixer_class, mixer_kinds
+from models.layers import Drawn
+from models.mixer import Mixer, MixerConfig, Pattern, Slot, mixer_class, mixer_kinds
+from models.mixers.softmax.attention import AttentionConfig
 from models.sequence import WholeSequence
 
 D_MODEL = 16
@@ -15,6 +16,14 @@ SMALL = {
     "max_len": 64,
     "window": 5,
     "every": 4,
+    "chunk": 4,
+    "filter_hidden": 16,
+    "k": 8,
+    "head_dim": 8,
+    "mixers": {
+        "a": AttentionConfig(n_heads=2, initial_std=0.3),
+        "b": AttentionConfig(n_heads=4, n_kv_heads=2, initial_std=0.3),
+    },
 }
 """Sizes for tests, given to every mixer whose configuration has a field of that name."""
 
@@ -25,15 +34,25 @@ def build(kind: str, seed: int = 0, pattern: Pattern | None = None, **fields: ob
     Its pattern is the one given, else causal self attention's where it serves that, else
     non-causal self's, else the first it serves. `fields` go over the sizes of SMALL.
     """
+    slot = Slot(D_MODEL, 2, pattern or first_pattern(kind))
+    return drawn(small_config(kind, **fields).build(slot), seed)
+
+
+def small_config(kind: str, **fields: object) -> MixerConfig:
+    """The configuration of a kind at the sizes of SMALL, which `fields` go over."""
     config_class = mixer_kinds()[kind]
     known = {f.name for f in dataclasses.fields(config_class)}
     sizes = {name: value for name, value in SMALL.items() if name in known}
-    config = config_class(**{**sizes, **fields})
-    mixer = config.build(Slot(D_MODEL, 2, pattern or first_pattern(kind)))
+    return config_class(**{**sizes, **fields})
+
+
+def drawn(mixer: Mixer, seed: int) -> Mixer:
+    """The mixer with initial values, and norms that are not all ones."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in mixer.modules():
             for name, parameter in module.named_parameters(recurse=False):
+                assert isinstance(module, Drawn), f"{module} does not say how {name} starts"
                 parameter.copy_(module.draw(name, generator))
                 if name == "weight" and parameter.ndim == 1:
                     parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
@@ -61,9 +80,3 @@ def packed(lengths: tuple[int, ...], rows: int = 2) -> torch.Tensor:
 def whole(length: int, rows: int = 2) -> WholeSequence:
     """A sequence of one document a row."""
     return WholeSequence(torch.zeros(rows, length, dtype=torch.int32))
-
-
-@pytest.fixture(params=sorted(mixer_kinds()))
-def kind(request: pytest.FixtureRequest) -> str:
-    """Every registered mixer."""
-    return request.param

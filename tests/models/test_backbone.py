@@ -1,6 +1,7 @@
 """The backbone as a whole: initial weights, splits, accounting."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -8,14 +9,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.accounting import account, dense_flops_per_token, mix_flops
-from models.backbone import Backbone, BackboneConfig, BlockConfig, build_backbone, undecayed
+from models.backbone import SELF, Backbone, BackboneConfig, BlockConfig, build_backbone, undecayed
 from models.channel import NoChannelConfig, SwiGLUConfig
 from models.layers import ShortConv
-from models.mixer import Slot
+from models.mixer import Mixer, Pattern, Slot
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
 from models.sequence import WholeSequence
-from tests.models.conftest import packed
+from tests.conformance.case import MIXED, case_of, declared_cases, documents_of
+from tests.conformance.causality import materialized, rounding
+from tests.conformance.streaming import cut
+from tests.models.conftest import D_MODEL, packed, small_config
+
+CASES = declared_cases()
 
 ATTENTION = BlockConfig(AttentionConfig(n_heads=4), SwiGLUConfig(d_hidden=64))
 MAMBA = BlockConfig(MambaConfig(), NoChannelConfig())
@@ -120,3 +126,70 @@ def test_counts_equal_those_of_a_real_module() -> None:
 def test_a_pattern_of_unknown_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pattern 'm x' names \['x'\]; blocks are a, m"):
         mixed(pattern="m x")
+
+
+def stack_of(kind: str, form: Literal["decoder", "encoder"]) -> Backbone:
+    block = BlockConfig(small_config(kind), SwiGLUConfig(d_hidden=32))
+    return build_backbone(
+        BackboneConfig(
+            blocks={"b": block}, pattern="b", n_layers=3, d_model=D_MODEL, vocab_size=50, form=form
+        ),
+        seed=1,
+    )
+
+
+def changed_states(backbone: Backbone, place: int) -> torch.Tensor:
+    """Largest change of each hidden state when every token from `place` on is another."""
+    tokens = torch.randint(0, 50, (2, 37), generator=torch.Generator().manual_seed(0))
+    others = tokens.clone()
+    others[:, place:] = (others[:, place:] + 17) % 50
+    sequence = WholeSequence(documents_of(MIXED))
+    with torch.no_grad():
+        change = backbone(others, sequence) - backbone(tokens, sequence)
+    return change.abs().amax(dim=(0, 2))
+
+
+@pytest.mark.parametrize("kind", [k for k, pattern in CASES if pattern is Pattern.CAUSAL_SELF])
+def test_a_causal_backbone_does_not_see_later_tokens(kind: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        backbone = stack_of(kind, "decoder").to(dtype)
+        allowed = sum(rounding(m) for m in backbone.modules() if isinstance(m, Mixer))
+        for place in (1, 17, 36):
+            change = changed_states(backbone, place)
+            assert change[:place].max() <= allowed
+            assert change[place:].max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [k for k, pattern in CASES if pattern is Pattern.NONCAUSAL_SELF])
+def test_a_masked_backbone_sees_later_tokens_if_its_mixer_does(kind: str) -> None:
+    case = case_of(kind, Pattern.NONCAUSAL_SELF)
+    looks_ahead = torch.triu(materialized(case.wide, case.batch(MIXED)), diagonal=1).any()
+    change = changed_states(stack_of(kind, "encoder").double(), 17)
+    assert (change[:17].max() > 0) == looks_ahead
+
+
+@pytest.mark.parametrize("kind", [k for k, pattern in CASES if pattern is Pattern.CAUSAL_SELF])
+def test_layers_of_any_mixer_go_on_from_any_split(kind: str) -> None:
+    backbone, documents = stack_of(kind, "decoder"), documents_of(MIXED)
+    tokens = torch.randint(0, 50, documents.shape, generator=torch.Generator().manual_seed(0))
+    state, hidden = None, []
+    with torch.no_grad():
+        wanted = backbone(tokens, WholeSequence(documents))
+        for span, ids in cut(documents, (21, 1, 15)):
+            piece, state = backbone.extend(tokens[:, span], ids, state)
+            hidden.append(piece)
+    assert (torch.cat(hidden, dim=1) - wanted).norm() / wanted.norm() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [(k, pattern) for k, pattern in CASES if pattern in set(SELF.values())]
+)
+def test_layers_that_share_a_sequence_do_not_share_what_is_theirs(kind, pattern) -> None:
+    backbone = stack_of(kind, "decoder" if pattern is Pattern.CAUSAL_SELF else "encoder")
+    documents = documents_of(MIXED)
+    tokens = torch.randint(0, 50, documents.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        x = backbone.embed(tokens, WholeSequence(documents))
+        for layer in backbone.layers:
+            x = layer(x, WholeSequence(documents))
+        assert torch.equal(backbone(tokens, WholeSequence(documents)), backbone.norm(x))

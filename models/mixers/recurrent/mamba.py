@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.selective_scan import selective_scan
-from models.layers import Linear, ShortConv
+from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.sequence import Memory, WholeSequence
 
@@ -92,7 +92,7 @@ class Mamba(Mixer):
         inner = F.silu(self.conv(inner, sequence))
         N = self.config.d_state
         low, B, C = self.x_proj(inner).split([self.dt_rank, N, N], dim=-1)
-        dt = F.softplus(self.dt_proj(low).float() + self.dt_bias.float())
+        dt = F.softplus(widened(self.dt_proj(low)) + widened(self.dt_bias))
         return inner.unsqueeze(-1), Coefficients(dt, B, C, gate)
 
     def mix(
@@ -104,7 +104,7 @@ class Mamba(Mixer):
         """Scan the state space; P above 1 runs the same matrix on several values."""
         dt, B, C, _ = coefficients
         P = values.shape[-1]
-        A, D = -torch.exp(self.A_log.float()), self.D.float()
+        A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         if P > 1:
             dt, A = dt.repeat_interleave(P, dim=-1), A.repeat_interleave(P, dim=0)
         inputs = values.flatten(2)

@@ -105,8 +105,7 @@ class Attention(Mixer):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         turn = self._rotation(sequence)
         keys = sequence.gather(rotate(keys, turn))
-        masked = sequence.packed or keys.shape[1] > L
-        visible = sequence.visible(causal=self.slot.causal) if masked else None
+        visible = self._visible(sequence, keys.shape[1])
         return sequence.gather(values), Coefficients(rotate(queries, turn), keys, visible)
 
     def mix(
@@ -139,6 +138,10 @@ class Attention(Mixer):
         if self.slot.pattern is Pattern.CAUSAL_SELF:
             visible = queries * (keys - queries) + queries * (queries + 1) / 2
         return MixFlops(needed=each * visible, full_square=each * queries * keys)
+
+    def _visible(self, sequence: WholeSequence, keys: int) -> Bool[Tensor, "B 1 L S"] | None:
+        masked = sequence.packed or keys > sequence.documents.shape[1]
+        return sequence.visible(causal=self.slot.causal) if masked else None
 
     def _project_cross(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory

@@ -1,0 +1,142 @@
+"""Gates of linear recurrences: how much each channel keeps of its state, and how much it writes.
+
+The recurrence h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t] is linear in v because the gates read
+the tokens but not the state. RG-LRU: De et al. 2024 ("Griffin"), section 2.4; minGRU: Feng et al.
+2024 ("Were RNNs All We Needed?"), section 3.1.
+"""
+
+import math
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+
+from kernels.linear_scan import linear_scan
+from models.layers import BlockDiagonal, uniform, widened
+from models.sequence import WholeSequence
+
+Mode = Literal["rglru", "mingru"]
+
+SHARPNESS = 8.0
+SLOWEST, FASTEST = 0.999, 0.9
+"""Range of the initial decays of an RG-LRU whose recurrence gate is fully open."""
+
+
+class Steps(NamedTuple):
+    """What each token does to the state of each channel, in float32 or wider."""
+
+    log_decay: Float[Tensor, "B L E"]
+    write: Float[Tensor, "B L E"]
+
+
+class RGLRU(nn.Module):
+    """log_decay = -8 r softplus(Lambda), write = i sqrt(1 - decay^2), with gates r and i.
+
+    A document's first token has nothing to keep and writes i v. Initial values are those of the
+    paper: the decay at r = 1 is uniform in [0.9, 0.999]. Its released code draws decay^(1/8) there,
+    which forgets eight times as fast.
+
+    Args:
+        n_heads: blocks of channels that a gate mixes.
+        width: channels.
+    """
+
+    no_decay: ClassVar[frozenset[str]] = frozenset(
+        {"Lambda", "recurrence_gate.bias", "input_gate.bias"}
+    )
+
+    def __init__(self, n_heads: int, width: int) -> None:
+        super().__init__()
+        self.recurrence_gate = gate_map(n_heads, width)
+        self.input_gate = gate_map(n_heads, width)
+        self.Lambda = nn.Parameter(torch.empty(width))
+
+    def forward(self, u: Float[Tensor, "B L E"], begins: Bool[Tensor, "B L"]) -> Steps:
+        """The steps of tokens with features u, some of which begin a document."""
+        r = torch.sigmoid(widened(self.recurrence_gate(u)))
+        i = torch.sigmoid(widened(self.input_gate(u)))
+        log_decay = -SHARPNESS * r * F.softplus(widened(self.Lambda))
+        scale = bounded_sqrt(-torch.expm1(2 * log_decay))
+        return Steps(log_decay, i * scale.masked_fill(begins[:, :, None], 1.0))
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial Lambda: the inverse softplus of -log(decay) / 8."""
+        assert name == "Lambda"
+        middle, reach = (SLOWEST + FASTEST) / 2, (SLOWEST - FASTEST) / 2
+        decay = middle + uniform(self.Lambda.shape, reach, generator)
+        return torch.log(torch.expm1(-torch.log(decay) / SHARPNESS))
+
+
+class MinGRU(nn.Module):
+    """decay = 1 - z and write = z, with one gate z; the state starts at zero.
+
+    Changed: the gate reads the features u instead of the layer's input, and the candidate is what
+    the caller writes, of either sign, so no logs of it are taken.
+
+    Args:
+        n_heads: blocks of channels that the gate mixes.
+        width: channels.
+    """
+
+    no_decay: ClassVar[frozenset[str]] = frozenset({"update_gate.bias"})
+
+    def __init__(self, n_heads: int, width: int) -> None:
+        super().__init__()
+        self.update_gate = gate_map(n_heads, width)
+
+    def forward(self, u: Float[Tensor, "B L E"], begins: Bool[Tensor, "B L"]) -> Steps:
+        """The steps of tokens with features u."""
+        del begins
+        z = widened(self.update_gate(u))
+        return Steps(F.logsigmoid(-z), torch.sigmoid(z))
+
+
+GATES: dict[Mode, type[RGLRU] | type[MinGRU]] = {"rglru": RGLRU, "mingru": MinGRU}
+
+
+def gate_map(n_heads: int, width: int) -> BlockDiagonal:
+    """A map within each head's channels, with a bias, drawn from N(0, 1 / inputs of a block)."""
+    std = math.sqrt(n_heads / width)
+    return BlockDiagonal(n_heads, width, width, bias=True, std=std)
+
+
+def begins_document(sequence: WholeSequence) -> Bool[Tensor, "B L"]:
+    """Mark the first token of each document, which may stand in an earlier piece."""
+    return sequence.positions() == 0
+
+
+def recur(
+    values: Float[Tensor, "B L E P"], steps: Steps, sequence: WholeSequence
+) -> Float[Tensor, "B L E P"]:
+    """The states h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t], one recurrence for each channel.
+
+    P above 1 runs the same recurrence on several values.
+    """
+    log_decay, P = steps.log_decay, values.shape[-1]
+    if P > 1:
+        log_decay = log_decay.repeat_interleave(P, dim=-1)
+    written = (steps.write[..., None] * values).flatten(2)
+    documents = sequence.documents if sequence.packed else None
+    states = sequence.recur(lambda initial: linear_scan(log_decay, written, initial, documents))
+    return states.view(values.shape).to(values.dtype)
+
+
+def bounded_sqrt(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The square root with a derivative of at most 1000, so that a decay near 1 can be learnt."""
+    return _BoundedSqrt.apply(x)
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, d_root: Tensor) -> Tensor:
+        (x,) = list(ctx.saved_tensors)
+        return d_root * (4 * x).clamp(min=1e-6).rsqrt()

@@ -1,0 +1,75 @@
+"""Rotary query heads that share key heads, with parameters named as `attention` names its own."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.heads import HeadsConfig, Projected
+from models.layers import Linear, RMSNorm, Rotation, rotation
+from models.mixer import Coefficients, Mixer, Slot
+from models.sequence import WholeSequence
+
+
+@dataclass(frozen=True)
+class GroupedHeadsConfig(HeadsConfig):
+    """Heads and positions of an attention.
+
+    Attributes:
+        n_kv_heads: key and value heads, a divisor of n_heads; None for as many as n_heads.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    n_kv_heads: int | None = None
+    rope_theta: float = 1e4
+
+    def __post_init__(self) -> None:
+        if self.n_heads < 1 or self.kv_heads < 1 or self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}; "
+                "choose a divisor"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+
+class GroupedHeads(Mixer):
+    """A mixer with queries, keys and values, whose weights are those of `attention`."""
+
+    def __init__(self, config: GroupedHeadsConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
+        P = self.head_dim = config.head_dim(slot.d_model)
+        self.rope_theta, std = config.rope_theta, config.initial_std
+        self.qkv = Linear(slot.d_model, (self.n_heads + 2 * self.n_kv_heads) * P, std=std)
+        self.out = Linear(self.n_heads * P, slot.d_model, std=std, scale=slot.residual_scale)
+        self.normalised = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(P), RMSNorm(P)
+
+    def heads(self, x: Float[Tensor, "B L D"]) -> Projected:
+        """Queries and keys, normalised but not turned, and values."""
+        H, G = self.n_heads, self.n_kv_heads
+        queries, keys, values = self.qkv(x).unflatten(2, (-1, self.head_dim)).split([H, G, G], 2)
+        if self.normalised:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return Projected(queries, keys, values)
+
+    def turn(self, sequence: WholeSequence) -> Rotation:
+        """What turns queries and keys by their positions."""
+        P, theta = self.head_dim, self.rope_theta
+        made = sequence.memo(
+            ("rotation", P, theta), lambda: torch.stack(rotation(sequence.positions(), P, theta))
+        )
+        return Rotation(made[0], made[1])
+
+    def merge(
+        self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
+    ) -> Float[Tensor, "B L D"]:
+        """Mix the heads."""
+        del coefficients
+        return self.out(mixed.flatten(2))

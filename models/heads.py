@@ -1,0 +1,101 @@
+"""Queries, keys and values of several heads, as the mixers have them that attend in other ways."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
+from models.mixer import MixerConfig, Slot
+from models.sequence import Memory, WholeSequence
+
+
+@dataclass(frozen=True)
+class HeadsConfig(MixerConfig):
+    """What is common to mixers with queries, keys and values.
+
+    Attributes:
+        n_heads: heads; head_dim is d_model / n_heads and even.
+        qk_norm: whether queries and keys are normalised.
+        initial_std: standard deviation of initial weights; None scales it with the width.
+    """
+
+    n_heads: int
+    qk_norm: bool = False
+    initial_std: float | None = 0.02
+
+    def head_dim(self, d_model: int) -> int:
+        """Width of a head.
+
+        Raises:
+            ValueError: the heads do not divide d_model into even widths.
+        """
+        if self.n_heads < 1 or d_model % (2 * self.n_heads):
+            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+            raise ValueError(
+                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
+                f"even width; choose from {', '.join(map(str, fitting))}"
+            )
+        return d_model // self.n_heads
+
+
+class Projected(NamedTuple):
+    """Queries of the tokens; keys and values of the tokens, or of a memory."""
+
+    queries: Float[Tensor, "B L H P"]
+    keys: Float[Tensor, "B S H P"]
+    values: Float[Tensor, "B S H P"]
+
+
+class Heads(nn.Module):
+    """Maps to queries, keys and values without bias, and the map back."""
+
+    def __init__(self, config: HeadsConfig, slot: Slot) -> None:
+        super().__init__()
+        D, std = slot.d_model, config.initial_std
+        self.n_heads, self.head_dim = config.n_heads, config.head_dim(D)
+        self.qkv = Linear(D, 3 * D, std=std)
+        self.out = Linear(D, D, std=std, scale=slot.residual_scale)
+        self.normalised = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Projected:
+        """Project tokens that attend to each other."""
+        shape = (3 * self.n_heads, self.head_dim)
+        return self._normalise(*self.qkv(x).unflatten(2, shape).split(self.n_heads, dim=2))
+
+    def across(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory
+    ) -> Projected:
+        """Project tokens that attend to a memory, which is projected once."""
+        H, P = self.n_heads, self.head_dim
+        to_queries, to_pairs = self.qkv.weight.split([H * P, 2 * H * P])
+        seen = memory.sequence.without_padding(memory.x)
+        pairs = sequence.once(lambda: F.linear(seen, to_pairs).unflatten(2, (2 * H, P)))
+        queries = F.linear(x, to_queries).unflatten(2, (H, P))
+        return self._normalise(queries, *pairs.split(H, dim=2))
+
+    def merge(self, mixed: Float[Tensor, "B L H P"]) -> Float[Tensor, "B L D"]:
+        """Mix the heads."""
+        return self.out(mixed.flatten(2))
+
+    def _normalise(self, queries: Tensor, keys: Tensor, values: Tensor) -> Projected:
+        if self.normalised:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return Projected(queries, keys, values)
+
+
+def rotated(projected: Projected, sequence: WholeSequence, theta: float) -> Projected:
+    """Turn queries and keys of tokens that attend to each other by their positions."""
+    P = projected.queries.shape[-1]
+    made = sequence.memo(
+        ("rotation", P, theta), lambda: torch.stack(rotation(sequence.positions(), P, theta))
+    )
+    turn = Rotation(made[0], made[1])
+    return projected._replace(
+        queries=rotate(projected.queries, turn), keys=rotate(projected.keys, turn)
+    )

@@ -1,0 +1,148 @@
+"""The sequence mixer of Monarch Mixer, M2 (Fu et al. 2023, section 4.2): Hyena of order 2.
+
+Steps, initial values and the bidirectional filter follow the authors' release, whose Monarch
+matrices are the DFT's: only filter, gates and maps are learned. The activation in the paper's
+listing is not in the release, and not here. Changed: padding enters no convolution, and none leaves
+its document; a document longer than the filter is refused; weight decay touches the dense maps of
+the filter network and nothing else of it; decoding is exact, in O(log^2 T) a token.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from models.filters import FilterConfig, ImplicitFilter, fft_flops
+from models.layers import Linear, ShortConv
+from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.sequence import PADDING, Memory, WholeSequence
+
+
+@dataclass(frozen=True)
+class MonarchConfig(FilterConfig, MixerConfig):
+    """Sizes of an M2 mixer.
+
+    Attributes:
+        d_conv: taps of the short convolution, causal in both patterns as in the release.
+        residual: whether the mixer's input, convolved by a filter of its own, is added to the
+            gated outputs; M2-BERT has it instead of a residual connection.
+    """
+
+    kind: ClassVar[str] = "monarch"
+    d_conv: int = 3
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.d_conv < 1:
+            raise ValueError(f"d_conv {self.d_conv} is not positive; take 1 or more")
+
+
+class Coefficients(NamedTuple):
+    """The gates before and after the long convolution, and what is added to its outputs."""
+
+    before: Float[Tensor, "B L D"]
+    after: Float[Tensor, "B L D"]
+    residual: Float[Tensor, "B L D"] | None
+
+
+@register(MonarchConfig)
+class Monarch(Mixer):
+    """M = diag(after) (T(filter) + beta) diag(before) for each channel, T a Toeplitz matrix.
+
+    The residual convolution reads the input itself, not the values: `project` computes it and
+    `merge` adds it, so `mix` is linear and `materialize` shows the gated path alone.
+    """
+
+    patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    uses_fft = True
+
+    def __init__(self, config: MonarchConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config, D = config, slot.d_model
+        directions = 1 if slot.causal else 2
+        self.in_proj = Linear(D, 3 * D, bias=True)
+        self.conv = ShortConv(3 * D, config.d_conv)
+        self.filter = ImplicitFilter(config, D, directions)
+        self.residual_filter = ImplicitFilter(config, D, directions) if config.residual else None
+        self.out_proj = Linear(D, D, bias=True, scale=slot.residual_scale)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B L D 1"], Coefficients]:
+        """Values are one channel a head; the gates decide, and the residual is ready."""
+        del memory
+        self._refuse_longer_documents(sequence)
+        after, before, values = self.conv(self.in_proj(x), sequence).chunk(3, dim=-1)
+        residual = None
+        if self.residual_filter is not None:
+            residual = self._convolve(x, self.residual_filter, sequence).to(values.dtype)
+        return values.unsqueeze(-1), Coefficients(before, after, residual)
+
+    def mix(
+        self,
+        values: Float[Tensor, "B L D P"],
+        coefficients: Coefficients,
+        sequence: WholeSequence,
+    ) -> Float[Tensor, "B L D P"]:
+        """Gate, convolve and gate; P above 1 runs the same matrix on several values."""
+        gated = coefficients.before.unsqueeze(-1) * values
+        mixed = self._convolve(gated.flatten(2), self.filter, sequence)
+        return coefficients.after.unsqueeze(-1) * mixed.view(values.shape)
+
+    def merge(
+        self, mixed: Float[Tensor, "B L D 1"], coefficients: Coefficients
+    ) -> Float[Tensor, "B L D"]:
+        """Add the residual and project back."""
+        outputs = mixed.squeeze(-1)
+        if coefficients.residual is not None:
+            outputs = outputs + coefficients.residual
+        return self.out_proj(outputs)
+
+    def filter_norm(self) -> float:
+        """The largest 1-norm of all taps that one output sums, the residual filter's included."""
+        norms = self.filter.norm()
+        if self.residual_filter is not None:
+            norms = norms + self.residual_filter.norm()
+        return norms.max().item()
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:
+        """FFTs and the filter network, once a sequence; two gates pointwise.
+
+        A token by itself, with the cost of its blocks shared out, needs half an FFT and half of a
+        filter of twice each power of two up to the tokens seen.
+        """
+        filters = [f for f in (self.filter, self.residual_filter) if f is not None]
+        if queries == keys:
+            needed = sum(f.flops(keys) + len(f.skip) * fft_flops(keys) for f in filters)
+        else:
+            sizes = [1 << n for n in range(keys.bit_length())]
+            tiles = [f.flops(2 * n) + len(f.skip) * fft_flops(n) for f in filters for n in sizes]
+            shares = [1 / (2 * n) for _ in filters for n in sizes]
+            needed = queries * sum(x * y for x, y in zip(tiles, shares, strict=True))
+        return MixFlops(needed, needed, 2.0 * queries * len(self.filter.skip))
+
+    def _convolve(
+        self, x: Float[Tensor, "B L E"], filter: ImplicitFilter, sequence: WholeSequence
+    ) -> Float[Tensor, "B L E"]:
+        """Convolve channels that are the filter's, or several in a row of each of them."""
+        several = x.shape[-1] // len(filter.skip)
+
+        def taps(length: int, direction: int = 0) -> Tensor:
+            return filter(length, direction).repeat_interleave(several, dim=0)
+
+        if self.slot.causal:
+            return sequence.convolve(x, taps)
+        return sequence.convolve(x, taps, lambda length: taps(length, 1))
+
+    def _refuse_longer_documents(self, sequence: WholeSequence) -> None:
+        limit, longest = self.config.max_len, sequence.gathered_documents().shape[1]
+        if sequence.packed and longest > limit:
+            places = sequence.positions().masked_fill(sequence.documents == PADDING, -1)
+            longest = int(places.max()) + 1
+        if longest > limit:
+            raise ValueError(
+                f"{self.config.kind} is asked to mix a document of {longest} tokens, but its "
+                f"filter ends at max_len {limit}; give it a larger max_len or shorter documents"
+            )

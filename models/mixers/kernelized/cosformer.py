@@ -1,0 +1,187 @@
+"""cosFormer: linear attention with a positive feature map and a cosine of distance (Qin 2022).
+
+Sections 3.2 and 3.3. Weights are relu(q_t) relu(k_s) cos(pi (t - s) / (2 max_len)), which splits
+into cos cos + sin sin: 2 P features of tokens and their places. Changed: the scale is `max_len`, a
+constant, and not the length at hand, so that a row does not depend on how many tokens follow. That
+makes causal patterns possible, the cross one too: a query's row depends on itself, its place and
+the memory alone. Places are counted in documents, from 0, so all four factors are at least 0 and no
+sum cancels. A row is divided by its sum without a floor; if no key has a weight, the row is zero.
+There is no rotation: the cosine is the position.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.linear_attention import linear_attention
+from kernels.precision import without_autocast
+from models.heads import Heads, HeadsConfig
+from models.layers import widened
+from models.mixer import Mixer, MixFlops, Pattern, Slot, register
+from models.sequence import PADDING, Memory, WholeSequence
+from models.slots import Filling, LowRank, documents_of
+from models.stacks import Stack, stacks_of, tabulate
+
+
+@dataclass(frozen=True)
+class CosformerConfig(HeadsConfig):
+    """Sizes of a cosFormer.
+
+    Attributes:
+        max_len: the distance at which weights reach zero, and the longest document that can be
+            mixed.
+    """
+
+    kind: ClassVar[str] = "cosformer"
+    max_len: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.max_len < 1:
+            raise ValueError(f"max_len {self.max_len} is not positive; take 1 or more")
+
+
+class Running(NamedTuple):
+    """Features of a causal matrix, those of a query divided by its row's sum."""
+
+    queries: Float[Tensor, "B L H N"]
+    keys: Float[Tensor, "B L H N"]
+
+
+@register(CosformerConfig)
+class Cosformer(Mixer):
+    """M = D^-1 [relu(q) relu(k)^T * cos(pi (t - s) / (2 max_len))] over the visible keys.
+
+    Rows sum to 1, or are zero. Without a causal self pattern the rank is at most 2 P.
+    """
+
+    patterns = frozenset(Pattern)
+    constant_state = True
+    ordered_memory = True
+
+    def __init__(self, config: CosformerConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config = config
+        self.heads = Heads(config, slot)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
+        """Values are the value heads; features of queries, keys and places decide."""
+        if memory is None:
+            other, projected = sequence, self.heads(x)
+        else:
+            other, projected = memory.sequence, self.heads.across(x, sequence, memory)
+        queries = self._features(projected.queries, sequence)
+        if self.slot.pattern is Pattern.CAUSAL_SELF:
+            keys = self._features(projected.keys, sequence)
+            return projected.values, _running(queries, keys, sequence)
+        # The keys of a memory are wanted by its first reader alone.
+        keys = lambda: self._features(projected.keys, other)  # noqa: E731
+        return projected.values, _low_rank(queries, keys, other, sequence)
+
+    def mix(
+        self,
+        values: Float[Tensor, "B S H P"],
+        coefficients: LowRank | Running,
+        sequence: WholeSequence,
+    ) -> Float[Tensor, "B L H P"]:
+        """Sum values by their features, and read the sums."""
+        if isinstance(coefficients, LowRank):
+            return coefficients.mix(values, sequence)
+        queries, keys = coefficients
+        return sequence.recur(
+            lambda state: linear_attention(queries, keys, values, state, documents_of(sequence))
+        )
+
+    def merge(
+        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+    ) -> Float[Tensor, "B L D"]:
+        """Mix the heads."""
+        del coefficients
+        return self.heads.merge(mixed)
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:
+        """With 2 P features: 4 P^2 a key and a query, and 4 P a query for its row's sum, by head.
+
+        Pointwise, for each feature: relu and the factor of the place, and adding up a key's
+        features or dividing a query's.
+        """
+        H, P = self.config.n_heads, self.heads.head_dim
+        filled = queries if self.slot.pattern is Pattern.CAUSAL_SELF else keys
+        needed = H * (4.0 * P * P * (filled + queries) + 4 * P * queries)
+        return MixFlops(needed, needed, H * 5.0 * P * (filled + queries))
+
+    def _features(
+        self, x: Float[Tensor, "B L H P"], sequence: WholeSequence
+    ) -> Float[Tensor, "B L H N"]:
+        """relu(x) by the cosine and the sine of each place, side by side."""
+        key = ("cosformer", self.config.max_len)
+        cos, sin = sequence.memo(key, lambda: _turns(sequence, self.config.max_len))
+        positive = F.relu(widened(x))
+        return torch.cat([positive * cos.to(positive), positive * sin.to(positive)], dim=-1)
+
+
+def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
+    """Cosine and sine of the angle of each token's place, in float64.
+
+    Raises:
+        ValueError: a document is longer than `max_len`.
+    """
+    places = sequence.positions().masked_fill(sequence.documents == PADDING, 0)
+    longest = places.shape[1] if places.is_meta else int(places.max()) + 1
+    if longest > max_len:
+        raise ValueError(
+            f"a document of {longest} tokens is longer than mixer.max_len {max_len}; "
+            "take a larger max_len or cut the documents"
+        )
+    angles = places.double()[..., None, None] * (math.pi / (2 * max_len))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _running(
+    queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
+) -> Running:
+    ones = torch.ones_like(keys[..., :1])
+    sums = sequence.recur(
+        lambda state: linear_attention(queries, keys, ones, state, documents_of(sequence))
+    )
+    return Running(_divided(queries, sums), keys)
+
+
+def _low_rank(
+    queries: Float[Tensor, "B L H N"],
+    keys: Callable[[], Float[Tensor, "B S H N"]],
+    other: WholeSequence,
+    sequence: WholeSequence,
+) -> LowRank:
+    filled, reading = stacks_of(other), stacks_of(sequence)
+    shares = functools.cache(lambda: _cut(keys(), filled))
+
+    def totals() -> Tensor:
+        return tabulate([each.sum(dim=1) for each in shares()], filled, other)
+
+    table, weights = sequence.once(totals), []
+    for stack in reading:
+        asked, total = stack.take(queries), stack.look_up(table)
+        with without_autocast(asked):
+            sums = torch.einsum("nthf,nhf->nth", asked, total)
+        weights.append(_divided(asked, sums[..., None]))
+    return LowRank(Filling(other, filled, shares), weights, reading)
+
+
+def _cut(x: Tensor, stacks: list[Stack]) -> list[Tensor]:
+    return [stack.take(x) for stack in stacks]
+
+
+def _divided(
+    queries: Float[Tensor, "B L H N"], sums: Float[Tensor, "B L H 1"]
+) -> Float[Tensor, "B L H N"]:
+    """Features over the sums of their rows; a row whose sum is 0 has weights of 0 in any case."""
+    return queries / sums.masked_fill(sums == 0, 1.0)

@@ -1,0 +1,238 @@
+"""Mamba-2: a state space with one decay per head (Dao and Gu 2024, sections 6 and 7).
+
+Layout, defaults and initial values follow the authors' release; the residual scale counts the
+backbone's residual branches once. Changed: a limit on step sizes holds in every piece of a
+sequence, where the release forgets it in decoding; all initial weights are drawn once.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kernels.ssd import CHUNK, ssd
+from models.layers import Linear, ShortConv, widened
+from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
+
+
+@dataclass(frozen=True)
+class Mamba2Config(MixerConfig):
+    """Sizes of a Mamba-2.
+
+    Attributes:
+        d_state: state size N that each channel of a head has.
+        d_conv: width of the short convolution.
+        expand: inner width over d_model.
+        head_dim: channels of a head, which share a decay; a divisor of the inner width.
+        n_groups: groups of heads that share B and C, and of channels that are normalised together.
+        dt_min, dt_max: range of the initial step sizes, drawn log-uniformly.
+        A_init_range: range of the initial rates' sizes, drawn uniformly.
+        dt_limit: least and largest step size; None for any.
+    """
+
+    kind: ClassVar[str] = "mamba2"
+    d_state: int = 128
+    d_conv: int = 4
+    expand: int = 2
+    head_dim: int = 64
+    n_groups: int = 1
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    A_init_range: tuple[float, float] = (1.0, 16.0)
+    dt_limit: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_state", "d_conv", "expand", "head_dim", "n_groups"):
+            require_positive(name, getattr(self, name))
+        require_range("dt_min, dt_max", (self.dt_min, self.dt_max))
+        require_range("A_init_range", self.A_init_range)
+        if self.dt_limit is not None and (
+            len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] <= self.dt_limit[1]
+        ):
+            raise ValueError(f"dt_limit {self.dt_limit} is no range; take 0 <= low <= high")
+
+    def n_heads(self, d_model: int) -> int:
+        """Heads.
+
+        Raises:
+            ValueError: heads do not fill the inner width, or groups do not divide them.
+        """
+        return count_heads(self.expand * d_model, self.head_dim, self.n_groups)
+
+
+class Coefficients(NamedTuple):
+    """What decides the state space at each token, and the gate of its output."""
+
+    dt: Float[Tensor, "B L H"]
+    B: Float[Tensor, "B L G N"]
+    C: Float[Tensor, "B L G N"]
+    gate: Float[Tensor, "B L E"]
+
+
+@register(Mamba2Config)
+class Mamba2(Mixer):
+    """h[t] = exp(dt A) h[t-1] + dt x[t] (x) B[t], y[t] = h[t] C[t] + D x[t] for each head."""
+
+    patterns = frozenset({Pattern.CAUSAL_SELF})
+    no_decay = frozenset({"A_log", "D", "dt_bias"})
+    constant_state = True
+
+    def __init__(self, config: Mamba2Config, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config = config
+        H = self.n_heads = config.n_heads(slot.d_model)
+        E, GN = H * config.head_dim, config.n_groups * config.d_state
+        self.in_proj = Linear(slot.d_model, 2 * E + 2 * GN + H)
+        self.conv = ShortConv(E + 2 * GN, config.d_conv)
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.D = nn.Parameter(torch.empty(H))
+        self.norm = GroupedNorm(E, config.n_groups)
+        self.out_proj = Linear(E, slot.d_model, scale=slot.residual_scale)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B L H P"], Coefficients]:
+        """Values are the convolved inputs; step sizes, B and C decide."""
+        del memory
+        config, H = self.config, self.n_heads
+        E, GN = H * config.head_dim, config.n_groups * config.d_state
+        gate, inner, steps = self.in_proj(x).split([E, E + 2 * GN, H], dim=-1)
+        inner = F.silu(self.conv(inner, sequence))
+        values, B, C = inner.split([E, GN, GN], dim=-1)
+        dt = F.softplus(widened(steps) + widened(self.dt_bias))
+        if config.dt_limit is not None:
+            dt = dt.clamp(*config.dt_limit)
+        B, C = (part.unflatten(2, (config.n_groups, -1)) for part in (B, C))
+        return values.unflatten(2, (H, -1)), Coefficients(dt, B, C, gate)
+
+    def mix(
+        self, values: Float[Tensor, "B L H P"], coefficients: Coefficients, sequence: WholeSequence
+    ) -> Float[Tensor, "B L H P"]:
+        """Scan the state space by chunks, and add the input itself."""
+        dt, B, C, _ = coefficients
+        A, D = -torch.exp(widened(self.A_log)), widened(self.D)
+        documents = sequence.documents if sequence.packed else None
+        scanned = sequence.recur(lambda initial: ssd(values, dt, A, B, C, initial, documents))
+        return scanned + (D[:, None] * values).to(values.dtype)
+
+    def merge(
+        self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
+    ) -> Float[Tensor, "B L D"]:
+        """Gate, normalise and project back."""
+        gated = widened(mixed.flatten(2)) * F.silu(widened(coefficients.gate))
+        return self.out_proj(self.norm(gated).to(mixed.dtype))
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
+        """Count the scan by chunks, and 2 for each channel and token: D x and its sum."""
+        config = self.config
+        scan = scan_flops(queries, self.n_heads, config.head_dim, config.n_groups, config.d_state)
+        skip = 2.0 * self.n_heads * config.head_dim * queries
+        return MixFlops(scan.needed, scan.full_square, scan.elementwise + skip)
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial rates, D of ones, and biases that make step sizes."""
+        config = self.config
+        if name == "D":
+            return torch.ones(self.n_heads)
+        if name == "dt_bias":
+            return step_biases(self.n_heads, config.dt_min, config.dt_max, generator)
+        low, high = config.A_init_range
+        return torch.log(torch.rand(self.n_heads, generator=generator) * (high - low) + low)
+
+
+class GroupedNorm(nn.Module):
+    """Divide each group of channels by its root mean square, in float32, and scale each channel.
+
+    Args:
+        width: channels.
+        groups: groups of channels; they divide the width.
+        eps: added to mean squares.
+    """
+
+    def __init__(self, width: int, groups: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self._groups, self._eps = groups, eps
+
+    def forward(self, x: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
+        """Normalise the last dimension."""
+        grouped = widened(x).unflatten(-1, (self._groups, -1))
+        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self._eps)
+        return (normed.flatten(-2) * widened(self.weight)).to(x.dtype)
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        """Ones."""
+        return torch.ones(self.weight.shape)
+
+
+def step_biases(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
+    """Draw what softplus makes step sizes of that are log-uniform, and 1e-4 at least."""
+    share = torch.rand(count, generator=generator)
+    dt = torch.exp(share * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def count_heads(width: int, head_dim: int, n_groups: int) -> int:
+    """Heads that fill the inner width.
+
+    Raises:
+        ValueError: they do not, or the groups do not divide them.
+    """
+    heads = width // head_dim
+    if width % head_dim:
+        raise ValueError(
+            f"mixer.head_dim {head_dim} does not divide the inner width {width}, which is expand "
+            f"times d_model; choose from {_divisors(width)}"
+        )
+    if heads % n_groups:
+        raise ValueError(
+            f"mixer.n_groups {n_groups} does not divide the {heads} heads; "
+            f"choose from {_divisors(heads)}"
+        )
+    return heads
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+
+
+def require_positive(name: str, value: int) -> None:
+    """Refuse sizes below 1."""
+    if value < 1:
+        raise ValueError(f"{name} {value} is not positive; take 1 or more")
+
+
+def require_range(name: str, ends: tuple[float, ...]) -> None:
+    """Refuse ends that no positive number lies between."""
+    if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
+        raise ValueError(f"{name} {ends} is no range; take 0 < low <= high")
+
+
+def scan_flops(tokens: int, heads: int, head_dim: int, groups: int, d_state: int) -> MixFlops:
+    """Count the scan by chunks of one row (Dao and Gu 2024, section 6).
+
+    Products, 2 for each multiply-add: C B for each pair of a chunk and group, that of pairs and
+    values for each pair and channel, and each channel's way into the state and out of it. A pair is
+    needed where the second token is not after the first. Elementwise, for each head: 3 for a needed
+    pair (a difference, its exponential, times C B) and 6 for a token (dt A, the running sum, its
+    distance from the chunk's end, two exponentials, dt times one); for each channel 4 for a token
+    (two scaled copies of the input; what the state gives, scaled and added); and 2 for each entry
+    of the state and chunk.
+    """
+    channels = heads * head_dim
+    whole, rest = divmod(tokens, CHUNK)
+    square = whole * CHUNK**2 + rest**2
+    pairs, chunks = (square + tokens) / 2, whole + (rest > 0)
+    pair, states = 2.0 * (groups * d_state + channels), 4.0 * d_state * channels * tokens
+    pointwise = heads * (3.0 * pairs + 6.0 * tokens) + channels * 4.0 * tokens
+    return MixFlops(
+        needed=states + pair * pairs,
+        full_square=states + pair * square,
+        elementwise=pointwise + 2.0 * d_state * channels * chunks,
+    )

@@ -1,0 +1,151 @@
+"""ABC, attention with bounded-memory control: attention to a few slots (Peng et al. 2022).
+
+A slot's key and value are averages of the tokens' keys and values, with weights exp(a[s, c]) that
+a learned map of the tokens gives (section 4, ABC-MLP). In a causal pattern the averages run over
+the tokens so far, numerator and denominator alike. Changed: CAB's release computes logits from keys
+and, separately, from values, which no matrix describes, and its causal path leaves out the sum over
+tokens; here one control from the tokens serves both, as in the paper. There is no rotation: an
+average of turned keys means nothing.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.precision import without_autocast
+from kernels.slot_attention import Slots, read_slots, slot_log_sums
+from models.heads import Heads, HeadsConfig, Projected
+from models.layers import Linear, widened
+from models.mixer import Mixer, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
+from models.slots import (
+    RUNNING_FLOPS,
+    Filling,
+    LowRank,
+    Running,
+    documents_of,
+    packed,
+    unpacked,
+)
+from models.stacks import stacks_of
+
+
+@dataclass(frozen=True)
+class ABCConfig(HeadsConfig):
+    """Sizes of an ABC.
+
+    Attributes:
+        n_slots: slots of each head.
+    """
+
+    kind: ClassVar[str] = "abc"
+    n_slots: int = 16
+
+    def __post_init__(self) -> None:
+        if self.n_slots < 1:
+            raise ValueError(f"n_slots {self.n_slots} is not positive; take 1 or more")
+
+
+@register(ABCConfig)
+class ABC(Mixer):
+    """M = softmax(q K~^T / sqrt(P)) S^T, with S the shares of tokens in slots and K~ = S^T k.
+
+    Rows sum to 1. Without a causal self pattern the rank is at most the number of slots.
+    """
+
+    patterns = frozenset(Pattern)
+    constant_state = True
+
+    def __init__(self, config: ABCConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config = config
+        self.heads = Heads(config, slot)
+        self.control = Linear(slot.d_model, config.n_heads * config.n_slots, std=config.initial_std)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
+        """Values are the value heads; queries, keys and logits decide."""
+        if memory is not None:
+            projected, other = self.heads.across(x, sequence, memory), memory.sequence
+            seen = other.without_padding(memory.x)
+            return projected.values, self._low_rank(projected, seen, other, sequence)
+        projected = self.heads(x)
+        if self.slot.pattern is Pattern.CAUSAL_SELF:
+            return projected.values, self._running(projected, x, sequence)
+        return projected.values, self._low_rank(projected, x, sequence, sequence)
+
+    def mix(
+        self,
+        values: Float[Tensor, "B S H P"],
+        coefficients: LowRank | Running,
+        sequence: WholeSequence,
+    ) -> Float[Tensor, "B L H P"]:
+        """Average values in the slots, and read the slots."""
+        return coefficients.mix(values, sequence)
+
+    def merge(
+        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+    ) -> Float[Tensor, "B L D"]:
+        """Mix the heads."""
+        del coefficients
+        return self.heads.merge(mixed)
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:
+        """Slots of keys and of values, 4 C P a key and head; reading both, 4 C P a query and head.
+
+        Pointwise, for each token, slot and head, where slots are running: log-sum, share and decay,
+        and 2 P for the decay of both averages. Softmaxes are not counted, as in attention.
+        """
+        H, P, C = self.config.n_heads, self.heads.head_dim, self.config.n_slots
+        causal = self.slot.pattern is Pattern.CAUSAL_SELF
+        filled = queries if causal else keys
+        needed = 4.0 * H * C * P * (filled + queries)
+        running = H * C * (RUNNING_FLOPS + 2 * P) * queries
+        return MixFlops(needed, needed, running if causal else 0.0)
+
+    def _logits(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S H C"]:
+        return widened(self.control(x)).unflatten(2, (self.config.n_heads, self.config.n_slots))
+
+    def _running(self, projected: Projected, x: Tensor, sequence: WholeSequence) -> Running:
+        queries, keys, _ = projected
+        logits, documents = self._logits(x), documents_of(sequence)
+
+        def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
+            averages, initial = unpacked(state)
+            log_sums = slot_log_sums(logits, initial, documents)
+            slots = Slots(logits, log_sums, initial, documents)
+            scores, final = read_slots(queries, keys, slots, averages)
+            return torch.cat([scores, log_sums], dim=-1), packed(final, log_sums)
+
+        scores, log_sums = sequence.recur(outputs).chunk(2, dim=-1)
+        return Running((scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums)
+
+    def _low_rank(
+        self, projected: Projected, x: Tensor, other: WholeSequence, sequence: WholeSequence
+    ) -> LowRank:
+        queries, keys, _ = projected
+        filled, reading = stacks_of(other), stacks_of(sequence)
+
+        @functools.cache
+        def shares() -> list[Tensor]:
+            logits = self._logits(x)
+            cut = [stack.where_present(stack.take(logits), -math.inf) for stack in filled]
+            return [each.softmax(dim=1) for each in cut]
+
+        filling = Filling(other, filled, shares)
+        slot_keys = sequence.once(lambda: filling.fill(keys))
+        with without_autocast(queries):
+            scores = [
+                torch.einsum(
+                    "nthp,nhcp->nthc", widened(each.take(queries)), each.look_up(slot_keys)
+                )
+                for each in reading
+            ]
+        scale = queries.shape[-1] ** -0.5
+        return LowRank(filling, [(each * scale).softmax(dim=-1) for each in scores], reading)

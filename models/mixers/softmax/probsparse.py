@@ -1,0 +1,189 @@
+"""ProbSparse attention: softmax for the few queries that seem far from uniform (Zhou et al. 2021).
+
+Section 3.2 of the Informer paper. Changed: the keys that a query is measured on are a fixed
+function of its place and its document's length, evenly spread, and not drawn anew at each call; the
+mean in the measure is that of the sampled scores (the release divides their sum by the number of
+all keys). Queries and keys are rotated, as a chosen query attends like any other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kernels.precision import without_autocast
+from models.heads import Heads, HeadsConfig, rotated
+from models.layers import widened
+from models.mixer import Mixer, MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
+from models.stacks import Stack, put_back, stacks_of
+
+# 2^32 over the golden ratio: multiples of it are spread evenly modulo 2^32 (Knuth, section 6.4).
+GOLDEN = 2654435769
+
+
+@dataclass(frozen=True)
+class ProbSparseConfig(HeadsConfig):
+    """Sizes of a ProbSparse attention.
+
+    Attributes:
+        factor: c in c ceil(ln n), the number of queries that a document of n tokens chooses, and
+            of keys that each query is measured on.
+        rope_theta: base of the rotary frequencies.
+    """
+
+    kind: ClassVar[str] = "probsparse"
+    factor: int = 5
+    rope_theta: float = 1e4
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor {self.factor} is not positive; take 1 or more")
+
+    def chosen(self, n: int) -> int:
+        """Queries that a document of n tokens chooses."""
+        return min(n, self.factor * math.ceil(math.log(n)))
+
+
+class Coefficients(NamedTuple):
+    """The chosen queries of some documents, the keys that they attend to, and who is who.
+
+    Attributes:
+        place: where each chosen query stands, one place behind the last where there is none.
+        present: which keys are there; None for all.
+    """
+
+    stack: Stack
+    queries: Float[Tensor, "N H U P"]
+    keys: Float[Tensor, "N H T P"]
+    place: Int[Tensor, "N H U"]
+    present: Bool[Tensor, "N 1 1 T"] | None
+
+
+@register(ProbSparseConfig)
+class ProbSparse(Mixer):
+    """Rows of M are softmax(q k^T / sqrt(P)) for the chosen queries, and uniform for all others.
+
+    A query is chosen if max_j s_j - mean_j s_j, over its sample of scores, is among the largest of
+    its head and document. The choice has no gradient. All rows sum to 1; the rank is at most one
+    above the number of chosen queries.
+    """
+
+    patterns = frozenset({Pattern.NONCAUSAL_SELF})
+    stops_nan = True
+
+    def __init__(self, config: ProbSparseConfig, slot: Slot) -> None:
+        super().__init__(slot)
+        self.config = config
+        self.heads = Heads(config, slot)
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B L H P"], list[Coefficients]]:
+        """Values are the value heads; queries and keys decide."""
+        del memory
+        queries, keys, values = rotated(self.heads(x), sequence, self.config.rope_theta)
+        return values, [
+            self._coefficients(stack, stack.take(queries), stack.take(keys))
+            for stack in stacks_of(sequence)
+        ]
+
+    def mix(
+        self,
+        values: Float[Tensor, "B L H P"],
+        coefficients: list[Coefficients],
+        sequence: WholeSequence,
+    ) -> Float[Tensor, "B L H P"]:
+        """Attend with the chosen queries, and average for all others."""
+        parts = [_mix(c.stack.take(values), c) for c in coefficients]
+        return put_back(parts, [c.stack for c in coefficients], sequence)
+
+    def merge(
+        self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
+    ) -> Float[Tensor, "B L D"]:
+        """Mix the heads."""
+        del coefficients
+        return self.heads.merge(mixed)
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
+        """By head, U chosen queries: 2 P U T for the measure and 4 P U T for their attention.
+
+        Pointwise: scale, largest and sum of the samples, two for each query's measure, and P a
+        token for the mean of the values. Softmaxes are not counted, as in attention.
+        """
+        H, P, T = self.config.n_heads, self.heads.head_dim, keys
+        U = self.config.chosen(T)
+        elementwise = T * (3.0 * U + 2 + P)
+        return MixFlops(H * 6.0 * P * U * T, H * 6.0 * P * U * T, H * elementwise)
+
+    def _coefficients(self, stack: Stack, queries: Tensor, keys: Tensor) -> Coefficients:
+        place = self._choose(stack, queries, keys)
+        T, P = queries.shape[1], queries.shape[-1]
+        index = place.clamp(max=T - 1)[..., None].expand(*place.shape, P)
+        chosen = queries.transpose(1, 2).gather(2, index)
+        present = None if stack.present is None else stack.present[:, None, None]
+        return Coefficients(stack, chosen, keys.transpose(1, 2), place, present)
+
+    @torch.no_grad()
+    def _choose(self, stack: Stack, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
+        N, T = queries.shape[:2]
+        if queries.is_meta:
+            return torch.zeros(
+                N, queries.shape[2], self.config.chosen(T), dtype=torch.int64, device="meta"
+            )
+        lengths = stack.lengths(queries)
+        quotas = lengths.new_tensor([self.config.chosen(n) for n in lengths.tolist()])
+        most = int(quotas.max())
+        measure = _measure(widened(queries), widened(keys), lengths, quotas)
+        measure = stack.where_present(measure, float("-inf"))
+        place = measure.transpose(1, 2).topk(most, dim=2).indices
+        spare = torch.arange(most, device=place.device) >= quotas[:, None, None]
+        return place.masked_fill(spare, T)
+
+
+def sampled_keys(
+    lengths: Int[Tensor, "N"], tokens: int, quotas: Int[Tensor, "N"], sample: int
+) -> Int[Tensor, "N T"]:
+    """The key that each query is measured on in one of its samples, by document length alone."""
+    query = torch.arange(tokens, device=lengths.device)
+    turn = (query * quotas[:, None] + sample + 1) * GOLDEN % 2**32
+    return turn * lengths[:, None] >> 32
+
+
+def _measure(
+    queries: Float[Tensor, "N T H P"],
+    keys: Float[Tensor, "N T H P"],
+    lengths: Int[Tensor, "N"],
+    quotas: Int[Tensor, "N"],
+) -> Float[Tensor, "N T H"]:
+    """Largest minus mean of each query's sampled scores; 0 for a document that samples none."""
+    N, T, H, P = queries.shape
+    largest = queries.new_full((N, T, H), float("-inf"))
+    total = torch.zeros_like(largest)
+    rows = torch.arange(N, device=lengths.device)[:, None]
+    for sample in range(int(quotas.max())):
+        taken = keys[rows, sampled_keys(lengths, T, quotas, sample)]
+        scores = (queries * taken).sum(dim=-1) * P**-0.5
+        counts = (sample < quotas)[:, None, None]
+        largest = torch.where(counts, largest.maximum(scores), largest)
+        total = torch.where(counts, total + scores, total)
+    mean = total / quotas.clamp(min=1)[:, None, None]
+    return torch.where(quotas[:, None, None] > 0, largest - mean, 0.0)
+
+
+def _mix(values: Float[Tensor, "N T H P"], c: Coefficients) -> Float[Tensor, "N T H P"]:
+    seen = values.transpose(1, 2)
+    attended = F.scaled_dot_product_attention(
+        c.queries, c.keys, seen.to(c.keys.dtype), attn_mask=c.present
+    )
+    with without_autocast(values):
+        lengths = c.stack.lengths(values)[:, None, None]
+        mean = (widened(values).sum(dim=1) / lengths).to(values.dtype)
+    # The last place takes what no query was chosen for.
+    rows = mean[:, :, None].expand(-1, -1, values.shape[1] + 1, -1)
+    index = c.place[..., None].expand(*c.place.shape, values.shape[-1])
+    return rows.scatter(2, index, attended.to(values.dtype))[:, :, :-1].transpose(1, 2)

@@ -1,0 +1,91 @@
+"""Attention to the nearest tokens (Beltagy et al. 2020, "Longformer", section 3.1).
+
+A window of W is W keys, the query's own included; published codes differ by one. CAB's local
+attention (Zhang et al. 2023) is the non-causal form, which sees W - 1 keys on either side.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.window_attention import centred_window_attention
+from models.grouped_heads import GroupedHeads, GroupedHeadsConfig
+from models.layers import attend_window, rotate
+from models.mixer import MixFlops, Pattern, Slot, register
+from models.sequence import Memory, WholeSequence
+
+
+@dataclass(frozen=True)
+class WindowConfig(GroupedHeadsConfig):
+    """Heads of a window attention; weights are those of `attention`.
+
+    Attributes:
+        window: keys that a query sees in its direction, its own included.
+    """
+
+    kind: ClassVar[str] = "window"
+    window: int = field(kw_only=True)
+    qk_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window {self.window} is empty; take 1 or more")
+
+
+class Coefficients(NamedTuple):
+    """Queries and keys, which decide how values are mixed."""
+
+    queries: Float[Tensor, "B L H P"]
+    keys: Float[Tensor, "B L G P"]
+
+
+@register(WindowConfig)
+class WindowAttention(GroupedHeads):
+    """M = softmax(queries keys^T / sqrt(P)) over the keys in reach."""
+
+    patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    constant_state = True
+
+    def __init__(self, config: WindowConfig, slot: Slot) -> None:
+        super().__init__(config, slot)
+        self.config = config
+
+    def project(
+        self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
+    ) -> tuple[Float[Tensor, "B L G P"], Coefficients]:
+        """Values are the value heads; queries and keys decide."""
+        del memory
+        queries, keys, values = self.heads(x)
+        turn = self.turn(sequence)
+        return values, Coefficients(rotate(queries, turn), rotate(keys, turn))
+
+    def mix(
+        self, values: Float[Tensor, "B L G P"], coefficients: Coefficients, sequence: WholeSequence
+    ) -> Float[Tensor, "B L H P"]:
+        """Attend to the window; causally its keys and values are all that decoding keeps."""
+        queries, keys = coefficients
+        if self.slot.causal:
+            return attend_window(queries, keys, values, self.config.window, sequence)
+        documents = sequence.documents if sequence.packed else None
+        return centred_window_attention(queries, keys, values, self.config.window, documents)
+
+    def mix_flops(self, queries: int, keys: int) -> MixFlops:
+        """Two products of head_dim for each visible pair (Transformer card, D.3).
+
+        The full square is the rectangle of all queries and a whole window each.
+        """
+        each, W = 4.0 * self.n_heads * self.head_dim, self.config.window
+        pairs, width = _pairs_before(keys, W) - _pairs_before(keys - queries, W), W
+        if not self.slot.causal:
+            # All tokens at once: as many later keys as earlier ones, the own key counted once.
+            pairs, width = 2 * pairs - queries, 2 * W - 1
+        return MixFlops(needed=each * pairs, full_square=each * queries * min(width, keys))
+
+
+def _pairs_before(tokens: int, window: int) -> int:
+    """Count the keys that the first tokens see: i + 1 until the window is full."""
+    growing = min(tokens, window)
+    return growing * (growing + 1) // 2 + (tokens - growing) * window

@@ -1,0 +1,61 @@
+"""A semiseparable matrix: Mamba-2's state space in the ablation's block (Hydra paper, section 3.1).
+
+m[i, j] = c[i] . a[i] ... a[j+1] b[j] for i >= j, a of head h being exp(-dt exp(A_log[h])), b times
+dt: every block on or below the diagonal has rank at most the state's size. The paper's ablation is
+bidirectional and has no row for it; block, sizes and initial values are those of its row for
+quasiseparable matrices, with the identity beside it as in the other rows.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.ssd import ssd
+from models.mixer import MixFlops, Pattern, Slot, register
+from models.separable import Recurrence, SeparableMixer
+from models.sequence import WholeSequence
+from models.structured import Features, StructuredConfig
+
+
+@dataclass(frozen=True)
+class SemiseparableConfig(StructuredConfig):
+    """Sizes of a semiseparable matrix.
+
+    Attributes:
+        d_qk: size of the state over n_heads.
+    """
+
+    kind: ClassVar[str] = "semiseparable"
+    d_qk: int = 16
+
+
+@register(SemiseparableConfig)
+class Semiseparable(SeparableMixer):
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] b[t] x[t], y[t] = c[t] . h[t]."""
+
+    patterns = frozenset({Pattern.CAUSAL_SELF})
+    constant_state = True
+    directions = 1
+
+    def __init__(self, config: SemiseparableConfig, slot: Slot) -> None:
+        super().__init__(config, slot, config.d_qk)
+
+    def structure(self, features: Features, sequence: WholeSequence) -> Recurrence:
+        """Step sizes, B and C."""
+        return self.recurrence(features, sequence)
+
+    def multiply(
+        self, values: Float[Tensor, "B L H P"], structure: Recurrence, sequence: WholeSequence
+    ) -> Float[Tensor, "B L H P"]:
+        """Scan."""
+        dt, B, C = structure
+        documents = sequence.documents if sequence.packed else None
+        return sequence.recur(
+            lambda initial: ssd(values, dt[:, :, 0], self.rates(), B, C, initial, documents)
+        )
+
+    def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
+        """See `scans_flops`."""
+        return self.scans_flops(queries)

@@ -1,0 +1,116 @@
+"""Matrices made of scans of Mamba-2's state space, in the block of Hydra's ablation.
+
+Source: Hwang et al. 2024, sections 3.1 and 3.2; Dao and Gu 2024, section 6, for the scan.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kernels.ssd import CHUNK
+from models.layers import widened
+from models.mixer import MixFlops, Slot
+from models.sequence import WholeSequence
+from models.structured import (
+    Features,
+    PlaceTable,
+    StructuredConfig,
+    StructuredMixer,
+    xavier_normal,
+)
+
+
+class Recurrence(NamedTuple):
+    """What decides a state space: step sizes of each direction, and how a state is met and read."""
+
+    dt: Float[Tensor, "B L R H"]
+    B: Float[Tensor, "B L 1 N"]
+    C: Float[Tensor, "B L 1 N"]
+
+
+class SeparableMixer(StructuredMixer):
+    """A matrix made of scans of Mamba-2's state space, whose B and C all heads share.
+
+    The state has n_heads times d_qk entries, as in the release. There the form that is not sequence
+    aligned has one step size for all places; here each place has its own.
+
+    Attributes:
+        directions: scans.
+    """
+
+    directions: ClassVar[int]
+    remembers = False
+    no_decay = frozenset({"A_log"})
+
+    def __init__(self, config: StructuredConfig, slot: Slot, d_qk: int) -> None:
+        H, R = config.n_heads, self.directions
+        N, aligned = H * d_qk, config.sequence_aligned
+        super().__init__(config, slot, convolved=2 * N * aligned, plain=R * H * aligned)
+        self.d_state = N
+        self.A_log = nn.Parameter(torch.empty(H))
+        if aligned:
+            self.dt_bias = nn.Parameter(torch.empty(H))
+        else:
+            self.BC = PlaceTable((config.longest, 2 * N), xavier_normal)
+            self.dt = PlaceTable((config.longest, R, H), step_sizes, decayed=False)
+
+    def recurrence(self, features: Features, sequence: WholeSequence) -> Recurrence:
+        """Step sizes, B and C from the tokens' channels, or from their places."""
+        if self.config.sequence_aligned:
+            BC = F.silu(features.convolved)
+            steps = widened(features.plain).unflatten(2, (self.directions, -1))
+            steps = steps + widened(self.dt_bias)
+        else:
+            places = self.places(sequence)
+            BC, steps = self.BC(places), widened(self.dt(places))
+        B, C = BC.unsqueeze(2).chunk(2, dim=-1)
+        return Recurrence(F.softplus(steps), B, C)
+
+    def rates(self) -> Float[Tensor, "H"]:
+        """The rate of each head, below 0."""
+        return -torch.exp(widened(self.A_log))
+
+    def scans_flops(self, tokens: int) -> MixFlops:
+        """Count the scans of all directions."""
+        R, H, E, N = self.directions, self.config.n_heads, self.inner_width, self.d_state
+        products, chunks = chunk_flops(tokens, E, 1, N), -(-tokens // CHUNK)
+        pointwise = H * (3.0 * pairs_in_chunks(tokens) + 6.0 * tokens) + E * 4.0 * tokens
+        pointwise += 2.0 * N * E * chunks
+        return MixFlops(R * products.needed, R * products.full_square, R * pointwise)
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Rates of -1; biases that make the release's step sizes."""
+        if name == "A_log":
+            return torch.zeros(self.A_log.shape)
+        return step_sizes(self.dt_bias.shape, generator)
+
+
+def step_sizes(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Draw what softplus makes step sizes of: log-uniform in [0.001, 0.1], one a head.
+
+    The heads come last; places and directions of a head start alike, as in the release.
+    """
+    low, high = math.log(1e-3), math.log(0.1)
+    dt = torch.exp(torch.rand(shape[-1:], generator=generator) * (high - low) + low)
+    return (dt + torch.log(-torch.expm1(-dt))).expand(shape)
+
+
+def chunk_flops(tokens: int, channels: int, groups: int, d_state: int) -> MixFlops:
+    """Count the products of one scan by chunks (Dao and Gu 2024, section 6).
+
+    For each token: into the state and out of it, 2 d_state for each channel; within its chunk, for
+    each pair 2 d_state for each group and 2 for each channel.
+    """
+    states = 4.0 * d_state * channels * tokens
+    pair, seen = 2.0 * (d_state * groups + channels), pairs_in_chunks(tokens)
+    return MixFlops(states + pair * seen, states + pair * (2 * seen - tokens))
+
+
+def pairs_in_chunks(tokens: int) -> float:
+    """Pairs within chunks whose second token is not after the first."""
+    whole, rest = divmod(tokens, CHUNK)
+    return (whole * CHUNK**2 + rest**2 + tokens) / 2

@@ -1,0 +1,121 @@
+"""Matrices that go through slots: tokens enter them by shares, and read them by weights.
+
+M[t, s] = sum_c weights[t, c] shares[s, c] over whole documents (`LowRank`) or, in a causal pattern,
+with shares among the tokens so far (`Running`).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.precision import without_autocast
+from kernels.slot_attention import Slots, mix_slots
+from models.layers import widened
+from models.sequence import WholeSequence
+from models.stacks import Stack, put_back, tabulate
+
+SOFTMAX_FLOPS = 5.0
+"""Pointwise work for an entry: largest, difference, exponential, sum, division."""
+
+RUNNING_FLOPS = 10.0
+"""Pointwise work for a token and slot: six for the log-sum (larger, difference, its size, its
+exponential, logarithm, sum), and difference and exponential for the share and for the decay."""
+
+
+class Filling(NamedTuple):
+    """How the tokens of whole documents enter their slots.
+
+    Attributes:
+        sequence: the tokens.
+        stacks: their documents.
+        shares: gives the shares of each stack; not called where later pieces keep what it made.
+    """
+
+    sequence: WholeSequence
+    stacks: list[Stack]
+    shares: Callable[[], list[Float[Tensor, "N S H C"]]]
+
+    def fill(self, x: Float[Tensor, "B S H P"]) -> Float[Tensor, "B D H C P"]:
+        """Sum the tokens' features by their shares, for each row and document."""
+        shares = self.shares()
+        with without_autocast(x):
+            parts = [
+                torch.einsum("nshc,nshp->nhcp", share, widened(stack.take(x)))
+                for share, stack in zip(shares, self.stacks, strict=True)
+            ]
+        return tabulate(parts, self.stacks, self.sequence)
+
+
+class LowRank(NamedTuple):
+    """A matrix for each document whose rank is at most the number of its slots.
+
+    A token whose document has no token on the filling side has a row of zeros.
+
+    Attributes:
+        filling: how values enter the slots.
+        weights: those of each stack of reading documents.
+        stacks: the documents that read.
+    """
+
+    filling: Filling
+    weights: list[Float[Tensor, "N T H C"]]
+    stacks: list[Stack]
+
+    def mix(
+        self, values: Float[Tensor, "B S H P"], sequence: WholeSequence
+    ) -> Float[Tensor, "B L H P"]:
+        """Apply the matrix, in float32 or wider; `sequence` holds the tokens that read."""
+        slots = sequence.once(lambda: self.filling.fill(values))
+        with without_autocast(values):
+            parts = [
+                torch.einsum("nthc,nhcp->nthp", weights, stack.look_up(slots)).to(values.dtype)
+                for weights, stack in zip(self.weights, self.stacks, strict=True)
+            ]
+        return put_back(parts, self.stacks, sequence)
+
+
+class Running(NamedTuple):
+    """A causal matrix: slots are averages of the tokens so far, weighed by exponentials of logits.
+
+    Attributes:
+        weights: how each token reads the slots.
+        logits: how it enters them.
+        log_sums: logarithms of the sums of the logits' exponentials so far.
+    """
+
+    weights: Float[Tensor, "B L H C"]
+    logits: Float[Tensor, "B L H C"]
+    log_sums: Float[Tensor, "B L H C"]
+
+    def mix(
+        self, values: Float[Tensor, "B L H P"], sequence: WholeSequence
+    ) -> Float[Tensor, "B L H P"]:
+        """Apply the matrix, in float32 or wider."""
+
+        def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
+            averages, initial = unpacked(state)
+            slots = Slots(self.logits, self.log_sums, initial, documents_of(sequence))
+            mixed, final = mix_slots(self.weights, values, slots, averages)
+            return mixed, packed(final, self.log_sums)
+
+        return sequence.recur(outputs)
+
+
+def documents_of(sequence: WholeSequence) -> Tensor | None:
+    """The document of each token, None where there is but one."""
+    return sequence.documents if sequence.packed else None
+
+
+def packed(
+    averages: Float[Tensor, "B H C P"], log_sums: Float[Tensor, "B L H C"]
+) -> Float[Tensor, "B H C P+1"]:
+    """Averages and log-sums after the last token, as one state."""
+    return torch.cat([averages, log_sums[:, -1, :, :, None]], dim=-1)
+
+
+def unpacked(state: Float[Tensor, "B H C N"] | None) -> tuple[Tensor | None, Tensor | None]:
+    """Averages and log-sums of a state; None where nothing precedes."""
+    return (None, None) if state is None else (state[..., :-1], state[..., -1])

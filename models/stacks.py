@@ -1,0 +1,152 @@
+"""Documents of a batch in stacks: for mixers whose matrix depends on a whole document at once.
+
+Documents of about one length are stacked, none filled up to twice its length, so work and memory
+stay linear in the tokens however a row is packed, and no sum runs over two documents.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Num
+from torch import Tensor
+
+from models.layers import widened
+from models.sequence import PADDING, WholeSequence
+
+
+class Stack(NamedTuple):
+    """Some documents, filled up at their ends; without `index` each is a whole row.
+
+    Attributes:
+        index: place of each token among all tokens of the batch, row after row.
+        present: which places hold a token.
+        rows: row of each document.
+        ids: id of each document in its row.
+    """
+
+    index: Int[Tensor, "N T"] | None = None
+    present: Bool[Tensor, "N T"] | None = None
+    rows: Int[Tensor, "N"] | None = None
+    ids: Int[Tensor, "N"] | None = None
+
+    def take(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "N T *rest"]:
+        """Cut the documents out, with zeros where no token is."""
+        if self.index is None:
+            return x
+        return self.where_present(x.flatten(0, 1)[self.index], 0.0)
+
+    def where_present(self, x: Num[Tensor, "N T *rest"], value: float | int) -> Tensor:
+        """The features, or `value` where no token is."""
+        if self.present is None:
+            return x
+        shape = (*self.present.shape, *[1] * (x.ndim - 2))
+        return x.masked_fill(~self.present.view(shape), value)
+
+    def lengths(self, x: Float[Tensor, "N T *rest"]) -> Int[Tensor, "N"]:
+        """Tokens of each of the documents that `x` holds."""
+        if self.present is None:
+            return torch.full(x.shape[:1], x.shape[1], device=x.device)
+        return self.present.sum(dim=1)
+
+    def look_up(self, table: Float[Tensor, "B D *rest"]) -> Float[Tensor, "N *rest"]:
+        """The entry of each document; zero where the table has none for it."""
+        if self.rows is None or self.ids is None:
+            return table[:, 0]
+        found = table[self.rows, self.ids.clamp(max=table.shape[1] - 1)]
+        missing = self.ids >= table.shape[1]
+        return found.masked_fill(missing.view(-1, *[1] * (found.ndim - 1)), 0.0)
+
+
+def stacks_of(sequence: WholeSequence) -> list[Stack]:
+    """Cut a batch into its documents, padding left out."""
+    if not sequence.packed:
+        return [Stack()]
+    places = sequence.memo("documents", lambda: _places(sequence.own_documents()))
+    first, length, rows, ids = places.unbind(dim=1)
+    # Lengths in a stack lie between one power of two and the next.
+    size = torch.ceil(torch.log2(length.double()))
+    stacks = []
+    for each in size.unique().tolist():
+        chosen = size == each
+        begin, n = first[chosen, None], length[chosen, None]
+        offset = torch.arange(int(n.max()), device=n.device)
+        present = offset < n
+        index = begin + torch.where(present, offset, 0)
+        stacks.append(Stack(index, present, rows[chosen], ids[chosen]))
+    return stacks
+
+
+def put_back(
+    parts: list[Tensor], stacks: list[Stack], sequence: WholeSequence
+) -> Float[Tensor, "B L *rest"]:
+    """Put features of documents (N, T, *rest) back to where they stand, with zeros in padding."""
+    if stacks[0].index is None:
+        return parts[0]
+    shape = sequence.documents.shape
+    out = parts[0].new_zeros((shape.numel(), *parts[0].shape[2:]))
+    for part, stack in zip(parts, stacks, strict=True):
+        assert stack.index is not None
+        assert stack.present is not None
+        out = out.index_put((stack.index[stack.present],), part[stack.present])
+    return out.unflatten(0, shape)
+
+
+def tabulate(
+    parts: list[Tensor], stacks: list[Stack], sequence: WholeSequence
+) -> Float[Tensor, "B D *rest"]:
+    """Put what belongs to whole documents (N, *rest) into a table by row and id."""
+    if stacks[0].rows is None:
+        return parts[0][:, None]
+    ids = sequence.own_documents()
+    table = parts[0].new_zeros((ids.shape[0], int(ids.max()) + 1, *parts[0].shape[1:]))
+    for part, stack in zip(parts, stacks, strict=True):
+        assert stack.rows is not None
+        assert stack.ids is not None
+        table = table.index_put((stack.rows, stack.ids), part)
+    return table
+
+
+class Landmarks(NamedTuple):
+    """Means of a document's equal segments.
+
+    Attributes:
+        present: which landmarks each document of a stack has, one a token if its tokens are fewer;
+            None for all.
+    """
+
+    means: Float[Tensor, "N C H P"]
+    present: Bool[Tensor, "N C"] | None
+
+
+def landmarks_of(x: Float[Tensor, "N T H P"], stack: Stack, count: int) -> Landmarks:
+    """Cut each document into `count` segments, equal up to one token, and average them in float32.
+
+    Segment c of n tokens begins at token floor(c n / count).
+    """
+    T = x.shape[1]
+    if stack.present is None:
+        count = min(count, T)
+    length = stack.lengths(x)[:, None]
+    segments = length.clamp(max=count)
+    place = torch.arange(count, device=x.device)
+    begin = place * length // segments
+    size = (place + 1) * length // segments - begin
+    offset = torch.arange(-(-T // count), device=x.device)
+    index = begin[:, :, None] + offset
+    inside = (offset < size[:, :, None]) & (place < segments)[:, :, None]
+    rows = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    taken = widened(x)[rows, index.clamp(max=T - 1)]  # (N, C, W, H, P)
+    taken = taken.masked_fill(~inside[..., None, None], 0.0)
+    means = taken.sum(dim=2) / size.clamp(min=1)[:, :, None, None]
+    return Landmarks(means, None if stack.present is None else place < segments)
+
+
+def _places(ids: Int[Tensor, "B L"]) -> Int[Tensor, "N 4"]:
+    """Of each document its first place among all tokens, its length, its row and its id."""
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    row, column = begins.nonzero(as_tuple=True)
+    first = row * ids.shape[1] + column
+    end = torch.cat([first[1:], first.new_tensor([ids.numel()])])
+    places = torch.stack([first, end - first, row, ids[row, column].to(first.dtype)], dim=1)
+    return places[places[:, 3] != PADDING]

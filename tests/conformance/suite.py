@@ -1,0 +1,40 @@
+"""All properties, in the order in which they are shown."""
+
+from tests.conformance import causality, numerics, packing, streaming, training
+from tests.conformance.property import Property
+
+PROPERTIES: tuple[Property, ...] = (
+    numerics.float32,
+    numerics.float64,
+    numerics.bfloat16,
+    numerics.lengths,
+    numerics.long_documents,
+    numerics.matrix,
+    numerics.derivatives,
+    numerics.determinism,
+    causality.future_outputs,
+    causality.future_mixing,
+    causality.future_gradients,
+    causality.triangle,
+    causality.prefix,
+    streaming.any_split,
+    streaming.state_bytes,
+    packing.packed_outputs,
+    packing.packed_gradients,
+    packing.loud_documents,
+    packing.nan_elsewhere,
+    causality.documents_apart,
+    packing.padded_outputs,
+    packing.nan_padding,
+    packing.memory_padding,
+    packing.memory_order,
+    packing.memory_reached,
+    training.overfit,
+    training.every_parameter,
+    training.initial_values,
+    training.meta_device,
+    training.stored_weights,
+    training.no_decay,
+    training.refusals,
+    training.counted_flops,
+)
