@@ -1,7 +1,7 @@
 """What a sweep will cost, before anything is submitted: parameters, FLOPs, time, disk."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from launch.job import Unit
 from models.accounting import Account, account
+from models.backbone import BackboneConfig
 from sweeps.grammar import Experiment, Sweep, trunks_of
 from trainer.machine import gemm_peak_flops
 from trainer.optimizer import decay_begins
@@ -19,6 +20,7 @@ STEP_OVERHEAD_SECONDS = 0.02
 """What a step of a tiny model costs beside its products: launch of small operations, optimizer."""
 PEAK_SHARE = 0.3
 """Share of the GEMM peak that small models reach; replaced by what was measured, once it was."""
+STATE_CONTEXTS = (1_024, 8_192, 65_536)
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,42 @@ def make_plan(sweep: Sweep, folder: Path) -> Plan:
 
 
 def ladder_table(runs: Sequence[PlannedRun]) -> pd.DataFrame:
-    """One row per architecture, rung and context: every count the accountant has."""
-    rows = []
+    """One row per architecture, rung and context: every count the accountant has.
+
+    Beside the context of the runs stand those at which decoding states are compared; a mixer with
+    a longest length is built for the context in question.
+    """
+    rows = {}
     for planned in runs:
         run = planned.experiment.run
-        names = {"architecture": run.architecture, "rung": run.rung}
-        size = {"nominal_parameters": run.nominal_parameters}
-        shape = {"d_model": run.model.d_model, "n_layers": run.model.n_layers}
-        error = planned.account.total_parameters / run.nominal_parameters - 1
-        counts = asdict(planned.account)
-        rows.append({**names, **size, **shape, "parameter_error": error, **counts})
-    return pd.DataFrame(rows).drop_duplicates(["architecture", "rung", "seq_len"])
+        for seq_len in dict.fromkeys((run.corpus.seq_len, *STATE_CONTEXTS)):
+            key = (run.architecture, run.rung, seq_len)
+            if key in rows or (run.model.form == "encoder" and seq_len != run.corpus.seq_len):
+                continue
+            counts = planned.account
+            if seq_len != run.corpus.seq_len:
+                counts = account(at_context(run.model, seq_len), seq_len)
+            rows[key] = {
+                "architecture": run.architecture,
+                "rung": run.rung,
+                "nominal_parameters": run.nominal_parameters,
+                "d_model": run.model.d_model,
+                "n_layers": run.model.n_layers,
+                "parameter_error": planned.account.total_parameters / run.nominal_parameters - 1,
+                **asdict(counts),
+            }
+    return pd.DataFrame(list(rows.values()))
+
+
+def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:
+    """The backbone with longest lengths that reach the context."""
+    blocks = {
+        name: replace(block, mixer=replace(block.mixer, max_len=seq_len))  # type: ignore[call-arg]
+        if getattr(block.mixer, "max_len", None) is not None
+        else block
+        for name, block in model.blocks.items()
+    }
+    return replace(model, blocks=blocks)
 
 
 def plan_table(plan: Plan, standings: dict[str, str]) -> Table:

@@ -24,6 +24,7 @@ from launch.plan import Plan, duration, ladder_table, make_plan, plan_table
 from launch.progress import Progress
 from launch.standing import Standing, require_same_data, standing_of
 from sweeps.grammar import Sweep, read_sweep_file
+from sweeps.ladder import read_architectures
 from trainer.preemption import ExitCode
 from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump
@@ -167,10 +168,23 @@ def _write_sweep(plan: Plan, folder: Path) -> None:
         "repeats": [e.folder_name for e in sweep.experiments if e.label],
         "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
         "neutral_set": sweep.corpora.neutral_set,
+        "tuning": _tuning(sweep),
         "config": dump(sweep.config),
     }
     write_atomically(folder / "sweep.yaml", yaml.safe_dump(stored, sort_keys=False))
     ladder_table(plan.runs).to_parquet(folder / "ladder.parquet")
+
+
+def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
+    """What was done for each arm's learning rate: its factor, and where it was read off."""
+    known = read_architectures()
+    return {
+        name: {
+            "learning_rate_scale": known[name].learning_rate_scale,
+            "evidence": known[name].learning_rate_evidence,
+        }
+        for name in sweep.config.architectures
+    }
 
 
 def _is_open(unit: Unit, standings: dict[str, Standing]) -> bool:

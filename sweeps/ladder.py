@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class ArchitectureConfig:
         d_model_step: legal step of d_model from 512 on; below, it is 4.
         narrow: keys over the blocks where d_model is below 512: published sizes that make no
             sense there, such as a state larger than the width.
+        narrow_options: keys over `narrow` that are tried in turn where no shape reaches a rung
+            without them: a state in place of an inner width, where an architecture has none.
+        learned_positions: whether absolute places up to the context are learned.
         learning_rate_scale: the architecture's factor on the rung's learning rate.
         learning_rate_evidence: the sweep that the factor was read off, and its rungs.
         model: other keys of the backbone.
@@ -59,6 +62,8 @@ class ArchitectureConfig:
     hidden_ratio: float = 8 / 3
     d_model_step: int = 16
     narrow: dict = field(default_factory=dict)
+    narrow_options: tuple[dict, ...] = ()
+    learned_positions: bool = False
     learning_rate_scale: float = 1.0
     learning_rate_evidence: str = ""
     model: dict = field(default_factory=dict)
@@ -134,8 +139,24 @@ def fit_architecture(
     Raises:
         ConfigError: none comes within the tolerance.
     """
-    rung = place.rung
-    target = nominal_parameters(rung, place.vocab_size)
+    fitted = _closest(name, architecture, place)
+    for option in architecture.narrow_options:
+        if abs(fitted.error) <= ADMITTED_ERROR:
+            break
+        other = replace(architecture, narrow=merge(architecture.narrow, option))
+        fitted = min(fitted, _closest(name, other, place), key=lambda each: abs(each.error))
+    if abs(fitted.error) > tolerance:
+        target = nominal_parameters(place.rung, place.vocab_size)
+        raise ConfigError(
+            f"rung {place.rung.name} asks for {target} parameters within {tolerance:.0%}, but "
+            f"the closest {name} has {fitted.parameters}; choose another "
+            "rung or leave the architecture out"
+        )
+    return fitted
+
+
+def _closest(name: str, architecture: ArchitectureConfig, place: Place) -> Fitted:
+    target = nominal_parameters(place.rung, place.vocab_size)
     sizing = _Sizing(architecture, place)
 
     def preference(shape: _Shape) -> tuple[float, float]:
@@ -147,15 +168,10 @@ def fit_architecture(
     if best is None or abs(sizing.count(best) / target - 1) > ADMITTED_ERROR:
         best = min(sizing.shapes(target), key=preference, default=None)
     if best is None:
-        raise ConfigError(f"{name} has no legal shape near rung {rung.name}: {sizing.problem}")
-    error = sizing.count(best) / target - 1
-    if abs(error) > tolerance:
         raise ConfigError(
-            f"rung {rung.name} asks for {target} parameters within {tolerance:.0%}, but "
-            f"the closest {name} has {sizing.count(best)}; choose another "
-            "rung or leave the architecture out"
+            f"{name} has no legal shape near rung {place.rung.name}: {sizing.problem}"
         )
-    return Fitted(sizing.backbone(best), sizing.count(best), error)
+    return Fitted(sizing.backbone(best), sizing.count(best), sizing.count(best) / target - 1)
 
 
 def find_rung(name: str) -> Rung:
@@ -257,6 +273,7 @@ class _Sizing:
             "n_layers": shape.n_layers,
             "d_model": shape.d_model,
             "vocab_size": self._place.vocab_size,
+            "learned_positions": self._place.seq_len if architecture.learned_positions else None,
         }
         return load(BackboneConfig, merge(sized, architecture.model), "model")
 

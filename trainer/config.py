@@ -141,12 +141,15 @@ class RunConfig:
             )
 
     def _check_lengths(self) -> None:
-        for name, block in self.model.blocks.items():
-            longest = getattr(block.mixer, "max_len", None)
+        limits = {"model.learned_positions": self.model.learned_positions} | {
+            f"model.blocks.{name}.mixer.max_len": getattr(block.mixer, "max_len", None)
+            for name, block in self.model.blocks.items()
+        }
+        for key, longest in limits.items():
             if longest is not None and longest < self.corpus.seq_len:
                 raise ValueError(
-                    f"model.blocks.{name}.mixer.max_len {longest} is shorter than corpus.seq_len "
-                    f"{self.corpus.seq_len}; give it at least that"
+                    f"{key} {longest} is shorter than corpus.seq_len {self.corpus.seq_len}; "
+                    "give it at least that"
                 )
 
     @property

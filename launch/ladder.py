@@ -1,0 +1,170 @@
+"""The command: every named architecture on every rung, and how well they match.
+
+python launch/ladder.py [architecture ...] [--rungs 360M 3B] [--vocab 50304] [--context 2048]
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch.measurements import Measurement, write_measurements
+from models.accounting import Account, account
+from models.backbone import BackboneConfig
+from sweeps.ladder import (
+    ADMITTED_ERROR,
+    RUNGS,
+    ArchitectureConfig,
+    Place,
+    Rung,
+    find_rung,
+    fit_architecture,
+    nominal_parameters,
+    read_architectures,
+)
+from trainer.preemption import ExitCode
+from trainer.schema import ConfigError, suggest
+
+ROOT = Path(__file__).parent.parent
+NANO = (257, 256)
+LARGE = (50_304, 2_048)
+"""Vocabulary and context: bytes for the nano rungs, GPT-NeoX's padded one for the others."""
+WIDTH = 150
+
+
+@dataclass(frozen=True)
+class Line:
+    """One architecture on one rung."""
+
+    architecture: str
+    place: Place
+    model: BackboneConfig
+    counts: Account
+
+    @property
+    def error(self) -> float:
+        """How far its parameters are from the rung's."""
+        wanted = nominal_parameters(self.place.rung, self.place.vocab_size)
+        return self.counts.total_parameters / wanted - 1
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parse(words)
+    console = Console()
+    begin = time.perf_counter()
+    try:
+        architectures = _chosen(arguments.architecture)
+        places = [_place(find_rung(name), arguments) for name in arguments.rungs or RUNGS]
+        missed: list[str] = []
+        lines = list(_lines(architectures, places, missed))
+    except ConfigError as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return int(ExitCode.BAD_CONFIG)
+    took = time.perf_counter() - begin
+    Console(width=max(console.width, WIDTH)).print(_table(lines), highlight=False)
+    for reason in missed:
+        console.print(f"not reached: {escape(reason)}", highlight=False, soft_wrap=True)
+    worst = max((abs(line.error) for line in lines), default=0.0)
+    console.print(
+        f"{len(lines)} shapes in {took:.0f} s; the worst is {worst:.2%} off its rung",
+        highlight=False,
+    )
+    measured = [
+        Measurement("largest parameter error", worst, "ratio", ADMITTED_ERROR),
+        Measurement("shapes of decoders out of reach", _of_decoders(missed), "shapes", 0),
+        Measurement("time", took, "s", 60),
+    ]
+    write_measurements("ladder", measured, ROOT)
+    return int(ExitCode.DONE) if not _of_decoders(missed) else 1
+
+
+def _chosen(names: list[str]) -> dict[str, ArchitectureConfig]:
+    """The named architectures that decoders can be made of, or those asked for."""
+    known = read_architectures()
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown architecture {name!r}; {suggest(name, list(known))}")
+    return {name: known[name] for name in names or known}
+
+
+def _place(rung: Rung, arguments: argparse.Namespace) -> Place:
+    vocab_size, context = NANO if rung.parameters else LARGE
+    return Place(rung, arguments.vocab or vocab_size, arguments.context or context)
+
+
+def _lines(
+    architectures: dict[str, ArchitectureConfig], places: list[Place], missed: list[str]
+) -> Iterator[Line]:
+    """The shapes; what has none within the tolerance is added to `missed`."""
+    for place in places:
+        for name, architecture in architectures.items():
+            try:
+                model = fit_architecture(name, architecture, place).model
+            except ConfigError as error:
+                missed.append(f"{name}: {error}")
+                continue
+            yield Line(name, place, model, account(model, place.seq_len))
+
+
+def _of_decoders(missed: list[str]) -> int:
+    """How many of the shapes that were not reached belong to architectures of decoders."""
+    known = read_architectures()
+    names = [reason.partition(":")[0] for reason in missed]
+    return sum(known[name].model.get("form") != "encoder" for name in names)
+
+
+def _table(lines: list[Line]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, right in (
+        ("rung", False), ("architecture", False), ("d_model", True), ("layers", True),
+        ("inner", True), ("heads", True), ("parameters", True), ("off", True),
+        ("non-embedding", True), ("FLOPs/token", True), ("6 N", True),
+        ("context", True), ("state bytes", True),
+    ):  # fmt: skip
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    for line in lines:
+        counts, blocks = line.counts, line.model.blocks.values()
+        table.add_row(
+            line.place.rung.name,
+            line.architecture,
+            str(line.model.d_model),
+            str(line.model.n_layers),
+            _each(getattr(block.channel, "d_hidden", None) for block in blocks),
+            _each(getattr(block.mixer, "n_heads", None) for block in blocks),
+            f"{counts.total_parameters:,}",
+            f"{line.error:+.2%}",
+            f"{counts.non_embedding_parameters:,}",
+            f"{counts.training_flops_per_token:.3g}",
+            f"{counts.training_flops_per_token_six_n:.3g}",
+            str(line.place.seq_len),
+            f"{counts.state_bytes:,}",
+        )
+    return table
+
+
+def _each(values: Iterator[object]) -> str:
+    return ", ".join(dict.fromkeys(str(v) for v in values if isinstance(v, int))) or "-"
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launch/ladder.py",
+        description="Print the shape that every architecture takes on every rung, with what it "
+        "counts, training FLOPs per token among them; shapes are built without memory.",
+    )
+    parser.add_argument("architecture", nargs="*", help="names (default: all)")
+    parser.add_argument("--rungs", nargs="+", help="names of rungs (default: all)")
+    parser.add_argument("--vocab", type=int, help="ids (default: 257 for nano rungs, else 50304)")
+    parser.add_argument("--context", type=int, help="tokens (default: 256 for nano, else 2048)")
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
