@@ -83,6 +83,8 @@ class ImplicitFilter(nn.Module):
         E, h, R = config.filter_features, config.filter_hidden, directions
         if config.trainable_features:
             self.features = nn.Parameter(torch.empty(config.max_len, E))
+        else:
+            self.no_decay = self.no_decay - {"features"}
         self.frequency = nn.Parameter(torch.empty(h))
         self.in_weight = nn.Parameter(torch.empty(R, E, h))
         self.in_bias = nn.Parameter(torch.empty(R, h))

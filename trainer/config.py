@@ -118,6 +118,7 @@ class RunConfig:
         _require_within(self, 0, 1, "mask_rate")
         self._check_form()
         self._check_lengths()
+        self._check_exact()
         if self.optimizer.batch_tokens % self.corpus.seq_len:
             raise ValueError(
                 f"optimizer.batch_tokens {self.optimizer.batch_tokens} is not a multiple of "
@@ -139,6 +140,15 @@ class RunConfig:
                 f"objective {self.objective} needs {_describe(*wanted)}, but model is "
                 f"{_describe(*has)}; change the objective, or model.form and model.encoder"
             )
+
+    def _check_exact(self) -> None:
+        for name, block in self.model.blocks.items():
+            reason = getattr(block.mixer, "approximate_reason", "")
+            if reason:
+                raise ValueError(
+                    f"model.blocks.{name}.mixer is for evaluation only ({reason}); train with an "
+                    "exact mixer and swap this one in afterwards"
+                )
 
     def _check_lengths(self) -> None:
         limits = {"model.learned_positions": self.model.learned_positions} | {

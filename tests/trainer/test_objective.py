@@ -58,3 +58,17 @@ def test_an_objective_wants_its_form_of_backbone() -> None:
     message = "objective causal_lm needs a lone decoder, but model is a decoder with an encoder"
     with pytest.raises(ConfigError, match=message):
         load(RunConfig, {**PLAIN, "model": model(BOTH)})
+
+
+def test_an_approximate_mixer_is_not_trained() -> None:
+    changes = {"a": {"mixer": {**ATTENTION, "kind": "hip", "k": 8, "selection": "block"}}}
+    blocks = {"a": {**changes["a"], "channel": SWIGLU}}
+    with pytest.raises(ConfigError, match=r"blocks\.a\.mixer is for evaluation only"):
+        load(RunConfig, {**PLAIN, "model": model({"blocks": blocks})})
+
+
+def test_a_context_beyond_a_mixers_longest_length_is_refused() -> None:
+    mixer = {"kind": "monarch", "max_len": 8}
+    blocks = {"a": {"mixer": mixer, "channel": SWIGLU}}
+    with pytest.raises(ConfigError, match=r"mixer\.max_len 8 is shorter than corpus\.seq_len"):
+        load(RunConfig, {**PLAIN, "model": model({"blocks": blocks})})
