@@ -1,6 +1,6 @@
 """Typed reads of data frames, where pandas itself cannot say what it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
@@ -35,3 +35,9 @@ def means(rows: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pd.D
 def strings(rows: pd.DataFrame, column: str) -> np.ndarray:
     """A column as an array of text."""
     return rows[column].to_numpy(dtype=str)
+
+
+def groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple, pd.DataFrame]]:
+    """The rows of each combination of levels, in the order of their first row."""
+    for key, part in rows.groupby(list(by), sort=False):
+        yield cast("tuple", key), part

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -15,7 +15,9 @@ from analysis.compare import Arm, Contrast
 from analysis.fits import WARNINGS, Fit
 from analysis.frames import where
 from analysis.plates import Plate
+from analysis.rates import mixed_rates
 from analysis.refusal import Refusal
+from analysis.sections import Section
 from analysis.study import FittedLaw, Study
 from analysis.table import FLOP_CONVENTIONS, Table
 from analysis.wording import (
@@ -42,27 +44,31 @@ _PAGE_COLOURS = {
 }
 
 
-def render(study: Study, plates: list[Plate], drawings: Mapping[str, str], plan: Mapping) -> str:
+def render(
+    study: Study,
+    sections: Sequence[Section],
+    plates: Sequence[Plate],
+    drawings: Mapping[str, str],
+    plan: Mapping,
+) -> str:
     """The whole page as HTML that needs nothing else; `drawings` holds SVG by a plate's name."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
     table = study.table
-    shown = [
-        {"name": each.name, "title": each.title, "caption": each.caption}
-        | {"svg": Markup(_inline(drawings[each.name], each.name))}
-        for each in plates
-    ]
     laws = laws_table(study)
     return environment.get_template("report.html").render(
         name=table.name,
-        headline=_headline(study),
+        headline=_headline(study, sections),
+        leading=[_part(each, drawings) for each in sections if each.leads],
+        trailing=[_part(each, drawings) for each in sections if not each.leads],
         progress=progress(table),
         neutral_set=table.neutral_set,
         answers=answers(study),
         refusals=refusals(study),
-        plates=shown,
+        plates=_drawn(plates, drawings),
+        nothing_drawn=_nothing_drawn(study),
         laws=_html(laws) if len(laws) else "",
         law_note=_law_note(study),
         law_warnings=_law_warnings(study),
@@ -82,7 +88,10 @@ def render(study: Study, plates: list[Plate], drawings: Mapping[str, str], plan:
 
 def answers(study: Study) -> list[tuple[str, str, str]]:
     """What the page says first: a lead, a sentence with its interval, and how it was made."""
-    answer = study.answer
+    answer, mixed = study.answer, mixed_rates(study.table)
+    if mixed is not None:
+        text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
+        return [("Data against architecture", text, "")]
     found = []
     for factor, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture)):
         for contrast in contrasts:
@@ -91,7 +100,7 @@ def answers(study: Study) -> list[tuple[str, str, str]]:
     found.append(("Smallest difference this study finds", detectable_sentence(answer), ""))
     for arm in answer.arms:
         found += _arm_answers(arm, len(answer.arms) > 1)
-    return [each for each in found if each[1]]
+    return [each for each in dict.fromkeys(found) if each[1]]
 
 
 def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
@@ -169,7 +178,39 @@ def laws_table(study: Study) -> pd.DataFrame:
     return frame.loc[:, (frame != "").any()] if len(frame) else frame
 
 
-def _headline(study: Study) -> str:
+def _part(section: Section, drawings: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "name": section.name,
+        "title": section.title,
+        "text": section.text,
+        "plates": _drawn(section.plates, drawings),
+        "table": _html(section.shown) if len(section.shown) else "",
+        "note": section.note,
+    }
+
+
+def _drawn(plates: Sequence[Plate], drawings: Mapping[str, str]) -> list[dict[str, object]]:
+    return [
+        {
+            "name": each.name,
+            "title": each.title,
+            "caption": each.caption,
+            "svg": Markup(_inline(drawings[each.name], each.name)),
+        }
+        for each in plates
+    ]
+
+
+def _nothing_drawn(study: Study) -> str:
+    if len(study.points.rows):
+        return "No figure of effects or laws is drawn; see above for what was refused."
+    return "No run has finished yet, so there is nothing to draw."
+
+
+def _headline(study: Study, sections: Sequence[Section]) -> str:
+    first = [plate.title for each in sections if each.leads for plate in each.plates[:1]]
+    if first:
+        return first[0]
     answer = study.answer
     parts = [
         f"{name} {largest_effect(found)}"
@@ -202,7 +243,7 @@ def _joint_table(joint: FittedLaw, alternatives: pd.DataFrame) -> pd.DataFrame:
 
 def _family_shown(study: Study) -> pd.DataFrame:
     values = study.family["AICc"].to_numpy(dtype=np.float64)
-    best = values.min()
+    best = values.min(initial=np.inf)
     excess = [f"{value - best:.1f}" if math.isfinite(value) else "refused" for value in values]
     count = [f"{value:.0f}" if math.isfinite(value) else "" for value in study.family["parameters"]]
     shown = study.family.drop(columns="AICc").assign(parameters=count)
@@ -210,12 +251,15 @@ def _family_shown(study: Study) -> pd.DataFrame:
 
 
 def _runs_shown(table: Table) -> pd.DataFrame:
-    shown = table.runs.copy()
+    shown = table.runs.drop(columns=["vocab_size", "tokens_per_second"])
+    shown["learning_rate"] = [f"{each:.3g}" if each > 0 else "" for each in shown["learning_rate"]]
     for name in ("parameters", "horizon_tokens", "tokens"):
         shown[name] = [with_unit(value) if value > 0 else "" for value in shown[name]]
     for name in ("architecture", "corpus", "rung", "seed"):
         shown[name] = ["" if pd.isna(value) else str(value) for value in shown[name]]
-    return shown.rename(columns={"horizon_tokens": "horizon", "tokens": "seen"})
+    return shown.rename(
+        columns={"horizon_tokens": "horizon", "tokens": "seen", "learning_rate": "rate"}
+    )
 
 
 def _law_note(study: Study) -> str:

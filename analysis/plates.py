@@ -13,6 +13,7 @@ from analysis import figures
 from analysis.compare import Contrast, Detectable
 from analysis.fits import Fit
 from analysis.frames import columns_of, floats, keep, where
+from analysis.rates import mixed_rates
 from analysis.study import Study
 from analysis.uncertainty import Interval
 from analysis.wording import bracketed, largest_effect, law_words, with_unit
@@ -43,7 +44,9 @@ class Plate:
 
 
 def draw(study: Study) -> list[Plate]:
-    """Every figure that the sweep's points allow; none when there are no points."""
+    """Every figure that the sweep's points allow; none where points differ in their tuning."""
+    if mixed_rates(study.table) is not None:
+        return []
     neutral = _neutral(study, study.points.rows)
     with figures.styled():
         plates = []

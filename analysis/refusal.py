@@ -12,6 +12,7 @@ CODES = {
     "R-SEED": "no cell was run with two seeds",
     "R-REACH": "the two arms meet nowhere inside the data",
     "R-MULT": "the multiplier is undefined in too many bootstrap replicates",
+    "R-TUNING": "the runs of one cell differ in their learning rate",
     "R-EMPTY": "there is nothing to analyse yet",
 }
 

@@ -12,6 +12,7 @@ from analysis.fits import Fit
 from analysis.json_numbers import plain
 from analysis.page import answers, laws_table, progress, refusals, render
 from analysis.plates import draw
+from analysis.sections import Section, sections
 from analysis.study import Settings, Study, analyse
 from analysis.table import Table, load
 from analysis.wording import exponent_words
@@ -64,8 +65,10 @@ def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
 
 
 def fingerprint(table: Table) -> str:
-    """A hash of every point, every run's state, and the code that makes a page of them."""
+    """A hash of everything that a table holds, and of the code that makes a page of it."""
     parts = [table.rows.to_json(), table.runs.to_json(), repr(table.exclusions), table.neutral_set]
+    parts += [table.baselines.to_json(), table.ladder.to_json()]
+    parts += [repr(table.tuning), repr(table.rate_factors)]
     here = Path(__file__).parent
     parts += [file.read_text() for file in sorted([*here.glob("*.py"), *here.glob("*.html")])]
     return hashlib.sha256("".join(str(part) for part in parts).encode()).hexdigest()[:16]
@@ -73,10 +76,12 @@ def fingerprint(table: Table) -> str:
 
 def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report:
     study = analyse(table, settings)
-    plates = draw(study)
-    drawings = {plate.name: plate.save(folder / "figures") for plate in plates}
-    _write_tables(study, folder / "tables")
-    lines = _terminal_lines(study, folder)
+    parts, plates = sections(table), draw(study)
+    every = [*plates, *(plate for part in parts for plate in part.plates)]
+    drawings = {plate.name: plate.save(folder / "figures") for plate in every}
+    _remove_stale_figures(folder / "figures", set(drawings))
+    _write_tables(study, parts, folder / "tables")
+    lines = _terminal_lines(study, parts, folder)
     numbers = plain(
         {
             "fingerprint": fingerprint(table),
@@ -88,6 +93,7 @@ def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report
             "laws": study.laws,
             "family": study.family,
             "multipliers": study.multipliers,
+            **{part.name: part.numbers for part in parts},
             "refusals": [{"of": subject, "refusal": each} for subject, each in refusals(study)],
             "exclusions": table.exclusions,
             "plan": plan,
@@ -95,13 +101,20 @@ def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report
         }
     )
     assert isinstance(numbers, dict)
-    write_atomically(folder / "index.html", render(study, plates, drawings, plan))
+    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan))
     # Last: it holds the fingerprint that says the report is whole.
     write_json(folder / "report.json", numbers)
     return Report(folder / "index.html", numbers, lines)
 
 
-def _write_tables(study: Study, folder: Path) -> None:
+def _remove_stale_figures(folder: Path, drawn: set[str]) -> None:
+    """A figure of an earlier report that this one would not draw must not lie beside it."""
+    for file in folder.glob("*.*"):
+        if file.suffix in (".png", ".svg", ".csv") and file.stem not in drawn:
+            file.unlink()
+
+
+def _write_tables(study: Study, parts: list[Section], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
         "laws": laws_table(study),
@@ -110,6 +123,7 @@ def _write_tables(study: Study, folder: Path) -> None:
         "alternatives": study.alternatives,
         "runs": study.table.runs,
         "points": study.points.rows,
+        **{part.name: part.numbers for part in parts},
     }
     for name, frame in tables.items():
         frame.to_csv(folder / f"{name}.csv", index=False)
@@ -137,8 +151,9 @@ def _effects_table(study: Study) -> pd.DataFrame:
     )
 
 
-def _terminal_lines(study: Study, folder: Path) -> tuple[str, ...]:
+def _terminal_lines(study: Study, parts: list[Section], folder: Path) -> tuple[str, ...]:
     lines = [f"{study.table.name}: {progress(study.table)}", ""]
+    lines += [line for part in parts for line in part.lines]
     lines += [f"{lead}: {text}" for lead, text, _ in answers(study)]
     lines += _law_lines(study)
     refused = refusals(study)

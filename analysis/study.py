@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.compare import Answer, Contrast, answer, every_set
+from analysis.compare import Answer, Arm, Contrast, answer, every_set
 from analysis.fits import Estimator, Fit
 from analysis.frames import floats, keep, where
 from analysis.laws import CHINCHILLA, POWER, Law, group_of, nested_family
@@ -17,8 +17,9 @@ from analysis.multipliers import (
     frontier,
     reach,
 )
+from analysis.rates import mixed_rates
 from analysis.refusal import Refusal
-from analysis.table import Table, final
+from analysis.table import FLOP_CONVENTIONS, Table, final
 from analysis.uncertainty import Interval, Replicates, parameter_intervals, replicate
 
 CELL = ("architecture", "corpus")
@@ -82,6 +83,9 @@ class Study:
 
 def analyse(table: Table, settings: Settings) -> Study:
     """Fit and compare everything a table supports; what it does not support becomes a refusal."""
+    refused = mixed_rates(table)
+    if refused is not None:
+        return _refused(table, refused)
     generator = np.random.default_rng(settings.seed)
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
@@ -104,6 +108,32 @@ def analyse(table: Table, settings: Settings) -> Study:
         alternatives=_alternatives(neutral, joint),
         multipliers=tuple(_multipliers(points, joint)),
         curves=_curves(joint, [law for law in cells if law.evaluation_set == table.neutral_set]),
+    )
+
+
+def _refused(table: Table, refusal: Refusal) -> Study:
+    """A study that keeps its points and answers nothing."""
+    points, law = final(table), nested_family(CELL)[JOINT]
+    arm = Arm(refusal, refusal, refusal, dict.fromkeys(FLOP_CONVENTIONS, refusal), False)
+    joint = FittedLaw("all cells", table.neutral_set, law, refusal, {}, None)
+    return Study(
+        table=table,
+        points=points,
+        answer=Answer(
+            evaluation_set=table.neutral_set,
+            corpus=(refusal,),
+            arms=(arm,),
+            noise=refusal,
+            detectable={"corpus": refusal, "architecture": refusal},
+        ),
+        effects={table.neutral_set: {"corpus": (refusal,), "architecture": (refusal,)}},
+        cells=(),
+        family=_family(points.rows, {}),
+        joint=joint,
+        power=(),
+        alternatives=_alternatives(points.rows, joint),
+        multipliers=(refusal,),
+        curves=_curves(joint, []),
     )
 
 

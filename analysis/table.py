@@ -1,14 +1,14 @@
 """The run table: how a sweep folder becomes one row per evaluated point, and what was left out."""
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import yaml
 
-from trainer.record import Row, StoredRun, read_run
+from trainer.record import Row, StoredRun, read_json, read_run
 
 COLUMNS = {
     "run_id": "hash of the resolved run configuration; of a trunk, its trunk_id",
@@ -39,7 +39,7 @@ COLUMNS = {
     "loss_nats": "total_nats / targets [nats per token]",
     "bits_per_byte": "total_nats / ln 2 / utf8_bytes [bits per byte]",
     "batch_tokens": "tokens in one optimizer step [tokens]",
-    "learning_rate": "peak learning rate",
+    "learning_rate": "peak learning rate, the architecture's own scale included",
     "dataset_root_hash": "fingerprint of the built data",
     "commit": "code version of the latest start",
 }
@@ -50,11 +50,13 @@ FLOP_CONVENTIONS = {
 }
 RUN_COLUMNS = [
     "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "parameters",
-    "horizon_tokens", "tokens",
+    "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second",
 ]  # fmt: skip
+BASELINE_COLUMNS = ["corpus", "evaluation_set", "order", "tokens", "total_nats", "targets"]
+LADDER_COLUMNS = ["architecture", "rung", "seq_len", "state_bytes"]
 _FLOAT_COLUMNS = [
     name for name, meaning in COLUMNS.items() if "[" in meaning and "true/false" not in meaning
-] + ["learning_rate"]
+] + ["learning_rate", "vocab_size", "tokens_per_second"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ class Table:
     Attributes:
         rows: one row per evaluated point; see COLUMNS.
         runs: one row per run of the sweep as last expanded, whatever its state.
+        tuning: architecture -> its `learning_rate_scale` and the `evidence` for it.
+        rate_factors: factors on the rule's learning rate that each cell tries, if the sweep says.
+        baselines: losses of n-gram models, one row per corpus, evaluation set and order.
+        ladder: what the accountant counts, one row per architecture, rung and context.
     """
 
     name: str
@@ -81,6 +87,14 @@ class Table:
     runs: pd.DataFrame
     exclusions: tuple[Exclusion, ...]
     context: dict
+    tuning: dict = field(default_factory=dict)
+    rate_factors: tuple[float, ...] = ()
+    baselines: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=pd.Index(BASELINE_COLUMNS))
+    )
+    ladder: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
+    )
 
     def levels(self, factor: str) -> list[str]:
         """The levels of a factor, in the order in which the sweep lists its runs."""
@@ -115,6 +129,12 @@ def load(root: Path) -> Table:
             [each for each in exclusions if each is not None] + other_evaluations + failures
         ),
         context=dict(sweep.get("context") or {}),
+        tuning=dict(sweep.get("tuning") or {}),
+        rate_factors=_rate_factors(sweep.get("config") or {}),
+        baselines=pd.DataFrame(
+            read_json(root / "baselines.json").get("rows", []), columns=pd.Index(BASELINE_COLUMNS)
+        ),
+        ladder=_ladder(root / "ladder.parquet"),
     )
 
 
@@ -132,6 +152,17 @@ def _read_sweep(root: Path) -> dict:
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
         raise ValueError(f"{file} lists no runs; expand the sweep again to rewrite it")
     return sweep
+
+
+def _rate_factors(config: dict) -> tuple[float, ...]:
+    ladder = config.get("ladders", {}).get(config.get("ladder"), {})
+    return tuple(sorted(float(each) for each in ladder.get("learning_rate_factors", [])))
+
+
+def _ladder(file: Path) -> pd.DataFrame:
+    if not file.exists():
+        return pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
+    return pd.read_parquet(file, columns=LADDER_COLUMNS)
 
 
 def _status(run: StoredRun) -> str:
@@ -242,7 +273,7 @@ def _point(run: StoredRun, status: str, row: Row) -> dict[str, object]:
         "state_bytes": accounting["state_bytes"],
         "loss_nats": nats / float(row["targets"] or np.nan),
         "batch_tokens": run.config["optimizer"]["batch_tokens"],
-        "learning_rate": run.config["optimizer"]["learning_rate"],
+        "learning_rate": _peak_rate(run),
         "dataset_root_hash": run.provenance.get("dataset_root_hash"),
         "commit": run.provenance.get("commit"),
         **{name: row.get(name) for name in _STORED},
@@ -270,9 +301,24 @@ def _identity(run: StoredRun, status: str) -> dict[str, object]:
     }
 
 
+def _peak_rate(run: StoredRun) -> float | None:
+    optimizer = run.config.get("optimizer")
+    if optimizer is None:
+        return None
+    return optimizer["learning_rate"] * optimizer.get("learning_rate_scale", 1.0)
+
+
 def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
     last = run.metrics[-1]["tokens"] if run.metrics else None
-    return {**_identity(run, status), "tokens": run.summary.get("tokens", last)}
+    speeds = [row.get("tokens_per_second") for row in run.metrics]
+    known = [float(speed) for speed in speeds if speed is not None]
+    return {
+        **_identity(run, status),
+        "tokens": run.summary.get("tokens", last),
+        "learning_rate": _peak_rate(run),
+        "vocab_size": run.config.get("model", {}).get("vocab_size"),
+        "tokens_per_second": float(np.median(known)) if known else None,
+    }
 
 
 def _frame(records: list[dict[str, object]], columns: list[str]) -> pd.DataFrame:
