@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep smoke test check conformance bench faults slurm lock
+.PHONY: setup sweep ladder smoke hip test check conformance large bench faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
+hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/evaluate.py runs/hip
 test:  setup ; $(BIN)/python -m tests.run
 check: setup ; $(BIN)/python -m tests.check
+ladder: setup ; $(BIN)/python launch/ladder.py
 conformance: setup ; $(BIN)/python -m tests.conformance.run
+large: setup ; $(BIN)/python -m tests.large_step
 bench: setup ; $(BIN)/python -m tests.bench
 faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run

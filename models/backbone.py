@@ -254,7 +254,7 @@ def build_backbone(config: BackboneConfig, seed: int) -> Backbone:
     return backbone
 
 
-def initialise(backbone: Backbone, seed: int) -> None:
+def initialise(backbone: Stack, seed: int) -> None:
     """Draw every parameter from a generator of its own, keyed by the seed and its name."""
     with torch.no_grad():
         for path, module in backbone.named_modules():

@@ -23,6 +23,7 @@ from kernels.hip_selection import (
     Region,
     Search,
     Stage,
+    recall_at_k,
     staged_keys_scored,
     staged_search,
     tree_keys_scored,
@@ -156,8 +157,7 @@ class Hip(Attention):
                 f"only ({config.approximate_reason}); train with selection row and refresh 1"
             )
         queries, keys, _ = coefficients
-        width = config.query_block if config.selection == "block" else config.refresh
-        blocks = query_blocks(sequence.positions(), keys.shape[1], width, config.refresh)
+        blocks = self._blocks(sequence, keys.shape[1])
         reach = Reach(config.key_block, config.n_sink, config.window)
 
         def attend(before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -166,6 +166,16 @@ class Hip(Attention):
             return mixed, blocks.last(kept)
 
         return attend(None)[0] if config.refresh == 1 else sequence.recur(attend)
+
+    def recall(self, x: Float[Tensor, "B L D"], sequence: WholeSequence) -> Float[Tensor, "B H L"]:
+        """Share of each query's best keys, as many as a list has room for, that its search finds.
+
+        Sinks and window do not count. Takes a score of every key.
+        """
+        queries, keys, _ = self.project(sequence.without_padding(x), sequence)[1]
+        blocks = self._blocks(sequence, keys.shape[1])
+        kept = self._search(queries, keys, blocks, sequence)
+        return recall_at_k(queries, keys, kept, blocks, self.config.key_block)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
         """Attention to the keys read, and a product for each key that the search scores (D.3)."""
@@ -184,6 +194,11 @@ class Hip(Attention):
     def _visible(self, sequence: WholeSequence, keys: int) -> Bool[Tensor, "B 1 L S"] | None:
         """No mask: lists say what is visible."""
         del sequence, keys
+
+    def _blocks(self, sequence: WholeSequence, keys: int) -> QueryBlocks:
+        config = self.config
+        width = config.query_block if config.selection == "block" else config.refresh
+        return query_blocks(sequence.positions(), keys, width, config.refresh)
 
     def _listed(
         self,

@@ -1,0 +1,53 @@
+"""The command that trains large models by one step, at a size where a step is quick."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import large_step
+from tests.large_step import LOSS_BOUND, Step, causal_architectures, main, take_step
+
+GOOD = Step("mamba", 1000, 5.6, 5.2, 3.0, True, 1.0, 2000, 2000)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", causal_architectures())
+def test_a_step_starts_at_an_even_guess_and_learns(name: str) -> None:
+    step = take_step(name, "1M", threads=1)
+    assert step.holds
+    assert abs(step.loss - math.log(257)) < LOSS_BOUND
+    assert step.loss_after < step.loss
+    assert 0 < step.gradient_norm < math.inf
+    assert step.predicted_bytes > 16 * step.parameters
+
+
+def test_all_named_causal_architectures_take_part() -> None:
+    wanted = "hybrid m2 mamba mamba2 samba scout_mamba scout_window transformer"
+    assert causal_architectures() == wanted.split()
+
+
+@pytest.mark.parametrize(
+    ("step", "code"), [(GOOD, 0), (replace(GOOD, loss=6.2), 1), (replace(GOOD, finite=False), 1)]
+)
+def test_the_command_fails_by_loss_and_gradient(
+    step: Step, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(large_step, "step_alone", lambda *_: step)
+    assert main(["mamba", "--root", str(tmp_path)]) == code
+    stored = json.loads((tmp_path / "reports" / "large_step_part.json").read_text())
+    rows = {row["name"]: row for row in stored["rows"]}
+    assert rows["mamba_loss"]["value"] == step.loss
+    assert rows["mamba_memory_ratio"]["value"] == 1.0
+    kept = rows["mamba_loss_from_even_guess"]["holds"] and rows["mamba_finite"]["holds"]
+    assert kept == (code == 0)
