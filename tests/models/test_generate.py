@@ -21,7 +21,7 @@ def backbone() -> Backbone:
 
 def test_greedy_tokens_are_the_likeliest_of_the_whole_sequence(backbone: Backbone) -> None:
     prompt = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(1))
-    new = [piece.tokens for piece in generate(backbone, prompt, 9, Sampling(temperature=0))]
+    new = [piece.tokens for piece in generate(backbone, prompt, 9, Sampling(temperature=0.0))]
     tokens = torch.cat([prompt, torch.stack(new, dim=1)], dim=1)
     hidden = backbone(tokens, WholeSequence(torch.zeros(2, 16, dtype=torch.int32)))
     likeliest = backbone.head(hidden).argmax(dim=-1)
@@ -56,7 +56,7 @@ def test_a_low_temperature_is_nearly_greedy() -> None:
 
 
 def test_shares_and_temperatures_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="top_p 0 is no share"):
-        Sampling(top_p=0)
-    with pytest.raises(ValueError, match="temperature -1 is negative"):
-        Sampling(temperature=-1)
+    with pytest.raises(ValueError, match="top_p 0.0 is no share"):
+        Sampling(top_p=0.0)
+    with pytest.raises(ValueError, match="temperature -1.0 is negative"):
+        Sampling(temperature=-1.0)
