@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep ladder smoke hip test check conformance large bench faults slurm lock
+.PHONY: setup sweep ladder smoke hip test check conformance large bench decode faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
 hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/evaluate.py runs/hip
@@ -13,6 +13,7 @@ ladder: setup ; $(BIN)/python launch/ladder.py
 conformance: setup ; $(BIN)/python -m tests.conformance.run
 large: setup ; $(BIN)/python -m tests.large_step
 bench: setup ; $(BIN)/python -m tests.bench
+decode: setup ; $(BIN)/python -m tests.bench_decode
 faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run
 lock:  setup ; $(BIN)/python setup_environment.py --lock
