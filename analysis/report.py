@@ -1,7 +1,12 @@
-"""The report of a sweep: what is written where, when it is written again, and its terminal form."""
+"""The report of a sweep: what is written where, when it is written again, and its terminal form.
 
+python -m analysis.report runs/<sweep>      draw what has finished so far, if that is news
+"""
+
+import argparse
 import hashlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +26,22 @@ from trainer.record import read_json, write_atomically, write_json
 MOST_LINES = 30
 FULL = Settings()
 QUICK = Settings(replicates=100)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.report",
+        description="Draw the report of a sweep folder from the runs that have finished.",
+    )
+    parser.add_argument("sweep", type=Path, help="a folder, such as runs/scaling")
+    try:
+        report = redraw(parser.parse_args(words).sweep)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 64
+    sys.stdout.write(report.text() + "\n")
+    return 0
 
 
 @dataclass(frozen=True)
@@ -182,3 +203,7 @@ def _law_lines(study: Study) -> list[str]:
             lines.append(f"  {law.part}: {', '.join(exponents) or 'no shared parameter'}")
     title = f"Fitted laws on {study.table.neutral_set}, 95 % intervals:"
     return ["", title, *lines] if lines else []
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

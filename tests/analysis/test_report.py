@@ -161,3 +161,17 @@ def test_names_are_escaped(tmp_path):
 def test_the_report_needs_no_torch():
     check = "import sys, analysis.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_the_command_draws_the_report_and_refuses_a_folder_without_a_sweep(tmp_path):
+    root = tmp_path / "empty"
+    root.mkdir()
+    (root / "sweep.yaml").write_text(yaml.safe_dump({"name": "empty", "runs": []}))
+    command = [sys.executable, "-m", "analysis.report"]
+    drawn = subprocess.run([*command, root], capture_output=True, text=True, check=False)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (root / "report" / "index.html").exists()
+    assert "Report:" in drawn.stdout
+    refused = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False)
+    assert refused.returncode == 64
+    assert "holds no sweep.yaml" in refused.stderr
