@@ -4,7 +4,7 @@ python launch/sweep.py sweeps/scaling.yaml [key=value ...] [--plan | --status | 
 """
 
 import argparse
-import os
+import subprocess
 import sys
 import threading
 import time
@@ -226,11 +226,12 @@ class _Redraw:
             self._thread.join()
 
     def _draw(self) -> None:
-        child = os.spawnlp(
-            os.P_WAIT, "nice", "nice", sys.executable, "-m", "analysis.report", str(self._folder)
-        )
-        if child != 0:
-            Journal(self._folder).write("redraw failed", code=child)
+        command = ["nice", sys.executable, "-m", "analysis.report", str(self._folder)]
+        # What it says is for a terminal of its own, not for the middle of live progress.
+        drawn = subprocess.run(command, capture_output=True, text=True, check=False)
+        if drawn.returncode != 0:
+            error = drawn.stderr.strip().rpartition("\n")[2]
+            Journal(self._folder).write("redraw failed", code=drawn.returncode, error=error)
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
