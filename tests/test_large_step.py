@@ -38,10 +38,15 @@ def test_all_named_causal_architectures_take_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "code"), [(GOOD, 0), (replace(GOOD, loss=6.2), 1), (replace(GOOD, finite=False), 1)]
+    ("step", "code", "near"),
+    [
+        (GOOD, 0, True),
+        (replace(GOOD, loss=6.2), 0, False),
+        (replace(GOOD, finite=False), 1, True),
+    ],
 )
-def test_the_command_fails_by_loss_and_gradient(
-    step: Step, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_command_fails_by_gradient_and_reports_a_missed_loss(
+    step: Step, code: int, near: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(large_step, "step_alone", lambda *_: step)
     assert main(["mamba", "--root", str(tmp_path)]) == code
@@ -49,5 +54,5 @@ def test_the_command_fails_by_loss_and_gradient(
     rows = {row["name"]: row for row in stored["rows"]}
     assert rows["mamba_loss"]["value"] == step.loss
     assert rows["mamba_memory_ratio"]["value"] == 1.0
-    kept = rows["mamba_loss_from_even_guess"]["holds"] and rows["mamba_finite"]["holds"]
-    assert kept == (code == 0)
+    assert rows["mamba_loss_from_even_guess"]["holds"] == near
+    assert rows["mamba_finite"]["holds"] == (code == 0)
