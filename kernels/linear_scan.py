@@ -152,9 +152,11 @@ _forward = define_operator(
     "linear_scan_forward(Tensor log_decay, Tensor values, Tensor? initial, Tensor? documents) "
     "-> Tensor",
     _forward_shapes,
+    "kernels.gpu.linear_scan:forward",
 )
 _backward = define_operator(
     "linear_scan_backward(Tensor d_outputs, Tensor log_decay, Tensor outputs, Tensor? initial, "
     "Tensor? documents) -> (Tensor, Tensor, Tensor)",
     _backward_shapes,
+    "kernels.gpu.linear_scan:backward",
 )

@@ -12,6 +12,7 @@ import enum
 import fcntl
 import functools
 import hashlib
+import importlib
 import json
 import os
 import pathlib
@@ -22,10 +23,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
+
+from kernels.gpu.launch import interpreting, is_recording
 
 SOURCES = pathlib.Path(__file__).parent / "native"
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wall")
@@ -45,13 +48,16 @@ class Path(enum.Enum):
 def path_of(x: Tensor) -> Path:
     """Tell which implementation serves `x`, and make it ready.
 
-    A CPU tensor is served by the compiled library, which the first call loads or builds, and
-    without a compiler by plain torch, with one warning. On the meta device the operators know
-    their shapes without being built. The kernels compute in float32, so float64 goes to the
-    reference. There are no Triton kernels yet: a CUDA tensor goes to the reference too.
+    A CUDA tensor is served by the Triton kernels, and so is a CPU tensor where Triton interprets
+    (TRITON_INTERPRET=1) and every tensor whose launches are only recorded. Any other CPU tensor is
+    served by the compiled library, which the first call loads or builds, and without a compiler by
+    plain torch, with one warning. On the meta device the operators know their shapes without being
+    built. The kernels compute in float32, so float64 goes to the reference.
     """
     if x.dtype is torch.float64:
         return Path.REFERENCE
+    if x.is_cuda or is_recording() or (interpreting() and not x.is_meta):
+        return Path.TRITON
     if x.is_meta:
         return Path.NATIVE
     if x.device.type == "cpu" and _serves_natively():
@@ -60,18 +66,35 @@ def path_of(x: Tensor) -> Path:
 
 
 def define_operator(
-    schema: str, shapes: Callable[..., Tensor | tuple[Tensor, ...]]
-) -> torch._ops.OpOverload:
+    schema: str, shapes: Callable[..., Any], launcher: str | None = None
+) -> Callable[..., Any]:
     """Declare a torch operator whose CPU kernel the library brings, and say what shapes it returns.
 
     Args:
         schema: name, arguments and results in torch's schema language, without a namespace.
         shapes: takes the operator's arguments and returns empty tensors like its results.
+        launcher: module and name of the function that starts the Triton kernel, as in
+            `kernels.gpu.linear_scan:forward`; it takes the operator's arguments and returns its
+            results. Imported at its first use: loading Triton takes a second.
     """
     name = schema.partition("(")[0]
     _OPERATORS.define(schema)
     torch.library.register_fake(f"crossladder::{name}", shapes, lib=_OPERATORS)
-    return getattr(torch.ops.crossladder, name).default
+    operator = getattr(torch.ops.crossladder, name).default
+    if launcher is None:
+        return operator
+    module, _, function = launcher.partition(":")
+
+    def start(*arguments: object) -> Any:  # noqa: ANN401
+        return getattr(importlib.import_module(module), function)(*arguments)
+
+    _OPERATORS.impl(name, start, "CUDA")
+
+    def call(*arguments: object) -> Any:  # noqa: ANN401
+        # The dispatcher knows neither of the two.
+        return (start if is_recording() or interpreting() else operator)(*arguments)
+
+    return call
 
 
 def warm() -> None:
@@ -81,7 +104,7 @@ def warm() -> None:
 
 def describe() -> dict[str, str]:
     """Say what the kernels of this process are, for a run's provenance."""
-    facts = {"cpu": Path.REFERENCE.value, "cuda": Path.REFERENCE.value}
+    facts = {"cpu": Path.REFERENCE.value, "cuda": Path.TRITON.value}
     if _serves_natively():
         library = native_library()
         facts = {**facts, "cpu": Path.NATIVE.value, "library": library.stem}
