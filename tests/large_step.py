@@ -168,20 +168,20 @@ def measurements(steps: Sequence[Step]) -> list[Measurement]:
 
 def step_table(steps: Sequence[Step]) -> Table:
     """The steps, one a line."""
-    table = Table(title=f"one step at {RUNG} on {SEQ_LEN} bytes", box=None)
+    table = Table(title=f"one step at {RUNG} on {SEQ_LEN} bytes", box=None, padding=(0, 0, 0, 1))
     table.add_column("architecture", no_wrap=True)
     for head in ("M", "loss", "echo", "apart", "after", "norm", "s", "GB", "planned", "ratio", ""):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=True)
     for step in steps:
         table.add_row(
             step.architecture,
-            f"{step.parameters / 1e6:.1f}",
-            f"{step.loss:.3f}",
+            f"{step.parameters / 1e6:.0f}",
+            f"{step.loss:.2f}",
             f"{step.echo:.2f}",
-            f"{step.loss_apart:.3f}",
-            f"{step.loss_after:.3f}",
-            f"{step.gradient_norm:.2f}",
-            f"{step.seconds:.1f}",
+            f"{step.loss_apart:.2f}",
+            f"{step.loss_after:.2f}",
+            f"{step.gradient_norm:.0f}",
+            f"{step.seconds:.0f}",
             f"{step.peak_bytes / 1e9:.2f}",
             f"{step.predicted_bytes / 1e9:.2f}",
             f"{step.memory_ratio:.2f}",
