@@ -15,11 +15,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from kernels.ssd_chunks import Rows, scan, scan_back, sum_in_documents
+from kernels.runtime import Path, define_operator, path_of
+from kernels.ssd_chunks import Rows, scan, scan_back
 
 # Tokens of a chunk. Work within chunks grows with it; memory between them, for which the backward
 # pass holds a state each, shrinks with it.
 CHUNK = 64
+
+# The document, to the Triton kernels, of tokens that no other may hear: nothing of them is loaded.
+SPOILT = -(2**31)
 
 
 class Scan(NamedTuple):
@@ -61,19 +65,18 @@ def ssd(
     if values.shape[1] == 1:
         # Decoding: one step of the recurrence costs a third of the many small products of a chunk.
         return ssd_reference(values, dt, A, B, C, initial, documents)
+    if path_of(values) is Path.TRITON:
+        return _by_kernels(values, dt, A, B, C, initial, documents)
     if documents is None or documents.is_meta:
         return _by_groups(values, dt, A, B, C, initial, documents)
-    states = values.new_zeros(len(values), 1, 1) if initial is None else initial.unsqueeze(1)
-    unfit, no_start = _not_finite(values, dt, B, C), _not_finite(states)[:, 0]
+    unfit, no_start = _unfit(values, dt, B, C, initial)
     if not (unfit.any() or no_start.any()):
         return _by_groups(values, dt, A, B, C, initial, documents)
     # Products of matrices would multiply it by the zeros that keep documents apart.
     x, steps, enter, leave = (_blanked(tensor, unfit) for tensor in (values, dt, B, C))
     start = None if initial is None else _blanked(initial, no_start)
     outputs, final = _by_groups(x, steps, A, enter, leave, start, documents)
-    first = unfit[:, :1] | (no_start[:, None] & (documents[:, :1] == 0))
-    unfit = torch.cat([first, unfit[:, 1:]], dim=1)
-    spoilt = sum_in_documents(unfit.float(), documents) > 0
+    spoilt = _spoilt(unfit, no_start, documents)
     return Scan(_blanked(outputs, spoilt, torch.nan), _blanked(final, spoilt[:, -1], torch.nan))
 
 
@@ -136,6 +139,31 @@ def two_way_ssd(
     return before + after.flip(1)
 
 
+def _by_kernels(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L G N"],
+    C: Float[Tensor, "B L G N"],
+    initial: Float[Tensor, "B H P N"] | None,
+    documents: Int[Tensor, "B L"] | None,
+) -> Scan:
+    """Scan by the Triton kernels, which leave tokens out where others blank them."""
+    ids = None if documents is None else documents.int()
+    spoilt = None
+    if ids is not None:
+        spoilt = _spoilt(*_unfit(values, dt, B, C, initial), ids)
+        ids = ids.masked_fill(spoilt, SPOILT).contiguous()
+    dtype = torch.promote_types(torch.promote_types(values.dtype, B.dtype), C.dtype)
+    x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
+    steps, rates = dt.float().contiguous(), A.float().contiguous()
+    start = None if initial is None else initial.float().contiguous()
+    outputs, final = _SsdByKernels.apply(x, steps, rates, enter, leave, start, ids)
+    if spoilt is not None:
+        final = _blanked(final, spoilt[:, -1], torch.nan)
+    return Scan(outputs.to(values.dtype), final)
+
+
 def _by_groups(
     values: Float[Tensor, "B L H P"],
     dt: Float[Tensor, "B L H"],
@@ -196,8 +224,61 @@ class _Ssd(torch.autograd.Function):
         return d_values, d_dt, d_A, d_B, d_C, None if initial is None else d_initial, None
 
 
+class _SsdByKernels(torch.autograd.Function):
+    """The scan by the operators."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        values: Float[Tensor, "B L H P"],
+        dt: Float[Tensor, "B L H"],
+        A: Float[Tensor, "H"],
+        B: Float[Tensor, "B L G N"],
+        C: Float[Tensor, "B L G N"],
+        initial: Float[Tensor, "B H P N"] | None,
+        documents: Int[Tensor, "B L"] | None,
+    ) -> tuple[Tensor, Tensor]:
+        # Torch saves None as None; its stub does not say so.
+        saved = (values, dt, A, B, C, initial, documents)
+        ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
+        ctx.set_materialize_grads(False)
+        return _forward(values, dt, A, B, C, initial, documents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        d_outputs = torch.zeros_like(saved[0]) if d_outputs is None else d_outputs.contiguous()
+        d_final = None if d_final is None else d_final.contiguous()
+        gradients = _backward(d_outputs, d_final, *saved)
+        return (*gradients[:5], gradients[5] if list(ctx.needs_input_grad)[5] else None, None)
+
+
 def _heads_to_rows(x: Float[Tensor, "B L H *P"], groups: int) -> Float[Tensor, "BG L R *P"]:
     return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _unfit(
+    values: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial: Tensor | None
+) -> tuple[Bool[Tensor, "B L"], Bool[Tensor, "B"]]:
+    """Which tokens, and which rows' initial states, hold what is not finite."""
+    states = values.new_zeros(len(values), 1, 1) if initial is None else initial.unsqueeze(1)
+    return _not_finite(values, dt, B, C), _not_finite(states)[:, 0]
+
+
+def _spoilt(
+    unfit: Bool[Tensor, "B L"], no_start: Bool[Tensor, "B"], documents: Int[Tensor, "B L"]
+) -> Bool[Tensor, "B L"]:
+    """Which tokens have an unfit one in their document, at them or before."""
+    first = unfit[:, :1] | (no_start[:, None] & (documents[:, :1] == 0))
+    unfit = torch.cat([first, unfit[:, 1:]], dim=1)
+    count = unfit.int().cumsum(1)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    # Counts never fall, so that the latest beginning has the largest.
+    before = torch.where(begins, count - unfit.int(), 0).cummax(1).values
+    return count > before
 
 
 @torch.no_grad()
@@ -248,3 +329,47 @@ def _check_shapes(
                 f"ssd {name} has shape {tuple(tensor.shape)}, but values of shape "
                 f"{tuple(values.shape)}, {G} groups and a state of {N} need {shape}"
             )
+
+
+def _forward_shapes(
+    values: Tensor,
+    dt: Tensor,
+    _A: Tensor,
+    B: Tensor,
+    _C: Tensor,
+    _initial: Tensor | None,
+    _documents: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, _, H, P = values.shape
+    return torch.empty_like(values), dt.new_empty(batch, H, P, B.shape[3])
+
+
+def _backward_shapes(
+    _d_outputs: Tensor,
+    _d_final: Tensor | None,
+    values: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    _initial: Tensor | None,
+    _documents: Tensor | None,
+) -> tuple[Tensor, ...]:
+    batch, _, H, P = values.shape
+    d_initial = dt.new_empty(batch, H, P, B.shape[3])
+    return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial)
+
+
+_forward = define_operator(
+    "ssd_forward(Tensor values, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial, "
+    "Tensor? documents) -> (Tensor, Tensor)",
+    _forward_shapes,
+    "kernels.gpu.ssd:forward",
+)
+_backward = define_operator(
+    "ssd_backward(Tensor d_outputs, Tensor? d_final, Tensor values, Tensor dt, Tensor A, "
+    "Tensor B, Tensor C, Tensor? initial, Tensor? documents) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_shapes,
+    "kernels.gpu.ssd_back:backward",
+)

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.runtime import Path, define_operator, path_of
+
 # Numbers of a working tensor: few enough for a core's cache; on other devices enough to fill them.
 _WORKING_ON_CPU = 2**18
 _WORKING_ELSEWHERE = 2**26
@@ -155,9 +157,9 @@ def _write(chunks: _Chunks, to: Tensor, state: Tensor, work: _Workspace) -> Tens
     states = work.take("states", K + 1, *state.shape)
     states[0].copy_(state)
     _advance(chunks, states, work)
-    steps, matrix = _steps(chunks, work), _decays(chunks, work).mul_(chunks.pairs)
+    values, matrix = _by_head(chunks.values, "steps", work), _matrix(chunks, work)
     inside = work.take("heads", K, B, H, Q, P)
-    torch.bmm(_flat(matrix), _flat(steps), out=_flat(inside))
+    torch.bmm(_flat(matrix), _flat(values), out=_flat(inside))
     heard = _product(chunks.C, states[:K], work.take("tokens", K, B, Q, H, P))
     torch.addcmul(inside.transpose(2, 3), chunks.entering, heard, out=to)
     return states[K]
@@ -221,11 +223,12 @@ def _between_back(
     d_state.copy_(d_states[0])
     after, tokens = d_states[1:], work.take("tokens", K, B, Q, H, P)
     torch.bmm(_wide(heard), _wide(states).mT, out=into.C.flatten(0, 1))
-    torch.sum(_product(chunks.C, states, tokens).mul_(heard), -1, out=into.heard)
+    _dots(_product(chunks.C, states, tokens), heard, into.heard)
     left = torch.mul(chunks.values, chunks.share, out=work.take("left", K, B, Q, H, P))
     torch.bmm(_wide(left), _wide(after).mT, out=into.B.flatten(0, 1))
-    torch.sum(left.mul_(_product(chunks.B, after, tokens)), -1, out=into.left)
-    torch.sum(torch.mul(states, after, out=states), (2, 4), out=into.kept)
+    _dots(_product(chunks.B, after, tokens), left, into.left)
+    kept = work.take("kept", K, B, states.shape[2], H)
+    torch.sum(_dots(states, after, kept), 2, out=into.kept)
 
 
 def _inside_back(
@@ -233,18 +236,13 @@ def _inside_back(
 ) -> None:
     """Go back through the matrices inside chunks, and put together what the values get."""
     K, B, Q, H, P = d_out.shape
-    heads, steps = work.take("heads", K, B, H, Q, P), _steps(chunks, work)
-    heads.copy_(d_out.transpose(2, 3))
-    decays, d_matrix = _decays(chunks, work), work.take("d_matrix", K, B, H, Q, Q)
-    torch.bmm(_flat(heads), _flat(steps).mT, out=_flat(d_matrix))
-    torch.sum(d_matrix.mul_(decays), 2, keepdim=True, out=into.pairs)
-    into.inside.copy_(_sum_across(d_matrix.mul_(chunks.pairs)))
-    matrix = decays.mul_(chunks.pairs)
-    torch.bmm(_flat(matrix).mT, _flat(heads), out=_flat(steps))
-    spoken = work.take("tokens", K, B, Q, H, P)
-    d_steps = torch.addcmul(steps.transpose(2, 3), chunks.leaving, spoken, out=spoken)
-    torch.mul(d_steps, _by_token(chunks.dt), out=into.values)
-    torch.sum(d_steps.mul_(chunks.values), -1, out=into.dt)
+    heads, values = _by_head(d_out, "heads", work), _by_head(chunks.values, "steps", work)
+    matrix = work.take("matrix", K, B, H, Q, Q)
+    torch.bmm(_flat(heads), _flat(values).mT, out=_flat(matrix))
+    _matrix_back(chunks, matrix, into, work)
+    spoken, d_steps = work.take("tokens", K, B, Q, H, P), values
+    torch.bmm(_flat(matrix).mT, _flat(heads), out=_flat(d_steps))
+    _steps_back(chunks, d_steps, spoken, into)
 
 
 def _put_together(
@@ -263,15 +261,6 @@ def _put_together(
     by_log = (rows.A[:, :, None] * d_log).transpose(2, 3)
     _chunked(into.dt, span, Q).copy_(partial.dt + by_log)
     into.A.add_((chunks.dt * d_log).sum(dim=(0, 3)))
-
-
-def _sum_across(d_exponents: Float[Tensor, "K B H Q Q"]) -> Float[Tensor, "K B H Q"]:
-    """For each token, the sum over pairs of an earlier token and itself or a later one.
-
-    Differences of row and column sums would be cheaper, but lose what strong decays leave.
-    """
-    earlier = torch.cumsum(d_exponents, dim=-1, out=d_exponents).tril_(-1).sum(dim=-2)
-    return F.pad(earlier[..., :-1], (1, 0))
 
 
 def _sum_from(x: Float[Tensor, "*rest Q"]) -> Float[Tensor, "*rest Q"]:
@@ -335,10 +324,65 @@ def sum_in_documents(
     return x
 
 
-def _decays(chunks: _Chunks, work: _Workspace) -> Float[Tensor, "K B H Q Q"]:
+def _matrix(chunks: _Chunks, work: _Workspace) -> Float[Tensor, "K B H Q Q"]:
+    """The matrix from values to outputs inside each chunk: decay, product of C and B, step."""
+    out = work.take("matrix", *chunks.dt.shape, chunks.dt.shape[-1])
+    if path_of(out) is Path.NATIVE:
+        _native_matrix(chunks.log_decay, chunks.rounding, chunks.dt, chunks.pairs, out)
+        return out
+    return _decays(chunks, out).mul_(chunks.pairs).mul_(chunks.dt[..., None, :])
+
+
+def _matrix_back(
+    chunks: _Chunks, scores: Float[Tensor, "K B H Q Q"], into: _Partial, work: _Workspace
+) -> None:
+    """Go back through the matrix; without step sizes, it takes the place of the scores.
+
+    The scores are the products of gradients of outputs and of values. Between them and the
+    gradient of a token's log decay lie the pairs of an earlier token and itself or a later one.
+    Differences of row and column sums would be cheaper, but lose what strong decays leave.
+    """
+    if path_of(scores) is Path.NATIVE:
+        of_chunks = chunks.log_decay, chunks.rounding, chunks.dt, chunks.pairs
+        _native_matrix_back(*of_chunks, scores, into.pairs, into.inside)
+        return
+    decays = _decays(chunks, work.take("decays", *scores.shape))
+    torch.sum(scores.mul_(decays).mul_(chunks.dt[..., None, :]), 2, keepdim=True, out=into.pairs)
+    scores.mul_(chunks.pairs)
+    earlier = torch.cumsum(scores, dim=-1, out=scores).tril_(-1).sum(dim=-2)
+    into.inside.copy_(F.pad(earlier[..., :-1], (1, 0)))
+    torch.mul(decays, chunks.pairs, out=scores)
+
+
+def _steps_back(
+    chunks: _Chunks,
+    inside: Float[Tensor, "K B H Q P"],
+    behind: Float[Tensor, "K B Q H P"],
+    into: _Partial,
+) -> None:
+    """Put together what each token's addition to the state gets, and hand it to values and dt."""
+    if path_of(inside) is Path.NATIVE:
+        factors = chunks.leaving, chunks.dt, chunks.values
+        _native_steps_back(inside, behind, *factors, into.values, into.dt)
+        return
+    d_steps = torch.addcmul(inside.transpose(2, 3), chunks.leaving, behind, out=behind)
+    torch.mul(d_steps, _by_token(chunks.dt), out=into.values)
+    _dots(d_steps, chunks.values, into.dt)
+
+
+def _dots(
+    x: Float[Tensor, "K B S H P"], y: Float[Tensor, "K B S H P"], out: Float[Tensor, "K B S H"]
+) -> Float[Tensor, "K B S H"]:
+    """Multiply and sum over the last dimension."""
+    if path_of(out) is Path.NATIVE:
+        _native_dots(x, y, out)
+        return out
+    return torch.sum(x * y, -1, out=out)
+
+
+def _decays(chunks: _Chunks, out: Float[Tensor, "K B H Q Q"]) -> Float[Tensor, "K B H Q Q"]:
     """The decay from each token (last) to each later one, at most 1 elsewhere."""
     log, rounding = chunks.log_decay, chunks.rounding
-    out = work.take("matrix", *log.shape, log.shape[-1])
     torch.sub(log[..., :, None], log[..., None, :], out=out)
     return _decay(out.add_(rounding[..., :, None]).sub_(rounding[..., None, :]))
 
@@ -356,11 +400,12 @@ def _advance(chunks: _Chunks, states: Float[Tensor, "K1 B N H P"], work: _Worksp
         states[k + 1].addcmul_(kept, states[k])
 
 
-def _steps(chunks: _Chunks, work: _Workspace) -> Float[Tensor, "K B H Q P"]:
-    """What each token adds to the state at its time."""
-    K, B, Q, H, P = chunks.values.shape
-    out = work.take("steps", K, B, H, Q, P)
-    return torch.mul(chunks.values.transpose(2, 3), chunks.dt[..., None], out=out)
+def _by_head(
+    x: Float[Tensor, "K B Q H P"], name: str, work: _Workspace
+) -> Float[Tensor, "K B H Q P"]:
+    """A copy in which the tokens of each head stand together."""
+    K, B, Q, H, P = x.shape
+    return work.take(name, K, B, H, Q, P).copy_(x.transpose(2, 3))
 
 
 def _product(
@@ -439,3 +484,24 @@ def _take_rows(inputs: Rows, rows: slice) -> Rows:
     initial = None if inputs.initial is None else inputs.initial[rows]
     documents = None if inputs.documents is None else inputs.documents[rows]
     return Rows(values, dt, A, B, C, initial, documents)
+
+
+def _nothing(*_: Tensor) -> None:
+    """What operators return that write to their last arguments."""
+
+
+_native_matrix = define_operator(
+    "ssd_matrix(Tensor log_decay, Tensor rounding, Tensor dt, Tensor pairs, Tensor(a!) out) -> ()",
+    _nothing,
+)
+_native_matrix_back = define_operator(
+    "ssd_matrix_back(Tensor log_decay, Tensor rounding, Tensor dt, Tensor pairs, "
+    "Tensor(a!) scores, Tensor(b!) d_pairs, Tensor(c!) d_log) -> ()",
+    _nothing,
+)
+_native_dots = define_operator("ssd_dots(Tensor x, Tensor y, Tensor(a!) out) -> ()", _nothing)
+_native_steps_back = define_operator(
+    "ssd_steps_back(Tensor inside, Tensor behind, Tensor leaving, Tensor dt, Tensor values, "
+    "Tensor(a!) d_values, Tensor(b!) d_dt) -> ()",
+    _nothing,
+)
