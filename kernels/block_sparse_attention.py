@@ -3,7 +3,9 @@
 Source: Lee et al. 2024, "HiP Attention", section 3.3; Xiao et al. 2023, "StreamingLLM", section 3.2
 (sinks). A key that is listed, a sink and in the window at once takes one share of the softmax. A
 window of W is W keys, the query's own included. Changed: forward and backward gather the keys of a
-bounded number of query blocks at a time, so no memory grows with queries times keys.
+bounded number of query blocks at a time, so no memory grows with queries times keys. There is no
+Triton kernel so far: a GPU runs this torch code, which writes every gathered key and value to
+memory once, and sums their gradients atomically, so that two runs differ there by rounding.
 """
 
 from collections.abc import Iterator

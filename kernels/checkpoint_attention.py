@@ -3,7 +3,8 @@
 Source: Jafari et al. 2025, "SCOUT: Toward Sub-Quadratic Attention via Segment Compression for
 Optimized Utility in Transformers", and the authors' release. Changed: documents, which the release
 does not know. Tiles of queries meet the checkpoints that they see between them; the backward pass
-computes the probabilities again, so that none are kept.
+computes the probabilities again, so that none are kept. On a GPU the Triton kernels of
+`interval_attention` do the same.
 """
 
 import math
@@ -12,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.interval_attention import Intervals, Own, interval_attention
 from kernels.precision import without_autocast
+from kernels.runtime import uses_triton
 
 # Scores computed at once. They should stay in the cache, but each tile costs some twenty calls.
 TILE = 2**19
@@ -46,6 +49,15 @@ class Segments(NamedTuple):
         places = torch.arange(queries.start, queries.stop, device=like.device) + self.first
         numbers = torch.arange(seen.start, seen.stop, device=like.device)
         return numbers < (places // self.every)[None, :, None]
+
+    def intervals(self, queries: int) -> Intervals:
+        """The checkpoints that each query sees, the same in all rows."""
+        past = (torch.arange(queries) + self.first) // self.every
+        return Intervals(torch.zeros_like(past)[None], past[None])
+
+    def shown(self) -> Bool[Tensor, "B S"] | None:
+        """Which checkpoints can be seen at all; None for all."""
+        return None
 
     def spans(self, queries: int, length: int) -> "_Spans":
         """Where the checkpoints lie that each run of `length` queries sees."""
@@ -85,24 +97,34 @@ class Places(NamedTuple):
         positions = self.checkpoint_positions[rows, seen][:, None, :]
         return same & (positions < self.positions[rows, queries][:, :, None])
 
-    def spans(self, queries: int, length: int) -> "_Spans":
-        """Where the checkpoints lie that each run of `length` queries sees.
+    def intervals(self, queries: int) -> Intervals:
+        """The checkpoints between the ends of what each query sees; some may be seen by nobody.
 
         Document and position in one number rise along a row, so a search finds both ends.
         Checkpoints that nobody sees take the number of the one before.
         """
-        runs = -(-queries // length)
         documents, positions, of_checkpoints, ends = (x.long() for x in self)
         if ends.shape[1] == 0:
-            return _Spans([[0] * runs], [[0] * runs])
+            nothing = documents.new_zeros(1, queries)
+            return Intervals(nothing, nothing)
         order = torch.where(of_checkpoints < 0, -1, of_checkpoints * 2**32 + ends)
         order = torch.cummax(order, dim=1).values
-        begins = torch.where(documents < 0, 2**62, documents * 2**32)
-        places = torch.where(documents < 0, -1, documents * 2**32 + positions)
-        behind = (0, runs * length - queries)
-        begins = F.pad(begins, behind, value=2**62).unflatten(1, (runs, length)).amin(dim=2)
-        places = F.pad(places, behind, value=-1).unflatten(1, (runs, length)).amax(dim=2)
-        first, past = torch.searchsorted(order, begins), torch.searchsorted(order, places)
+        begins, here = documents * 2**32, documents * 2**32 + positions
+        begins, here = (x.masked_fill(documents < 0, 2**62) for x in (begins, here))
+        return Intervals(torch.searchsorted(order, begins), torch.searchsorted(order, here))
+
+    def shown(self) -> Bool[Tensor, "B S"] | None:
+        """Which checkpoints can be seen at all."""
+        return self.checkpoint_documents >= 0
+
+    def spans(self, queries: int, length: int) -> "_Spans":
+        """Where the checkpoints lie that each run of `length` queries sees."""
+        first, past = self.intervals(queries)
+        # Padding sees nothing, so it must not stretch a run to the end.
+        past = past.masked_fill(self.documents < 0, 0)
+        behind = (0, -queries % length)
+        first = F.pad(first, behind, value=2**62).unflatten(1, (-1, length)).amin(dim=2)
+        past = F.pad(past, behind, value=0).unflatten(1, (-1, length)).amax(dim=2)
         return _Spans(first.tolist(), past.tolist())
 
 
@@ -136,6 +158,12 @@ def checkpoint_attention(
         raise ValueError(
             f"checkpoint_attention is given {given[0]} queries and {given[1]} checkpoints, but "
             f"sight is of {needed[0]} and {needed[1]}; give as many"
+        )
+    if uses_triton(queries):
+        seen = Intervals(*(x.to(queries.device) for x in sight.intervals(given[0])))
+        own = Own(keys, values)
+        return interval_attention(
+            queries, checkpoint_keys, checkpoint_values, seen, own, sight.shown()
         )
     return _Checkpoints.apply(queries, keys, values, checkpoint_keys, checkpoint_values, sight)
 

@@ -4,6 +4,8 @@ Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (the tree); Lee et al. 20
 section 3.1 (the stages). Changed against the papers: a range is represented by its centre and ties
 go to the earlier range, so a search is a function of its inputs; query rows that choose together
 all vote; each query head chooses for itself; documents are searched apart.
+There is no Triton kernel so far: a GPU runs this torch code, which gathers the keys of every round
+to memory, 2 kept blocks for each list, and sorts the scores.
 """
 
 import itertools

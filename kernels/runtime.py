@@ -35,6 +35,8 @@ COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-e
 LINKER_FLAGS = ("-fopenmp",)
 
 _OPERATORS = torch.library.Library("crossladder", "FRAGMENT")
+# A plain global: torch.compile reads it, but would look behind a functools.cache, at the disk.
+_native: bool | None = None
 
 
 class Path(enum.Enum):
@@ -56,13 +58,20 @@ def path_of(x: Tensor) -> Path:
     """
     if x.dtype is torch.float64:
         return Path.REFERENCE
-    if x.is_cuda or is_recording() or (interpreting() and not x.is_meta):
+    if uses_triton(x):
         return Path.TRITON
     if x.is_meta:
         return Path.NATIVE
     if x.device.type == "cpu" and _serves_natively():
         return Path.NATIVE
     return Path.REFERENCE
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Tell whether `path_of` says so, without making ready what would serve `x` otherwise."""
+    if x.dtype is torch.float64:
+        return False
+    return x.is_cuda or is_recording() or (interpreting() and not x.is_meta)
 
 
 def define_operator(
@@ -172,8 +181,14 @@ def is_published(library: pathlib.Path) -> bool:
     return _checksum(library) in certificate.read_text()
 
 
-@functools.cache
 def _serves_natively() -> bool:
+    global _native
+    if _native is None:
+        _native = _make_native()
+    return _native
+
+
+def _make_native() -> bool:
     missing = _missing_tools()
     if missing and not is_published(library_file()):
         warnings.warn(
@@ -181,7 +196,7 @@ def _serves_natively() -> bool:
             "Scans run as plain torch, more than ten times slower, until you install it, for "
             "example with `apt-get install g++` or `pip install ninja`",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
     native_library()

@@ -3,6 +3,7 @@
 Source: Beltagy et al. 2020, "Longformer", section 3.1. A window of W is exactly W keys, the query's
 own included: key j is seen by query i if 0 <= i - j <= W - 1. Blocks of queries meet the keys that
 they see between them; the backward pass computes the probabilities again, so that none are kept.
+On a GPU the Triton kernels of `interval_attention` do the same.
 """
 
 import math
@@ -15,13 +16,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.interval_attention import interval_attention, neighbours
 from kernels.precision import without_autocast
+from kernels.runtime import uses_triton
 
 # Queries of a block. Half as many are a sixth slower at a window of 256, because a product then
 # reads its keys for few queries; twice as many are a sixth slower at a window of 64.
 BLOCK = 64
 # Scores computed at once. They should stay in the cache, but each tile costs a dozen calls.
 TILE = 2**19
+# Queries that meet their keys in one masked product, because laying out tiles would cost more.
+FEW = 16
 
 
 def window_attention(
@@ -54,9 +59,12 @@ def window_attention(
         )
     before = min(window, S) - 1
     unseen = max(S - L - before, 0)
-    ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
-    seen = (keys[:, unseen:], values[:, unseen:], ids[:, unseen:])
-    return _Window.apply(queries, *seen, before, 0)
+    keys, values = keys[:, unseen:], values[:, unseen:]
+    if documents is not None:
+        documents = documents[:, unseen:]
+    if L <= FEW:
+        return _attend_few(queries, keys, values, window, documents)
+    return _attend(queries, keys, values, documents, (before, 0))
 
 
 def centred_window_attention(
@@ -73,9 +81,8 @@ def centred_window_attention(
     """
     if window < 1:
         raise ValueError(f"window {window} is empty; take 1 or more")
-    L = queries.shape[1]
-    ids = queries.new_zeros((1, L), dtype=torch.int32) if documents is None else documents
-    return _Window.apply(queries, keys, values, ids, min(window, L) - 1, min(window, L) - 1)
+    reach = min(window, queries.shape[1]) - 1
+    return _attend(queries, keys, values, documents, (reach, reach))
 
 
 def window_attention_reference(
@@ -94,6 +101,27 @@ def window_attention_reference(
         enable_gqa=keys.shape[2] != queries.shape[2],
     )
     return mixed.transpose(1, 2)
+
+
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, reach: tuple[int, int]
+) -> Float[Tensor, "B L H Q"]:
+    """Attend to as many keys before and after the own one as `reach` says."""
+    L, S = queries.shape[1], keys.shape[1]
+    ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
+    if uses_triton(queries):
+        return interval_attention(queries, keys, values, neighbours(ids, L, *reach))
+    return _Window.apply(queries, keys, values, ids, *reach)
+
+
+def _attend_few(
+    queries: Tensor, keys: Tensor, values: Tensor, window: int, documents: Tensor | None
+) -> Float[Tensor, "B L H Q"]:
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    with without_autocast(queries):
+        q, k, v = (x.to(wide) for x in (queries, keys, values))
+        mixed = window_attention_reference(q, k, v, window, documents)
+    return mixed.to(queries.dtype)
 
 
 def _visible(

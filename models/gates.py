@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from kernels.linear_scan import linear_scan
 from models.layers import BlockDiagonal, uniform, widened
+from models.recurrence import LinearScan
 from models.sequence import WholeSequence
 
 Mode = Literal["rglru", "mingru"]
@@ -120,7 +120,7 @@ def recur(
         log_decay = log_decay.repeat_interleave(P, dim=-1)
     written = (steps.write[..., None] * values).flatten(2)
     documents = sequence.documents if sequence.packed else None
-    states = sequence.recur(lambda initial: linear_scan(log_decay, written, initial, documents))
+    states = sequence.recur(LinearScan(log_decay, written, documents))
     return states.view(values.shape).to(values.dtype)
 
 

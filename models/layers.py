@@ -4,13 +4,13 @@ import math
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
 from kernels.window_attention import window_attention
-from models.sequence import PADDING, WholeSequence
+from models.fewer_passes import rms_norm, turn_halves
+from models.sequence import WholeSequence
 
 
 @runtime_checkable
@@ -146,7 +146,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
         wide, weight = widened(x), widened(self.weight)
-        return F.rms_norm(wide, self.weight.shape, weight, self._eps).to(x.dtype)
+        return rms_norm(wide, weight, self._eps).to(x.dtype)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""
@@ -207,13 +207,14 @@ class CentredConv(nn.Module):
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
         """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
         L, half = x.shape[1], self.weight.shape[1] // 2
-        around = F.pad(x, (0, 0, half, half))
-        ids = F.pad(sequence.documents, (half, half), value=PADDING)
+        around = sequence.around(x, half, half)
+        ids = sequence.documents_around(half, half)
+        own = ids[:, half : half + L]
         mixed = self.bias.to(x.dtype)
         for k, tap in enumerate(self.weight.to(x.dtype).unbind(dim=1)):
             seen = around[:, k : k + L]
             if sequence.packed:
-                other = ids[:, k : k + L] != sequence.documents
+                other = ids[:, k : k + L] != own
                 seen = seen.masked_fill(other[:, :, None], 0.0)
             mixed = mixed + tap * seen
         return mixed
@@ -265,9 +266,7 @@ def rotation(positions: Int[Tensor, "B L"], head_dim: int, theta: float) -> Rota
 
 def rotate(x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
     """Turn each pair of channels (p, p + P/2) by its angle."""
-    left, right = x.chunk(2, dim=-1)
-    turned = torch.cat([-right, left], dim=-1)
-    return (x * by.cos + turned * by.sin).to(x.dtype)
+    return turn_halves(x, by.cos, by.sin).to(x.dtype)
 
 
 def widened(x: Tensor) -> Tensor:

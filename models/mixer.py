@@ -95,6 +95,7 @@ class Mixer(nn.Module, abc.ABC):
 
     Attributes:
         patterns: which of CAB's four it can serve; the slot decides which it does.
+        sharded: in which of them its tokens may be cut over ranks (`models.sharded`).
         no_decay: names of its parameters that weight decay must not touch.
         approximate: why it is no exact function of what a token may see; empty where it is one.
         linear: whether `mix` is linear in the values.
@@ -103,9 +104,11 @@ class Mixer(nn.Module, abc.ABC):
         stops_nan: whether not even a NaN gets from one document of a row into another.
         constant_state: whether decoding keeps as many bytes after any number of tokens.
         ordered_memory: whether the order of a memory's tokens matters.
+        traced: whether torch.compile may look into `mix`: plain torch, no loops over tiles.
     """
 
     patterns: ClassVar[frozenset[Pattern]]
+    sharded: ClassVar[frozenset[Pattern]] = frozenset()
     no_decay: ClassVar[frozenset[str]] = frozenset()
     approximate: ClassVar[str] = ""
     linear: ClassVar[bool] = True
@@ -113,6 +116,7 @@ class Mixer(nn.Module, abc.ABC):
     stops_nan: ClassVar[bool] = False
     constant_state: ClassVar[bool] = False
     ordered_memory: ClassVar[bool] = False
+    traced: ClassVar[bool] = False
 
     def __init__(self, slot: Slot) -> None:
         super().__init__()
@@ -152,6 +156,10 @@ class Mixer(nn.Module, abc.ABC):
         """Mix the tokens; what stands in padding is never read."""
         values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         return self.merge(self.mix(values, coefficients, sequence), coefficients)
+
+    def unsharded(self) -> str:
+        """Why its tokens cannot be cut over ranks; empty where they can."""
+        return "" if self.slot.pattern in self.sharded else f"no form for {self.slot.pattern.value}"
 
     def materialize(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None

@@ -1,9 +1,10 @@
 """The tokens at hand, and what a mixer may ask of the tokens that came before them.
 
 A mixer never asks *why* something precedes its tokens. It calls an exchange, and the sequence
-object answers: nothing precedes (`WholeSequence`), earlier pieces do (`ContinuedSequence`), and,
-once it exists, other ranks do. What each exchange must remember, in call order, is the decoding
-state, so forward, any split and any number of ranks are one piece of code.
+object answers: nothing precedes (`WholeSequence`), earlier pieces do (`ContinuedSequence`), or the
+tokens of other ranks do (`models.sharded.ShardedSequence`). What each exchange must remember, in
+call order, is the decoding state, so forward, any split and any number of ranks are one piece of
+code.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
 from kernels.long_conv import long_conv
@@ -80,6 +82,16 @@ class WholeSequence:
         """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
         return None
 
+    def around(
+        self, x: Float[Tensor, "B L *rest"], left: int, right: int
+    ) -> Float[Tensor, "B W *rest"]:
+        """The inputs with those of so many tokens before and after; zeros beyond the row."""
+        return F.pad(x, (*[0, 0] * (x.ndim - 2), left, right))
+
+    def documents_around(self, left: int, right: int) -> Int[Tensor, "B W"]:
+        """The document id of each token of `around`, `PADDING` beyond the row."""
+        return F.pad(self.documents, (left, right), value=PADDING)
+
     def recur(
         self,
         outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]],
@@ -88,7 +100,7 @@ class WholeSequence:
 
         Args:
             outputs: maps the state before the first token (None for zero) to the outputs and the
-                state after the last token.
+                state after the last token. Over ranks it is a `models.recurrence.Recurrence`.
         """
         return outputs(None)[0]
 
@@ -115,8 +127,7 @@ class WholeSequence:
             features = x[:, every - 1 :: every]
             ends = torch.arange(features.shape[1], device=x.device).expand(features.shape[:2])
             return Collected(features, torch.zeros_like(ends), ends * every + every - 1)
-        index = self.memo(("ends", every), lambda: segment_ends(self, every))
-        return _collect(x, index, self.own_documents(), self.positions())
+        return self._collect_ends(x, every)
 
     def once(self, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
@@ -127,6 +138,12 @@ class WholeSequence:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+    def _collect_ends(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
+        documents, places = self.own_documents(), self.positions()
+        key = ("ends", every)
+        index = self.memo(key, lambda: segment_ends(self.documents, places, every))
+        return Collected(picked(x, index), *picked_places(index, documents, places))
 
     def _visible(self, causal: bool) -> Bool[Tensor, "B 1 L S"]:
         same = same_documents(self.own_documents(), self.gathered_documents())
@@ -260,8 +277,7 @@ class ContinuedSequence(WholeSequence):
             # A copy: a view would keep the whole piece alive in the state.
             new = new._replace(features=new.features.clone())
         else:
-            index = self.memo(("ends", every), lambda: segment_ends(self, every))
-            new = _collect(x, index, self.own_documents(), self.positions())
+            new = self._collect_ends(x, every)
             documents, positions = self._earlier.collected[every]
             new = Collected(
                 torch.cat([before, new.features], dim=1),
@@ -321,9 +337,10 @@ def visible_memory(
     return same | ~same.any(dim=-1, keepdim=True)
 
 
-def segment_ends(sequence: WholeSequence, every: int) -> Int[Tensor, "B S"]:
+def segment_ends(
+    documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"], every: int
+) -> Int[Tensor, "B S"]:
     """Index of each token that ends a whole segment of its document; -1 fills up the rows."""
-    positions, documents = sequence.positions(), sequence.documents
     ends = ((positions + 1) % every == 0) & (documents != PADDING)
     counts = ends.sum(dim=1)
     index = torch.argsort((~ends).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
@@ -331,11 +348,16 @@ def segment_ends(sequence: WholeSequence, every: int) -> Int[Tensor, "B S"]:
     return torch.where(filled, index, -1)
 
 
-def _collect(x: Tensor, index: Tensor, documents: Tensor, positions: Tensor) -> Collected:
-    taken = index.clamp(min=0)
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    at = torch.gather(documents, 1, taken).masked_fill(index < 0, PADDING)
-    return Collected(x[rows, taken], at, torch.gather(positions, 1, taken))
+def picked(x: Num[Tensor, "B L *rest"], index: Int[Tensor, "B S"]) -> Num[Tensor, "B S *rest"]:
+    """The features of some tokens of each row; of any token at -1."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(min=0)]
+
+
+def picked_places(
+    index: Int[Tensor, "B S"], documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"]
+) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Documents and positions of some tokens of each row; `PADDING` at -1."""
+    return picked(documents, index).masked_fill(index < 0, PADDING), picked(positions, index)
 
 
 def _not_later(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "L S"]:

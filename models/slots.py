@@ -4,16 +4,19 @@ M[t, s] = sum_c weights[t, c] shares[s, c] over whole documents (`LowRank`) or, 
 with shares among the tokens so far (`Running`).
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.precision import without_autocast
 from kernels.slot_attention import Slots, mix_slots
 from models.layers import widened
+from models.recurrence import Joined
 from models.sequence import WholeSequence
 from models.stacks import Stack, put_back, tabulate
 
@@ -94,14 +97,66 @@ class Running(NamedTuple):
         self, values: Float[Tensor, "B L H P"], sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Apply the matrix, in float32 or wider."""
+        documents = documents_of(sequence)
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)
-            slots = Slots(self.logits, self.log_sums, initial, documents_of(sequence))
+            slots = Slots(self.logits, self.log_sums, initial, documents)
             mixed, final = mix_slots(self.weights, values, slots, averages)
             return mixed, packed(final, self.log_sums)
 
-        return sequence.recur(outputs)
+        return sequence.recur(SlotAverages(outputs, self.logits, values, documents))
+
+
+@dataclass
+class SlotAverages(Joined):
+    """Averages of tokens by exponentials of logits, and the logarithms of these sums.
+
+    Attributes:
+        outputs: what a run from a state gives, and the state after it.
+        logits: how each token enters each slot.
+        x: what is averaged; None for the log-sums alone.
+    """
+
+    outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]
+    logits: Float[Tensor, "B L H C"]
+    x: Float[Tensor, "B L H P"] | None
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernels."""
+        return self.outputs(initial)
+
+    def left(self) -> Float[Tensor, "B H C *P1"]:
+        """The averages over the last token's document, and its log-sums."""
+        logits = widened(self.logits)
+        if self.documents is not None:
+            others = self.documents != self.documents[:, -1:]
+            logits = logits.masked_fill(others[:, :, None, None], -math.inf)
+        log_sums = logits.logsumexp(dim=1)
+        if self.x is None:
+            return log_sums
+        with without_autocast(logits):
+            shares = logits.softmax(dim=1)
+            averages = torch.einsum("blhc,blhp->bhcp", shares, self.x.to(shares.dtype))
+        return torch.cat([averages, log_sums[..., None]], dim=-1)
+
+    def nothing(self, like: Float[Tensor, "B H C *P1"]) -> Float[Tensor, "B H C *P1"]:
+        """No sums, whose logarithm is minus infinity."""
+        empty = torch.full_like(like, -math.inf)
+        if self.x is not None:
+            empty[..., :-1] = 0.0
+        return empty
+
+    def join(
+        self, before: Float[Tensor, "B H C *P1"], after: Float[Tensor, "B H C *P1"]
+    ) -> Float[Tensor, "B H C *P1"]:
+        """Average the averages by their sums."""
+        if self.x is None:
+            return torch.logaddexp(before, after)
+        both = torch.logaddexp(before[..., -1:], after[..., -1:])
+        earlier, later = (s[..., :-1] * torch.exp(s[..., -1:] - both) for s in (before, after))
+        return torch.cat([earlier + later, both], dim=-1)
 
 
 def documents_of(sequence: WholeSequence) -> Tensor | None:

@@ -23,6 +23,8 @@ class Identity(Mixer):
     """M = 1 between the two dense maps that every mixer has."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    sharded = patterns
+    traced = True
 
     def __init__(self, config: IdentityConfig, slot: Slot) -> None:
         super().__init__(slot)

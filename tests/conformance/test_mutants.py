@@ -108,6 +108,15 @@ def reads_padding(self, x, sequence, memory=None):
     return self.merge(self.mix(values, coefficients, sequence), coefficients)
 
 
+def leaking_nan():
+    """An attention that says it stops a NaN, and multiplies it by zero."""
+
+    def mix(self, values, coefficients, sequence):
+        return Attention.mix(self, values, coefficients, sequence) + 0.0 * values.sum(1, True)
+
+    return mutant(stops_nan=True, mix=mix)
+
+
 def miscounted(self, queries, keys):
     return MixFlops(needed=1.0)
 
@@ -131,7 +140,7 @@ MUTANTS = {
     "packed_outputs": (CS, before(blind)),
     "packed_gradients": (NS, silent(lambda x: x.mean(1, keepdim=True))),
     "loud_documents": (NS, after(lambda y, x: y + 1e-9 * x.sum(1, keepdim=True))),
-    "nan_elsewhere": (NS, mutant(stops_nan=True)),
+    "nan_elsewhere": (NS, leaking_nan()),
     "documents_apart": (NS, mixing(lambda y, values: y + 1e-6 * values.sum(1, keepdim=True))),
     "padded_outputs": (NS, after(lambda y, x: y * x.shape[1])),
     "nan_padding": (NS, mutant(forward=reads_padding)),

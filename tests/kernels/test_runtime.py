@@ -140,9 +140,7 @@ def test_provenance_names_the_compiler_and_its_flags():
 def bare_machine(monkeypatch, tmp_path):
     monkeypatch.setattr(runtime.shutil, "which", lambda *_, **__: None)
     monkeypatch.setattr(runtime.sys, "prefix", str(tmp_path))
-    runtime._serves_natively.cache_clear()
-    yield
-    runtime._serves_natively.cache_clear()
+    monkeypatch.setattr(runtime, "_native", None)
 
 
 def test_without_a_compiler_one_warning_is_seen_and_the_reference_runs(bare_machine):

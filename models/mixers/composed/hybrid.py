@@ -93,6 +93,7 @@ class Hybrid(Mixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
 
     def __init__(self, config: HybridConfig, slot: Slot) -> None:

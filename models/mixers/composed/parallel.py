@@ -100,6 +100,13 @@ class Parallel(Mixer):
         ):
             setattr(self, name, said)
 
+    def unsharded(self) -> str:
+        """Why one of its mixers' tokens cannot be cut over ranks."""
+        named = (
+            (name, mixer.unsharded()) for name, mixer in zip(self.mixers, self._each(), strict=True)
+        )
+        return "; ".join(f"{name} has {reason}" for name, reason in named if reason)
+
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S E 1"], list[Part]]:

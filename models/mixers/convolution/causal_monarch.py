@@ -42,6 +42,7 @@ class CausalMonarch(StructuredMixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: CausalMonarchConfig, slot: Slot) -> None:
         super().__init__(config, slot)

@@ -56,6 +56,7 @@ class Monarch(Mixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    sharded = patterns
     uses_fft = True
 
     def __init__(self, config: MonarchConfig, slot: Slot) -> None:

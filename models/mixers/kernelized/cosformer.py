@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.linear_attention import linear_attention
 from kernels.precision import without_autocast
 from models.heads import Heads, HeadsConfig
 from models.layers import widened
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
+from models.recurrence import LinearAttention
 from models.sequence import PADDING, Memory, WholeSequence
 from models.slots import Filling, LowRank, documents_of
 from models.stacks import Stack, stacks_of, tabulate
@@ -62,6 +62,7 @@ class Cosformer(Mixer):
     """
 
     patterns = frozenset(Pattern)
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
     ordered_memory = True
 
@@ -96,9 +97,7 @@ class Cosformer(Mixer):
         if isinstance(coefficients, LowRank):
             return coefficients.mix(values, sequence)
         queries, keys = coefficients
-        return sequence.recur(
-            lambda state: linear_attention(queries, keys, values, state, documents_of(sequence))
-        )
+        return sequence.recur(LinearAttention(queries, keys, values, documents_of(sequence)))
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
@@ -149,9 +148,7 @@ def _running(
     queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
 ) -> Running:
     ones = torch.ones_like(keys[..., :1])
-    sums = sequence.recur(
-        lambda state: linear_attention(queries, keys, ones, state, documents_of(sequence))
-    )
+    sums = sequence.recur(LinearAttention(queries, keys, ones, documents_of(sequence)))
     return Running(_divided(queries, sums), keys)
 
 

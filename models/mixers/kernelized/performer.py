@@ -36,6 +36,7 @@ from models.slots import (
     Filling,
     LowRank,
     Running,
+    SlotAverages,
     documents_of,
 )
 from models.stacks import stacks_of, tabulate
@@ -69,6 +70,7 @@ class Performer(Mixer):
     """
 
     patterns = frozenset(Pattern)
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
 
     def __init__(self, config: PerformerConfig, slot: Slot) -> None:
@@ -124,11 +126,13 @@ class Performer(Mixer):
     def _running(self, projected: Projected, sequence: WholeSequence) -> Running:
         queries, logits = self._features(projected.queries), self._logits(projected.keys)
 
+        documents = documents_of(sequence)
+
         def outputs(initial: Tensor | None) -> tuple[Tensor, Tensor]:
-            log_sums = slot_log_sums(logits, initial, documents_of(sequence))
+            log_sums = slot_log_sums(logits, initial, documents)
             return log_sums, log_sums[:, -1]
 
-        log_sums = sequence.recur(outputs)
+        log_sums = sequence.recur(SlotAverages(outputs, logits, None, documents))
         return Running((queries + log_sums).softmax(dim=-1), logits, log_sums)
 
     def _low_rank(

@@ -70,6 +70,7 @@ class GatedRecurrence(Mixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: GatedRecurrenceConfig, slot: Slot) -> None:
         super().__init__(slot)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.ssd import two_way_ssd
 from models.layers import CentredConv, Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.mixers.recurrent.mamba2 import (
@@ -23,6 +22,7 @@ from models.mixers.recurrent.mamba2 import (
     scan_flops,
     step_biases,
 )
+from models.recurrence import TwoWaySsd
 from models.sequence import Memory, WholeSequence
 
 
@@ -81,6 +81,7 @@ class Hydra(Mixer):
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
+    sharded = frozenset({Pattern.NONCAUSAL_SELF})
     no_decay = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(self, config: HydraConfig, slot: Slot) -> None:
@@ -117,8 +118,8 @@ class Hydra(Mixer):
     ) -> Float[Tensor, "B L H P"]:
         """Scan both ways, and add the diagonal."""
         dt, B, C, diagonal, _ = coefficients
-        documents = sequence.documents if sequence.packed else None
-        triangles = two_way_ssd(values, dt, -torch.exp(widened(self.A_log)), B, C, documents)
+        A = -torch.exp(widened(self.A_log))
+        triangles = sequence.recur(TwoWaySsd(values, dt, A, B, C, sequence))
         return triangles + (diagonal[..., None] * values).to(values.dtype)
 
     def merge(

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.selective_scan import selective_scan
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.recurrence import SelectiveScan
 from models.sequence import Memory, WholeSequence
 
 
@@ -64,6 +64,7 @@ class Mamba(Mixer):
     """h[t] = exp(dt A) h[t-1] + dt B x[t], y[t] = C h[t] + D x[t], for each channel by itself."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     no_decay = frozenset({"A_log", "D", "dt_bias"})
 
     def __init__(self, config: MambaConfig, slot: Slot) -> None:
@@ -109,9 +110,7 @@ class Mamba(Mixer):
             dt, A = dt.repeat_interleave(P, dim=-1), A.repeat_interleave(P, dim=0)
         inputs = values.flatten(2)
         documents = sequence.documents if sequence.packed else None
-        scanned = sequence.recur(
-            lambda initial: selective_scan(inputs, dt, A, B, C, initial, documents)
-        )
+        scanned = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents))
         return scanned.view(values.shape) + (D[:, None] * values).to(values.dtype)
 
     def merge(

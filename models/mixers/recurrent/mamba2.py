@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.ssd import CHUNK, ssd
+from kernels.ssd import CHUNK
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.recurrence import Ssd
 from models.sequence import Memory, WholeSequence
 
 
@@ -79,6 +80,7 @@ class Mamba2(Mixer):
     """h[t] = exp(dt A) h[t-1] + dt x[t] (x) B[t], y[t] = h[t] C[t] + D x[t] for each head."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     no_decay = frozenset({"A_log", "D", "dt_bias"})
     constant_state = True
 
@@ -118,7 +120,7 @@ class Mamba2(Mixer):
         dt, B, C, _ = coefficients
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         documents = sequence.documents if sequence.packed else None
-        scanned = sequence.recur(lambda initial: ssd(values, dt, A, B, C, initial, documents))
+        scanned = sequence.recur(Ssd(values, dt, A, B, C, documents))
         return scanned + (D[:, None] * values).to(values.dtype)
 
     def merge(

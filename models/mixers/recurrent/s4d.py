@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from kernels.long_conv import long_conv
 from kernels.precision import without_autocast
+from models.exchange import Summary
 from models.filters import fft_flops
 from models.layers import Linear, widened
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.recurrence import Recurrence, blanked, ending
 from models.sequence import Memory, WholeSequence
 
 
@@ -68,6 +70,7 @@ class S4D(Mixer):
     """M = the Toeplitz matrix of k[l] = 2 Re <C, A^l B>, plus D, for each channel by itself."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    sharded = patterns
     no_decay = frozenset({"A_log", "A_imag", "log_dt", "D"})
     uses_fft = True
     stops_nan = True
@@ -105,9 +108,7 @@ class S4D(Mixer):
             systems = [self.discrete(r).several(P) for r in range(len(self.C))]
             if self.slot.causal:
                 documents = sequence.documents if sequence.packed else None
-                mixed = sequence.recur(
-                    lambda initial: run_diagonal(inputs, systems[0], skip, initial, documents)
-                )
+                mixed = sequence.recur(DiagonalScan(inputs, systems[0], skip, documents))
             else:
                 ahead, back = (lambda n, s=system: impulse_response(s, n) for system in systems)
                 mixed = sequence.convolve(inputs, lambda n: with_skip(ahead(n), skip), back)
@@ -159,6 +160,31 @@ class S4D(Mixer):
             return torch.rand(shape, generator=generator) * (high - low) + low
         drawn = torch.randn(shape, generator=generator)
         return drawn * math.sqrt(0.5) if name == "C" else drawn
+
+
+@dataclass
+class DiagonalScan(Recurrence):
+    """A system over tokens, and what each channel adds of the input itself."""
+
+    inputs: Float[Tensor, "B L E"]
+    system: Diagonal
+    skip: Float[Tensor, "E"]
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Convolve, and add what the state gives."""
+        return run_diagonal(self.inputs, self.system, self.skip, initial, self.documents)
+
+    def summary(self) -> Summary:
+        """The state from zero; the rates count for as many tokens as there are."""
+        B, L, _ = self.inputs.shape
+        state = final_state(self.system, ending(widened(self.inputs), self.documents))
+        tokens = torch.full((B, 1, 1), float(L), dtype=state.real.dtype, device=state.device)
+        return Summary(state, tokens, self.system.rate)
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """What the state gives to each token."""
+        return blanked(decayed_outputs(self.system, initial, self.inputs.shape[1]), heard)
 
 
 def run_diagonal(

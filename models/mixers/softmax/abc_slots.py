@@ -28,6 +28,7 @@ from models.slots import (
     Filling,
     LowRank,
     Running,
+    SlotAverages,
     documents_of,
     packed,
     unpacked,
@@ -59,6 +60,7 @@ class ABC(Mixer):
     """
 
     patterns = frozenset(Pattern)
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
 
     def __init__(self, config: ABCConfig, slot: Slot) -> None:
@@ -123,7 +125,8 @@ class ABC(Mixer):
             scores, final = read_slots(queries, keys, slots, averages)
             return torch.cat([scores, log_sums], dim=-1), packed(final, log_sums)
 
-        scores, log_sums = sequence.recur(outputs).chunk(2, dim=-1)
+        scan = SlotAverages(outputs, logits, keys, documents)
+        scores, log_sums = sequence.recur(scan).chunk(2, dim=-1)
         return Running((scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums)
 
     def _low_rank(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kernels.packed_attention import packed_attention
 from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.sequence import Memory, WholeSequence, visible_memory
@@ -63,7 +64,11 @@ class AttentionConfig(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """Queries and keys, which decide how values are mixed; all keys are visible without a mask."""
+    """Queries and keys, which decide how values are mixed.
+
+    Attributes:
+        visible: which tokens of a memory each query sees, where it holds several documents.
+    """
 
     queries: Float[Tensor, "B L H P"]
     keys: Float[Tensor, "B S G P"]
@@ -79,6 +84,8 @@ class Attention(Mixer):
     """
 
     patterns = frozenset(Pattern)
+    sharded = frozenset({Pattern.CAUSAL_SELF})
+    traced = True
 
     def __init__(self, config: AttentionConfig, slot: Slot) -> None:
         super().__init__(slot)
@@ -105,15 +112,24 @@ class Attention(Mixer):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         turn = self._rotation(sequence)
         keys = sequence.gather(rotate(keys, turn))
-        visible = self._visible(sequence, keys.shape[1])
-        return sequence.gather(values), Coefficients(rotate(queries, turn), keys, visible)
+        return sequence.gather(values), Coefficients(rotate(queries, turn), keys, None)
 
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Attend; torch's fused kernel keeps the statistics in float32."""
-        del sequence
         queries, keys, visible = coefficients
+        packed = sequence.packed or keys.shape[1] > queries.shape[1]
+        if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
+            documents = sequence.gathered_documents()
+            # Torch's stub of what it keeps from the compiler loses the arguments.
+            return packed_attention(
+                queries,
+                keys,  # pyright: ignore[reportCallIssue]
+                values,
+                documents,
+                causal=self.slot.causal,
+            )
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2).to(queries.dtype),
@@ -138,10 +154,6 @@ class Attention(Mixer):
         if self.slot.pattern is Pattern.CAUSAL_SELF:
             visible = queries * (keys - queries) + queries * (queries + 1) / 2
         return MixFlops(needed=each * visible, full_square=each * queries * keys)
-
-    def _visible(self, sequence: WholeSequence, keys: int) -> Bool[Tensor, "B 1 L S"] | None:
-        masked = sequence.packed or keys > sequence.documents.shape[1]
-        return sequence.visible(causal=self.slot.causal) if masked else None
 
     def _project_cross(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.block_sparse_attention import (
@@ -140,6 +140,7 @@ class Hip(Attention):
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
     stops_nan = True
+    traced = False
     config: HipConfig
 
     def mix(
@@ -167,6 +168,15 @@ class Hip(Attention):
 
         return attend(None)[0] if config.refresh == 1 else sequence.recur(attend)
 
+    def unsharded(self) -> str:
+        """Why it cannot run over ranks: a list that is used again would have to wait for its."""
+        if self.config.refresh > 1 or self.config.selection == "block":
+            return (
+                f"selection {self.config.selection} with refresh {self.config.refresh} hands lists "
+                "on from token to token; take selection row and refresh 1"
+            )
+        return super().unsharded()
+
     def recall(self, x: Float[Tensor, "B L D"], sequence: WholeSequence) -> Float[Tensor, "B H L"]:
         """Share of each query's best keys, as many as a list has room for, that its search finds.
 
@@ -190,10 +200,6 @@ class Hip(Attention):
             scored = config.keys_scored(places) * (places % config.refresh == 0)
         needed = each * (2 * int(read.sum()) + int(scored.sum()))
         return MixFlops(needed=needed, full_square=super().mix_flops(queries, keys).full_square)
-
-    def _visible(self, sequence: WholeSequence, keys: int) -> Bool[Tensor, "B 1 L S"] | None:
-        """No mask: lists say what is visible."""
-        del sequence, keys
 
     def _blocks(self, sequence: WholeSequence, keys: int) -> QueryBlocks:
         config = self.config

@@ -27,7 +27,7 @@ from models.heads import Heads, HeadsConfig, Projected, rotated
 from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.sequence import PADDING, Collected, Memory, WholeSequence
-from models.slots import RUNNING_FLOPS, packed, unpacked
+from models.slots import RUNNING_FLOPS, SlotAverages, packed, unpacked
 from models.stacks import Stack, put_back, stacks_of
 
 
@@ -82,6 +82,7 @@ class LongShort(Mixer):
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: LongShortConfig, slot: Slot) -> None:
         super().__init__(slot)
@@ -186,7 +187,7 @@ class LongShort(Mixer):
             log_sums = slot_log_sums(logits, initial, chunks)
             return log_sums, log_sums[:, -1]
 
-        log_sums = sequence.recur(outputs)
+        log_sums = sequence.recur(SlotAverages(outputs, logits, None, chunks))
         keys, ends = self._chunk_averages(projected.keys, logits, log_sums, sequence)
         same = sequence.own_documents()[:, :, None] == ends.documents[:, None]
         seen = same & (ends.positions[:, None] < sequence.positions()[:, :, None])
@@ -234,7 +235,8 @@ class LongShort(Mixer):
             running, final = slot_averages(x, slots, averages)
             return running, packed(final, log_sums)
 
-        ends = sequence.collect(sequence.recur(outputs), self.config.chunk)
+        averages = sequence.recur(SlotAverages(outputs, logits, x, chunks))
+        ends = sequence.collect(averages, self.config.chunk)
         return ends.features.transpose(2, 3).flatten(1, 2), ends
 
 

@@ -63,6 +63,7 @@ class Scout(GroupedHeads):
     """M = softmax(queries keys^T / sqrt(P)) over the own key and the earlier checkpoints."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: ScoutConfig, slot: Slot) -> None:
         super().__init__(config, slot)

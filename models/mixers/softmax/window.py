@@ -47,6 +47,7 @@ class WindowAttention(GroupedHeads):
     """M = softmax(queries keys^T / sqrt(P)) over the keys in reach."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
 
     def __init__(self, config: WindowConfig, slot: Slot) -> None:

@@ -67,6 +67,7 @@ class Cauchy(EntrywiseMixer):
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: CauchyConfig, slot: Slot) -> None:
         H, N = config.n_heads, config.d_qk

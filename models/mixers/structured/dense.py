@@ -33,6 +33,7 @@ class Dense(EntrywiseMixer):
     """m[i, j] is a parameter of its own; no algorithm is faster than quadratic."""
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: DenseConfig, slot: Slot) -> None:
         super().__init__(config, slot, gain=1.0)

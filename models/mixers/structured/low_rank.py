@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.linear_attention import linear_attention
 from kernels.precision import without_autocast
 from models.by_document import by_document
 from models.layers import widened
 from models.mixer import MixFlops, Pattern, Slot, register
+from models.recurrence import LinearAttention
 from models.separable import chunk_flops
 from models.sequence import WholeSequence
 from models.structured import (
@@ -55,6 +55,7 @@ class LowRank(StructuredMixer):
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     remembers = False
     constant_state = True
 
@@ -85,7 +86,7 @@ class LowRank(StructuredMixer):
             with without_autocast(values):
                 return by_document(inputs, sequence, _through_sums)
         documents = sequence.documents if sequence.packed else None
-        return sequence.recur(lambda initial: linear_attention(q, k, values, initial, documents))
+        return sequence.recur(LinearAttention(q, k, values, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
         """Two products of d_qk for each channel and token: into the sums and out of them.

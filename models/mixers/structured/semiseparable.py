@@ -12,8 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.ssd import ssd
 from models.mixer import MixFlops, Pattern, Slot, register
+from models.recurrence import Ssd
 from models.separable import Recurrence, SeparableMixer
 from models.sequence import WholeSequence
 from models.structured import Features, StructuredConfig
@@ -36,6 +36,7 @@ class Semiseparable(SeparableMixer):
     """h[t] = exp(dt[t] A) h[t-1] + dt[t] b[t] x[t], y[t] = c[t] . h[t]."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
     constant_state = True
     directions = 1
 
@@ -52,9 +53,7 @@ class Semiseparable(SeparableMixer):
         """Scan."""
         dt, B, C = structure
         documents = sequence.documents if sequence.packed else None
-        return sequence.recur(
-            lambda initial: ssd(values, dt[:, :, 0], self.rates(), B, C, initial, documents)
-        )
+        return sequence.recur(Ssd(values, dt[:, :, 0], self.rates(), B, C, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
         """See `scans_flops`."""

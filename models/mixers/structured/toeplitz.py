@@ -41,6 +41,7 @@ class Toeplitz(EntrywiseMixer):
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: ToeplitzConfig, slot: Slot) -> None:
         H, aligned = config.n_heads, config.sequence_aligned

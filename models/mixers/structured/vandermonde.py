@@ -52,6 +52,7 @@ class Vandermonde(EntrywiseMixer):
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
+    sharded = frozenset({Pattern.CAUSAL_SELF})
 
     def __init__(self, config: VandermondeConfig, slot: Slot) -> None:
         H, N = config.n_heads, config.d_qk

@@ -1,0 +1,297 @@
+"""Recurrences that run over the tokens at hand, and over ranks: what `recur` of a sequence takes.
+
+Each runs from a given state, which is all that a whole sequence and a continued one ask for. Where
+the tokens are cut over ranks, none of which waits for the one before, each also says what its
+tokens do to any state. Mostly that is an affine map (`Recurrence`; Martin and Cundy 2018, section
+2.2), else any associative way to put two states together (`Joined`).
+"""
+
+import abc
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from kernels.linear_attention import linear_attention
+from kernels.linear_scan import linear_scan
+from kernels.precision import without_autocast
+from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd, two_way_ssd
+from models.exchange import Summary
+from models.layers import widened
+from models.sequence import WholeSequence
+
+
+class Recurrence(abc.ABC):
+    """A recurrence over the tokens at hand.
+
+    Attributes:
+        two_way: whether its state has twice the rows, the last of which run from the end.
+    """
+
+    two_way: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs from a state before the first token, and the state after the last one."""
+
+    @abc.abstractmethod
+    def summary(self) -> Summary:
+        """What the tokens do to any state before them."""
+
+    @abc.abstractmethod
+    def carried(
+        self, initial: Shaped[Tensor, "B *rest"], heard: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L *rest"]:
+        """What a state before the first token adds to the outputs.
+
+        Args:
+            initial: the state.
+            heard: the tokens that go on with the document of the state.
+        """
+
+    def from_zero(self) -> Tensor:
+        """The outputs where nothing precedes."""
+        return self(None)[0]
+
+
+class Joined(abc.ABC):
+    """A recurrence whose state after some tokens is that before, joined with what they leave.
+
+    Attributes:
+        documents: of the tokens, those that go on with the state before them being 0.
+    """
+
+    documents: Int[Tensor, "B L"] | None
+
+    @abc.abstractmethod
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The outputs from a state before the first token, and the state after the last one."""
+
+    @abc.abstractmethod
+    def left(self) -> Float[Tensor, "B *rest"]:
+        """The state after the last token where nothing precedes."""
+
+    @abc.abstractmethod
+    def nothing(self, like: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *rest"]:
+        """The state before all tokens."""
+
+    @abc.abstractmethod
+    def join(
+        self, before: Float[Tensor, "B *rest"], after: Float[Tensor, "B *rest"]
+    ) -> Float[Tensor, "B *rest"]:
+        """The state that two stretches of tokens leave, one after the other."""
+
+
+@dataclass
+class LinearScan(Recurrence):
+    """h[t] = exp(log_decay[t]) h[t-1] + values[t] for each channel, and h itself is the output."""
+
+    log_decay: Float[Tensor, "B L E"]
+    values: Float[Tensor, "B L E"]
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernel."""
+        return linear_scan(self.log_decay, self.values, initial, self.documents)
+
+    def summary(self) -> Summary:
+        """The values that are left after the last token, and the decay of all tokens."""
+        left = torch.exp(sums_after(self.log_decay)) * widened(self.values)
+        return Summary(ending(left, self.documents).sum(dim=1), self.log_decay.sum(dim=1))
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """The state, decayed up to each token."""
+        return blanked(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], heard)
+
+
+@dataclass
+class SelectiveScan(Recurrence):
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t], and <C[t], h[t]> is the output."""
+
+    values: Float[Tensor, "B L E"]
+    dt: Float[Tensor, "B L E"]
+    A: Float[Tensor, "E N"]
+    B: Float[Tensor, "B L N"]
+    C: Float[Tensor, "B L N"]
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernel."""
+        return self._scan(self.values, initial)
+
+    def summary(self) -> Summary:
+        """The state from zero; the sum of step sizes, which one number a channel holds."""
+        return Summary(self._zero[1], widened(self.dt).sum(dim=1)[..., None], self.A)
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """The outputs of no values from the state."""
+        del heard
+        return self._scan(torch.zeros_like(self.values), initial)[0]
+
+    def from_zero(self) -> Tensor:
+        """The outputs of the run that made the summary."""
+        return self._zero[0]
+
+    @functools.cached_property
+    def _zero(self) -> tuple[Tensor, Tensor]:
+        return self._scan(self.values, None)
+
+    def _scan(self, values: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        return selective_scan(values, self.dt, self.A, self.B, self.C, initial, self.documents)
+
+
+@dataclass
+class Ssd(Recurrence):
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (x) B[t] for each head, and h[t] C[t] the output."""
+
+    values: Float[Tensor, "B L H P"]
+    dt: Float[Tensor, "B L H"]
+    A: Float[Tensor, "H"]
+    B: Float[Tensor, "B L G N"]
+    C: Float[Tensor, "B L G N"]
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernel."""
+        return ssd(self.values, self.dt, self.A, self.B, self.C, initial, self.documents)
+
+    def summary(self) -> Summary:
+        """One product of matrices over all tokens."""
+        return ssd_summary(self.values, self.dt, self.A, self.B, self.documents)
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """One product of matrices, decayed up to each token."""
+        return ssd_carried(initial, self.dt, self.A, self.C, heard)
+
+
+@dataclass
+class TwoWaySsd(Recurrence):
+    """The sum of an SSD up to the token before and of one from the end to the token after.
+
+    Attributes:
+        sequence: says which tokens stand around those at hand.
+    """
+
+    values: Float[Tensor, "B L H P"]
+    dt: Float[Tensor, "B L 2 H"]
+    A: Float[Tensor, "H"]
+    B: Float[Tensor, "B L 2 G N"]
+    C: Float[Tensor, "B L 2 G N"]
+    sequence: WholeSequence
+
+    two_way: ClassVar[bool] = True
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernel, which has no state to begin with and leaves none."""
+        assert initial is None, "both ways at once there is nothing to go on from"
+        documents = self.sequence.documents if self.sequence.packed else None
+        outputs = two_way_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
+        return outputs, outputs.new_empty(0)
+
+    def summary(self) -> Summary:
+        """What the tokens leave at their end, then what they leave at their beginning."""
+        self._leaving  # noqa: B018 - asked for here, its exchange does not come after the gather
+        values, documents = (
+            torch.cat([x, x.flip(1)]) for x in (self.values, self.sequence.documents)
+        )
+        return ssd_summary(values, _lined_up(self.dt), self.A, _lined_up(self.B), documents)
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """What each state adds: a token reads it as the one before reads, decayed up to there."""
+        dt = F.pad(_lined_up(self.dt), (0, 0, 1, 0))[:, :-1]
+        before, after = ssd_carried(initial, dt, self.A, self._leaving, heard).chunk(2)
+        return before + after.flip(1)
+
+    @functools.cached_property
+    def _leaving(self) -> Float[Tensor, "B2 L G N"]:
+        """C of the token before each, then of the token after each from the end."""
+        around = self.sequence.around(self.C, 1, 1)
+        return torch.cat([around[:, :-2, 0], around[:, 2:, 1].flip(1)])
+
+
+@dataclass
+class LinearAttention(Recurrence):
+    """S[t] = S[t-1] + keys[t] (x) values[t] for each head, and queries[t] S[t] is the output."""
+
+    queries: Float[Tensor, "B L H N"]
+    keys: Float[Tensor, "B L H N"]
+    values: Float[Tensor, "B L H P"]
+    documents: Int[Tensor, "B L"] | None
+
+    def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the kernel."""
+        return linear_attention(self.queries, self.keys, self.values, initial, self.documents)
+
+    def summary(self) -> Summary:
+        """One product of matrices over all tokens; nothing decays."""
+        keys, values = ending(widened(self.keys), self.documents), widened(self.values)
+        with without_autocast(keys):
+            return Summary(torch.einsum("blhn,blhp->bhnp", keys, values))
+
+    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+        """What each token reads of the state."""
+        with without_autocast(initial):
+            read = torch.einsum("blhn,bhnp->blhp", widened(self.queries), initial)
+        return blanked(read, heard)
+
+
+def ssd_summary(
+    values: Float[Tensor, "B L H P"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    B: Float[Tensor, "B L G N"],
+    documents: Int[Tensor, "B L"] | None,
+) -> Summary:
+    """What the tokens of an SSD do to any state (Dao and Gu 2024, section 8.2)."""
+    log_decay = widened(dt) * A
+    share = torch.exp(sums_after(log_decay)) * widened(dt)
+    left = ending(share[..., None] * widened(values), documents)
+    with without_autocast(left):
+        grouped = left.unflatten(2, (B.shape[2], -1))
+        state = torch.einsum("blgrp,blgn->bgrpn", grouped, widened(B)).flatten(1, 2)
+    return Summary(state, log_decay.sum(dim=1)[..., None, None])
+
+
+def ssd_carried(
+    initial: Float[Tensor, "B H P N"],
+    dt: Float[Tensor, "B L H"],
+    A: Float[Tensor, "H"],
+    C: Float[Tensor, "B L G N"],
+    heard: Bool[Tensor, "B L"],
+) -> Float[Tensor, "B L H P"]:
+    """What a state before the first token adds to the outputs of an SSD."""
+    decay = torch.exp((widened(dt) * A).cumsum(dim=1))
+    with without_autocast(initial):
+        grouped = initial.unflatten(1, (C.shape[2], -1))
+        read = torch.einsum("blgn,bgrpn->blgrp", widened(C), grouped).flatten(2, 3)
+    return blanked(decay[..., None] * read, heard)
+
+
+def sums_after(x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
+    """The sum over the tokens after each; no difference of sums, which would lose small ones."""
+    later = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
+    return later.flip(1).cumsum(dim=1).flip(1)
+
+
+def ending(
+    x: Float[Tensor, "B L *rest"], documents: Int[Tensor, "B L"] | None
+) -> Float[Tensor, "B L *rest"]:
+    """The features of the last token's document, zeros elsewhere."""
+    return x if documents is None else blanked(x, documents == documents[:, -1:])
+
+
+def blanked(
+    x: Float[Tensor, "B L *rest"], present: Bool[Tensor, "B L"]
+) -> Float[Tensor, "B L *rest"]:
+    """The features of some tokens, zeros elsewhere."""
+    return x.masked_fill(~present.view(*present.shape, *[1] * (x.ndim - 2)), 0.0)
+
+
+def _lined_up(x: Float[Tensor, "B L 2 *rest"]) -> Float[Tensor, "B2 L *rest"]:
+    """Rows in order, then those of the other way in their own order."""
+    return torch.cat([x[:, :, 0], x[:, :, 1].flip(1)])

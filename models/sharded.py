@@ -1,0 +1,245 @@
+"""A sequence that is cut into contiguous shards, one for each rank of a process group."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from kernels.long_conv import long_conv
+from kernels.online_conv import Taps
+from models.exchange import Carry, Ranks, Spans, fetch, swap, swap_back
+from models.mixer import Mixer, mixer_class, mixer_kinds
+from models.recurrence import Joined, Recurrence
+from models.sequence import (
+    PADDING,
+    Collected,
+    WholeSequence,
+    picked,
+    picked_places,
+    positions_in_documents,
+    segment_ends,
+)
+
+
+class ShardedSequence(WholeSequence):
+    """Tokens that those of earlier ranks precede, and those of later ranks follow.
+
+    Args:
+        documents: this rank's shard of the ids of whole rows, which are as `WholeSequence` takes
+            them and never counted anew. Shards may differ in length, from 1 token on.
+        group: the ranks that hold the rows, in order; all of them make a sequence at the same time.
+
+    Attributes:
+        documents: the shard's ids, counted so that 0 goes on with the last token before it.
+        ranks: the group; `ranks.sent` tells what this rank has sent.
+
+    Raises:
+        ValueError: the ranks hold different numbers of rows, or one holds no token.
+    """
+
+    def __init__(self, documents: Int[Tensor, "B L"], group: dist.ProcessGroup) -> None:
+        self.ranks = Ranks(group)
+        self.spans = _spans(documents, self.ranks)
+        self._row = _whole_rows(documents, self.spans, self.ranks)
+        begin, end = self.spans.each[self.ranks.rank]
+        self._begin, self._end = begin, end
+        before = self._row[:, begin - 1 : begin] if begin else torch.zeros_like(documents[:, :1])
+        super().__init__(torch.where(documents == PADDING, PADDING, documents - before))
+        # Of the whole row: ranks that took different ways would wait for each other for ever.
+        self.packed = bool(self._row[:, -1].any())
+        self.padded = self.packed and bool((documents[:, -1] == PADDING).any())
+
+    def positions(self) -> Int[Tensor, "B L"]:
+        """The place of each token in its document, counted from the document's first shard."""
+        return self._all_positions()[:, self._begin : self._end]
+
+    def own_documents(self) -> Int[Tensor, "B L"]:
+        """The document id of each token in the whole row."""
+        return self._row[:, self._begin : self._end]
+
+    def gathered_documents(self) -> Int[Tensor, "B S"]:
+        """The document id of every token up to the last one of this shard."""
+        return self._row[:, : self._end]
+
+    def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Float[Tensor, "B W *rest"]:
+        """The `left` inputs before this shard; zeros stand where its document had not begun."""
+        if left == 0:
+            return x[:, :0]
+        wanted = self.spans.before(left)
+        before = fetch(x, self.spans, wanted, self.ranks, "halo")
+        before = _filled(before, left - before.shape[1], 0)
+        others = self.halo_documents(left) != 0
+        return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
+
+    def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
+        """For each token of `halo`, 0 if it is of the document of the last of them, else -1."""
+        before = self._row[:, max(0, self._begin - left) : self._begin]
+        ids = -(before != before[:, -1:]).to(self.documents.dtype)
+        return F.pad(ids, (left - ids.shape[1], 0), value=-1)
+
+    def around(
+        self, x: Float[Tensor, "B L *rest"], left: int, right: int
+    ) -> Float[Tensor, "B W *rest"]:
+        """The inputs with those of so many tokens before and after; zeros beyond the row."""
+        wanted = self.spans.widened(left, right)
+        wide = fetch(x, self.spans, wanted, self.ranks, "halo")
+        begin, end = wanted[self.ranks.rank]
+        return _filled(wide, left - (self._begin - begin), right - (end - self._end))
+
+    def documents_around(self, left: int, right: int) -> Int[Tensor, "B W"]:
+        """The document id of each token of `around` in the whole row, `PADDING` beyond it."""
+        filled = F.pad(self._row, (left, right), value=PADDING)
+        return filled[:, self._begin : self._end + left + right]
+
+    def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
+        """The outputs of a recurrence started from the state that the earlier shards left.
+
+        What the tokens do to any state goes out; meanwhile the outputs from zero are computed, to
+        which the state that the answers make is added.
+        """
+        if isinstance(outputs, Joined):
+            return self._join(outputs)
+        if not isinstance(outputs, Recurrence):
+            raise ValueError(
+                "a recurrence is asked to run over ranks, but it says only how to run from a "
+                "state; give it the form of models.recurrence.Recurrence"
+            )
+        keep, heard, turned = self._going_on(), self.documents == 0, 0
+        if outputs.two_way:
+            keep = torch.cat([keep, self._going_back()], dim=1)
+            heard = torch.cat([heard, self._leading_on().flip(1)])
+            turned = len(self.documents)
+        carry, summary = Carry(keep, turned, self.ranks), outputs.summary()
+        token = carry.publish(summary)
+        from_zero = outputs.from_zero()
+        carried = outputs.carried(carry.before(token, summary), heard)
+        return (from_zero + carried).to(from_zero.dtype)
+
+    def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
+        """The features of every token up to the last one of this shard."""
+        return fetch(x, self.spans, self.spans.up_to(), self.ranks, "gather")
+
+    def convolve(
+        self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
+    ) -> Float[Tensor, "B L E"]:
+        """Each channel's sum over its document: every rank convolves whole rows of some channels.
+
+        The filters are computed on every rank, and each uses its channels' own.
+        """
+        rows, E = swap(x, self.spans, self.ranks, "channels"), x.shape[2]
+        mine = slice(E * self.ranks.rank // self.ranks.size, None)
+        mine = slice(mine.start, mine.start + rows.shape[2])
+        T, documents = self.spans.total, self._row if self.packed else None
+        back = None if reverse is None else reverse(T)[mine]
+        mixed = long_conv(rows, taps(T)[mine], documents, back) if rows.shape[2] else rows
+        return swap_back(mixed, E, self.spans, self.ranks, "channels")
+
+    def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
+        """Features of every `every`-th token of each document up to the end of this shard."""
+        index = self._segment_ends(every)
+        ends, rank = Spans(each.shape[1] for each in index), self.ranks.rank
+        mine = picked(x, index[rank])
+        features = fetch(mine, ends, ends.up_to(), self.ranks, "collect")
+        places = [
+            picked_places(each, self._row[:, a:b], self._all_positions()[:, a:b])
+            for each, (a, b) in zip(index[: rank + 1], self.spans.each, strict=False)
+        ]
+        documents, positions = (torch.cat(x, dim=1) for x in zip(*places, strict=True))
+        return Collected(features, documents, positions)
+
+    def once(self, make: Callable[[], Tensor]) -> Tensor:  # noqa: ARG002
+        """Refuse: what is made once for a memory has no form over ranks."""
+        raise ValueError("a memory is asked for over ranks, but it has no sharded form; use 1 rank")
+
+    def _join(self, recurrence: Joined) -> Tensor:
+        """The outputs from the joined states of the earlier shards."""
+        left, ids, ranks = recurrence.left(), recurrence.documents, self.ranks
+        kept = left.new_ones(len(left)) if ids is None else (ids[:, -1] == 0).to(left)
+        keep = [x > 0 for x in ranks.gather(kept, "keep").wait()]
+        wanted = [(0, rank) for rank in range(ranks.size)]
+        earlier = fetch(left[:, None], Spans([1] * ranks.size), wanted, ranks, "state")
+        nothing = recurrence.nothing(left)
+        # Begun with what was fetched, so that the first rank takes part in the way back as well.
+        state, *others = torch.cat([nothing[:, None], earlier], dim=1).unbind(dim=1)
+        for rank, after in enumerate(others):
+            counts = keep[rank].view(-1, *[1] * (left.ndim - 1))
+            state = recurrence.join(torch.where(counts, state, nothing), after)
+        return recurrence(state)[0]
+
+    def _all_positions(self) -> Int[Tensor, "B T"]:
+        return self.memo("all positions", lambda: positions_in_documents(self._row))
+
+    def _segment_ends(self, every: int) -> list[Int[Tensor, "B S"]]:
+        """What `segment_ends` finds among the tokens of each rank."""
+        places = self._all_positions()
+        return [
+            self.memo(
+                ("ends", every, a),
+                lambda a=a, b=b: segment_ends(self._row[:, a:b], places[:, a:b], every),
+            )
+            for a, b in self.spans.each
+        ]
+
+    def _going_on(self) -> Bool[Tensor, "R B"]:
+        """For each rank, whether its last token is of the document of the last one before it."""
+        return torch.stack(
+            [self._row[:, b - 1] == self._row[:, max(0, a - 1)] for a, b in self.spans.each]
+        )
+
+    def _going_back(self) -> Bool[Tensor, "R B"]:
+        """For each rank, whether its first token is of the document of the first one after it."""
+        last = self.spans.total - 1
+        return torch.stack(
+            [self._row[:, a] == self._row[:, min(b, last)] for a, b in self.spans.each]
+        )
+
+    def _leading_on(self) -> Bool[Tensor, "B L"]:
+        """The tokens of the document of the first one after this shard."""
+        after = min(self._end, self.spans.total - 1)
+        return self.own_documents() == self._row[:, after : after + 1]
+
+
+def refuse_unsharded(backbone: nn.Module) -> None:
+    """Refuse a backbone that cannot run on shards of a sequence.
+
+    Raises:
+        ValueError: a mixer has no sharded form in its place; all of them are named.
+    """
+    found = {
+        f"{path} ({type(module).__name__}): {module.unsharded()}"
+        for path, module in backbone.named_modules()
+        if isinstance(module, Mixer) and module.unsharded()
+    }
+    if found:
+        able = [kind for kind in mixer_kinds() if mixer_class(kind).sharded]
+        raise ValueError(
+            f"the sequence is to be cut over ranks, but {'; '.join(sorted(found))}. Do not cut it, "
+            f"or choose among the mixers with a sharded form: {', '.join(able)}"
+        )
+
+
+def _spans(documents: Int[Tensor, "B L"], ranks: Ranks) -> Spans:
+    shape = documents.new_tensor(documents.shape, dtype=torch.int64)
+    shapes = torch.stack(ranks.gather(shape, "lengths").wait()).tolist()
+    if len({rows for rows, _ in shapes}) > 1 or min(length for _, length in shapes) < 1:
+        raise ValueError(
+            f"the ranks' shards have {shapes} rows and tokens; give each as many rows, "
+            "and 1 token or more"
+        )
+    return Spans(length for _, length in shapes)
+
+
+def _whole_rows(documents: Int[Tensor, "B L"], spans: Spans, ranks: Ranks) -> Int[Tensor, "B T"]:
+    longest = max(b - a for a, b in spans.each)
+    filled = F.pad(documents, (0, longest - documents.shape[1]))
+    everyones = ranks.gather(filled, "documents").wait()
+    parts = [x[:, : b - a] for x, (a, b) in zip(everyones, spans.each, strict=True)]
+    return torch.cat(parts, dim=1)
+
+
+def _filled(x: Tensor, left: int, right: int) -> Tensor:
+    """The features with so many zeros before and after, along the length."""
+    return F.pad(x, (*[0, 0] * (x.ndim - 2), left, right))

@@ -1,0 +1,62 @@
+"""Gradients by hand are those of autograd through the same operations one by one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.fewer_passes import rms_norm, turn_halves
+
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+def norm_one_by_one(x, weight, eps):
+    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def turn_one_by_one(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def apart(function, other, leaves, constants):
+    """The largest relative distance of outputs and gradients."""
+    results = []
+    for each in (function, other):
+        outputs = each(*leaves, *constants)
+        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(9))
+        grads = torch.autograd.grad(outputs, leaves, weights.to(outputs))
+        results.append((outputs.detach(), *grads))
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("part", [slice(None), slice(1, 3)], ids=["whole", "some heads"])
+def test_the_norm_is_that_of_its_operations(dtype, part):
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(2, 50, 5, 12, generator=generator, dtype=dtype)
+    leaves = (heads[:, :, part].requires_grad_(), torch.rand(12, dtype=dtype).requires_grad_())
+    assert apart(rms_norm, norm_one_by_one, leaves, (1e-5,)) < TOLERANCE[dtype]
+
+
+def test_the_norm_of_zeros_and_its_gradient_are_finite():
+    x = torch.zeros(3, 4, requires_grad=True)
+    outputs = rms_norm(x, torch.ones(4), 1e-5)
+    outputs.sum().backward()
+    assert torch.equal(outputs, torch.zeros(3, 4))
+    assert torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_turn_is_that_of_its_operations(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 3, 8, generator=generator, dtype=dtype).requires_grad_()
+    turn = tuple(torch.randn(2, 9, 1, 8, generator=generator, dtype=dtype) for _ in range(2))
+    assert apart(turn_halves, turn_one_by_one, (x,), turn) < TOLERANCE[dtype]
+
+
+def test_a_turn_of_half_precision_is_computed_in_that_of_the_angles():
+    x = torch.randn(1, 4, 1, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = torch.rand(1, 4, 1, 6), torch.rand(1, 4, 1, 6)
+    expected = turn_one_by_one(x.float(), cos, sin)
+    assert F.cosine_similarity(turn_halves(x, cos, sin).flatten(), expected.flatten(), 0) > 1 - 1e-6
+    assert turn_halves(x, cos, sin).dtype is torch.float32
