@@ -1,5 +1,6 @@
 """A batch of training sequences, and the 64-bit mixing that gives samples their ids."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,6 +54,15 @@ class Batch:
                 None if self.source_documents is None else self.source_documents[part],
             )
 
+    def stretch(self, part: int, parts: int) -> "Batch":
+        """One of `parts` stretches of every sequence, nearly equal; documents keep their ids."""
+        L = self.tokens.shape[1]
+        along = slice(part * L // parts, (part + 1) * L // parts)
+        assert self.source is None, "a source has a length of its own"
+        return Batch(
+            self.tokens[:, along], self.targets[:, along], self.documents[:, along], self.samples
+        )
+
 
 def cut_blocks(
     tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray, seq_len: int
@@ -79,6 +89,26 @@ def cut_blocks(
     )
 
 
+def join_blocks(
+    tokens: np.ndarray, documents: np.ndarray, samples: np.ndarray, joined: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks of `joined` times the length, each made of blocks that follow each other in a domain.
+
+    Args:
+        tokens: (blocks, T + 1); a block's last token is the first of the one after it.
+        documents: (blocks, T + 1), counted from 0 in each block.
+        samples: id of each block.
+        joined: blocks that become one, a divisor of their number.
+    """
+    blocks, width = tokens.shape
+    groups = (blocks // joined, joined)
+    before = documents[:, -1].astype(np.int64).reshape(groups).cumsum(axis=1)
+    shift = np.concatenate([np.zeros((groups[0], 1), np.int64), before[:, :-1]], axis=1)
+    counted = documents.reshape(*groups, width) + shift[..., None]
+    ids = functools.reduce(mix, samples.reshape(groups).T)
+    return _chain(tokens.reshape(*groups, width)), _chain(counted), ids
+
+
 def join_batches(batches: list[Batch]) -> Batch:
     """One batch with the sequences of all."""
     return Batch(
@@ -98,6 +128,12 @@ def target_bytes(batch: Batch, byte_lengths: np.ndarray) -> int:
 def mix(left: np.ndarray | int, right: np.ndarray | int) -> np.ndarray:
     """Hash two 64-bit numbers into one, elementwise (the finalizer of splitmix64, twice)."""
     return _finalize(_finalize(_unsigned(left)) ^ _unsigned(right))
+
+
+def _chain(blocks: np.ndarray) -> np.ndarray:
+    """(groups, joined, T + 1) to (groups, joined x T + 1)."""
+    body = blocks[:, :, :-1].reshape(len(blocks), -1)
+    return np.concatenate([body, blocks[:, -1, -1:]], axis=1)
 
 
 def _finalize(value: np.ndarray) -> np.ndarray:

@@ -116,11 +116,12 @@ class DataConfig:
         name: of the corpus.
         dataset: name of the dataset it is mixed from.
         domains: share of each domain in every epoch; they sum to 1.
-        seq_len: tokens of a training sequence.
+        seq_len: tokens of a training sequence: a block cut into equal parts, or whole blocks that
+            follow each other in a domain, joined.
         block_tokens: of the dataset.
         unique_bytes: UTF-8 bytes of different text, over all domains by their shares; a smaller
             corpus is contained in a larger one. None for all there is.
-        epoch_blocks: blocks after which the order starts anew.
+        epoch_blocks: blocks after which the order starts anew; joined ones stay together in it.
         shuffle_seed: of the order of blocks.
         num_canonical_nodes: part of the order's definition, whatever the number of machines.
     """
@@ -139,23 +140,25 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require_name("corpus.dataset", self.dataset)
         self._require_shares()
-        if self.seq_len > self.block_tokens:
-            raise ValueError(
-                f"corpus.seq_len {self.seq_len} is longer than block_tokens {self.block_tokens}; "
-                "build the dataset with longer blocks"
-            )
-        if self.seq_len < 1 or self.block_tokens % self.seq_len:
+        if self.seq_len < 1 or min(
+            self.block_tokens % self.seq_len, self.seq_len % self.block_tokens
+        ):
             raise ValueError(
                 f"corpus.seq_len {self.seq_len} does not divide block_tokens "
-                f"{self.block_tokens}; choose a divisor"
+                f"{self.block_tokens}, nor is it a multiple of it; choose either"
             )
         for key in ("epoch_blocks", "num_canonical_nodes"):
             if getattr(self, key) < 1:
                 raise ValueError(f"corpus.{key} {getattr(self, key)} is below 1; raise it")
-        if self.epoch_blocks % self.num_canonical_nodes:
+        if self.epoch_blocks % self.joined_blocks:
+            raise ValueError(
+                f"corpus.seq_len {self.seq_len} joins {self.joined_blocks} blocks, which do not "
+                f"divide epoch_blocks {self.epoch_blocks}; make that a multiple"
+            )
+        if self.epoch_groups % self.num_canonical_nodes:
             raise ValueError(
                 f"corpus.num_canonical_nodes {self.num_canonical_nodes} does not divide "
-                f"epoch_blocks {self.epoch_blocks}; choose a divisor"
+                f"the epoch's {self.epoch_groups} blocks or groups of joined ones; choose a divisor"
             )
         if self.unique_bytes is not None and self.unique_bytes < 1:
             raise ValueError(
@@ -168,8 +171,18 @@ class DataConfig:
 
     @property
     def pieces(self) -> int:
-        """Sequences cut from one block."""
-        return self.block_tokens // self.seq_len
+        """Sequences cut from one block; 1 where blocks are joined."""
+        return max(self.block_tokens // self.seq_len, 1)
+
+    @property
+    def joined_blocks(self) -> int:
+        """Consecutive blocks that become one sequence; 1 where blocks are cut or left whole."""
+        return max(self.seq_len // self.block_tokens, 1)
+
+    @property
+    def epoch_groups(self) -> int:
+        """Groups of joined blocks in an epoch."""
+        return self.epoch_blocks // self.joined_blocks
 
     def _require_shares(self) -> None:
         for domain, share in self.domains.items():

@@ -3,6 +3,8 @@
 The global order of blocks is a function of the DataConfig and the dataset. Step s takes the blocks
 from s x blocks a step on, wherever epochs begin; rank r of R takes the r-th part of these. So the
 global batch is the same, in the same order, for any number of ranks and after any interruption.
+Where a sequence is longer than a block, what is ordered are groups of blocks that follow each other
+in one shard of a domain; the few blocks at the end of a shard that make no group are left out.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
 from data_pipelines import manifest as manifests
-from data_pipelines.batch import Batch, cut_blocks, join_batches, mix
+from data_pipelines.batch import Batch, cut_blocks, join_batches, join_blocks, mix
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import Manifest, read_manifest, rebuild
 from data_pipelines.tokenizers import load_tokenizer
@@ -76,24 +78,24 @@ class TokenStream:
             )
         assert 0 <= rank < ranks
         self.config, self.rank, self.step = config, rank, first_step
-        self._blocks_per_step = batch_sequences // config.pieces
-        self._blocks_per_rank = self._blocks_per_step // ranks
+        self._groups_per_step = batch_sequences // config.pieces
+        self._groups_per_rank = self._groups_per_step // ranks
         self._folder, self._manifest = _open(config, root, expected_root_hash)
         self._blocks: _Blocks | None = _Blocks(self._folder, self._manifest, config)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the current step on."""
         while True:
-            first = self.step * self._blocks_per_step + self.rank * self._blocks_per_rank
+            first = self.step * self._groups_per_step + self.rank * self._groups_per_rank
             blocks = self._opened()
-            batch = blocks.read(blocks.at(range(first, first + self._blocks_per_rank)))
+            batch = blocks.read(blocks.at(range(first, first + self._groups_per_rank)))
             self.step += 1
             yield batch
 
     def realised(self) -> dict[str, Realised]:
         """What all ranks have read of each domain from step 0 to the current one."""
         blocks = self._opened()
-        return blocks.count(self.step * self._blocks_per_step)
+        return blocks.count(self.step * self._groups_per_step)
 
     def close(self) -> None:
         """Let go of the dataset; there is no thread, process or shared memory to end."""
@@ -111,7 +113,8 @@ class _Blocks(StreamingDataset):
     is its constructor's registration in shared memory and file locks, and the download threads of
     its iteration: they coordinate downloads, of which there are none, wait without limit for
     peers that died, and outlive a killed process. Attributes are named as the base class reads
-    them; a test holds the order equal to the base class's own.
+    them; a test holds the order equal to the base class's own. What it calls a sample is a group of
+    joined blocks, of one where none are joined.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: DataConfig) -> None:
@@ -124,13 +127,14 @@ class _Blocks(StreamingDataset):
             for d in described
         ]
         self._set_order()
-        kept = [_leading(_open_shards(folder, d), _unique_blocks(config, d)) for d in described]
+        joined = config.joined_blocks
+        kept = [_long_enough(folder, config, d) for d in described]
         self.shards = [shard for shards in kept for shard in shards]
-        self._set_index([[shard.samples for shard in shards] for shards in kept])
+        self._set_index([[shard.samples // joined for shard in shards] for shards in kept])
 
     def at(self, positions: range) -> np.ndarray:
-        """The blocks at some positions of the order, which may run over the end of an epoch."""
-        length = self._config.epoch_blocks
+        """The groups at some positions of the order, which may run over the end of an epoch."""
+        length = self._config.epoch_groups
         epochs = range(positions.start // length, (positions.stop - 1) // length + 1)
         parts = []
         for epoch in epochs:
@@ -140,28 +144,32 @@ class _Blocks(StreamingDataset):
         return np.concatenate(parts)
 
     def read(self, ids: np.ndarray) -> Batch:
-        """The sequences of some blocks.
+        """The sequences of some groups.
 
         Raises:
             RuntimeError: a shard was removed or damaged since it was verified.
         """
-        rows = []
-        for block in ids:
-            shard, place = self.spanner[int(block)]
-            with _blamed(self.shards[shard], place):
-                rows.append(self[int(block)])
+        rows, joined = [], self._config.joined_blocks
+        for group in ids:
+            number, place = self.spanner[int(group)]
+            shard = self.shards[number]
+            for block in range(place * joined, (place + 1) * joined):
+                with _blamed(shard, block):
+                    rows.append(shard[block])
         return _batch(rows, self._config, self._manifest)
 
-    def count(self, blocks: int) -> dict[str, Realised]:
-        """What the first blocks of the order hold of each domain."""
+    def count(self, groups: int) -> dict[str, Realised]:
+        """What the first groups of the order hold of each domain."""
         times = np.zeros(self.num_samples, np.int64)
-        length = self._config.epoch_blocks
-        for begin in range(0, blocks, length):
-            ids = self._order(begin // length)[: blocks - begin]
+        length, joined = self._config.epoch_groups, self._config.joined_blocks
+        for begin in range(0, groups, length):
+            ids = self._order(begin // length)[: groups - begin]
             times += np.bincount(ids, minlength=self.num_samples)
         bounds = [*self.sample_offset_per_stream, self.num_samples]
         return {
-            domain: Realised(int(part.sum()), int((part > 0).sum()), int(part.max()))
+            domain: Realised(
+                int(part.sum()) * joined, int((part > 0).sum()) * joined, int(part.max())
+            )
             for domain, begin, end in zip(self.domains, bounds, bounds[1:], strict=False)
             for part in [times[begin:end]]
         }
@@ -192,19 +200,19 @@ class _Blocks(StreamingDataset):
         self.stream_per_shard = np.repeat(np.arange(self.num_streams), self.shards_per_stream)
         self.samples_per_stream = np.array([sum(c) for c in counts], np.int64)
         self.sample_offset_per_stream = self.samples_per_stream.cumsum() - self.samples_per_stream
-        self.samples_per_shard = np.array([shard.samples for shard in self.shards], np.int64)
+        self.samples_per_shard = np.array([n for c in counts for n in c], np.int64)
         self.sample_offset_per_shard = self.samples_per_shard.cumsum() - self.samples_per_shard
         self.num_samples = int(self.samples_per_stream.sum())
         # Spanner changes the array that it is given.
         self.spanner = Spanner(self.samples_per_shard.copy())
         self.epoch_size = Stream.apply_weights(
-            self.streams, self.samples_per_stream, self._config.epoch_blocks, self.shuffle_seed
+            self.streams, self.samples_per_stream, self._config.epoch_groups, self.shuffle_seed
         )
         self.length = self.epoch_size
         self._shard_access_times = np.zeros(self.num_shards, np.uint64)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The blocks of one epoch, in order; the two latest epochs are kept."""
+        """The groups of one epoch, in order; the two latest epochs are kept."""
         if epoch not in self._orders:
             work = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, 0)
             while len(self._orders) > 1:
@@ -232,23 +240,35 @@ def evaluation_batches(
     batch_sequences: int,
     max_blocks: int,
 ) -> Iterator[Batch]:
-    """The first blocks of a held-out set, in their order, cut into sequences.
+    """The first blocks of a held-out set, in their order, cut or joined into sequences.
 
     Raises:
-        ValueError: the config does not fit the dataset.
+        ValueError: the config does not fit the dataset, or the blocks make no whole sequence.
         RuntimeError: the dataset is not what its manifest says.
     """
     folder, manifest = _open(config, root, None)
-    described = manifest.stream(domain, split)
+    described, joined = manifest.stream(domain, split), config.joined_blocks
     verify_streams(folder, manifest, [described])
-    blocks = itertools.islice(_in_order(_open_shards(folder, described)), max_blocks)
+    read = _whole_groups(config, described, max_blocks) * joined
+    blocks = itertools.islice(_in_order(_open_shards(folder, described)), read)
     waiting: list[Batch] = []
-    while rows := list(itertools.islice(blocks, batch_sequences)):
+    while rows := list(itertools.islice(blocks, batch_sequences * joined)):
         waiting.append(_batch(rows, config, manifest))
         *whole, rest = join_batches(waiting).split(batch_sequences)
         yield from whole
         waiting = [rest]
     yield from waiting
+
+
+def check_evaluation(config: DataConfig, root: Path, max_blocks: int) -> None:
+    """Make sure that the first blocks of every held-out set make a sequence.
+
+    Raises:
+        ValueError: those of one do not.
+    """
+    manifest = read_manifest(root / config.dataset)
+    for domain in manifest.domains:
+        _whole_groups(config, manifest.stream(domain, "validation"), max_blocks)
 
 
 def _open(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
@@ -280,6 +300,19 @@ def _open(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, M
     return folder, manifest
 
 
+def _whole_groups(config: DataConfig, described: manifests.Stream, max_blocks: int) -> int:
+    """Groups of joined blocks among the first blocks of a set."""
+    joined = config.joined_blocks
+    groups = min(max_blocks, described.blocks) // joined
+    if joined > 1 and not groups:
+        raise ValueError(
+            f"{described.folder} of dataset {config.dataset} has {described.blocks} blocks, of "
+            f"which evaluation reads {max_blocks}, but corpus.seq_len {config.seq_len} takes "
+            f"{joined} for one sequence; raise evaluation.blocks_per_set, or build a longer set"
+        )
+    return groups
+
+
 def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
     """Leading blocks of a domain that hold its share of `unique_bytes`."""
     if config.unique_bytes is None:
@@ -293,6 +326,19 @@ def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
             f"{described.domain}, which has {described.utf8_bytes}; choose at most {int(most)}"
         )
     return blocks
+
+
+def _long_enough(folder: Path, config: DataConfig, described: manifests.Stream) -> list[MDSReader]:
+    """The shards of a domain that hold its share of `unique_bytes` and a group of joined blocks."""
+    shards = _leading(_open_shards(folder, described), _unique_blocks(config, described))
+    kept = [shard for shard in shards if shard.samples >= config.joined_blocks]
+    if not kept:
+        raise ValueError(
+            f"corpus.seq_len {config.seq_len} joins {config.joined_blocks} blocks, but no shard of "
+            f"{described.domain} in {folder} has as many; choose a shorter seq_len, or build the "
+            f"dataset with block_tokens {config.seq_len}"
+        )
+    return kept
 
 
 def _leading(shards: list[MDSReader], blocks: int) -> list[MDSReader]:
@@ -326,7 +372,8 @@ def _batch(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
         )
     documents = np.stack([row["documents"] for row in rows])
     samples = np.array([row["sample"] for row in rows], np.uint64)
-    return cut_blocks(tokens, documents, samples, config.seq_len)
+    longer = join_blocks(tokens, documents, samples, config.joined_blocks)
+    return cut_blocks(*longer, config.seq_len)
 
 
 @contextlib.contextmanager

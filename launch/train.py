@@ -19,7 +19,7 @@ from launch.journal import Journal
 from launch.standing import Standing, standing_of
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
-from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
 from trainer.preemption import ExitCode
 from trainer.record import read_json, read_run
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
@@ -30,6 +30,9 @@ examples:
   python launch/train.py sweeps/single.yaml
   python launch/train.py sweeps/single.yaml budget.tokens=40960 optimizer.learning_rate=0.02
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.threads=1
+  python launch/train.py sweeps/single.yaml execution.ranks=2 execution.sequence_parallel=2 \
+      execution.threads=1                                                  both hold every sequence
+  python launch/train.py sweeps/single.yaml execution.ranks=8 launcher.slots=8   on fewer cores
   python launch/train.py runs/scaling/<id>/config.yaml --runs /tmp/again     any recorded run"""
 
 
@@ -52,9 +55,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     runs = Path(arguments.runs)
     runs.mkdir(parents=True, exist_ok=True)
     folder = runs / experiment.folder_name
-    plain = merge(read_yaml(arguments.run), read_overrides(arguments.override)).get("dataset")
-    if plain is not None:
-        dataset = load(DatasetConfig, plain, "dataset")
+    plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
+    launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
+    if "dataset" in plain:
+        dataset = load(DatasetConfig, plain["dataset"], "dataset")
         build_data(dataset, Path(experiment.execution.data_root), console)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
@@ -62,7 +66,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         if experiment.execution.ranks == 1:
             TrainJob(runs, (unit,), None).run()
         else:
-            run_units([unit], LauncherConfig(), runs, lambda: None)
+            run_units([unit], launcher, runs, lambda: None)
     return _conclude(experiment, folder, console)
 
 
@@ -75,15 +79,18 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
     plain = merge(read_yaml(path), read_overrides(overrides))
     execution = plain.pop("execution", {})
     evaluation = plain.pop("evaluation", {})
-    plain.pop("dataset", None)
+    for section in ("dataset", "launcher"):
+        plain.pop(section, None)
     plain["precision"] = resolve_precision(str(plain.get("precision", "auto")))
     try:
-        return Experiment(
+        experiment = Experiment(
             load(RunConfig, plain),
             load(ExecutionConfig, execution, "execution"),
             load(EvaluationConfig, evaluation, "evaluation"),
         )
-    except ConfigError as error:
+        sequences_at_once(experiment.run, experiment.execution)
+        return experiment
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -179,11 +179,14 @@ class ExecutionConfig:
 
     Attributes:
         ranks: processes of one run.
+        sequence_parallel: consecutive ranks that hold the parts of the same sequences, a divisor
+            of `ranks`; 1 for whole sequences on every rank.
         threads: CPU threads of each process, fixed for the life of a run.
         micro_batch_sequences: sequences a rank passes through the model at once; None for all.
         zero_stage: DeepSpeed's ZeRO stage.
         recompute: whether blocks are computed anew in the backward pass: less memory, a third more
             work, the same numbers.
+        compile: whether `torch.compile` makes the blocks faster; the first steps take minutes.
         save_every_tokens: tokens between checkpoints; None saves at forks and the end only.
         keep_checkpoints: newest checkpoints kept beside the pinned ones.
         data_root: folder of the built datasets.
@@ -191,10 +194,12 @@ class ExecutionConfig:
     """
 
     ranks: int = 1
+    sequence_parallel: int = 1
     threads: int = 1
     micro_batch_sequences: int | None = None
     zero_stage: Literal[0, 1, 2, 3] = 0
     recompute: bool = False
+    compile: bool = False
     save_every_tokens: int | None = None
     keep_checkpoints: int = 2
     data_root: str = "data"
@@ -202,10 +207,31 @@ class ExecutionConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        _require_positive(self, "ranks", "threads", "keep_checkpoints")
+        _require_positive(self, "ranks", "sequence_parallel", "threads", "keep_checkpoints")
+        if self.ranks % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}; "
+                "choose a divisor of the ranks, or a multiple of it as their number"
+            )
         for name in ("micro_batch_sequences", "save_every_tokens"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
+        if self.zero_stage == 3 and self.ranks > 1:
+            raise ValueError(
+                f"zero_stage is 3 on {self.ranks} ranks, but the head reads the embedding where "
+                "DeepSpeed does not gather it; choose zero_stage 2"
+            )
+        if self.compile and (self.zero_stage == 3 or self.sequence_parallel > 1):
+            raise ValueError(
+                "compile is on, but ZeRO-3 and sequence_parallel exchange tensors inside blocks, "
+                "which compiled blocks do not; set compile to false, or zero_stage below 3 and "
+                "sequence_parallel to 1"
+            )
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares of a global batch: ranks that do not hold parts of the same sequences."""
+        return self.ranks // self.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -228,6 +254,43 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "blocks_per_set", "batch_sequences")
         _require_within(self, 0, 1, "mask_rate")
+
+
+def sequences_at_once(run: RunConfig, execution: ExecutionConfig) -> int:
+    """Sequences that pass through the model together on one rank.
+
+    Raises:
+        ValueError: the run cannot be laid out over these ranks.
+    """
+    _check_shards(run, execution)
+    if run.batch_sequences % execution.data_ranks:
+        raise ValueError(
+            f"execution.ranks {execution.ranks} / execution.sequence_parallel "
+            f"{execution.sequence_parallel} does not divide the {run.batch_sequences} sequences "
+            "of a step; choose a divisor or other optimizer.batch_tokens"
+        )
+    mine = run.batch_sequences // execution.data_ranks
+    micro = execution.micro_batch_sequences or mine
+    if mine % micro:
+        raise ValueError(
+            f"execution.micro_batch_sequences {micro} does not divide the {mine} sequences "
+            "of a rank; choose a divisor"
+        )
+    return micro
+
+
+def _check_shards(run: RunConfig, execution: ExecutionConfig) -> None:
+    shards = execution.sequence_parallel
+    if shards > run.corpus.seq_len:
+        raise ValueError(
+            f"execution.sequence_parallel {shards} is more than the {run.corpus.seq_len} tokens of "
+            "corpus.seq_len; choose at most that many"
+        )
+    if shards > 1 and run.model.encoder is not None:
+        raise ValueError(
+            f"execution.sequence_parallel is {shards}, but objective {run.objective} reads a "
+            "source, which cannot be cut over ranks; set it to 1"
+        )
 
 
 def _describe(form: str, encoder: bool) -> str:

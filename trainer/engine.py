@@ -17,8 +17,10 @@ from data_pipelines.batch import Batch
 from kernels.runtime import use_extension_cache
 from kernels.runtime import warm as warm_kernels
 from models.backbone import Backbone, Source
+from models.compiled import compile_blocks
 from models.sequence import WholeSequence
-from trainer.config import ExecutionConfig, RunConfig
+from models.sharded import ShardedSequence, refuse_unsharded
+from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
 from trainer.manifest import MODEL_FILE, refuse_unsafe
 from trainer.objective import IGNORED, prepare, total_nats
 from trainer.optimizer import adamw
@@ -49,10 +51,12 @@ class Engine:
 
     def __init__(self, backbone: Backbone, config: RunConfig, execution: ExecutionConfig) -> None:
         self.device = pick_device(execution)
-        self.ranks = join_ranks(self.device, execution.ranks)
+        self._micro = sequences_at_once(config, execution)
+        if execution.sequence_parallel > 1:
+            refuse_unsharded(backbone)
+        self.ranks = join_ranks(self.device, execution.ranks, execution.sequence_parallel)
         self._config = config
         self._stage = execution.zero_stage
-        self._micro = _micro_batch(config, execution)
         self._clip = config.optimizer.gradient_clip
         if self.device == "cuda":
             torch.cuda.set_device(self.ranks.local_rank)
@@ -60,6 +64,8 @@ class Engine:
         for stack in (backbone, backbone.encoder):
             if stack is not None:
                 stack.recompute = execution.recompute
+        if execution.compile:
+            compile_blocks(backbone)
         self._engine = _initialize(backbone, config, execution, self._micro)
 
     @property
@@ -76,10 +82,11 @@ class Engine:
         """Train on this rank's share of a global batch, in micro-batches.
 
         Args:
-            batch: this rank's sequences.
+            batch: this rank's sequences, whole.
             rate: learning rate of this step.
         """
-        batch = prepare(batch, self._config, self._config.seed, self._config.mask_rate)
+        whole = prepare(batch, self._config, self._config.seed, self._config.mask_rate)
+        batch = self.own_part(whole)
         (targets,) = self.ranks.sum_floats([float((batch.targets != IGNORED).sum())])
         nats = 0.0
         for piece in batch.split(self._micro):
@@ -90,18 +97,29 @@ class Engine:
         norm, skipped = self._apply()
         return StepResult(nats / max(targets, 1.0), norm, skipped)
 
+    def own_part(self, batch: Batch) -> Batch:
+        """The stretch of each sequence that this rank holds; all of it where none is shared."""
+        if self.ranks.sequence is None:
+            return batch
+        return batch.stretch(self.ranks.shard, self.ranks.shards)
+
     def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states of a batch, without gradients."""
+        """Hidden states of this rank's part of a batch, without gradients."""
         with torch.no_grad(), self.autocast():
             return self.backbone(*self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, WholeSequence, Source | None]:
-        sequence = WholeSequence(batch.documents.to(self.device))
+        sequence = self._sequence(batch.documents.to(self.device))
         source = None
         if batch.source is not None and batch.source_documents is not None:
             theirs = WholeSequence(batch.source_documents.to(self.device))
             source = Source(batch.source.to(self.device), theirs)
         return batch.tokens.to(self.device), sequence, source
+
+    def _sequence(self, documents: Tensor) -> WholeSequence:
+        if self.ranks.sequence is None:
+            return WholeSequence(documents)
+        return ShardedSequence(documents, self.ranks.sequence)
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -169,7 +187,8 @@ class Engine:
         hidden = self._engine(*self._inputs(piece))
         with self.autocast():
             nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
-        # DeepSpeed divides by the accumulation steps and averages over the ranks.
+        # DeepSpeed divides by the accumulation steps and averages over all ranks, to whom the loss
+        # is shared out: by sequences, or by stretches of the same ones.
         pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
         self._engine.backward(nats * (pieces / max(targets, 1.0)))
         last = self._engine.is_gradient_accumulation_boundary()
@@ -243,22 +262,6 @@ def _deepspeed() -> Any:  # noqa: ANN401
     return deepspeed
 
 
-def _micro_batch(config: RunConfig, execution: ExecutionConfig) -> int:
-    if config.batch_sequences % execution.ranks:
-        raise ValueError(
-            f"execution.ranks {execution.ranks} does not divide the {config.batch_sequences} "
-            "sequences of a step; choose a divisor or other optimizer.batch_tokens"
-        )
-    mine = config.batch_sequences // execution.ranks
-    micro = execution.micro_batch_sequences or mine
-    if mine % micro:
-        raise ValueError(
-            f"execution.micro_batch_sequences {micro} does not divide the {mine} sequences "
-            "of a rank; choose a divisor"
-        )
-    return micro
-
-
 def _initialize(
     backbone: Backbone, config: RunConfig, execution: ExecutionConfig, micro: int
 ) -> Any:  # noqa: ANN401
@@ -280,9 +283,10 @@ def _deepspeed_config(
     stage = execution.zero_stage
     bucket = min(parameters, BUCKET_ELEMENTS)
     return {
-        "train_batch_size": config.batch_sequences,
+        # It takes every rank for one with sequences of its own, and shards ZeRO's states over all.
+        "train_batch_size": config.batch_sequences * execution.sequence_parallel,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": config.batch_sequences // execution.ranks // micro,
+        "gradient_accumulation_steps": config.batch_sequences // execution.data_ranks // micro,
         "zero_optimization": {
             "stage": stage,
             "overlap_comm": False,

@@ -1,5 +1,6 @@
 """What is measured of a checkpoint: held-out loss of every evaluation set."""
 
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data_pipelines.batch import Batch, target_bytes
-from data_pipelines.stream import evaluation_batches, evaluation_sets
+from data_pipelines.stream import check_evaluation, evaluation_batches, evaluation_sets
 from data_pipelines.tokenizers import load_tokenizer
 from trainer.config import EvaluationConfig, RunConfig
 from trainer.engine import Engine
@@ -41,6 +42,7 @@ class Evaluator:
     def __init__(self, run: RunConfig, config: EvaluationConfig, root: Path) -> None:
         corpus = run.corpus
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
+        check_evaluation(corpus, root, config.blocks_per_set)
         self.sets = evaluation_sets(root, corpus.dataset)
         self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
 
@@ -54,7 +56,8 @@ class Evaluator:
         nats, targets, read = 0.0, 0, 0
         engine.backbone.eval()
         for plain in self._share(engine, name):
-            batch = prepare(plain, self._run, MASK_SEED, self._config.mask_rate)
+            whole = prepare(plain, self._run, MASK_SEED, self._config.mask_rate)
+            batch = engine.own_part(whole)
             with torch.no_grad(), engine.autocast():
                 wanted = batch.targets.to(engine.device)
                 each = token_nats(engine.backbone, engine.hidden(batch), wanted)
@@ -67,21 +70,21 @@ class Evaluator:
         return Evaluated(name, nats, targets, read, time.perf_counter() - begin)
 
     def _share(self, engine: Engine, name: str) -> list[Batch]:
-        """This rank's batches of a set; a later rank may get fewer."""
-        config, corpus = self._config, self._corpus
+        """The batches of this rank's sequence group; a later group may get fewer."""
+        config, corpus, ranks = self._config, self._corpus, engine.ranks
         place = (self._root, corpus.dataset, name, corpus.seq_len)
-        key = (*place, config.batch_sequences, config.blocks_per_set)
+        share = (ranks.data_rank, ranks.data_ranks)
+        key = (*place, config.batch_sequences, config.blocks_per_set, *share)
         if key not in _batches:
-            _batches[key] = list(
-                evaluation_batches(
-                    corpus,
-                    self._root,
-                    name,
-                    batch_sequences=config.batch_sequences,
-                    max_blocks=config.blocks_per_set,
-                )
+            batches = evaluation_batches(
+                corpus,
+                self._root,
+                name,
+                batch_sequences=config.batch_sequences,
+                max_blocks=config.blocks_per_set,
             )
-        return _batches[key][engine.ranks.rank :: engine.ranks.ranks]
+            _batches[key] = list(itertools.islice(batches, share[0], None, share[1]))
+        return _batches[key]
 
 
 _batches: dict[tuple, list[Batch]] = {}

@@ -1,6 +1,11 @@
-"""Process groups: which rank this is, and the sums that all ranks need of each other."""
+"""Process groups: data x sequence ranks, and the sums that all ranks need of each other.
+
+Consecutive ranks hold the parts of the same sequences, so that they are near each other: with R
+shards, rank r holds part r % R of the sequences of data rank r // R.
+"""
 
 import datetime
+import functools
 import os
 from dataclasses import dataclass
 
@@ -22,11 +27,38 @@ class Ranks:
         rank: its number.
         ranks: processes in all.
         local_rank: its number on this machine.
+        shards: consecutive ranks that hold the parts of the same sequences.
+        sequence: those of this rank's sequences; None where each rank holds whole ones.
     """
 
     rank: int
     ranks: int
     local_rank: int
+    shards: int = 1
+    sequence: dist.ProcessGroup | None = None
+
+    @property
+    def shard(self) -> int:
+        """Which part of its sequences this rank holds."""
+        return self.rank % self.shards
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a global batch this rank's sequences are."""
+        return self.rank // self.shards
+
+    @property
+    def data_ranks(self) -> int:
+        """Shares of a global batch."""
+        return self.ranks // self.shards
+
+    def hear_first(self, values: torch.Tensor) -> torch.Tensor:
+        """What the first rank of this one's sequence group has, in the same shape and dtype."""
+        if self.sequence is None:
+            return values
+        told = values.to(_collective_device())
+        dist.broadcast(told, group=self.sequence, group_src=0)
+        return told.to(values.device)
 
     def sum_floats(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""
@@ -48,16 +80,20 @@ class Ranks:
 
     def _sum(self, values: torch.Tensor) -> list:
         if self.ranks > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            values = values.to(device)
+            values = values.to(_collective_device())
             dist.all_reduce(values)
         return values.tolist()
 
 
-def join_ranks(device: str, expected: int) -> Ranks:
+def join_ranks(device: str, expected: int, shards: int = 1) -> Ranks:
     """Find the other processes of this run through the environment that the launcher set.
 
     A process without one is a run of its own and opens no port.
+
+    Args:
+        device: `cuda` or `cpu`.
+        expected: processes of the run.
+        shards: ranks that share each sequence, a divisor of `expected`.
 
     Raises:
         RuntimeError: the launcher started another number of processes than the run expects.
@@ -76,4 +112,20 @@ def join_ranks(device: str, expected: int) -> Ranks:
         backend = "nccl" if device == "cuda" else "gloo"
         store = HashStore() if ranks == 1 else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
-    return Ranks(rank, ranks, local_rank)
+    sequence = _sequence_group(shards) if shards > 1 else None
+    return Ranks(rank, ranks, local_rank, shards, sequence)
+
+
+@functools.cache
+def _sequence_group(shards: int) -> dist.ProcessGroup:
+    """This rank's sequence group; every rank makes all of them, once a process."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    members = [list(range(first, first + shards)) for first in range(0, ranks, shards)]
+    groups = [dist.new_group(each, timeout=TIMEOUT) for each in members]
+    mine = groups[rank // shards]
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
+def _collective_device() -> str:
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

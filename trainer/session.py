@@ -2,11 +2,12 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from data_pipelines.batch import Batch
 from data_pipelines.build import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
 from kernels.faults import fault_point
@@ -29,6 +30,7 @@ from trainer.optimizer import decay_begins
 from trainer.preemption import Heartbeat
 from trainer.record import Row, RunRecord, read_run
 from trainer.schema import ConfigError, dump
+from trainer.shared_stream import shared_batches
 
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
 """Seconds that a phase may last before the stall report."""
@@ -121,17 +123,26 @@ class Session:
         facts = found.manifest
         return Progress(facts["step"], int(facts["certificate"], 16), facts["skipped_in_row"])
 
-    def open_stream(self, first_step: int) -> TokenStream:
-        """The batches from a step on."""
-        self._stream = TokenStream(
-            self.config.corpus,
-            self._data_root,
-            rank=self.engine.ranks.rank,
-            ranks=self.engine.ranks.ranks,
-            batch_sequences=self.config.batch_sequences,
-            first_step=first_step,
-        )
-        return self._stream
+    def open_stream(self, first_step: int) -> Iterator[Batch]:
+        """This rank's batches from a step on; what one rank cannot open stops all of them."""
+        ranks, failed = self.engine.ranks, None
+        try:
+            if ranks.shard == 0:
+                self._stream = TokenStream(
+                    self.config.corpus,
+                    self._data_root,
+                    rank=ranks.data_rank,
+                    ranks=ranks.data_ranks,
+                    batch_sequences=self.config.batch_sequences,
+                    first_step=first_step,
+                )
+        except (ValueError, RuntimeError, OSError) as error:
+            failed = error
+        for error in self._group.gather(failed):
+            if error is not None:
+                raise error
+        sequences = self.config.batch_sequences // ranks.data_ranks
+        return shared_batches(self._stream, ranks, (sequences, self.config.corpus.seq_len))
 
     def write_row(
         self, progress: Progress, result: StepResult, rate: float, seconds: tuple[float, float]

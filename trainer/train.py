@@ -41,12 +41,11 @@ def train(
 def _loop(session: Session) -> Outcome:
     progress = session.resume()
     plan = plan_run(session.config, session.execution, session.evaluation, session.lineage.forks)
-    stream = session.open_stream(progress.step)
+    batches = session.open_stream(progress.step)
     signal = StopSignal(GRACE_SECONDS, session.folder / "stop-stacks.txt", session.complain)
     with signal, session.heartbeat:
         if plan.events(progress.step).evaluate and progress.step:
             session.evaluate(progress)
-        batches = iter(stream)
         while progress.step < plan.last:
             begin = time.perf_counter()
             session.heartbeat.beat(progress.step, "data")
@@ -55,9 +54,9 @@ def _loop(session: Session) -> Outcome:
             session.heartbeat.beat(progress.step, "step")
             rate = learning_rate(session.config, progress.step)
             result = session.engine.step(batch, rate)
-            mixed, stops = session.engine.ranks.sum_integers(
-                [certificate(batch.samples), int(signal.requested)]
-            )
+            # Of the ranks that hold parts of the same sequences one counts them.
+            seen = certificate(batch.samples) if session.engine.ranks.shard == 0 else 0
+            mixed, stops = session.engine.ranks.sum_integers([seen, int(signal.requested)])
             progress.step += 1
             progress.certificate = (progress.certificate + mixed) & 0xFFFFFFFFFFFFFFFF
             progress.skipped_in_row = progress.skipped_in_row + 1 if result.skipped else 0

@@ -14,7 +14,13 @@ import pytest
 
 from data_pipelines.batch import IGNORED, mix, target_bytes
 from data_pipelines.build import read_manifest
-from data_pipelines.stream import TokenStream, certificate, evaluation_batches, evaluation_sets
+from data_pipelines.stream import (
+    TokenStream,
+    certificate,
+    check_evaluation,
+    evaluation_batches,
+    evaluation_sets,
+)
 from data_pipelines.tokenizers import ByteTokenizer
 from tests.data_pipelines.conftest import DOMAINS, corpus
 from tests.oracles.packing import pack_documents
@@ -45,7 +51,7 @@ def segments():
     return sorted(Path("/dev/shm").iterdir())
 
 
-@pytest.mark.parametrize("seq_len", [64, 16])
+@pytest.mark.parametrize("seq_len", [64, 16, 192])
 def test_global_batches_are_the_same_for_any_number_of_ranks(built_root, seq_len):
     config = corpus(seq_len=seq_len)
     sequences = 8 * config.pieces
@@ -78,6 +84,47 @@ def test_a_shorter_context_cuts_the_very_same_blocks(built_root):
         assert a.tokens.tolist() == b.tokens.reshape(8, 64).tolist()
         assert b.targets[a.targets.reshape(32, 16) != b.targets].numel() == 0
         assert len(set(b.samples.tolist())) == 32
+
+
+def test_a_longer_context_is_what_longer_blocks_would_hold(built_root):
+    options = {"seed": 3, "validation_fraction": 0.1, "block_tokens": 192}
+    longer = [block for d in DOMAINS.values() for block in pack_documents(d, **options)["train"]]
+    expected = {tuple(tokens[:-1]): (tokens, documents) for tokens, documents in longer}
+    stream = open_stream(built_root, corpus(seq_len=192), sequences=4)
+    batches, ids = take(stream, 16), {}
+    for tokens, targets, documents, sample in zip(*columns(batches), strict=True):
+        following, numbers = expected[tuple(tokens)]
+        assert documents == numbers[:-1]
+        same = (a == b for a, b in itertools.pairwise(numbers))
+        assert targets == [t if s else IGNORED for t, s in zip(following[1:], same, strict=True)]
+        assert ids.setdefault(sample, tokens) == tokens
+    read = sum(r.blocks for r in stream.realised().values())
+    assert read == 3 * 4 * 16
+
+
+def columns(batches):
+    rows = [content(batch) for batch in batches]
+    return [list(itertools.chain.from_iterable(column)) for column in zip(*rows, strict=True)]
+
+
+def test_an_evaluation_joins_what_it_reads(built_root):
+    config = corpus(seq_len=192)
+    short = list(evaluation_batches(corpus(), built_root, "alpha", batch_sequences=4, max_blocks=7))
+    (long,) = evaluation_batches(config, built_root, "alpha", batch_sequences=4, max_blocks=7)
+    tokens = np.concatenate([batch.tokens.numpy().ravel() for batch in short])
+    targets = np.concatenate([batch.targets.numpy().ravel() for batch in short])
+    assert long.tokens.numpy().ravel().tolist() == tokens[: 6 * 64].tolist()
+    assert long.targets.numpy().ravel().tolist() == targets[: 6 * 64].tolist()
+    with pytest.raises(ValueError, match=r"takes 3 for one sequence; raise"):
+        next(evaluation_batches(config, built_root, "alpha", batch_sequences=4, max_blocks=2))
+    with pytest.raises(ValueError, match=r"takes 3 for one sequence; raise"):
+        check_evaluation(config, built_root, 2)
+
+
+def test_a_context_that_no_shard_holds_is_refused(built_root):
+    config = corpus(seq_len=64 * 4096, epoch_blocks=4096)
+    with pytest.raises(ValueError, match=r"joins 4096 blocks, but no shard of alpha .* as many"):
+        open_stream(built_root, config, sequences=1)
 
 
 def test_each_epoch_holds_no_block_twice_and_the_shares_asked_for(built_root):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.conftest import PLAIN
-from trainer.config import RunConfig, run_id, trunk_id
+from trainer.config import ExecutionConfig, RunConfig, run_id, trunk_id
 from trainer.schema import ConfigError, dump, load, merge, read_overrides, read_yaml
 
 
@@ -130,3 +130,9 @@ def test_environment_variables_are_not_read_from_yaml(tmp_path: Any) -> None:
 def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="'ladder' is no override"):
         read_overrides(["ladder"])
+
+
+def test_zero_3_is_refused_on_several_ranks():
+    ExecutionConfig(zero_stage=3)
+    with pytest.raises(ValueError, match="zero_stage is 3 on 2 ranks.* choose zero_stage 2"):
+        ExecutionConfig(zero_stage=3, ranks=2)
