@@ -45,8 +45,10 @@ def causal_conv(
     final = _final_inputs(values, weight.shape[1] - 1, initial, documents)
     if path_of(values) is Path.REFERENCE:
         return Conv(causal_conv_reference(values, weight, bias, initial, documents).outputs, final)
-    tensors = [x.float().contiguous() for x in (values, weight, bias)]
-    start = None if initial is None else initial.float().contiguous()
+    # The Triton kernels read any dtype; the compiled ones float32 alone.
+    inputs = values if path_of(values) is Path.TRITON else values.float()
+    tensors = [x.contiguous() for x in (inputs, weight.float(), bias.float())]
+    start = None if initial is None else initial.to(inputs.dtype).contiguous()
     ids = None if documents is None else documents.int().contiguous()
     outputs = _CausalConv.apply(*tensors, start, ids)
     return Conv(outputs.to(values.dtype), final)
@@ -79,10 +81,10 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        values: Float32[Tensor, "B L E"],
+        values: Float[Tensor, "B L E"],
         weight: Float32[Tensor, "E K"],
         bias: Float32[Tensor, "E"],
-        initial: Float32[Tensor, "B K-1 E"] | None,
+        initial: Float[Tensor, "B K-1 E"] | None,
         documents: Int[Tensor, "B L"] | None,
     ) -> Tensor:
         # Torch saves None as None; its stub does not say so.
@@ -166,9 +168,11 @@ _forward = define_operator(
     "causal_conv_forward(Tensor values, Tensor weight, Tensor bias, Tensor? initial, "
     "Tensor? documents) -> Tensor",
     _forward_shapes,
+    "kernels.gpu.causal_conv:forward",
 )
 _backward = define_operator(
     "causal_conv_backward(Tensor d_outputs, Tensor values, Tensor weight, Tensor? initial, "
     "Tensor? documents) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
+    "kernels.gpu.causal_conv:backward",
 )

@@ -16,6 +16,8 @@ from kernels.runtime import Path, define_operator, path_of
 # The backward pass replays this many tokens at a time from a kept state. Twice as many make it a
 # fifth slower, because a chunk then leaves the L1 cache; half as many double the kept memory.
 CHUNK = 8
+# A tile of the Triton kernels; a longer one keeps less and has fewer programs in flight.
+TRITON_CHUNK = 32
 
 
 class Scan(NamedTuple):
@@ -55,11 +57,15 @@ def selective_scan(
     _check_shapes(values, dt, A, B, C, initial, documents)
     if path_of(values) is Path.REFERENCE:
         return selective_scan_reference(values, dt, A, B, C, initial, documents)
-    tensors = [x.float().contiguous() for x in (values, dt, A, B, C)]
+    on_triton = path_of(values) is Path.TRITON
+    # The Triton kernels read any dtype; the compiled ones float32 alone.
+    x, B, C = (x if on_triton else x.float() for x in (values, B, C))
+    tensors = [x.contiguous() for x in (x, dt.float(), A.float(), B, C)]
     start = None if initial is None else initial.float().contiguous()
     ids = None if documents is None else documents.int().contiguous()
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, start) if x is not None):
-        outputs, final = _SelectiveScan.apply(*tensors, start, ids)
+        chunk = TRITON_CHUNK if on_triton else CHUNK
+        outputs, final = _SelectiveScan.apply(*tensors, start, ids, chunk)
     else:
         outputs, final, _ = _forward(*tensors, start, ids, 0)
     return Scan(outputs.to(values.dtype), final)
@@ -93,15 +99,17 @@ class _SelectiveScan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx,
-        values: Float32[Tensor, "B L E"],
+        values: Float[Tensor, "B L E"],
         dt: Float32[Tensor, "B L E"],
         A: Float32[Tensor, "E N"],
-        B: Float32[Tensor, "B L N"],
-        C: Float32[Tensor, "B L N"],
+        B: Float[Tensor, "B L N"],
+        C: Float[Tensor, "B L N"],
         initial: Float32[Tensor, "B E N"] | None,
         documents: Int[Tensor, "B L"] | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        outputs, final, checkpoints = _forward(values, dt, A, B, C, initial, documents, CHUNK)
+        ctx.chunk = chunk  # pyright: ignore[reportAttributeAccessIssue]
+        outputs, final, checkpoints = _forward(values, dt, A, B, C, initial, documents, chunk)
         # Torch saves None as None; its stub does not say so.
         saved = (values, dt, A, B, C, documents, checkpoints)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
@@ -114,12 +122,14 @@ class _SelectiveScan(torch.autograd.Function):
         ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         values, dt, A, B, C, documents, checkpoints = list(ctx.saved_tensors)
+        chunk: int = ctx.chunk  # pyright: ignore[reportAttributeAccessIssue]
         d_outputs = torch.zeros_like(values) if d_outputs is None else d_outputs.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
         gradients = _backward(
-            d_outputs, d_final, values, dt, A, B, C, documents, checkpoints, CHUNK
+            d_outputs, d_final, values, dt, A, B, C, documents, checkpoints, chunk
         )
-        return (*gradients[:5], gradients[5] if list(ctx.needs_input_grad)[5] else None, None)
+        d_initial = gradients[5] if list(ctx.needs_input_grad)[5] else None
+        return *gradients[:5], d_initial, None, None
 
 
 def _check_shapes(
@@ -163,8 +173,8 @@ def _forward_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, L, E = values.shape
     N = A.shape[1]
-    checkpoints = values.new_empty(batch, -(-L // chunk) if chunk else 0, N, E)
-    return torch.empty_like(values), values.new_empty(batch, E, N), checkpoints
+    checkpoints = A.new_empty(batch, -(-L // chunk) if chunk else 0, N, E)
+    return torch.empty_like(values), A.new_empty(batch, E, N), checkpoints
 
 
 def _backward_shapes(
@@ -179,7 +189,7 @@ def _backward_shapes(
     _checkpoints: Tensor,
     _chunk: int,
 ) -> tuple[Tensor, ...]:
-    d_initial = values.new_empty(values.shape[0], *A.shape)
+    d_initial = A.new_empty(values.shape[0], *A.shape)
     return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial)
 
 
@@ -187,10 +197,12 @@ _forward = define_operator(
     "selective_scan_forward(Tensor values, Tensor dt, Tensor A, Tensor B, Tensor C, "
     "Tensor? initial, Tensor? documents, int chunk) -> (Tensor, Tensor, Tensor)",
     _forward_shapes,
+    "kernels.gpu.selective_scan:forward",
 )
 _backward = define_operator(
     "selective_scan_backward(Tensor d_outputs, Tensor? d_final, Tensor values, Tensor dt, "
     "Tensor A, Tensor B, Tensor C, Tensor? documents, Tensor checkpoints, int chunk) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
+    "kernels.gpu.selective_scan:backward",
 )

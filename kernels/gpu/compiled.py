@@ -35,6 +35,7 @@ class Chip:
         shared: bytes of shared memory of a multiprocessor.
         shared_per_block: bytes that one block may take of it.
         bandwidth: bytes per second of its memory.
+        vector_peak: float32 FLOP per second of its ordinary cores.
         tensor_peak: dense bf16 FLOP per second of its tensor cores.
     """
 
@@ -45,13 +46,14 @@ class Chip:
     shared: int
     shared_per_block: int
     bandwidth: float
+    vector_peak: float
     tensor_peak: float
 
 
 CHIPS = (
-    Chip("A100", 80, 64, 32, 164 * 1024, 163 * 1024, 2.039e12, 312e12),
-    Chip("H100", 90, 64, 32, 228 * 1024, 227 * 1024, 3.35e12, 989e12),
-    Chip("B200", 100, 64, 32, 228 * 1024, 227 * 1024, 8.0e12, 2250e12),
+    Chip("A100", 80, 64, 32, 164 * 1024, 163 * 1024, 2.039e12, 19.5e12, 312e12),
+    Chip("H100", 90, 64, 32, 228 * 1024, 227 * 1024, 3.35e12, 67e12, 989e12),
+    Chip("B200", 100, 64, 32, 228 * 1024, 227 * 1024, 8.0e12, 75e12, 2250e12),
 )
 
 
@@ -65,6 +67,7 @@ class Compiled:
         local: bytes of a thread's stack, which lies in memory.
         shared: bytes of shared memory of one block.
         occupancy: share of a multiprocessor's warps that can be there at once.
+        dots: whether it multiplies matrices.
     """
 
     registers: int
@@ -72,6 +75,7 @@ class Compiled:
     local: int
     shared: int
     occupancy: float
+    dots: bool
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Compiled:
@@ -91,7 +95,14 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
     registers, spills, local = _assemble(kernel.asm["ptx"])
     shared = int(kernel.metadata.shared)
     occupancy = occupancy_of(chip, registers, shared, launch.num_warps)
-    return Compiled(registers, spills, local, shared, occupancy)
+    dots = "tt.dot" in kernel.asm["ttir"]
+    return Compiled(registers, spills, local, shared, occupancy, dots)
+
+
+def roofline_seconds(launch: Launch, compiled: Compiled, chip: Chip) -> tuple[float, float]:
+    """Seconds that its bytes take at the memory's bandwidth, and its FLOPs at the cores' peak."""
+    peak = chip.tensor_peak if compiled.dots else chip.vector_peak
+    return launch.bytes / chip.bandwidth, launch.flops / peak
 
 
 def occupancy_of(chip: Chip, registers: int, shared: int, warps: int) -> float:

@@ -120,6 +120,11 @@ def launch(
     )
 
 
+def or_other(given: Tensor | None, other: Tensor) -> Tensor:
+    """Return the tensor, or another in the place of one that a kernel will not touch."""
+    return other if given is None else given
+
+
 def _type(x: Tensor | int | float) -> str:
     if isinstance(x, Tensor):
         return _TYPES[x.dtype]

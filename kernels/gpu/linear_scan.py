@@ -1,7 +1,9 @@
 """The linear scan as Triton kernels: tiles of tokens, scanned inside, chained in order.
 
 One program owns some channels of one row and walks over its tokens, so that sums are ordered and
-nothing is atomic. Not run on a GPU so far: tested in Triton's interpreter, compiled ahead of time.
+nothing is atomic. A tile always holds four numbers a thread: few channels make it long and narrow,
+so that there are enough programs in flight at any batch. Not run on a GPU so far: tested in
+Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -9,30 +11,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.launch import launch
+from kernels.gpu.launch import launch, or_other
 
-TOKENS, CHANNELS = 32, 64
-WARPS = 4
+TILE, WARPS = 512, 4
+"""Numbers in a tile, which 4 warps hold at 4 a thread."""
+CHANNELS = (32, 16, 8)
+"""Widths of a tile, the widest first; 8 numbers are a sector of memory."""
+PROGRAMS = 512
+"""Programs below which narrower tiles pay: about four for each multiprocessor."""
 
 
 @triton.jit
-def _chain(decay, value, begins, next_decay, next_value, next_begins):
-    """Compose two affine maps; a map that begins a document forgets what came before it.
+def _chain(log, value, next_log, next_value):
+    """Compose two affine maps, given as logs of decays; infinity begins a document.
 
     A selection, not a product with zero: NaN of another document must not come through.
     """
-    goes_on = next_begins == 0
-    chained_decay = tl.where(goes_on, decay * next_decay, next_decay)
-    chained_value = tl.where(goes_on, next_decay * value + next_value, next_value)
-    return chained_decay, chained_value, begins | next_begins
+    forgets = next_log == float("inf")
+    before = tl.where(log == float("inf"), log, log + next_log)
+    decay = tl.exp(tl.where(forgets, 0.0, next_log))
+    chained = tl.where(forgets, next_value, decay * value + next_value)
+    return tl.where(forgets, next_log, before), chained
 
 
 @triton.jit
-def _begins(documents, tokens, inside):
+def begins_document(documents, tokens, inside):  # noqa: ANN201
     """Mark tokens of another document than the one before; document 0 precedes token 0."""
     own = tl.load(documents + tokens, mask=inside, other=0)
     before = tl.load(documents + tokens - 1, mask=inside & (tokens > 0), other=0)
-    return (own != before).to(tl.int32)
+    return own != before
+
+
+@triton.jit
+def _scanned(log, value, carry):
+    """The states of a tile after the state that its first token finds."""
+    log, value = tl.associative_scan((log, value), 0, _chain)
+    forgets = log == float("inf")
+    decay = tl.exp(tl.where(forgets, 0.0, log))
+    return tl.where(forgets, value, decay * carry[None, :] + value)
 
 
 @triton.jit
@@ -49,24 +65,24 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = channels < E
+    rows = tl.arange(0, ROWS)
+    # 64 bits for the tile's place, 32 within it: offsets take half the registers.
+    within = rows[:, None] * E + channels[None, :]
     carry = tl.zeros((COLUMNS,), tl.float32)
     if INITIAL:
         carry = tl.load(initial + row * E + channels, mask=real, other=0.0)
     for start in range(0, L, ROWS):
-        tokens = start + tl.arange(0, ROWS)
+        tokens = start + rows
         inside = tokens < L
-        offsets = (row * L + tokens[:, None]) * E + channels[None, :]
+        place = (row * L + start) * E
         mask = inside[:, None] & real[None, :]
-        log = tl.load(log_decay + offsets, mask=mask, other=0.0)
-        value = tl.load(values + offsets, mask=mask, other=0.0)
-        begins = tl.zeros((ROWS, COLUMNS), tl.int32)
+        log = tl.load(log_decay + place + within, mask=mask, other=0.0)
+        value = tl.load(values + place + within, mask=mask, other=0.0).to(tl.float32)
         if PACKED:
-            begins = begins + _begins(documents + row * L, tokens, inside)[:, None]
-        _, value, begins = tl.associative_scan((tl.exp(log), value, begins), 0, _chain)
-        # The carry's decay is rounded once a tile, not once a token.
-        carried = tl.exp(tl.cumsum(log, 0)) * carry[None, :]
-        state = tl.where(begins == 0, carried + value, value)
-        tl.store(outputs + offsets, state, mask=mask)
+            begins = begins_document(documents + row * L, tokens, inside)
+            log = tl.where(begins[:, None], float("inf"), log)
+        state = _scanned(log, value, carry)
+        tl.store(outputs + place + within, state, mask=mask)
         carry = _last_row(state, ROWS)
 
 
@@ -83,37 +99,37 @@ def _backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = channels < E
+    rows = tl.arange(0, ROWS)
+    within = channels[None, :] - rows[:, None] * E
     carry = tl.zeros((COLUMNS,), tl.float32)
-    first = tl.zeros((COLUMNS,), tl.float32)
-    if INITIAL:
-        first = tl.load(initial + row * E + channels, mask=real, other=0.0)
     for start in range(0, L, ROWS):
-        tokens = L - 1 - start - tl.arange(0, ROWS)
+        tokens = L - 1 - start - rows
         inside = tokens >= 0
-        offsets = (row * L + tokens[:, None]) * E + channels[None, :]
+        place = (row * L + L - 1 - start) * E
         mask = inside[:, None] & real[None, :]
         later = mask & (tokens < L - 1)[:, None]
-        log_after = tl.load(log_decay + offsets + E, mask=later, other=0.0)
-        given = tl.load(d_outputs + offsets, mask=mask, other=0.0)
-        begins_after = tl.zeros((ROWS, COLUMNS), tl.int32)
-        begins = tl.zeros((ROWS, COLUMNS), tl.int32)
+        log = tl.load(log_decay + place + E + within, mask=later, other=0.0)
+        given = tl.load(d_outputs + place + within, mask=mask, other=0.0).to(tl.float32)
         if PACKED:
-            after = _begins(documents + row * L, tokens + 1, inside & (tokens < L - 1))
-            begins_after = begins_after + after[:, None]
-            begins = begins + _begins(documents + row * L, tokens, inside)[:, None]
-        scanned = tl.associative_scan((tl.exp(log_after), given, begins_after), 0, _chain)
-        carried = tl.exp(tl.cumsum(log_after, 0)) * carry[None, :]
-        adjoint = tl.where(scanned[2] == 0, carried + scanned[1], scanned[1])
+            after = begins_document(documents + row * L, tokens + 1, inside & (tokens < L - 1))
+            log = tl.where(after[:, None], float("inf"), log)
+        adjoint = _scanned(log, given, carry)
         carry = _last_row(adjoint, ROWS)
-        before = tl.load(outputs + offsets - E, mask=mask & (tokens > 0)[:, None], other=0.0)
-        before = tl.where((tokens == 0)[:, None], first[None, :], before)
-        decayed = adjoint * tl.exp(tl.load(log_decay + offsets, mask=mask, other=0.0))
-        goes_on = begins == 0
-        tl.store(d_values + offsets, adjoint, mask=mask)
-        tl.store(d_log_decay + offsets, tl.where(goes_on, decayed * before, 0.0), mask=mask)
+        tl.store(d_values + place + within, adjoint, mask=mask)
+        before = tl.load(
+            outputs + place - E + within, mask=mask & (tokens > 0)[:, None], other=0.0
+        ).to(tl.float32)
         if INITIAL:
-            at_first = (tokens == 0)[:, None] & goes_on
-            handed = tl.sum(tl.where(at_first, decayed, 0.0), axis=0)
+            first = tl.load(initial + row * E + channels, mask=real, other=0.0)
+            before = tl.where((tokens == 0)[:, None], first[None, :], before)
+        decayed = adjoint * tl.exp(tl.load(log_decay + place + within, mask=mask, other=0.0))
+        if PACKED:
+            begins = begins_document(documents + row * L, tokens, inside)
+            decayed = tl.where(begins[:, None], 0.0, decayed)
+            before = tl.where(begins[:, None], 0.0, before)
+        tl.store(d_log_decay + place + within, decayed * before, mask=mask)
+        if INITIAL:
+            handed = tl.sum(tl.where((tokens == 0)[:, None], decayed, 0.0), axis=0)
             tl.store(d_initial + row * E + channels, handed, mask=real & (start + ROWS >= L))
 
 
@@ -121,15 +137,15 @@ def forward(
     log_decay: Tensor, values: Tensor, initial: Tensor | None, documents: Tensor | None
 ) -> Tensor:
     """Start the forward kernel; arguments and results are those of the operator."""
-    outputs = torch.empty_like(values)
     batch, L, E = values.shape
-    columns = min(CHANNELS, triton.next_power_of_2(E))
+    outputs = torch.empty_like(log_decay)
+    columns = _columns(batch, E)
     launch(
         _forward_kernel,
         (batch, triton.cdiv(E, columns)),
-        log_decay, values, _or(initial, values), _or(documents, values), outputs, L, E,
-        num_warps=WARPS, INITIAL=initial is not None, PACKED=documents is not None,
-        ROWS=TOKENS, COLUMNS=columns,
+        log_decay, values, or_other(initial, values), or_other(documents, values), outputs, L, E,
+        num_warps=WARPS, flops=3 * values.numel(), INITIAL=initial is not None,
+        PACKED=documents is not None, ROWS=_rows(L, columns), COLUMNS=columns,
     )  # fmt: skip
     return outputs
 
@@ -143,20 +159,25 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Start the backward kernel; arguments and results are those of the operator."""
     batch, L, E = outputs.shape
-    columns = min(CHANNELS, triton.next_power_of_2(E))
+    columns = _columns(batch, E)
     d_log_decay, d_values = torch.empty_like(outputs), torch.empty_like(outputs)
     d_initial = outputs.new_empty(0 if initial is None else batch, E)
     launch(
         _backward_kernel,
         (batch, triton.cdiv(E, columns)),
-        d_outputs, log_decay, outputs, _or(initial, outputs), _or(documents, outputs),
+        d_outputs, log_decay, outputs, or_other(initial, outputs), or_other(documents, outputs),
         d_log_decay, d_values, d_initial, L, E,
-        num_warps=WARPS, INITIAL=initial is not None, PACKED=documents is not None,
-        ROWS=TOKENS, COLUMNS=columns,
+        num_warps=WARPS, flops=6 * outputs.numel(), INITIAL=initial is not None,
+        PACKED=documents is not None, ROWS=_rows(L, columns), COLUMNS=columns,
     )  # fmt: skip
     return d_log_decay, d_values, d_initial
 
 
-def _or(given: Tensor | None, instead: Tensor) -> Tensor:
-    """The tensor, or another in the place of one that the kernel will not touch."""
-    return instead if given is None else given
+def _columns(batch: int, E: int) -> int:
+    """The widest tile that still leaves enough programs."""
+    wide = (c for c in CHANNELS if batch * triton.cdiv(E, c) >= PROGRAMS)
+    return min(next(wide, CHANNELS[-1]), triton.next_power_of_2(E))
+
+
+def _rows(L: int, columns: int) -> int:
+    return min(TILE // max(columns, CHANNELS[-1]), triton.next_power_of_2(L))

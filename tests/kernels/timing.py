@@ -7,10 +7,10 @@ ROUNDS = 40
 WARM_UP = 3
 
 
-def interleave(contenders):
+def interleave(contenders, rounds=ROUNDS):
     """Milliseconds of every round, by contender."""
     milliseconds = {name: [] for name in contenders}
-    for round_ in range(ROUNDS + WARM_UP):
+    for round_ in range(rounds + WARM_UP):
         for name, run in contenders.items():
             start = time.perf_counter()
             run()

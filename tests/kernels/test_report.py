@@ -1,0 +1,88 @@
+"""The ahead-of-time report: what is recorded, what is compiled, and which limits hold."""
+
+import dataclasses
+
+import pytest
+
+from kernels.gpu.compiled import CHIPS, Compiled, occupancy_of, roofline_seconds
+from kernels.gpu.launch import interpreting
+from tests.kernels.report import EXCEPTIONS, Line, compile_all, distinct, record_layer, traffic
+
+RUNG = "1.3B"
+ARCHITECTURES = ("mamba", "mamba2", "hydra", "hybrid", "scout_window")
+"""Together they start every kernel that a named architecture starts."""
+HOPPER = CHIPS[1]
+
+compiles = pytest.mark.skipif(interpreting(), reason="an interpreted kernel cannot be compiled")
+
+
+def compile_layer(name):
+    return compile_all(distinct({f"{RUNG} {name}": record_layer(name, RUNG)}), [HOPPER])
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_kernels_keep_the_limits_of_the_chip_or_are_excused(name):
+    lines = compile_layer(name)
+    assert lines
+    assert {line.name: line.broken() for line in lines if line.broken()} == {}
+
+
+@compiles
+@pytest.mark.slow
+def test_a_layer_that_is_excused_needs_its_excuse():
+    lines = compile_layer("mamba")
+    excused = {name for name, limit in EXCEPTIONS if limit == "occupancy"}
+    least = [x.compiled.occupancy for x in lines if x.name in excused]
+    assert least
+    assert max(least) < 0.5
+
+
+def test_a_layer_of_mamba_starts_eight_kernels_in_order():
+    names = [each.kernel.fn.__name__ for each in record_layer("mamba", "360M")]
+    scan = ["_summary_kernel", "_carry_kernel"]
+    forward = ["_forward_kernel", *scan, "_output_kernel"]
+    assert names == [*forward, *scan, "_backward_kernel", "_backward_kernel"]
+
+
+def test_a_bf16_run_reads_bf16_values_and_float32_steps():
+    output = record_layer("mamba", "360M")[3]
+    assert output.types["values"] == output.types["B"] == "*bf16"
+    assert output.types["dt"] == output.types["A"] == output.types["borders"] == "*fp32"
+    assert output.types["documents"] == "*i32"
+
+
+def test_launches_of_two_places_that_are_the_same_are_reported_once():
+    launches = record_layer("mamba", "360M")
+    assert len(distinct({"a": launches, "b": launches})) == len(distinct({"a": launches}))
+
+
+def test_a_kernel_over_a_limit_is_named_with_the_limit():
+    launch = record_layer("mamba", "360M")[0]
+    compiled = Compiled(64, 8, 0, HOPPER.shared_per_block + 1, 0.4, dots=False)
+    line = Line("360M mamba", launch, HOPPER, compiled)
+    assert line.broken() == ["spills", "shared", "occupancy"]
+    whole = dataclasses.replace(compiled, spills=0, shared=0, occupancy=0.5)
+    assert dataclasses.replace(line, compiled=whole).broken() == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "share"),
+    [(32, 0, 4, 1.0), (64, 0, 8, 0.5), (128, 0, 8, 0.25), (16, 0, 1, 0.5), (32, 100_000, 4, 0.125)],
+)
+def test_occupancy_is_that_of_the_scarcest_thing(registers, shared, warps, share):
+    assert occupancy_of(HOPPER, registers, shared, warps) == share
+
+
+def test_time_by_bytes_is_that_of_every_tensor_once():
+    launch = record_layer("mamba", "360M", batch=1)[0]
+    compiled = Compiled(32, 0, 0, 0, 1.0, dots=False)
+    by_bytes, by_flops = roofline_seconds(launch, compiled, HOPPER)
+    assert by_bytes == launch.bytes / 3.35e12
+    assert by_flops == launch.flops / 67e12
+
+
+def test_traffic_is_told_beside_the_documented_one():
+    (row,) = traffic({"360M mamba": record_layer("mamba", "360M")})
+    assert "mamba_ssm's contract" in row
