@@ -134,5 +134,5 @@ def test_an_override_without_a_value_is_refused() -> None:
 
 def test_zero_3_is_refused_on_several_ranks():
     ExecutionConfig(zero_stage=3)
-    with pytest.raises(ValueError, match="zero_stage is 3 on 2 ranks.* choose zero_stage 2"):
+    with pytest.raises(ValueError, match=r"zero_stage is 3 on 2 ranks.* choose zero_stage 2"):
         ExecutionConfig(zero_stage=3, ranks=2)
