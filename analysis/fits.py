@@ -1,23 +1,16 @@
 """Estimation: from rows of a table to a fitted law, or to a refusal that says what is missing."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
+from analysis.forms import AnyLaw, Form, bind, log_loss, log_loss_and_jacobian
 from analysis.frames import floats, keep
-from analysis.laws import (
-    Array,
-    Form,
-    Law,
-    bind,
-    group_of,
-    log_loss,
-    log_loss_and_jacobian,
-)
+from analysis.laws import Array, Law, group_of
 from analysis.refusal import Refusal
+from analysis.seeds import seeds
 from analysis.solver import Problem, polish, solve
 
 WARNINGS = {
@@ -30,6 +23,8 @@ CONDITION_LIMIT = 1e3
 CORRELATION_LIMIT = 0.99
 LOG_LIKELIHOOD_UNITS = 2.0
 SMALLEST_DELTA = 1e-6
+COARSE_TOLERANCE = 1e-6
+HALF = 0.5 - 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ class Fit:
 
     Attributes:
         theta: the parameter vector in the centred coordinates of `form`.
+        weights: how often each row counts.
         sigma: residual standard deviation of ln L, robust, for the degrees of freedom left.
         starts_agreeing: starts that ended within 1e-6 of the best objective, of `starts`.
         condition: condition number of the Jacobian with columns of unit length.
@@ -53,6 +49,7 @@ class Fit:
 
     form: Form
     rows: pd.DataFrame
+    weights: Array
     theta: Array
     delta: float
     objective: float
@@ -63,7 +60,7 @@ class Fit:
     warnings: tuple[Warned, ...]
 
     @property
-    def law(self) -> Law:
+    def law(self) -> AnyLaw:
         """The functional form."""
         return self.form.law
 
@@ -83,10 +80,10 @@ class Fit:
         found = {}
         for group in self.form.groups:
             for name, value in self.form.natural(self.theta, group).items():
+                if (name, group) not in self.form.slots:
+                    continue
                 label = self.form.labels[self.form.slots[name, group]]
-                found[label] = (
-                    float(np.exp(value)) if is_coefficient(self.law, name) else float(value)
-                )
+                found[label] = float(np.exp(value) if name in self.law.logs else value)
         return found
 
     @cached_property
@@ -97,10 +94,17 @@ class Fit:
     @cached_property
     def residuals(self) -> Array:
         """Observed minus fitted ln L, a value per row."""
-        return observed(self.rows) - log_loss(self.form.design(self.rows), self.theta[None])[0]
+        fitted = log_loss(self.form.design(self.rows), self.theta[None])[0]
+        return observed(self.rows, self.law) - fitted
+
+    @property
+    def problem(self) -> Problem:
+        """What was minimised."""
+        y = observed(self.rows, self.law)
+        return Problem(self.form.design(self.rows), y, self.weights, self.delta)
 
     def predict(self, rows: pd.DataFrame) -> Array:
-        """The fitted loss at each row, which needs the law's variables and group columns."""
+        """The fitted target at each row, which needs the law's columns and groups."""
         return np.exp(log_loss(self.form.design(rows), self.theta[None])[0])
 
 
@@ -121,64 +125,83 @@ class Estimator:
     starts: int = 12
     tolerance: float = 1e-13
 
-    def fit(self, rows: pd.DataFrame, law: Law) -> Fit | Refusal:
-        """Fit a law to rows with `loss_nats` and the law's variables, or say why not."""
+    def fit(self, rows: pd.DataFrame, law: AnyLaw, weights: Array | None = None) -> Fit | Refusal:
+        """Fit a law to rows with its target and its columns, or say why not.
+
+        Each row counts `weights` times, or once if they are not given.
+        """
         refusal = under_determined(rows, law)
         if refusal:
             return refusal
         form = bind(law, rows)
-        design, y = form.design(rows), observed(rows)
-        squares = Problem(design, y, np.ones(len(y)), np.inf)
-        theta, reached = solve(squares, project_seeds(self, form, rows), self.tolerance)
-        sigma = robust_sigma(y - log_loss(design, theta[[reached.argmin()]])[0], len(form.labels))
-        delta = max(1.345 * sigma, SMALLEST_DELTA) if self.delta is None else self.delta
-        problem = Problem(design, y, np.ones(len(y)), delta)
+        weights = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
+        squares = Problem(form.design(rows), observed(rows, law), weights, np.inf)
+        start = seeds(form, rows, self.grid, self.starts)
+        theta, reached = solve(squares, start, COARSE_TOLERANCE)
+        delta = self.delta
+        if delta is None:
+            left = squares.y - log_loss(squares.design, theta[[np.nanargmin(reached)]])[0]
+            delta = max(1.345 * robust_sigma(left, weights, len(form.labels)), SMALLEST_DELTA)
+        problem = replace(squares, delta=delta)
         # Continuation: the surface is smooth near least squares, full of kinks near delta = 0.
-        for step in sorted({each for each in (0.1, 0.01, delta) if each >= delta}, reverse=True):
-            theta, reached = solve(Problem(design, y, problem.weights, step), theta, self.tolerance)
-        best, objective = polish(problem, theta[reached.argmin()])
+        for step in (each for each in (0.1, 0.01) if each > delta):
+            theta, reached = solve(replace(problem, delta=step), theta, COARSE_TOLERANCE)
+        # Continuation leads every start into one valley; the starts themselves see the others.
+        return self._finish(form, rows, problem, np.concatenate([theta, start]))
+
+    def _finish(
+        self, form: Form, rows: pd.DataFrame, problem: Problem, start: Array
+    ) -> Fit | Refusal:
+        delta = problem.delta
+        theta, reached = solve(problem, start, self.tolerance)
+        if not np.isfinite(reached).any():
+            return Refusal(
+                "R-UNDER",
+                f"no start of the {form.law.name} law reached a finite misfit",
+                "check the columns for zeros and impossible values",
+            )
+        best, objective = polish(problem, theta[np.nanargmin(reached)])
         agreeing = int((reached <= objective * (1 + 1e-6) + 1e-18).sum())
-        sigma = robust_sigma(y - log_loss(design, best[None])[0], len(form.labels))
-        condition, free = _condition(design, best, form)
-        warnings = _warnings(agreeing, condition, free)
-        floor = _floor_warning(self, form, rows, (best, objective, sigma, delta))
-        return Fit(
-            form, rows, best, delta, objective, sigma, len(theta), agreeing, condition,
-            tuple(warnings + floor),
+        left = problem.y - log_loss(problem.design, best[None])[0]
+        sigma = robust_sigma(left, problem.weights, len(form.labels))
+        condition, free = _condition(problem, best, form)
+        fitted = Fit(
+            form, rows, problem.weights, best, delta, objective, sigma, len(theta), agreeing,
+            condition, tuple(_warnings(agreeing, condition, free)),
         )  # fmt: skip
+        return replace(fitted, warnings=(*fitted.warnings, *_floor_warning(self, fitted)))
 
 
-def fit(rows: pd.DataFrame, law: Law) -> Fit | Refusal:
+def fit(rows: pd.DataFrame, law: AnyLaw) -> Fit | Refusal:
     """Fit with the default estimator."""
     return Estimator().fit(rows, law)
 
 
-def observed(rows: pd.DataFrame) -> Array:
-    """Ln of the observed loss."""
-    return np.log(floats(rows, "loss_nats"))
+def observed(rows: pd.DataFrame, law: AnyLaw) -> Array:
+    """Ln of the observed target of a law."""
+    return np.log(floats(rows, law.target))
 
 
-def is_coefficient(law: Law, name: str) -> bool:
-    """Whether a parameter multiplies a term (and is fitted as a logarithm)."""
-    return any(term.coefficient == name for term in law.terms)
-
-
-def robust_sigma(residuals: Array, parameters: int) -> float:
+def robust_sigma(residuals: Array, weights: Array, parameters: int) -> float:
     """Standard deviation from the median absolute residual, for the degrees of freedom left."""
-    freedom = max(len(residuals) - parameters, 1)
-    spread = 1.4826 * np.median(np.abs(residuals))
-    return float(spread * np.sqrt(len(residuals) / freedom))
+    count = float(weights.sum())
+    size = np.abs(residuals)
+    order = np.argsort(size, kind="stable")
+    mass = np.cumsum(weights[order])
+    # The lower and the upper median agree with those of rows that are written out twice.
+    low, high = (size[order][np.searchsorted(mass, count * half)] for half in (HALF, 1 - HALF))
+    return float(1.4826 * 0.5 * (low + high) * np.sqrt(count / max(count - parameters, 1.0)))
 
 
-def under_determined(rows: pd.DataFrame, law: Law) -> Refusal | None:
+def under_determined(rows: pd.DataFrame, law: AnyLaw) -> Refusal | None:
     """Why these rows cannot determine this law, or None if they can."""
     if not len(rows):
         return Refusal("R-UNDER", "no decayed points yet", "wait for runs to finish")
     groups = np.array(group_of(rows, law.by))
     names = np.unique(groups)
-    own_shape = bool(law.varies & {term.exponent for term in law.terms})
+    own_shape = bool(law.varies & set(law.exponents))
     samples = [keep(rows, groups == name) for name in names] if own_shape else [rows]
-    parameters = sum(len(term.names) for term in law.terms)
+    parameters = len(law.parameters) - len(law.fixed)
     if not own_shape:
         parameters += (len(names) - 1) * len(law.varies)
     for sample in samples:
@@ -188,18 +211,18 @@ def under_determined(rows: pd.DataFrame, law: Law) -> Refusal | None:
     return None
 
 
-def _narrow(rows: pd.DataFrame, law: Law, parameters: int) -> Refusal | None:
+def _narrow(rows: pd.DataFrame, law: AnyLaw, parameters: int) -> Refusal | None:
     if len(rows) < parameters + 3:
         return Refusal(
             "R-UNDER",
             f"{len(rows)} points for {parameters} parameters of the {law.name} law",
             f"finish at least {parameters + 3} runs",
         )
-    for name in law.variables:
+    for name in law.columns:
         distinct = len(np.unique(floats(rows, name)))
         if distinct < 3:
             return Refusal("R-UNDER", f"only {distinct} distinct values of {name}", "add a third")
-    if {"parameters", "tokens"} <= set(law.variables):
+    if {"parameters", "tokens"} <= set(law.columns):
         ratio = floats(rows, "tokens") / floats(rows, "parameters")
         spread = float(ratio.max() / ratio.min())
         if spread < 10:
@@ -211,33 +234,10 @@ def _narrow(rows: pd.DataFrame, law: Law, parameters: int) -> Refusal | None:
     return None
 
 
-def project_seeds(estimator: Estimator, form: Form, rows: pd.DataFrame) -> Array:
-    """The best cells of a grid over exponents, coefficients by non-negative least squares."""
-    design = form.design(rows)
-    loss = floats(rows, "loss_nats")
-    exponents = [term.exponent for term in form.law.terms if term.exponent]
-    cells = np.stack(np.meshgrid(*[estimator.grid] * len(exponents), indexing="ij"), -1)
-    cells = cells.reshape(-1, len(exponents))
-    base = np.zeros((len(cells), len(form.labels)))
-    for place, name in enumerate(exponents):
-        slots = [slot for (owner, _), slot in form.slots.items() if owner == name]
-        base[:, slots] = cells[:, [place]]
-    coefficients = sorted(
-        {slot for (name, _), slot in form.slots.items() if is_coefficient(form.law, name)}
-    )
-    misfit = np.empty(len(cells))
-    for cell, start in enumerate(base):
-        # Each coefficient multiplies the terms it belongs to; losses are relative, as ln L is.
-        terms = np.exp(design @ start)
-        columns = np.einsum("jn,jnk->nk", terms, design[:, :, coefficients])
-        values, misfit[cell] = nnls(columns / loss[:, None], np.ones(len(loss)))
-        start[coefficients] = np.log(np.maximum(values, 1e-4 * loss.mean()))
-    return base[np.argsort(misfit, kind="stable")[: estimator.starts]]
-
-
-def _condition(design: Array, theta: Array, form: Form) -> tuple[float, str]:
+def _condition(problem: Problem, theta: Array, form: Form) -> tuple[float, str]:
     """Condition number of the scaled Jacobian, and its loosest direction in words."""
-    jacobian = log_loss_and_jacobian(design, theta[None])[1][0]
+    jacobian = log_loss_and_jacobian(problem.design, theta[None])[1][0]
+    jacobian = jacobian * np.sqrt(problem.weights)[:, None]
     lengths = np.linalg.norm(jacobian, axis=0)
     _, singular, right = np.linalg.svd(jacobian / np.maximum(lengths, 1e-300), full_matrices=False)
     condition = float(singular[0] / max(singular[-1], 1e-300))
@@ -265,22 +265,19 @@ def _warnings(agreeing: int, condition: float, free: str) -> list[Warned]:
     return found
 
 
-def _floor_warning(
-    estimator: Estimator, form: Form, rows: pd.DataFrame, best: tuple[Array, float, float, float]
-) -> list[Warned]:
+def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Warned]:
     """Whether the data would accept a floor of zero: the profile's value at E = 0."""
-    theta, objective, sigma, delta = best
-    if all(term.coefficient != "E" for term in form.law.terms) or len(form.law.terms) < 2:
+    law, rows = fitted.law, fitted.rows
+    if not isinstance(law, Law) or law.floor is None or law.fixed:
         return []
-    share = min(form.pivots(theta, group)["E"] for group in form.groups)
-    if share < 0.01 * float(floats(rows, "loss_nats").mean()):
+    share = min(pivot[law.floor] for pivot in fitted.pivots.values())
+    if share < 0.01 * float(floats(rows, law.target).mean()):
         return [Warned("W-E0", "the floor went to zero")]
-    without = bind(form.law.without("E"), rows)
-    design, y = without.design(rows), observed(rows)
-    starts = project_seeds(Estimator(grid=estimator.grid[::3], starts=4), without, rows)
-    problem = Problem(design, y, np.ones(len(y)), delta)
-    lowest = float(solve(problem, starts, 1e-10)[1].min())
-    units = (lowest - objective) / max(sigma, 1e-12) ** 2
+    without = bind(law.without_floor(), rows)
+    starts = seeds(without, rows, estimator.grid[::3], 4)
+    problem = replace(fitted.problem, design=without.design(rows))
+    lowest = float(np.nanmin(solve(problem, starts, 1e-10)[1]))
+    units = (lowest - fitted.objective) / max(fitted.sigma, 1e-12) ** 2
     if units < LOG_LIKELIHOOD_UNITS:
         return [Warned("W-E0", f"a floor of zero fits as well ({units:.1f} log-likelihood units)")]
     return []

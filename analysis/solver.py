@@ -1,28 +1,31 @@
-"""The numerical core: Huber loss on ln L, a batched Levenberg-Marquardt solver, a last polish."""
+"""The numerical core: Huber loss on logs, a batched Levenberg-Marquardt solver, a last polish."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
 
-from analysis.laws import Array, log_loss, log_loss_and_jacobian
+from analysis.forms import Design, log_loss, log_loss_and_slopes
+from analysis.laws import Array
 
 MAX_ITERATIONS = 300
 MAX_STEP = 1.5
+BATCH_NUMBERS = 30_000
+"""Replicates are solved in batches of about so many residuals, which stay in the cache."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is minimised: sum over rows of weight * Huber(ln L - y).
+    """What is minimised: sum over rows of weight * Huber(prediction - y).
 
     Attributes:
-        design: (terms, rows, parameters), from a Form.
-        y: observed ln L, (rows,) or (replicates, rows).
+        design: a law on its rows, from a Form.
+        y: observed ln of the target, (rows,) or (replicates, rows).
         weights: (rows,) or (replicates, rows); bootstrap counts.
         delta: where the Huber loss turns linear; infinite for least squares.
     """
 
-    design: Array
+    design: Design
     y: Array
     weights: Array
     delta: float
@@ -30,17 +33,29 @@ class Problem:
     def objective(self, theta: Array) -> Array:
         """The objective at each parameter vector of theta (replicates, parameters)."""
         residuals = log_loss(self.design, theta) - self.y
-        return (np.broadcast_to(self.weights, residuals.shape) * huber(residuals, self.delta)).sum(
-            1
-        )
+        weights = np.broadcast_to(self.weights, residuals.shape)
+        return (weights * huber(residuals, self.delta)).sum(axis=1)
 
     def objective_and_gradient(self, vector: Array) -> tuple[float, Array]:
         """Objective and analytic gradient of a problem with one replicate."""
-        prediction, jacobian = log_loss_and_jacobian(self.design, vector[None])
+        prediction, slopes = log_loss_and_slopes(self.design, vector[None])
         residuals = prediction[0] - self.y
-        slope = self.weights * np.clip(residuals, -self.delta, self.delta)
+        push = self.weights * np.clip(residuals, -self.delta, self.delta)
         total = float((self.weights * huber(residuals, self.delta)).sum())
-        return total, jacobian[0].T @ slope
+        return total, slopes[0] @ push
+
+    def expand(self, theta: Array) -> tuple[Array, Array, Array]:
+        """Objective, gradient and Gauss-Newton matrix at each vector of theta."""
+        prediction, slopes = log_loss_and_slopes(self.design, theta)
+        residuals = prediction - self.y
+        size = np.abs(residuals)
+        inside = np.minimum(size, self.delta)
+        value = 0.5 * inside**2 + (inside * (size - inside) if np.isfinite(self.delta) else 0.0)
+        robust = self.weights * (inside / np.maximum(size, 1e-300))
+        weighted = slopes * robust[:, None, :]
+        gradient = np.matmul(weighted, residuals[:, :, None])[:, :, 0]
+        normal = np.matmul(weighted, slopes.transpose(0, 2, 1))
+        return (np.broadcast_to(self.weights, value.shape) * value).sum(axis=1), gradient, normal
 
     def rows_of(self, replicates: Array) -> "Problem":
         """The same problem for some of its replicates."""
@@ -59,26 +74,36 @@ def huber(residuals: Array, delta: float) -> Array:
 def solve(problem: Problem, start: Array, tolerance: float) -> tuple[Array, Array]:
     """Minimise from each start (replicates, parameters); returns parameters and objectives.
 
-    A replicate is done when a step lowers its objective by less than `tolerance`, relatively.
+    A replicate is done when a step lowers its objective by less than `tolerance`, relatively. Its
+    objective is not finite where it could not be fitted.
     """
+    theta, objective = start.copy(), np.empty(len(start))
+    batch = max(1, BATCH_NUMBERS // problem.design.shape[0])
+    for first in range(0, len(start), batch):
+        part = np.arange(first, min(first + batch, len(start)))
+        theta[part], objective[part] = _solve_batch(problem.rows_of(part), start[part], tolerance)
+    return theta, objective
+
+
+def _solve_batch(problem: Problem, start: Array, tolerance: float) -> tuple[Array, Array]:
     theta = start.copy()
-    objective = problem.objective(theta)
-    damping = np.full(len(theta), 1e-3)
-    active = np.arange(len(theta))
-    for _ in range(MAX_ITERATIONS):
-        if not len(active):
-            break
-        part = problem.rows_of(active)
-        proposal = theta[active] + _step(part, theta[active], damping[active])
-        reached = part.objective(proposal)
-        gain = objective[active] - reached
-        better = gain > 0
-        theta[active[better]] = proposal[better]
-        done = (better & (gain <= tolerance * objective[active])) | (damping[active] > 1e12)
-        objective[active[better]] = reached[better]
-        damping[active] *= np.where(better, 0.2, 8.0)
-        damping[active] = np.maximum(damping[active], 1e-12)
-        active = active[~done]
+    with np.errstate(all="ignore"):
+        objective, gradient, normal = problem.expand(theta)
+        damping = np.full(len(theta), 1e-3)
+        active = np.flatnonzero(np.isfinite(objective))
+        for _ in range(MAX_ITERATIONS):
+            if not len(active):
+                break
+            proposal = theta[active] + _step(gradient[active], normal[active], damping[active])
+            reached, slope, matrix = problem.rows_of(active).expand(proposal)
+            gain = objective[active] - reached
+            better = (gain > 0) & np.isfinite(matrix).all(axis=(1, 2))
+            done = (better & (gain <= tolerance * objective[active])) | (damping[active] > 1e12)
+            moved = active[better]
+            theta[moved], objective[moved] = proposal[better], reached[better]
+            gradient[moved], normal[moved] = slope[better], matrix[better]
+            damping[active] = np.maximum(damping[active] * np.where(better, 0.2, 8.0), 1e-12)
+            active = active[~done]
     return theta, objective
 
 
@@ -88,7 +113,10 @@ def polish(problem: Problem, start: Array) -> tuple[Array, float]:
 
     def scaled(vector: Array) -> tuple[float, Array]:
         # Stopping rules of the optimisers are absolute: an objective near 1 makes them relative.
-        value, gradient = problem.objective_and_gradient(vector)
+        with np.errstate(all="ignore"):
+            value, gradient = problem.objective_and_gradient(vector)
+        if not np.isfinite(value):
+            return 1e30, np.zeros_like(vector)
         return value / scale, gradient / scale
 
     found = [start]
@@ -102,16 +130,9 @@ def polish(problem: Problem, start: Array) -> tuple[Array, float]:
     return found[best], values[best]
 
 
-def _step(problem: Problem, theta: Array, damping: Array) -> Array:
-    prediction, jacobian = log_loss_and_jacobian(problem.design, theta)
-    residuals = prediction - problem.y
-    size = np.maximum(np.abs(residuals), 1e-300)
-    robust = problem.weights * np.minimum(1.0, problem.delta / size)
-    weighted = jacobian * robust[:, :, None]
-    normal = np.matmul(weighted.transpose(0, 2, 1), jacobian)
-    gradient = np.matmul(weighted.transpose(0, 2, 1), residuals[:, :, None])
+def _step(gradient: Array, normal: Array, damping: Array) -> Array:
     diagonal = np.diagonal(normal, axis1=1, axis2=2)
     # The share of the trace keeps a vanished term (E = 0) from making the system singular.
     ridge = damping[:, None] * diagonal + 1e-12 * diagonal.sum(1, keepdims=True) + 1e-300
-    normal = normal + ridge[:, :, None] * np.eye(theta.shape[1])
-    return np.clip(-np.linalg.solve(normal, gradient)[:, :, 0], -MAX_STEP, MAX_STEP)
+    normal = normal + ridge[:, :, None] * np.eye(normal.shape[1])
+    return np.clip(-np.linalg.solve(normal, gradient[:, :, None])[:, :, 0], -MAX_STEP, MAX_STEP)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.fits import Fit, is_coefficient, observed
+from analysis.fits import Fit, observed
+from analysis.forms import log_loss, log_loss_and_jacobian
 from analysis.frames import strings
-from analysis.laws import Array, group_of, log_loss, log_loss_and_jacobian
+from analysis.laws import Array, group_of
 from analysis.refusal import Refusal
 from analysis.solver import Problem, solve
 
@@ -21,7 +22,6 @@ LEVEL = 0.95
 TRUNKS_FOR_CASES = 8
 UNDEFINED_SHARE = 0.05
 WARM_TOLERANCE = 1e-9
-CHUNK = 250
 LEAST_REST = 1e-3
 WEBB = np.sqrt([0.5, 1.0, 1.5])
 
@@ -51,14 +51,16 @@ class Replicates:
     """Parameter vectors of a bootstrap, warm-started at the fit.
 
     Attributes:
-        theta: (replicates, parameters).
+        theta: (replicates, parameters); not numbers where a replicate could not be fitted.
         stretch: factor that widens percentile intervals for the number of clusters.
+        failed: replicates that could not be fitted.
     """
 
     theta: Array
     method: str
     clusters: int
     stretch: float
+    failed: int = 0
 
     def interval(self, estimate: float, values: Array) -> Interval | Refusal:
         """Percentile interval of a statistic, given its value in each replicate.
@@ -86,10 +88,10 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Replicate
     cells = np.array(group_of(fit.rows, ("architecture", "corpus")))
     smallest = min(len(np.unique(index[cells == cell])) for cell in np.unique(cells))
     if smallest >= TRUNKS_FOR_CASES:
-        y = observed(fit.rows)
-        weights = _case_counts(index, cells, count, generator)
+        y = observed(fit.rows, fit.law)
+        weights = fit.weights * _case_counts(index, cells, count, generator)
         method = f"case bootstrap over {len(trunks)} trunks, {count} replicates"
-        return Replicates(_refit(fit, y, weights, count), method, len(trunks), 1.0)
+        return _replicates(fit, (y, weights, count), method, len(trunks))
     signs = _webb_signs(count, len(trunks), generator)[:, index]
     fitted = log_loss(fit.form.design(fit.rows), fit.theta[None])[0]
     y = fitted + signs * _jackknifed_residuals(fit, index)
@@ -97,8 +99,9 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Replicate
         f"wild cluster bootstrap over {len(trunks)} trunks with jackknifed residuals, {count} "
         "replicates, widened by t"
     )
-    theta = _refit(fit, y, np.ones(len(index)), count)
-    return Replicates(theta, method, len(trunks), t_over_normal(len(trunks) - 1))
+    return _replicates(
+        fit, (y, fit.weights, count), method, len(trunks), t_over_normal(len(trunks) - 1)
+    )
 
 
 def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval | Refusal]:
@@ -108,7 +111,9 @@ def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval 
         point = fit.form.natural(fit.theta, group)
         for name, values in fit.form.natural(replicates.theta, group).items():
             interval = replicates.interval(float(point[name]), values)
-            if is_coefficient(fit.law, name) and isinstance(interval, Interval):
+            if (name, group) not in fit.form.slots:
+                continue
+            if name in fit.law.logs and isinstance(interval, Interval):
                 # An open interval of a logarithm is an unbounded one of the coefficient.
                 with np.errstate(over="ignore"):
                     interval = interval.mapped(lambda value: float(np.exp(value)))
@@ -201,11 +206,17 @@ def _webb_signs(count: int, trunks: int, generator: np.random.Generator) -> Arra
     return size * (2.0 * generator.integers(2, size=(count, trunks)) - 1.0)
 
 
-def _refit(fit: Fit, y: Array, weights: Array, count: int) -> Array:
+def _replicates(
+    fit: Fit, data: tuple[Array, Array, int], method: str, clusters: int, stretch: float = 1.0
+) -> Replicates:
+    """Refit from the fit itself; what no fit can be had from is counted, and said."""
+    y, weights, count = data
     problem = Problem(fit.form.design(fit.rows), y, weights, fit.delta)
-    parts = []
-    for first in range(0, count, CHUNK):
-        part = np.arange(first, min(first + CHUNK, count))
-        start = np.tile(fit.theta, (len(part), 1))
-        parts.append(solve(problem.rows_of(part), start, WARM_TOLERANCE)[0])
-    return np.concatenate(parts)
+    theta, reached = solve(problem, np.tile(fit.theta, (count, 1)), WARM_TOLERANCE)
+    different = np.count_nonzero(np.broadcast_to(weights, (count, len(fit.rows))), axis=1)
+    bad = ~np.isfinite(reached) | (different <= len(fit.theta))
+    theta[bad] = np.nan
+    failed = int(bad.sum())
+    if failed:
+        method += f", {failed} of them could not be fitted"
+    return Replicates(theta, method, clusters, stretch, failed)

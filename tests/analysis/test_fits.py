@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from analysis.fits import Estimator, Fit, fit
-from analysis.laws import CHINCHILLA, POWER, bind, log_loss, log_loss_and_jacobian, nested_family
+from analysis.forms import bind, log_loss, log_loss_and_jacobian
+from analysis.laws import CHINCHILLA, POWER, nested_family
 from analysis.refusal import Refusal
 from analysis.solver import Problem, solve
 from analysis.table import final
