@@ -1,0 +1,65 @@
+"""Profiles: the curve that a slow refit gives, open where the data set no end."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.optimize import minimize
+
+from analysis.fits import Estimator
+from analysis.laws import CHINCHILLA
+from analysis.profiles import _crossing, _curvature, profile
+from analysis.robust import parameter_interval, sandwich
+from tests.oracles import fits as oracle
+
+
+def runs(floor, generator, sd=0.005):
+    """Thirty runs of a Chinchilla law with noise in ln L."""
+    sizes, ratios = np.geomspace(1e7, 1e9, 6), np.geomspace(5, 200, 5)
+    rows = pd.DataFrame([{"parameters": n, "tokens": n * r} for n in sizes for r in ratios])
+    loss = oracle.chinchilla((floor, 300.0, 0.33, 600.0, 0.33), rows["parameters"], rows["tokens"])
+    return rows.assign(loss_nats=loss * np.exp(generator.normal(0.0, sd, len(rows))))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return Estimator(delta=np.inf).fit(runs(1.8, np.random.default_rng(0)), CHINCHILLA)
+
+
+def test_a_profile_is_the_best_of_the_other_parameters(fitted):
+    found = profile(fitted, "beta")
+    place = 4
+    rows = fitted.rows
+
+    def held(others):
+        e, a, alpha, b = np.exp(others)
+        values = (e, a, alpha, b, found.values[place])
+        columns = [rows[name].to_numpy() for name in ("parameters", "tokens", "loss_nats")]
+        return 1e3 * oracle.huber_sum(values, *columns, np.inf)
+
+    start = np.log([fitted.parameters[name] for name in ("E", "A", "alpha", "B")])
+    for _ in range(6):
+        start = minimize(held, start, method="Nelder-Mead", options={"maxiter": 3000}).x
+    rise = held(start) / 1e3 - fitted.objective
+    slot = fitted.form.labels.index("beta")
+    error = sandwich(fitted).error_and_freedom(np.eye(5)[[slot]])[0][0]
+    expected = rise / (0.5 * _curvature(fitted, slot) * error**2)
+    assert found.rise[place] == pytest.approx(expected, rel=2e-3)
+
+
+def test_near_the_optimum_profile_and_plain_interval_agree(fitted):
+    found, plain = profile(fitted, "beta"), parameter_interval(fitted, sandwich(fitted), "beta")
+    assert (found.low, found.high) == pytest.approx((plain.low, plain.high), rel=0.1)
+
+
+def test_a_floor_that_the_data_do_not_set_has_no_lower_end():
+    found = Estimator().fit(runs(0.02, np.random.default_rng(1), 0.02), CHINCHILLA)
+    floor = profile(found, "E")
+    assert floor.low is None
+    assert floor.high is not None
+    assert "no lower end" in floor.words
+
+
+def test_a_second_valley_belongs_to_the_interval():
+    offsets = np.arange(6.0)
+    found = _crossing(offsets, np.array([0.0, 2.0, 5.0, 3.0, 9.0, 16.0]), 4.0)
+    assert found == pytest.approx(3 + (2 - 3**0.5) / (3 - 3**0.5))
