@@ -81,7 +81,7 @@ def reach(rows: pd.DataFrame) -> Reach:
 
 def frontier(fit: Fit, group: str) -> pd.DataFrame:
     """The lowest fitted loss at each compute inside one arm's sizes and tokens."""
-    arm = reach(_rows_of(fit, group))
+    arm = reach(rows_of(fit, group))
     sizes = arm.grid()
     cost = arm.cost(sizes)
     compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
@@ -105,8 +105,8 @@ def data_multiplier(
     fit: Fit, replicates: Replicates, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
-    arms = {name: reach(_rows_of(fit, name)) for name in (baseline, other)}
-    size = float(np.exp(np.log(floats(_rows_of(fit, baseline), "parameters")).mean()))
+    arms = {name: reach(rows_of(fit, name)) for name in (baseline, other)}
+    size = float(np.exp(np.log(floats(rows_of(fit, baseline), "parameters")).mean()))
     bounds = {
         name: _loss(fit.form.natural(fit.theta[None], name), size, np.array(arm.tokens))[0]
         for name, arm in arms.items()
@@ -121,8 +121,8 @@ def data_multiplier(
         )
     loss = float(np.sqrt(low * high))
     point, spread = (
-        np.log(_tokens_for(fit, theta, baseline, size, loss))
-        - np.log(_tokens_for(fit, theta, other, size, loss))
+        np.log(tokens_for(fit, theta, baseline, size, loss))
+        - np.log(tokens_for(fit, theta, other, size, loss))
         for theta in (fit.theta[None], replicates.theta)
     )
     interval = replicates.interval(float(point[0]), spread)
@@ -131,10 +131,8 @@ def data_multiplier(
     return Multiplier("tokens", baseline, other, interval.mapped(_exp), loss, size)
 
 
-def compute_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
-) -> Multiplier | Refusal:
-    """Training FLOPs the baseline needs over those the other arm needs, each at its best size."""
+def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
+    """A loss on both arms' frontiers whose compute-optimal points were run by both."""
     curves = [floats(frontier(fit, name), "loss_nats") for name in (baseline, other)]
     low, high = max(curve.min() for curve in curves), min(curve.max() for curve in curves)
     if low >= high:
@@ -153,7 +151,16 @@ def compute_multiplier(
             "no loss has both compute-optimal points inside the sizes and tokens that were run",
             "add horizons around the frontier",
         )
-    loss = float(loss)
+    return float(loss)
+
+
+def compute_multiplier(
+    fit: Fit, replicates: Replicates, baseline: str, other: str
+) -> Multiplier | Refusal:
+    """Training FLOPs the baseline needs over those the other arm needs, each at its best size."""
+    loss = common_loss(fit, baseline, other)
+    if isinstance(loss, Refusal):
+        return loss
     point, spread = (
         np.log(_flops_for(fit, theta, baseline, loss)) - np.log(_flops_for(fit, theta, other, loss))
         for theta in (fit.theta[None], replicates.theta)
@@ -168,7 +175,8 @@ def _exp(value: float) -> float:
     return float(np.exp(value))
 
 
-def _rows_of(fit: Fit, group: str) -> pd.DataFrame:
+def rows_of(fit: Fit, group: str) -> pd.DataFrame:
+    """The rows of one group of a fit."""
     return keep(fit.rows, np.array(group_of(fit.rows, fit.law.by)) == group)
 
 
@@ -179,7 +187,7 @@ def _loss(terms: dict[str, Array], sizes: Array | float, tokens: Array) -> Array
     return np.exp(terms["E"]) + by_size + by_data
 
 
-def _tokens_for(fit: Fit, theta: Array, group: str, sizes: Array | float, loss: float) -> Array:
+def tokens_for(fit: Fit, theta: Array, group: str, sizes: Array | float, loss: float) -> Array:
     """Tokens to reach a loss, (replicates,) or (replicates, sizes); infinite where it cannot."""
     terms = fit.form.natural(theta, group)
     if isinstance(sizes, np.ndarray):
@@ -191,14 +199,14 @@ def _tokens_for(fit: Fit, theta: Array, group: str, sizes: Array | float, loss: 
 
 
 def _flops_for(fit: Fit, theta: Array, group: str, loss: float) -> Array:
-    arm = reach(_rows_of(fit, group))
+    arm = reach(rows_of(fit, group))
     sizes = arm.grid()
-    return (_tokens_for(fit, theta, group, sizes, loss) * arm.cost(sizes)).min(axis=1)
+    return (tokens_for(fit, theta, group, sizes, loss) * arm.cost(sizes)).min(axis=1)
 
 
 def _optimum_is_inside(fit: Fit, group: str, loss: float) -> bool:
-    arm = reach(_rows_of(fit, group))
+    arm = reach(rows_of(fit, group))
     sizes = arm.grid()
-    tokens = _tokens_for(fit, fit.theta[None], group, sizes, loss)[0]
+    tokens = tokens_for(fit, fit.theta[None], group, sizes, loss)[0]
     best = (tokens * arm.cost(sizes)).argmin()
     return bool(np.isfinite(tokens[best]) and arm.was_run(sizes, tokens)[best])

@@ -1,0 +1,101 @@
+"""Nested families: owners of parameters, criteria, the hold-out, one effect with its interval."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.fits import Estimator
+from analysis.forms import bind
+from analysis.laws import CHINCHILLA, GAMMA, crossed_family, nested_family
+from analysis.nested import _folds, choose, effect, hold_out_errors, pick
+from tests.oracles import fits as slow
+
+LIGHT = Estimator(grid=np.geomspace(0.03, 1.3, 12), starts=4)
+BY = ("architecture",)
+
+
+def arms(shift, sd=0.003, corpora=("web",)):
+    sizes, ratios = np.geomspace(1e7, 1e9, 6), np.geomspace(5, 200, 4)
+    rows = pd.DataFrame(
+        [
+            {"architecture": arm, "corpus": corpus, "parameters": n, "tokens": n * r}
+            for arm in "ab"
+            for corpus in corpora
+            for n in sizes
+            for r in ratios
+        ]
+    )
+    noise = np.random.default_rng(0).normal(0, sd, len(rows))
+    gain = np.where(rows["architecture"] == "b", 1.0 + shift, 1.0)
+    loss = slow.chinchilla(
+        (1.8, 400.0, 0.34, 900.0, 0.36), rows["parameters"], gain * rows["tokens"]
+    )
+    rows["trunk_id"] = rows["architecture"] + rows["corpus"] + rows["parameters"].astype(str)
+    return rows.assign(loss_nats=loss * np.exp(noise))
+
+
+def test_a_difference_in_data_efficiency_is_found_by_every_criterion():
+    found = choose(arms(0.6), nested_family(BY), LIGHT)
+    scores = found.table.set_index("law")
+    assert found.description == "Mb"
+    assert scores.loc["Mb", "AICc"] < scores.loc["M0", "AICc"] - 10
+    assert scores.loc["Mb", "hold_out"] < scores.loc["M0", "hold_out"]
+
+
+def test_arms_without_a_difference_get_the_law_without_one():
+    found = choose(arms(0.0), nested_family(BY), LIGHT)
+    assert found.description == "M0"
+    assert found.forecast == "M0"
+
+
+def test_a_hold_out_error_is_that_of_a_fit_without_the_fold():
+    rows = arms(0.3)
+    fit = Estimator(delta=np.inf).fit(rows, nested_family(BY)["Mb"])
+    folds = _folds(rows)
+    errors = hold_out_errors(fit, folds)
+    kept = rows[folds != 2].reset_index(drop=True)
+    again = Estimator(delta=np.inf).fit(kept, nested_family(BY)["Mb"])
+    left = rows[folds == 2]
+    expected = np.log(left["loss_nats"]) - np.log(again.predict(left))
+    np.testing.assert_allclose(errors[folds == 2], expected, atol=2e-6)
+
+
+def test_folds_keep_trunks_whole():
+    rows = arms(0.0)
+    folds = pd.Series(_folds(rows))
+    assert (folds.groupby(rows["trunk_id"]).nunique() == 1).all()
+
+
+def test_an_effect_is_the_mean_difference_of_both_laws_at_the_same_places():
+    rows = arms(0.5, sd=0.0005)
+    fit = Estimator().fit(rows, nested_family(BY)["Mab"])
+    found = effect(fit, "a", "b")
+    size, tokens = rows["parameters"], rows["tokens"]
+    law = (1.8, 400.0, 0.34, 900.0, 0.36)
+    sides = [np.log(slow.chinchilla(law, size, gain * tokens)) for gain in (1.5, 1.0)]
+    assert found.estimate == pytest.approx(float((sides[0] - sides[1]).mean()), abs=5e-4)
+    assert found.excludes(0.0)
+
+
+def test_swapping_the_arms_turns_the_effect_around():
+    fit = LIGHT.fit(arms(0.5), nested_family(BY)["Mab"])
+    there, back = effect(fit, "a", "b"), effect(fit, "b", "a")
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low), rel=1e-9)
+
+
+def test_in_a_crossed_family_size_belongs_to_the_arm_and_floors_to_the_corpus():
+    rows = arms(0.2, corpora=("web", "code"))
+    form = bind(crossed_family("architecture", "corpus")["both"], rows)
+    owners = {"A [a]", "A [b]", "E [web]", "E [code]", "B [a on web]", "alpha", "beta"}
+    assert owners <= set(form.labels)
+    assert len(form.labels) == 10
+
+
+def test_a_challenger_takes_over_only_where_the_data_ask_for_it():
+    rows = arms(0.0, sd=0.001)
+    straight = rows[rows["architecture"] == "a"].reset_index(drop=True)
+    inner = 400.0 * straight["parameters"] ** -0.34 + 900.0 * straight["tokens"] ** -0.36
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.001, len(straight)))
+    bent = straight.assign(loss_nats=(1.8 + inner**0.5) * noise)
+    assert pick(straight, (CHINCHILLA, GAMMA), LIGHT).law.name == "chinchilla"
+    assert pick(bent, (CHINCHILLA, GAMMA), LIGHT).law.name == "gamma"
