@@ -13,6 +13,10 @@ CODES = {
     "R-REACH": "the two arms meet nowhere inside the data",
     "R-MULT": "the multiplier is undefined in too many bootstrap replicates",
     "R-TUNING": "the runs of one cell differ in their learning rate",
+    "R-EXTRAP": "the target lies too far beyond the data",
+    "R-CELLS": "too few cells hold every combination of the levels",
+    "R-INTERACTION": "the architecture effect depends on the corpus",
+    "R-BUDGET": "no design within this budget can settle the question",
     "R-EMPTY": "there is nothing to analyse yet",
 }
 
