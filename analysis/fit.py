@@ -1,0 +1,156 @@
+"""The command: fit a scaling law to a table of anybody's runs.
+
+python -m analysis.fit runs.csv --law chinchilla
+python -m analysis.fit runs.csv --law chinchilla --by architecture
+python -m analysis.fit runs.csv --columns N=Size,tokens=Tokens:B --at 7e9,1.4e11
+
+Reads .csv, .tsv, .parquet or .jsonl; says how each column was read, what was left out, what is
+doubtful about the table, and every parameter with its interval. Ends with 1 if the law is refused.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table as Grid
+
+from analysis.estimate import LAWS, Learnt, ScalingLaw
+from analysis.foreign import Foreign, parse_columns, read_foreign
+from analysis.frames import strings, where
+from analysis.guards import check
+from analysis.laws import nested_family
+from analysis.nested import choose
+from analysis.refusal import Refusal
+from analysis.wording import number
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(words)
+    console = Console(soft_wrap=True)
+    try:
+        foreign = read_foreign(options.table, parse_columns(options.columns))
+        sets = list(dict.fromkeys(strings(foreign.rows, "evaluation_set").tolist()))
+        law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
+        answers = [_answer(console, foreign, name, law, options) for name in sets]
+    except ValueError as error:
+        console.print(f"{options.table}: {error}", markup=False)
+        return 2
+    return 0 if all(answers) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m analysis.fit", description=__doc__)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--law", default="chinchilla", help=", ".join(sorted(LAWS)))
+    parser.add_argument("--by", nargs="*", default=[], help="columns that arms differ in")
+    parser.add_argument(
+        "--varies", default="", help="parameters that differ, as in A,B; all if none"
+    )
+    parser.add_argument("--delta", type=float, help="where the Huber loss turns linear")
+    parser.add_argument("--columns", default="", help="schema column=column of the file, ...")
+    parser.add_argument("--at", default="", help="parameters,tokens to predict the loss at")
+    parser.add_argument(
+        "--allow", action="store_true", help="predict more than 10x beyond the data"
+    )
+    return parser
+
+
+def _names(text: str) -> frozenset[str] | None:
+    found = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    return found or None
+
+
+def _answer(
+    console: Console, foreign: Foreign, name: str, law: ScalingLaw, options: argparse.Namespace
+) -> bool:
+    """Fit and print one evaluation set; whether the law could be fitted."""
+    rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
+    for line in (*_reading(foreign), f"{len(rows)} points on {name}"):
+        console.print(line, markup=False)
+    for raised in check(rows):
+        console.print(str(raised), markup=False)
+    learnt = law.fit(rows).learnt_
+    if isinstance(learnt, Refusal):
+        console.print(str(learnt), markup=False)
+        return False
+    console.print(_parameters(learnt))
+    for line in _quality(learnt):
+        console.print(line, markup=False)
+    if len(options.by) == 1 and options.law == "chinchilla":
+        console.print(_family(rows, tuple(options.by)))
+    if options.at:
+        console.print(_prediction(law, rows, options), markup=False)
+    return True
+
+
+def _reading(foreign: Foreign) -> Iterator[str]:
+    for target, source in foreign.sources.items():
+        yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
+    yield from foreign.notes
+    if foreign.ignored:
+        yield f"not used: {', '.join(foreign.ignored)}"
+    if len(foreign.rejected):
+        yield f"{len(foreign.rejected)} values left out, the first: " + ", ".join(
+            f"{key} {value}" for key, value in foreign.rejected.iloc[0].items()
+        )
+
+
+def _parameters(learnt: Learnt) -> Grid:
+    """Exponents as they are; terms at the centre of the data, where they are best known."""
+    grid = Grid("parameter", "at N = D = 1", "at the centre of the data", "95 % interval", "by")
+    reported = learnt.fit.parameters
+    for label, interval in learnt.parameters.items():
+        open_floor = label.startswith("E") and "W-E0" in learnt.fit.codes
+        ends = "not identified" if open_floor else f"[{interval.low:.4g}, {interval.high:.4g}]"
+        whole = f"{reported[label]:.5g}" if label in reported else ""
+        grid.add_row(
+            label, whole, f"{interval.estimate:.5g}", ends, interval.method.split(", ")[-1]
+        )
+    return grid
+
+
+def _quality(learnt: Learnt) -> Iterator[str]:
+    fit = learnt.fit
+    yield (
+        f"objective {fit.objective:.10g} at delta {fit.delta:.3g}; sd of residuals "
+        f"{100 * fit.sigma:.2g} %; {fit.starts_agreeing} of {fit.starts} starts agree; condition "
+        f"{number(fit.condition, 0)}"
+    )
+    for warned in fit.warnings:
+        yield f"{warned.code}: {warned.finding}"
+    if learnt.backtest is not None:
+        yield f"error of forecasts: {learnt.backtest.words}"
+
+
+def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
+    found = choose(rows, nested_family(by))
+    grid = Grid("law", "parameters", "AICc", "BIC", "hold-out error", "status")
+    for record in found.table.to_dict("records"):
+        mark = " (forecast)" * (record["law"] == found.forecast)
+        mark += " (description)" * (record["law"] == found.description)
+        numbers = [number(float(record[key]), 1) for key in ("AICc", "BIC")]
+        error = f"{100 * record['hold_out']:.3g} %"
+        parameters = number(float(record["parameters"]), 0)
+        grid.add_row(f"{record['law']}{mark}", parameters, *numbers, error, str(record["status"]))
+    return grid
+
+
+def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace) -> str:
+    try:
+        size, tokens = (float(part) for part in options.at.split(","))
+    except ValueError:
+        raise ValueError(f"--at {options.at!r} is not of the form parameters,tokens") from None
+    arms = rows[list(options.by)].drop_duplicates() if options.by else pd.DataFrame(index=[0])
+    places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
+    if "flops" in rows:
+        places = places.assign(flops=6.0 * size * tokens)
+    found = law.predict(places, allow=options.allow)
+    return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
