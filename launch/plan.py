@@ -8,6 +8,8 @@ import pandas as pd
 import torch
 from rich.table import Table
 
+from analysis.design import USUAL, expectation_lines, measured_noise
+from analysis.table import final, load
 from launch.job import Unit
 from models.accounting import Account, account
 from models.backbone import BackboneConfig
@@ -101,6 +103,37 @@ def ladder_table(runs: Sequence[PlannedRun]) -> pd.DataFrame:
                 **asdict(counts),
             }
     return pd.DataFrame(list(rows.values()))
+
+
+def planned_points(runs: Sequence[PlannedRun]) -> pd.DataFrame:
+    """The points that a plan will end in, as the design analysis reads them."""
+    return pd.DataFrame(
+        {
+            "architecture": planned.experiment.run.architecture,
+            "corpus": planned.experiment.run.corpus.name,
+            "rung": planned.experiment.run.rung,
+            "seed": planned.experiment.run.seed,
+            "trunk_id": planned.unit.name,
+            "parameters": float(planned.account.total_parameters),
+            "tokens": float(planned.experiment.run.budget.tokens),
+            "flops": float(planned.flops),
+        }
+        for planned in runs
+        if not planned.experiment.label
+    )
+
+
+def expected_lines(plan: Plan, folder: Path) -> list[str]:
+    """What the planned grid can be expected to tell; nothing for a search over learning rates.
+
+    The noise is that of finished runs in the folder, or the usual one.
+    """
+    ladder = plan.sweep.config.ladders[plan.sweep.config.ladder]
+    points = planned_points(plan.runs)
+    if len(ladder.learning_rate_factors) > 1 or len(points["rung"].unique()) < 2:
+        return []
+    noise = measured_noise(final(load(folder))) if (folder / "sweep.yaml").exists() else None
+    return expectation_lines(points, replace(USUAL, noise=noise) if noise else USUAL)
 
 
 def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:

@@ -20,7 +20,7 @@ from launch.cluster import available_slots, run_units
 from launch.data import build_data
 from launch.job import Unit
 from launch.journal import Journal
-from launch.plan import Plan, duration, ladder_table, make_plan, plan_table
+from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
 from launch.standing import Standing, require_same_data, standing_of
 from sweeps.grammar import Sweep, read_sweep_file
@@ -66,6 +66,9 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     standings = {e.folder_name: standing_of(e, folder / e.folder_name) for e in sweep.experiments}
     todo = [unit for unit in plan.units if _is_open(unit, standings)]
     _print_plan(plan, todo, standings, console)
+    if arguments.plan:
+        for line in expected_lines(plan, folder):
+            console.print(line, highlight=False, soft_wrap=True)
     if arguments.plan or arguments.status:
         return int(ExitCode.DONE)
     data_root = Path(sweep.experiments[0].execution.data_root)
