@@ -7,6 +7,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.compare import Contrast
@@ -59,16 +60,16 @@ def plot_loss_against_compute(
 ) -> Labels:
     """Decayed points and, inside the data, each architecture's fitted frontier of one corpus."""
     ends: Labels = {}
-    for name, colour, marker in _looks(architectures):
+    for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
         ax.plot(mine["flops"], mine["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5)
         line = _curve(curves, "frontier", name)
         ax.plot(line["flops"], line["loss_nats"], color=colour, lw=1.8)
         if len(line):
-            ends[name] = (*_last(line, "flops"), colour)
+            ends[name] = (*last(line, "flops"), colour)
         elif len(mine):
-            ends[name] = (*_last(mine.sort_values("flops"), "flops"), colour)
-    _log_axes(ax, "training compute C [FLOP]", "flops")
+            ends[name] = (*last(mine.sort_values("flops"), "flops"), colour)
+    log_axes(ax, "training compute C [FLOP]", "flops")
     return ends
 
 
@@ -77,7 +78,7 @@ def plot_loss_against_tokens(
 ) -> Labels:
     """Trunk curves before decay, faint, and the decayed points of each horizon, solid."""
     ends: Labels = {}
-    for name, colour, marker in _looks(architectures):
+    for name, colour, marker in looks(architectures):
         for _, trunk in where(trunks, "architecture", name).groupby("trunk_id"):
             line = trunk.sort_values("tokens")
             ax.plot(line["tokens"], line["loss_nats"], color=colour, lw=0.9, alpha=0.35)
@@ -89,8 +90,8 @@ def plot_loss_against_tokens(
                 line["tokens"], line["loss_nats"], marker + "-", color=colour,
                 lw=0.8, ms=4.5, mec=PAPER, mew=0.5,
             )  # fmt: skip
-            ends.setdefault(label, (*_last(line, "tokens"), FAINT))
-    _log_axes(ax, "training tokens D", "tokens")
+            ends.setdefault(label, (*last(line, "tokens"), FAINT))
+    log_axes(ax, "training tokens D", "tokens")
     return ends
 
 
@@ -99,7 +100,7 @@ def plot_loss_against_parameters(
 ) -> Labels:
     """One line per horizon and architecture: the fitted law through the decayed points."""
     ends: Labels = {}
-    for name, colour, marker in _looks(architectures):
+    for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
         ax.plot(
             mine["parameters"], mine["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5
@@ -107,8 +108,8 @@ def plot_loss_against_parameters(
         for tokens, line in _curve(curves, "horizon", name).groupby("key"):
             ax.plot(line["parameters"], line["loss_nats"], color=colour, lw=1.2)
             label = f"{with_unit(float(str(tokens)))} tokens"
-            ends.setdefault(label, (*_last(line, "parameters"), FAINT))
-    _log_axes(ax, "parameters N", "parameters")
+            ends.setdefault(label, (*last(line, "parameters"), FAINT))
+    log_axes(ax, "parameters N", "parameters")
     return ends
 
 
@@ -148,12 +149,12 @@ def plot_residuals(
     """Residuals of ln L in percent against one variable, with the band of one percent."""
     ax.axhspan(-1, 1, color=FAINT, alpha=0.12, lw=0)
     ax.axhline(0.0, color=FAINT, lw=0.9)
-    for name, colour, marker in _looks(architectures):
+    for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
         values = 100 * floats(mine, "residual")
         ax.plot(mine[variable], values, marker, color=colour, ms=4, mec=PAPER, mew=0.4)
     ax.set_xscale("log")
-    _plain_ticks(ax, "x", variable)
+    plain_ticks(ax, "x", variable)
     reach = max(1.2, *(abs(limit) for limit in ax.get_ylim()))
     ax.set_ylim(-reach, reach)
     ax.yaxis.set_major_locator(MaxNLocator(5))
@@ -180,7 +181,8 @@ def label_ends(ax: Axes, ends: Labels) -> None:
         ax.text(1.03, below, label, color=colour, va="center", fontsize=9, transform=ax.transAxes)
 
 
-def _looks(names: Sequence[str]) -> list[tuple[str, str, str]]:
+def looks(names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Each name with its colour and its marker."""
     return [
         (name, COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
         for place, name in enumerate(names)
@@ -191,7 +193,8 @@ def _curve(curves: pd.DataFrame, kind: str, architecture: str) -> pd.DataFrame:
     return where(where(curves, "kind", kind), "architecture", architecture)
 
 
-def _last(line: pd.DataFrame, variable: str) -> tuple[float, float]:
+def last(line: pd.DataFrame, variable: str) -> tuple[float, float]:
+    """Where a line ends."""
     return float(floats(line, variable)[-1]), float(floats(line, "loss_nats")[-1])
 
 
@@ -206,12 +209,20 @@ def _effect(ax: Axes, contrast: Contrast, place: float) -> None:
     ax.plot(percent.estimate, place, marker, color=colour, ms=7, mec=PAPER, mew=0.8)
 
 
-def _log_axes(ax: Axes, label: str, variable: str) -> None:
+def figure_of(ax: Axes) -> Figure:
+    """The figure that an axes belongs to."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def log_axes(ax: Axes, label: str, variable: str) -> None:
+    """Logarithmic axes with few, plain ticks; the vertical one is a loss."""
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel(label)
     ax.margins(x=0.06, y=0.07)
-    _plain_ticks(ax, "x", variable)
+    plain_ticks(ax, "x", variable)
     low, high = ax.get_ylim()
     ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
     ticks = ticks[(ticks >= low) & (ticks <= high)]
@@ -220,7 +231,7 @@ def _log_axes(ax: Axes, label: str, variable: str) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
-def _plain_ticks(ax: Axes, which: str, variable: str) -> None:
+def plain_ticks(ax: Axes, which: str, variable: str) -> None:
     """At most about six ticks, at round numbers, in SI units or powers of ten."""
     axis = ax.xaxis if which == "x" else ax.yaxis
     low, high = np.log10(ax.get_xlim() if which == "x" else ax.get_ylim())

@@ -12,8 +12,10 @@ from markupsafe import Markup
 
 from analysis import figures
 from analysis.compare import Arm, Contrast
+from analysis.findings import Findings
 from analysis.fits import WARNINGS, Fit
 from analysis.frames import where
+from analysis.guards import MEANINGS
 from analysis.plates import Plate
 from analysis.rates import mixed_rates
 from analysis.refusal import Refusal
@@ -22,11 +24,13 @@ from analysis.study import FittedLaw, Study
 from analysis.table import FLOP_CONVENTIONS, Table
 from analysis.wording import (
     bracketed,
+    capital,
     contrast_note,
     contrast_sentence,
     counting_sentence,
     detectable_sentence,
     exponent_words,
+    headline_sentence,
     interaction_sentence,
     largest_effect,
     law_words,
@@ -35,6 +39,11 @@ from analysis.wording import (
     with_unit,
 )
 
+NO_OPTIMUM = Refusal(
+    "R-REACH",
+    "the fitted law has no best size near what was run, for the first arm",
+    "add sizes and horizons on both sides of the frontier",
+)
 # Colours that follow the reader's light or dark page in the inlined drawings.
 _PAGE_COLOURS = {
     figures.INK: "var(--ink)",
@@ -50,6 +59,7 @@ def render(
     plates: Sequence[Plate],
     drawings: Mapping[str, str],
     plan: Mapping,
+    found: Findings | None,
 ) -> str:
     """The whole page as HTML that needs nothing else; `drawings` holds SVG by a plate's name."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -65,8 +75,9 @@ def render(
         trailing=[_part(each, drawings) for each in sections if not each.leads],
         progress=progress(table),
         neutral_set=table.neutral_set,
-        answers=answers(study),
-        refusals=refusals(study),
+        answers=answers(study, found),
+        reservations=_reservations(found),
+        refusals=refusals(study, found),
         plates=_drawn(plates, drawings),
         nothing_drawn=_nothing_drawn(study),
         laws=_html(laws) if len(laws) else "",
@@ -86,21 +97,31 @@ def render(
     )
 
 
-def answers(study: Study) -> list[tuple[str, str, str]]:
+def _reservations(found: Findings | None) -> list[dict[str, str]]:
+    """The guards that fired: code, meaning, what was found, and what follows."""
+    raised = found.reservations if found else ()
+    return [
+        {"code": each.code, "finding": each.finding, "meaning": capital(MEANINGS[each.code][0]),
+         "action": MEANINGS[each.code][1]}
+        for each in raised
+    ]  # fmt: skip
+
+
+def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
     """What the page says first: a lead, a sentence with its interval, and how it was made."""
     answer, mixed = study.answer, mixed_rates(study.table)
     if mixed is not None:
         text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
         return [("Data against architecture", text, "")]
-    found = []
+    told = [("In one line", headline_sentence(found.headline), "")] if found else []
     for factor, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture)):
         for contrast in contrasts:
             text = contrast_sentence(contrast, answer.detectable[factor])
-            found.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
-    found.append(("Smallest difference this study finds", detectable_sentence(answer), ""))
+            told.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
+    told.append(("Smallest difference this study finds", detectable_sentence(answer), ""))
     for arm in answer.arms:
-        found += _arm_answers(arm, len(answer.arms) > 1)
-    return [each for each in dict.fromkeys(found) if each[1]]
+        told += _arm_answers(arm, len(answer.arms) > 1)
+    return [each for each in dict.fromkeys(told) if each[1]]
 
 
 def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
@@ -116,7 +137,7 @@ def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
     ]
 
 
-def refusals(study: Study) -> list[tuple[str, Refusal]]:
+def refusals(study: Study, found: Findings | None) -> list[tuple[str, Refusal]]:
     """Every answer that was refused; equal reasons are listed once."""
     answer = study.answer
     named: list[tuple[str, object]] = [
@@ -126,6 +147,7 @@ def refusals(study: Study) -> list[tuple[str, Refusal]]:
         ("Noise between seeds", answer.noise),
         *((f"{law_words(law.law)} of {law.part}", law.fit) for law in study.laws),
         *(("Multiplier", each) for each in study.multipliers),
+        *(_of_findings(found) if found else ()),
     ]
     by_text: dict[str, tuple[list[str], Refusal]] = {}
     for subject, value in named:
@@ -133,6 +155,17 @@ def refusals(study: Study) -> list[tuple[str, Refusal]]:
             subjects = by_text.setdefault(str(value), ([], value))[0]
             subjects += [subject] if subject not in subjects else []
     return [("; ".join(subjects), refusal) for subjects, refusal in by_text.values()]
+
+
+def _of_findings(found: Findings) -> list[tuple[str, object]]:
+    head = found.headline
+    named: list[tuple[str, object]] = [("Ratio in one line", head.ratio)]
+    named += [(f"Worth of the {name} in compute", each) for name, each in head.multipliers.items()]
+    named += [(f"Variance shares on {name}", each) for name, each in found.shares.items()]
+    named += [(f"Loss to loss on {name}", each) for name, each in found.transfers.items()]
+    if found.shown is not None and not len(found.counting):
+        named.append(("Exponent of the best size by counting", NO_OPTIMUM))
+    return named
 
 
 def _parts(arm: Arm) -> list[tuple[str, object]]:

@@ -43,8 +43,8 @@ class Plate:
         return (folder / f"{self.name}.svg").read_text()
 
 
-def draw(study: Study) -> list[Plate]:
-    """Every figure that the sweep's points allow; none where points differ in their tuning."""
+def draw_points(study: Study) -> list[Plate]:
+    """The figures of points and effects; none where points differ in their tuning."""
     if mixed_rates(study.table) is not None:
         return []
     neutral = _neutral(study, study.points.rows)
@@ -166,18 +166,22 @@ def _parameters(study: Study) -> Plate:
 
 def _residuals(study: Study, fit: Fit) -> Plate:
     rows = fit.rows.assign(
-        residual=fit.residuals, tokens_per_parameter=fit.rows["tokens"] / fit.rows["parameters"]
+        residual=fit.residuals,
+        tokens_per_parameter=fit.rows["tokens"] / fit.rows["parameters"],
+        order=np.arange(1.0, len(fit.rows) + 1),
     )
     figure = Figure(figsize=(8.8, 3.1), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    axes = figure.subplots(1, 4, sharey=True)
     labels = {
+        "flops": "training compute C [FLOP]",
         "parameters": "parameters N",
-        "tokens": "training tokens D",
         "tokens_per_parameter": "tokens per parameter D/N",
+        "order": "place in the sweep",
     }
     for ax, (variable, label) in zip(axes, labels.items(), strict=True):
         figures.plot_residuals(ax, rows, variable, study.table.levels("architecture"))
         ax.set_xlabel(label)
+    axes[-1].set_xscale("linear")
     axes[0].set_ylabel("residual of ln L [%]")
     _key(figure, study)
     title = f"Residuals have a standard deviation of {100 * fit.sigma:.2g} % of loss"

@@ -13,10 +13,12 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.compare import Contrast
+from analysis.findings import Findings, find
 from analysis.fits import Fit
+from analysis.gallery import draw
 from analysis.json_numbers import plain
 from analysis.page import answers, laws_table, progress, refusals, render
-from analysis.plates import draw
+from analysis.rates import mixed_rates
 from analysis.sections import Section, sections
 from analysis.study import Settings, Study, analyse
 from analysis.table import Table, load
@@ -97,12 +99,13 @@ def fingerprint(table: Table) -> str:
 
 def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report:
     study = analyse(table, settings)
-    parts, plates = sections(table), draw(study)
+    found = None if mixed_rates(table) else find(study, settings)
+    parts, plates = sections(table), draw(study, found)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
     drawings = {plate.name: plate.save(folder / "figures") for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))
     _write_tables(study, parts, folder / "tables")
-    lines = _terminal_lines(study, parts, folder)
+    lines = _terminal_lines(study, parts, folder, found)
     numbers = plain(
         {
             "fingerprint": fingerprint(table),
@@ -114,15 +117,20 @@ def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report
             "laws": study.laws,
             "family": study.family,
             "multipliers": study.multipliers,
+            "headline": found.headline if found else None,
+            "reservations": found.reservations if found else (),
+            "variance_shares": found.shares if found else {},
             **{part.name: part.numbers for part in parts},
-            "refusals": [{"of": subject, "refusal": each} for subject, each in refusals(study)],
+            "refusals": [
+                {"of": subject, "refusal": each} for subject, each in refusals(study, found)
+            ],
             "exclusions": table.exclusions,
             "plan": plan,
             "text": lines,
         }
     )
     assert isinstance(numbers, dict)
-    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan))
+    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan, found))
     # Last: it holds the fingerprint that says the report is whole.
     write_json(folder / "report.json", numbers)
     return Report(folder / "index.html", numbers, lines)
@@ -172,12 +180,16 @@ def _effects_table(study: Study) -> pd.DataFrame:
     )
 
 
-def _terminal_lines(study: Study, parts: list[Section], folder: Path) -> tuple[str, ...]:
+def _terminal_lines(
+    study: Study, parts: list[Section], folder: Path, found: Findings | None
+) -> tuple[str, ...]:
     lines = [f"{study.table.name}: {progress(study.table)}", ""]
     lines += [line for part in parts for line in part.lines]
-    lines += [f"{lead}: {text}" for lead, text, _ in answers(study)]
+    lines += [f"{lead}: {text}" for lead, text, _ in answers(study, found)]
+    codes = ", ".join(each.code for each in found.reservations) if found else ""
+    lines += [f"Reservations, explained on the page: {codes}"] if codes else []
     lines += _law_lines(study)
-    refused = refusals(study)
+    refused = refusals(study, found)
     if refused:
         lines += [
             "",

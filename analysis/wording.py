@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from analysis.compare import Answer, Arm, Contrast, Detectable
-from analysis.laws import Law
+from analysis.forms import AnyLaw
 from analysis.multipliers import Multiplier
 from analysis.refusal import Refusal
 from analysis.uncertainty import Interval
 
+if TYPE_CHECKING:
+    from analysis.headline import Headline
+
+MOST_DECIMALS = 5
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -24,7 +29,7 @@ def decimals(half_width: float) -> int:
     """Decimals that leave two significant digits of an uncertainty."""
     if not math.isfinite(half_width) or half_width <= 0:
         return 2
-    return max(0, 1 - math.floor(math.log10(half_width)))
+    return min(max(0, 1 - math.floor(math.log10(half_width))), MOST_DECIMALS)
 
 
 def number(value: float, places: int) -> str:
@@ -51,7 +56,7 @@ def exponent_words(interval: Interval | Refusal) -> str:
     return bracketed(interval)
 
 
-def law_words(law: Law) -> str:
+def law_words(law: AnyLaw) -> str:
     """A law in words, with what its cells share."""
     if not law.by:
         return f"{law.name} law"
@@ -129,6 +134,32 @@ def ratio_sentence(arm: Arm) -> str:
     return f"{size}: {verdict}."
 
 
+def headline_sentence(found: "Headline") -> str:
+    """The named contrasts, their ratio, what each is worth, and what the study could have seen."""
+    corpus, architecture = found.corpus, found.architecture
+    if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
+        missing = corpus if isinstance(corpus, Refusal) else architecture
+        return f"Not answered: {missing.reason}." if isinstance(missing, Refusal) else ""
+    text = (
+        f"On {found.evaluation_set}, {corpus.other} instead of {corpus.baseline} changes loss by "
+        f"{short_effect(corpus)}, {architecture.other} instead of {architecture.baseline} by "
+        f"{short_effect(architecture)}"
+    )
+    if isinstance(found.ratio, Refusal):
+        text += f"; no ratio is quoted, as {found.ratio.reason}"
+    else:
+        text += f"; the first is {bracketed(found.ratio)} times the second, signs aside"
+    worth = [
+        f"{bracketed(each.factor)} times the training compute ({name})"
+        if isinstance(each, Multiplier)
+        else f"refused for the {name} ({each.reason})"
+        for name, each in found.multipliers.items()
+    ]
+    seen = [each.value for each in found.detectable.values() if isinstance(each, Detectable)]
+    finds = f" The study finds {100 * math.expm1(max(seen)):.2g} % reliably." if seen else ""
+    return f"{text}. Baselines need {' and '.join(worth)}.{finds}"
+
+
 def interaction_sentence(arm: Arm) -> str:
     """Whether one architecture number can stand for all corpora."""
     first = arm.contrast
@@ -152,7 +183,7 @@ def detectable_sentence(answer: Answer) -> str:
         for factor, each in answer.detectable.items()
         if isinstance(each, Detectable)
     ]
-    text = f"{_capital(' and '.join(parts))} (95 % confidence, 80 % power), from {values[0].basis}."
+    text = f"{capital(' and '.join(parts))} (95 % confidence, 80 % power), from {values[0].basis}."
     if isinstance(answer.noise, Refusal):
         return text
     sd = bracketed(answer.noise.sd.mapped(lambda value: 100 * value))
@@ -193,5 +224,6 @@ def _places(interval: Interval) -> int:
     return decimals(half)
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """A sentence with its first letter large."""
     return text[:1].upper() + text[1:]

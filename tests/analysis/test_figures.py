@@ -7,11 +7,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import figures
-from analysis.plates import draw
+from analysis import figures, figures_effect, figures_law
+from analysis.findings import find
+from analysis.gallery import draw
+from analysis.isoflop import budgets
 from analysis.study import Settings, analyse
 from analysis.table import load
 from tests.analysis.synthetic_study import Study, write
+from tests.analysis.test_guards import curve
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +24,66 @@ def learnt(sweep):
 
 @pytest.fixture(scope="module")
 def plates(learnt):
-    return draw(learnt)
+    return draw(learnt, find(learnt, Settings(replicates=40)))
 
 
-def test_a_full_sweep_has_the_five_figures(plates):
+def test_a_full_sweep_has_its_figures_in_order(plates):
     assert [plate.name for plate in plates] == [
         "data_against_architecture",
         "loss_against_compute",
         "loss_against_tokens",
         "loss_against_parameters",
         "residuals",
+        "variance_shares",
+        "loss_to_loss",
+        "multipliers_by_size",
+        "counting",
+        "cooldown",
+        "design_map",
+        "frontier",
+        "optima",
+        "contours",
+        "backtest",
+        "profiles",
+        "trade_offs",
+        "nested_laws",
     ]
+
+
+def test_frontiers_are_dashed_beyond_the_data_and_end_at_the_wall(plates, learnt):
+    plate = next(each for each in plates if each.name == "frontier")
+    largest = learnt.points.rows["flops"].max()
+    assert plate.data["flops"].max() == pytest.approx(10 * largest)
+    for ax in plate.figure.axes:
+        solid = [line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
+        curves = [line for line in solid if line.get_transform() == ax.transData]
+        assert max(np.max(line.get_xdata()) for line in curves) <= 1.001 * largest
+        assert any("no answer beyond" in text.get_text() for text in ax.texts)
+
+
+def test_bands_widen_beyond_the_data(plates):
+    data = next(each for each in plates if each.name == "frontier").data
+    arm = data[(data["architecture"] == "mamba") & (data["corpus"] == "web")].sort_values("flops")
+    width = np.log(arm["high"] / arm["low"]).to_numpy()
+    assert width[-1] > 1.5 * width[arm["inside"].to_numpy()].max()
+
+
+def test_isoflop_curves_show_minima_and_hollow_edges():
+    rows = pd.concat(curve(3.0, centre, 6)[0].assign(flops=flops) for centre, flops in
+                     ((1.0, 1e20), (2.6, 1e21)))  # fmt: skip
+    ax = Figure().add_subplot()
+    figures_law.plot_isoflop(ax, budgets(rows))
+    stars = [line for line in ax.lines if line.get_marker() == "*"]
+    faces = [line.get_markerfacecolor() for line in stars]
+    assert len(stars) == 2
+    assert (faces[0] != figures.PAPER, faces[1] == figures.PAPER) == (True, True)
+
+
+def test_the_scoreboard_tells_reproductions_from_misses():
+    rows = pd.DataFrame({"quantity": ["a", "b"], "tolerances": [0.4, -7.0]})
+    ax = Figure().add_subplot()
+    figures_effect.plot_scoreboard(ax, rows)
+    assert {line.get_marker() for line in ax.lines if len(line.get_xdata()) == 1} == {"o", "X"}
 
 
 def test_each_figure_is_saved_with_its_data(plates, tmp_path):
@@ -75,7 +127,7 @@ def test_no_text_leaves_the_figure(plates):
 
 def test_ticks_are_few_and_plain(plates):
     for plate in plates:
-        for ax in plate.figure.axes:
+        for ax in (each for each in plate.figure.axes if each.get_label() != "<colorbar>"):
             low, high = sorted(ax.get_xlim())
             shown = [tick for tick in ax.get_xticks() if low <= tick <= high]
             assert 2 <= len(shown) <= 8
@@ -96,5 +148,6 @@ def test_frontiers_are_drawn_inside_the_data_only(learnt):
 def test_a_sweep_of_one_point_is_drawn(tmp_path):
     study = Study(("mamba",), ("web",), {"r9k": 9e3}, (4.5e5,), {})
     root = write(study, tmp_path / "point", np.random.default_rng(0))
-    for plate in draw(analyse(load(root), Settings(replicates=10))):
+    study = analyse(load(root), Settings(replicates=10))
+    for plate in draw(study, find(study, Settings(replicates=10))):
         plate.save(tmp_path / "figures")

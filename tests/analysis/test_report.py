@@ -63,6 +63,7 @@ def test_the_answers_come_first_and_in_order(written):
         "Architecture effect",
         "Smallest difference",
         "refused, and why",
+        "What to hold against these numbers",
         "<h2>Figures",
         "<h2>Fitted laws",
         "<h2>Runs",
@@ -92,6 +93,9 @@ def test_the_numbers_are_strict_json_with_intervals(written):
     effect = numbers["answer"]["arms"][0]["contrast"]["effect"]
     assert effect["low"] < effect["estimate"] < effect["high"]
     assert numbers["answer"]["evaluation_set"] == "prose"
+    ratio = numbers["headline"]["ratio"]
+    assert ratio["low"] < ratio["estimate"] < ratio["high"]
+    assert {"W-CLUSTER", "W-LR"} <= {each["code"] for each in numbers["reservations"]}
 
 
 def test_figures_and_tables_lie_beside_the_page(written):
