@@ -1,0 +1,159 @@
+"""The command: pack a study into one file, or train one small cell of it again.
+
+python launch/capsule.py pack runs/scaling scaling.tar.gz
+python launch/capsule.py retrain scaling.tar.gz [--run <id>] [--tolerance 0.001]
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from analysis.capsule import Capsule, pack, unpack
+from analysis.frames import keep, where
+from launch.data import build_data
+from launch.job import TrainJob, Unit
+from launch.standing import Standing, require_same_data, standing_of
+from sweeps.grammar import Experiment, Sweep, read_sweep_file
+from trainer.config import evaluation_id
+from trainer.preemption import ExitCode
+from trainer.record import StoredRun, read_run
+from trainer.schema import ConfigError
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One evaluation set: the loss that was stored, the one found now [nats per token]."""
+
+    evaluation_set: str
+    stored: float
+    now: float
+
+    @property
+    def relative(self) -> float:
+        """Difference of ln L."""
+        return math.log(self.now / self.stored)
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    arguments = _parse(words)
+    console = Console()
+    try:
+        if arguments.command == "pack":
+            file = pack(arguments.sweep, ROOT, arguments.target)
+            console.print(f"{file}: {file.stat().st_size / 2**20:.1f} MiB", highlight=False)
+            return int(ExitCode.DONE)
+        return _retrain(arguments, console)
+    except (ConfigError, ValueError, RuntimeError, OSError) as error:
+        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+
+
+def _retrain(arguments: argparse.Namespace, console: Console) -> int:
+    with tempfile.TemporaryDirectory(prefix="capsule-") as scratch:
+        capsule = unpack(arguments.capsule, Path(scratch) / "opened")
+        sweep = sweep_of(capsule, Path(scratch) / "sweep.yaml")
+        experiment = smallest(capsule, sweep, arguments.run)
+        found = retrain(capsule, sweep, experiment, Path(scratch) / "runs", console)
+    for each in found:
+        console.print(
+            f"{each.evaluation_set}: {each.stored:.6f} nats stored, {each.now:.6f} now, "
+            f"drift {100 * each.relative:+.4f} %",
+            highlight=False,
+        )
+    worst = max(abs(each.relative) for each in found)
+    verdict = "within" if worst <= arguments.tolerance else "beyond"
+    console.print(f"run {experiment.run_id}: {verdict} {arguments.tolerance:g} of ln L")
+    return int(ExitCode.DONE) if worst <= arguments.tolerance else 1
+
+
+def sweep_of(capsule: Capsule, scratch: Path) -> Sweep:
+    """The study's sweep as its stored configuration expands today."""
+    stored = yaml.safe_load((capsule.folder / "sweep.yaml").read_text())
+    scratch.write_text(yaml.safe_dump(stored["config"]))
+    return read_sweep_file(scratch, [])
+
+
+def smallest(capsule: Capsule, sweep: Sweep, run_id: str | None) -> Experiment:
+    """The named run, or the finished one with the fewest training FLOPs.
+
+    Raises:
+        ConfigError: the capsule holds no such finished run, or the sweep no longer expands to it.
+    """
+    done = where(capsule.rows, "status", "done")
+    done = keep(done, done["decayed"].astype(bool))
+    if run_id is None and len(done):
+        run_id = str(done.sort_values(by=["flops"], kind="stable")["run_id"].iloc[0])
+    if run_id not in set(done["run_id"]):
+        known = ", ".join(sorted(set(done["run_id"]))[:5])
+        raise ConfigError(f"run {run_id} is not finished in this capsule; it has {known}")
+    for experiment in sweep.experiments:
+        if experiment.folder_name == run_id:
+            return experiment
+    raise ConfigError(
+        f"the stored sweep no longer expands to run {run_id}: this version or machine resolves it "
+        "otherwise; check out the commit in its provenance.json"
+    )
+
+
+def retrain(
+    capsule: Capsule, sweep: Sweep, experiment: Experiment, runs: Path, console: Console
+) -> list[Drift]:
+    """Train one run again from nothing, and compare its last losses with the stored ones.
+
+    Raises:
+        RuntimeError: it did not finish, or the data at hand are others.
+    """
+    before = capsule.folder / "runs" / experiment.folder_name
+    data_root = Path(experiment.execution.data_root)
+    require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
+    runs.mkdir(parents=True)
+    console.print(
+        f"training {experiment.run.architecture} {experiment.run.rung} on "
+        f"{experiment.run.corpus.name} again, {experiment.run.budget.tokens / 1e6:.2f} M tokens",
+        highlight=False,
+    )
+    TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
+    folder = runs / experiment.folder_name
+    if standing_of(experiment, folder) is not Standing.DONE:
+        raise RuntimeError(f"run {experiment.run_id} did not finish; try launch/train.py for why")
+    wanted = evaluation_id(experiment.evaluation)
+    old, new = (_last_losses(read_run(each), wanted) for each in (before, folder))
+    return [Drift(name, old[name], new[name]) for name in sorted(old.keys() & new.keys())]
+
+
+def _last_losses(run: StoredRun, wanted: str) -> dict[str, float]:
+    last = run.summary["step"]
+    return {
+        str(row["evaluation_set"]): float(row["total_nats"] or 0) / float(row["targets"] or 1)
+        for row in run.evaluations
+        if row["step"] == last and row["evaluation_id"] == wanted
+    }
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="launch/capsule.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="configs, table, manifests, lock and report")
+    packing.add_argument("sweep", type=Path, help="a folder, such as runs/scaling")
+    packing.add_argument("target", type=Path, help="the .tar.gz to write")
+    training = commands.add_parser("retrain", help="train one cell again and report the drift")
+    training.add_argument("capsule", type=Path, help="a .tar.gz that pack wrote")
+    training.add_argument("--run", help="which run (default: the one with the fewest FLOPs)")
+    training.add_argument(
+        "--tolerance", type=float, default=1e-3, help="largest drift of ln L (default: 0.001)"
+    )
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
