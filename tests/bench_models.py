@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig, TokenizerConfig
-from models.backbone import BackboneConfig, build_backbone
+from models.backbone import Backbone, BackboneConfig, build_backbone
+from models.compiled import compile_blocks
 from models.sequence import WholeSequence
 from sweeps.ladder import Place, Rung, fit_architecture, read_architectures
 from trainer.config import (
@@ -79,7 +80,17 @@ class Built:
 
 def bare(task: Task) -> Built:
     """Our module under a plain loop."""
+    return _plain_loop(build_backbone(task.model, SEED), task)
+
+
+def compiled(task: Task) -> Built:
+    """Our module with compiled blocks, as `execution.compile` has them, under a plain loop."""
     backbone = build_backbone(task.model, SEED)
+    compile_blocks(backbone)
+    return _plain_loop(backbone, task)
+
+
+def _plain_loop(backbone: Backbone, task: Task) -> Built:
     batch = random_batch(task.size)
 
     def loss() -> Tensor:

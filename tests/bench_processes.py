@@ -85,8 +85,12 @@ class Child:
 
 
 def serve(connection: Connection, contender: tuple[str, str]) -> None:
+    """Serve one of the contenders by its name."""
+    serve_made(connection, CONTENDERS[contender])
+
+
+def serve_made(connection: Connection, make: Callable[[Task], Built]) -> None:
     """Answer each `Task` with (parameters, setting) and each "step" with (seconds, loss)."""
-    make = CONTENDERS[contender]
     prepare_threads()
     if make is engine:
         prepare_process(ExecutionConfig(threads=THREADS, device="cpu"))

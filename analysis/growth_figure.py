@@ -1,0 +1,80 @@
+"""How time and memory of mixers grow with the length: exponents, and the figure of both."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from analysis import figures
+from analysis.frames import floats, groups, keep
+from analysis.plates import Plate
+
+SHORTEST = 4096
+"""Exponents are fitted from this length on; below it fixed costs hide the growth."""
+
+
+def exponents(points: pd.DataFrame) -> pd.DataFrame:
+    """Slopes of log time and log memory on log length of each mixer, with standard errors.
+
+    The errors are those of a straight line through one point a length; NaN for two points.
+    """
+    rows = []
+    for (mixer,), line in groups(keep(points, points["length"] >= SHORTEST), ["mixer"]):
+        if len(line) < 2:
+            continue
+        lengths = np.log(floats(line, "length"))
+        found: dict[str, object] = {"mixer": mixer, "longest": int(floats(line, "length")[-1])}
+        for column in ("seconds", "bytes"):
+            slope, error = _slope(lengths, np.log(floats(line, column)))
+            found |= {column: slope, f"{column}_error": error}
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
+def draw(points: pd.DataFrame, name: str) -> Plate:
+    """Time and memory against length, each line with its exponent."""
+    slopes = exponents(points)
+    with figures.styled():
+        figure = Figure(figsize=(13.0, 5.6), layout="constrained")
+        time, memory = figure.subplots(1, 2)
+        _draw(time, points, slopes, "seconds")
+        time.set_ylabel("CPU time of one thread, forward and backward [s]")
+        _draw(memory, points, slopes, "bytes")
+        memory.set_ylabel("peak memory above the weights [bytes]")
+        title = "Growth of one mixer, forward and backward, with the length"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
+    caption = (
+        f"One process a point; numbers are exponents from {SHORTEST:,} tokens on. A line ends "
+        "where a point took too long or too much memory."
+    )
+    return Plate(name, title, caption, figure, points)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    if len(x) < 3:
+        return slope, float("nan")
+    rest = y - y.mean() - slope * centred
+    return slope, float(np.sqrt(rest @ rest / (len(x) - 2) / (centred @ centred)))
+
+
+def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> None:
+    known = {row["mixer"]: row[column] for row in slopes.to_dict("records")}
+    ends: figures.Labels = {}
+    for i, ((mixer,), line) in enumerate(groups(points, ["mixer"])):
+        colour = figures.COLOURS[i % len(figures.COLOURS)]
+        marker = figures.MARKERS[i % len(figures.MARKERS)]
+        x, y = floats(line, "length"), floats(line, column)
+        ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3)
+        said = f"{mixer} {known[mixer]:.2f}" if mixer in known else str(mixer)
+        ends[said] = (x[-1], y[-1], colour)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    lengths = sorted(int(each) for each in points["length"].unique())
+    ax.xaxis.set_major_locator(FixedLocator([float(each) for each in lengths]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    ax.set_xlabel("length [tokens]")
+    figures.label_ends(ax, ends)
