@@ -8,7 +8,7 @@ Each point is a process of its own with one thread and a limit on its memory: a 
 forward and backward on one sequence of one document. Time is the process's CPU time, which other
 processes on the machine lengthen much less than they do the time on the wall; of a few repetitions
 the fastest counts. Memory is the peak of the resident set above what it was before. glibc asks the
-system anew for each tensor over 32 MB, whose pages are then filled one by one, which makes steps half
+system anew for each tensor over 32 MB, whose pages are then filled one by one: steps are half
 as slow again from some length on. So memory is that of a first pass, and time that of passes which
 keep what they had. A mixer's line ends with the first point that takes too long or too much. Writes
 reports/growth.json, .csv, .png and .svg. An exponent above its bound fails the command.
