@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep ladder smoke hip test check conformance large bench decode faults slurm lock
+.PHONY: setup sweep ladder smoke hip test check conformance large kernels sequence-parallel long-context
+.PHONY: bench growth laws recovery decode faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
 hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/evaluate.py runs/hip
@@ -12,7 +13,13 @@ check: setup ; $(BIN)/python -m tests.check
 ladder: setup ; $(BIN)/python launch/ladder.py
 conformance: setup ; $(BIN)/python -m tests.conformance.run
 large: setup ; $(BIN)/python -m tests.large_step
+kernels: setup ; $(BIN)/python -m tests.kernels.run && $(BIN)/python -m tests.kernels.report
+sequence-parallel: setup ; $(BIN)/python -m tests.sequence_parallel.run
+long-context: setup ; $(BIN)/python -m tests.long_context
+growth: setup ; $(BIN)/python -m tests.bench_growth
 bench: setup ; $(BIN)/python -m tests.bench
+laws: setup ; $(BIN)/python -m tests.laws --out reports
+recovery: setup ; $(BIN)/python -m tests.recovery
 decode: setup ; $(BIN)/python -m tests.bench_decode
 faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run
