@@ -15,33 +15,61 @@ from torch import Tensor
 
 from kernels.gpu.launch import interpreting, is_recording, launch
 
-# Queries, keys and warps of a tile by (float32 operands, heads wider than 64). With bfloat16 they
-# compile for sm_80, sm_90 and sm_100 without spills; with own and `shown` keys, tried for sm_90
-# alone, the key kernel spills 64 bytes at heads of 64. Twice as many queries or keys spill more on
-# sm_80. Products of float32 are not done by tensor cores: heads of 128 spill up to 948 bytes, and
-# smaller tiles or more warps do not help (the query kernel spills 828 at 16 x 16, 1180 at 16 x 32).
+# Queries, keys and warps of a tile by (float32 operands, heads wider than 64): at heads of 64 and
+# 128 all compile for sm_80, sm_90 and sm_100 without spills.
 FORWARD = {
     (False, False): (64, 64, 4),
     (False, True): (64, 32, 4),
     (True, False): (32, 16, 4),
-    (True, True): (16, 32, 4),
+    (True, True): (32, 16, 8),
 }
-BACKWARD = {
+QUERIES = {
     (False, False): (64, 32, 4),
     (False, True): (64, 32, 4),
     (True, False): (32, 16, 4),
-    (True, True): (16, 16, 4),
+    (True, True): (32, 16, 8),
 }
+KEYS = {
+    (False, False): (32, 32, 4),
+    (False, True): (64, 32, 4),
+    (True, False): (32, 16, 4),
+    (True, True): (16, 16, 8),
+}
+# Channels of a wide head that a float32 product takes at once: it goes to no tensor core, and each
+# thread holds its operands in registers, for all channels.
+PART = 32
+# Numbers of a head's keys, or values, that one program of `_own_kernel` holds: 48 registers.
+OWN_NUMBERS = 512
 
 
 @triton.jit
-def _load(x, tokens, real, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr, DOT: tl.constexpr):
+def _load(x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexpr):
     """Load one head's channels of some tokens; what is not there is zero."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
     # Narrow numbers are widened first: the interpreter computes nothing else rightly.
     return tl.load(places, mask=mask, other=0.0).to(tl.float32).to(DOT)
+
+
+@triton.jit
+def _scores(
+    query, key, q, k, tokens, places, real, there, q_stride, k_stride,
+    WIDTH: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Products of all rows of two tiles, which lie at q and k; PART channels at once, or all at 0.
+
+    A part is loaded again, so that no more of the tiles than it has to be in registers.
+    """
+    if PART == 0:
+        sums = tl.dot(query, tl.trans(key), input_precision="ieee")
+    else:
+        sums = tl.zeros((tokens.shape[0], places.shape[0]), tl.float32)
+        for begin in range(0, WIDTH, PART):
+            left = _load(q + begin, tokens, real, q_stride, WIDTH - begin, PART, DOT)
+            right = _load(k + begin, places, there, k_stride, WIDTH - begin, PART, DOT)
+            sums += tl.dot(left, tl.trans(right), input_precision="ieee")
+    return sums
 
 
 @triton.jit
@@ -73,6 +101,7 @@ def _forward_kernel(
     q, k, v, own_k, own_v, first, past, shown, outputs, logs, L, S, H, G, scale,
     OWN: tl.constexpr, SHOWN: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PP: tl.constexpr,
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     # Later queries may see more keys: the longest programs start first.
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -80,7 +109,8 @@ def _forward_kernel(
     real, shared = tokens < L, head // (H // G)
     begin = tl.load(first + row * L + tokens, mask=real, other=S)
     end = tl.load(past + row * L + tokens, mask=real, other=0)
-    query = _load(q + (row * L * H + head) * P, tokens, real, H * P, P, PP, DOT)
+    at_q = q + (row * L * H + head) * P
+    query = _load(at_q, tokens, real, H * P, P, PP, DOT)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, QQ), tl.float32)
@@ -96,7 +126,9 @@ def _forward_kernel(
         places = start + tl.arange(0, COLUMNS)
         there = places < S
         key = _load(keys, places, there, G * P, P, PP, DOT)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = scale * _scores(
+            query, key, at_q, keys, tokens, places, real, there, H * P, G * P, P, PART, DOT
+        )
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -122,6 +154,7 @@ def _query_kernel(
     L, S, H, G, scale,
     OWN: tl.constexpr, SHOWN: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PP: tl.constexpr,
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """The gradient of queries; leaves sum(outputs d_outputs) of each for the other kernels."""
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
@@ -132,8 +165,10 @@ def _query_kernel(
     lines = (row * H + head) * L + tokens
     log = tl.load(logs + lines, mask=real, other=0.0)
     at = (row * L * H + head) * Q
-    query = _load(q + (row * L * H + head) * P, tokens, real, H * P, P, PP, DOT)
-    given = _load(d_outputs + at, tokens, real, H * Q, Q, QQ, DOT)
+    at_q = q + (row * L * H + head) * P
+    query = _load(at_q, tokens, real, H * P, P, PP, DOT)
+    at_d = d_outputs + at
+    given = _load(at_d, tokens, real, H * Q, Q, QQ, DOT)
     mixed = _load(outputs + at, tokens, real, H * Q, Q, QQ, tl.float32)
     moment = tl.sum(given.to(tl.float32) * mixed, axis=1)
     tl.store(carried + lines, moment, mask=real)
@@ -150,11 +185,15 @@ def _query_kernel(
         places = start + tl.arange(0, COLUMNS)
         there = places < S
         key = _load(keys, places, there, G * P, P, PP, DOT)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = scale * _scores(
+            query, key, at_q, keys, tokens, places, real, there, H * P, G * P, P, PART, DOT
+        )
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
         share = tl.exp(tl.where(seen, scores - log[:, None], float("-inf")))
         value = _load(values, places, there, G * Q, Q, QQ, DOT)
-        d_share = tl.dot(given, tl.trans(value), input_precision="ieee")
+        d_share = _scores(
+            given, value, at_d, values, tokens, places, real, there, H * Q, G * Q, Q, PART, DOT
+        )
         d_score = tl.where(seen, share * (d_share - moment[:, None]), 0.0)
         d_query += tl.dot(d_score.to(DOT), key, input_precision="ieee")
     _store(d_q + (row * L * H + head) * P, d_query * scale, tokens, real, H * P, P, PP)
@@ -166,14 +205,16 @@ def _key_kernel(
     L, S, H, G, scale,
     SHOWN: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PP: tl.constexpr, QQ: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, summed over queries and their heads in order."""
     tile, shared, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     places = tile * COLUMNS + tl.arange(0, COLUMNS)
     there = places < S
     at_k, at_v = (row * S * G + shared) * P, (row * S * G + shared) * Q
-    key = _load(k + at_k, places, there, G * P, P, PP, DOT)
-    value = _load(v + at_v, places, there, G * Q, Q, QQ, DOT)
+    keys, values = k + at_k, v + at_v
+    key = _load(keys, places, there, G * P, P, PP, DOT)
+    value = _load(values, places, there, G * Q, Q, QQ, DOT)
     d_key = tl.zeros((COLUMNS, PP), tl.float32)
     d_value = tl.zeros((COLUMNS, QQ), tl.float32)
     low = tl.load(lowest + row * tl.num_programs(0) + tile)
@@ -187,13 +228,18 @@ def _key_kernel(
             lines = (row * H + head) * L + tokens
             log = tl.load(logs + lines, mask=real, other=0.0)
             moment = tl.load(carried + lines, mask=real, other=0.0)
-            query = _load(q + (row * L * H + head) * P, tokens, real, H * P, P, PP, DOT)
-            given = _load(d_outputs + (row * L * H + head) * Q, tokens, real, H * Q, Q, QQ, DOT)
-            scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scale
+            at_q, at_d = q + (row * L * H + head) * P, d_outputs + (row * L * H + head) * Q
+            query = _load(at_q, tokens, real, H * P, P, PP, DOT)
+            given = _load(at_d, tokens, real, H * Q, Q, QQ, DOT)
+            scores = scale * _scores(
+                key, query, keys, at_q, places, tokens, there, real, G * P, H * P, P, PART, DOT
+            )
             seen = _visible(begin[None, :], end[None, :], places[:, None], shown, row, S, SHOWN)
             share = tl.exp(tl.where(seen, scores - log[None, :], float("-inf")))
             d_value += tl.dot(share.to(DOT), given, input_precision="ieee")
-            d_share = tl.dot(value, tl.trans(given), input_precision="ieee")
+            d_share = _scores(
+                value, given, values, at_d, places, tokens, there, real, G * Q, H * Q, Q, PART, DOT
+            )
             d_score = tl.where(seen, share * (d_share - moment[None, :]), 0.0)
             d_key += tl.dot(d_score.to(DOT), query, input_precision="ieee")
     _store(d_k + at_k, d_key * scale, places, there, G * P, P, PP)
@@ -243,7 +289,7 @@ def forward(
         q, k, v, _or(own_k, q), _or(own_v, q), first, past, _or(shown, first), outputs, logs,
         L, S, H, G, q.shape[3] ** -0.5,
         num_warps=warps, OWN=own_k is not None, SHOWN=shown is not None, **sizes,
-        ROWS=rows, COLUMNS=columns,
+        ROWS=rows, COLUMNS=columns, PART=_part(sizes),
     )  # fmt: skip
     return outputs, logs
 
@@ -257,15 +303,16 @@ def backward(
     (B, L, H, P), (S, G) = q.shape, v.shape[1:3]
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     carried, sizes, scale = torch.empty_like(logs), _sizes(q, k, v), P**-0.5
-    rows, columns, warps = _tile(BACKWARD, sizes)
+    rows, columns, warps = _tile(QUERIES, sizes)
     launch(
         _query_kernel,
         (triton.cdiv(L, rows), H, B),
         d_outputs, q, k, v, _or(own_k, q), _or(own_v, q), first, past, _or(shown, first),
         outputs, logs, d_q, carried, L, S, H, G, scale,
         num_warps=warps, OWN=own_k is not None, SHOWN=shown is not None, **sizes,
-        ROWS=rows, COLUMNS=columns,
+        ROWS=rows, COLUMNS=columns, PART=_part(sizes),
     )  # fmt: skip
+    rows, columns, warps = _tile(KEYS, sizes)
     lowest, highest = _seers(first, past, S, columns)
     launch(
         _key_kernel,
@@ -273,16 +320,18 @@ def backward(
         d_outputs, q, k, v, first, past, _or(shown, first), logs, carried, lowest, highest,
         d_k, d_v, L, S, H, G, scale,
         num_warps=warps, SHOWN=shown is not None, **sizes, ROWS=rows, COLUMNS=columns,
+        PART=_part(sizes),
     )  # fmt: skip
     if own_k is None or own_v is None:
         return d_q, d_k, d_v, q.new_empty(0), q.new_empty(0)
     d_own_k, d_own_v = torch.empty_like(own_k), torch.empty_like(own_v)
     del sizes["DOT"]
+    rows = max(1, OWN_NUMBERS // max(sizes["PP"], sizes["QQ"]))
     launch(
         _own_kernel,
-        (triton.cdiv(L, 32), G, B),
+        (triton.cdiv(L, rows), G, B),
         d_outputs, q, own_k, own_v, logs, carried, d_own_k, d_own_v, L, H, G, scale,
-        num_warps=4, **sizes, ROWS=32,
+        num_warps=4, **sizes, ROWS=rows,
     )  # fmt: skip
     return d_q, d_k, d_v, d_own_k, d_own_v
 
@@ -313,6 +362,12 @@ def _tile(table: dict, sizes: dict) -> tuple[int, int, int]:
     if interpreting() and not is_recording():
         return 64, 64, 4
     return table[sizes["DOT"] == tl.float32, max(sizes["PP"], sizes["QQ"]) > 64]
+
+
+def _part(sizes: dict) -> int:
+    """Channels that a product takes at once; 0 for all."""
+    wide = max(sizes["PP"], sizes["QQ"]) > 64
+    return PART if wide and sizes["DOT"] == tl.float32 else 0
 
 
 def _or(given: Tensor | None, instead: Tensor) -> Tensor:

@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+import torch
 
 from kernels.gpu.compiled import CHIPS, Compiled, occupancy_of, roofline_seconds
-from kernels.gpu.launch import interpreting
+from kernels.gpu.launch import interpreting, recording
+from kernels.interval_attention import Intervals, Own, interval_attention
 from tests.kernels.report import EXCEPTIONS, Line, compile_all, distinct, record_layer, traffic
 
 RUNG = "1.3B"
@@ -37,6 +39,18 @@ def test_a_layer_that_is_excused_needs_its_excuse():
     least = [x.compiled.occupancy for x in lines if x.name in excused]
     assert least
     assert max(least) < 0.5
+
+
+@compiles
+@pytest.mark.slow
+def test_attention_with_wide_float32_heads_does_not_spill():
+    q, k, v = (torch.empty(1, 64, 2, 128, device="meta", requires_grad=True) for _ in range(3))
+    seen = Intervals(*(torch.empty(1, 64, device="meta", dtype=torch.int32) for _ in range(2)))
+    with recording() as launches:
+        interval_attention(q, k, v, seen, Own(k, v)).sum().backward()
+    assert len(launches) == 4
+    lines = compile_all([("float32", each) for each in launches], [HOPPER])
+    assert {line.name: line.broken() for line in lines if line.broken()} == {}
 
 
 def test_a_layer_of_mamba_starts_eight_kernels_in_order():

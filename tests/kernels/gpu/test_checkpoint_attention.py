@@ -78,6 +78,26 @@ def test_queries_of_a_later_piece_equal_those_of_the_whole():
     assert (found - expected[:, now]).abs().max() < 1e-5
 
 
+def test_a_document_does_not_feel_huge_values_in_another():
+    documents = torch.tensor([[0] * 70 + [1] * 40]).int()
+    q, k, v, d_mixed = make_inputs(110, F32, batch=1)
+    loud = [torch.where((documents == 0)[:, :, None, None], 1e4 * x, x) for x in (q, k, v)]
+    attend = over_tokens(on_device, *sight_of(documents, 5))
+    quiet = differentiate(attend, (q, k, v, d_mixed))
+    beside = differentiate(attend, (*loud, d_mixed))
+    assert torch.equal(quiet[0][:, 70:], beside[0][:, 70:])
+    for expected, found in zip(quiet[1], beside[1], strict=True):
+        assert torch.equal(expected[:, 70:], found[:, 70:])
+
+
+def test_any_width_of_heads_equals_the_mask():
+    documents, generator = ragged(70, batch=1), torch.Generator().manual_seed(70)
+    shapes = ((2, 100), (1, 100), (1, 40), (2, 40))
+    inputs = [torch.randn(1, 70, *shape, generator=generator) for shape in shapes]
+    attend = over_tokens(on_device, *sight_of(documents, 3))
+    assert_matches_oracle(attend, inputs, documents, 3, F32)
+
+
 def test_bfloat16_gives_bfloat16_within_its_rounding():
     inputs, attend = make_inputs(70, torch.bfloat16), segments_of(70, 4)
     assert attend(*inputs[:3]).dtype is torch.bfloat16

@@ -79,7 +79,9 @@ def test_padding_at_the_end_of_a_row_is_a_document_of_its_own():
     assert_matches_oracle(packed, make_inputs(80), mask, documents, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("heads", "groups", "width"), [(6, 3, 16), (3, 3, 17), (4, 1, 40)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"), [(6, 3, 16), (3, 3, 17), (4, 1, 40), (2, 1, 70)]
+)
 def test_any_heads_and_widths_equal_the_mask(heads, groups, width):
     documents = ragged(70)
     inputs = make_inputs(70, heads=heads, groups=groups, width=width)
