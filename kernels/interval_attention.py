@@ -41,7 +41,10 @@ def interval_attention(
 ) -> Float[Tensor, "B L H Q"]:
     """Attend with each query to its keys, on tensors that `path_of` sends to Triton.
 
-    Scores are scaled by 1/sqrt(P). A query that sees nothing gets zeros.
+    Scores are scaled by 1/sqrt(P). A query that sees nothing gets zeros. Keys that a query does not
+    see change nothing for it, bit for bit, where they and their values are finite. One that is not
+    may reach queries of its tile that do not see it: their share in it is 0, and 0 times NaN is
+    NaN. The same holds for gradients and queries.
 
     Args:
         queries: of any number.

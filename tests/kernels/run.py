@@ -1,10 +1,11 @@
 """Every Triton kernel against its oracle, in Triton's interpreter: `python -m tests.kernels.run`.
 
 python -m tests.kernels.run                 all, two at a time; writes reports/kernel_tests.json
-python -m tests.kernels.run ssd long_conv   some; writes reports/kernel_tests_part.json
+python -m tests.kernels.run ssd linear_scan some; writes reports/kernel_tests_part.json
 
-Prints a table of operators and properties. Ends with 1 if a test fails or is skipped, if nothing
-ran, or if an operator leaves a property untested without a reason.
+Prints a table of operators and properties, with the operators that a GPU runs as torch code, which
+leave nothing to interpret. Ends with 1 if a test fails or is skipped, if nothing ran, or if an
+operator leaves a property untested without a reason.
 """
 
 import argparse
@@ -38,26 +39,34 @@ PROPERTIES = {
     "state": r"state",
     "documents": r"document|ragged|True",
     "isolation": r"nan_|infinity|huge",
+    "nan": r"nan_|infinity",
     "bfloat16": r"bfloat16",
     "written": r"written|poisoned",
     "bitwise": r"bit_by_bit|bit_for_bit",
 }
-"""What is looked for in a test's name and in the names of its fixtures, by property."""
+"""What is looked for in a test's name and in the names of its fixtures, by property.
 
-ATTENTIONS = (
-    "window_attention",
-    "checkpoint_attention",
-    "block_sparse_attention",
-    "hip_selection",
-    "interval_attention",
+"isolation" is that a document does not feel another's values, be they ever so large; "nan" that it
+does not feel those that are not finite.
+"""
+
+ATTENTIONS = ("window_attention", "checkpoint_attention")
+MIXED = (
+    "a product of tiles multiplies the value of a key that is not seen by 0, and 0 times NaN is "
+    "NaN: what is not finite may reach another document in its tile; huge finite values do not"
 )
 NOT_APPLICABLE = {
     **{(op, "decays"): "attention has no decays" for op in ATTENTIONS},
     **{(op, "state"): "attention carries no state" for op in ATTENTIONS},
+    **{(op, "nan"): MIXED for op in ATTENTIONS},
     ("causal_conv", "decays"): "taps do not decay",
     ("causal_conv", "state"): "its carried inputs are cut out by plain torch, for every path",
-    ("hip_selection", "gradients"): "a selection has no gradient",
 }
+TORCH_ON_GPU = {
+    "block_sparse_attention": "gathers listed keys and values and multiplies them in torch",
+    "hip_selection": "gathers the keys of every round and sorts their scores in torch",
+}
+"""Operators without a Triton kernel, each with what a GPU runs instead."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,11 @@ def show(tests: Sequence[Test], console: Console) -> None:
     operators = list(dict.fromkeys(test.operator for test in tests))
     for operator in operators:
         table.add_row(operator, *(verdict(tests, operator, name) for name in PROPERTIES))
+    for operator in TORCH_ON_GPU:
+        table.add_row(operator, *("torch" for _ in PROPERTIES))
     console.print(table)
+    for operator, reason in TORCH_ON_GPU.items():
+        console.print(f"torch: {operator}: no Triton kernel; {reason}", soft_wrap=True)
     for (operator, name), reason in NOT_APPLICABLE.items():
         if operator in operators and verdict(tests, operator, name) == "n/a":
             console.print(f"n/a: {operator}, {name}: {reason}", soft_wrap=True)
