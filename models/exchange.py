@@ -1,8 +1,8 @@
 """What the ranks of a process group tell each other about a sequence that they share.
 
 Two things only. `fetch` and `swap` hand pieces of tensors from rank to rank, and their gradients
-back (`_Exchange`); `Carry` passes the state of a recurrence, in one gather either way. Every rank
-calls every exchange, also where it has nothing to send, and uses what it returns, because the
+back (`_Exchange`); `Carry` passes the state of a recurrence, in a way of `models.prefix`. Every
+rank calls every exchange, also where it has nothing to send, and uses what it returns, because the
 backward pass is an exchange as well.
 """
 
@@ -11,64 +11,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-
-class Sent(NamedTuple):
-    """Bytes that this rank sent to others in one collective."""
-
-    what: str
-    bytes: int
-
-
-class Ranks:
-    """The ranks of a group, in order, and a record of what this one sent.
-
-    Attributes:
-        rank: this one's place.
-        size: how many there are.
-        sent: every collective so far.
-    """
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent: list[Sent] = []
-
-    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "Gathered":
-        """Start to give everyone's tensor to everyone; shapes and dtypes are equal."""
-        x = x.contiguous()
-        everyones = [torch.empty_like(x) for _ in range(self.size)]
-        work = dist.all_gather(everyones, x, group=self.group, async_op=True)
-        assert work is not None, "this rank is in the group"
-        self.sent.append(Sent(what, (self.size - 1) * x.numel() * x.element_size()))
-        return Gathered(everyones, work)
-
-    def exchange(self, pieces: list[Tensor], shapes: list[torch.Size], what: str) -> list[Tensor]:
-        """Send a piece to each rank; return what each sent, of these shapes."""
-        outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
-        sizes = [shape.numel() for shape in shapes]
-        incoming = outgoing.new_empty(sum(sizes))
-        counts = [piece.numel() for piece in pieces]
-        dist.all_to_all_single(incoming, outgoing, sizes, counts, group=self.group)
-        others = sum(counts) - counts[self.rank]
-        self.sent.append(Sent(what, others * outgoing.element_size()))
-        return [x.view(s) for x, s in zip(incoming.split(sizes), shapes, strict=True)]
-
-
-class Gathered(NamedTuple):
-    """A gather under way."""
-
-    everyones: list[Tensor]
-    work: dist.Work
-
-    def wait(self) -> list[Tensor]:
-        """The tensor of each rank."""
-        self.work.wait()
-        return self.everyones
+from models.prefix import ASSUMED, Payload, Scheme, choose
+from models.ranks import Ranks
+from models.relay import RELAYS, Decay, Relay, masked, real
 
 
 class Spans:
@@ -180,28 +129,28 @@ class Summary(NamedTuple):
 
 
 class Carry:
-    """The states before the tokens of each rank, from a summary of each: one gather either way.
+    """The states before the tokens of each rank, from a summary of each.
 
-    `publish` starts the gather, and `before` waits for it, so that other work may run meanwhile. In
-    the backward pass the gradient of the state before a rank's tokens starts a gather, and the
-    gradients of its summary wait for that one.
+    `publish` starts to tell the others, and `before` waits for them, so that other work may run
+    meanwhile. In the backward pass the gradient of the state before a rank's tokens starts the way
+    back, and the gradients of its summary wait for that one.
 
     Args:
         keep: whether the state before each rank's tokens still counts after them, by row.
         turned: how many rows, the last ones, run from the last rank to the first.
         ranks: who takes part.
+        scheme: how they tell each other; None for the fastest over the link that is assumed.
     """
 
-    def __init__(self, keep: Bool[Tensor, "R B"], turned: int, ranks: Ranks) -> None:
-        B, rank, last = keep.shape[1], ranks.rank, ranks.size - 1
-        ahead, behind = list(range(rank)), list(range(last, rank, -1))
-        rows = slice(0, B - turned), slice(B - turned, B)
-        self.keep, self.ranks = keep, ranks
-        self.earlier = list(zip(rows, (ahead, behind), strict=True))
-        self.later = list(zip(rows, (behind, ahead), strict=True))
-        self.under_way: Gathered | None = None
-        self.sums: list[Tensor] = []
-        self.rates: Tensor | None = None
+    def __init__(
+        self,
+        keep: Bool[Tensor, "R B"],
+        turned: int,
+        ranks: Ranks,
+        scheme: Scheme | None = None,
+    ) -> None:
+        self.keep, self.turned, self.ranks, self.scheme = keep, turned, ranks, scheme
+        self.relay: Relay | None = None
         self.initial: Tensor | None = None
 
     def publish(self, summary: Summary) -> Tensor:
@@ -210,61 +159,47 @@ class Carry:
         assert isinstance(token, Tensor)
         return token
 
-    def before(self, token: Tensor, like: Summary) -> Shaped[Tensor, "B *rest"]:
-        """The state before this rank's tokens; `like` is what was published."""
-        state, sums, rates = (None if x is None else x.detach() for x in like)
-        assert state is not None, "only the rest may be left out"
-        initial = _Take.apply(self, Summary(state, sums, rates), token)
+    def before(self, token: Tensor) -> Shaped[Tensor, "B *rest"]:
+        """The state before this rank's tokens."""
+        initial = _Take.apply(self, token)
         assert isinstance(initial, Tensor)
         return initial
 
-    def run(
-        self, added: list[Tensor], order: list[tuple[slice, list[int]]], *, back: bool = False
-    ) -> Tensor:
-        """Go over ranks, each with its decay and addend: c <- keep exp(log) c + added."""
-        total = torch.zeros_like(added[0])
-        for rows, ranks in order:
-            for rank in ranks:
-                decay = self.decay(rank, back=back)
-                decayed = total[rows] if decay is None else decay[rows] * total[rows]
-                total[rows] = _masked(decayed, self.keep[rank, rows]) + added[rank][rows]
-        return total
+    def start(self, state: Tensor, decay: Decay) -> None:
+        """Choose how to tell the others, and start."""
+        scheme = self.scheme or choose(self.ranks.size, self._payload(state, decay), ASSUMED)
+        self.relay = RELAYS[scheme](self.keep, self.turned, decay, self.ranks)
+        self.relay.start(state, back=False)
 
-    def decay(self, rank: int, *, back: bool = False) -> Tensor | None:
-        """The factor of the state over the tokens of a rank, for gradients if `back`."""
-        if not self.sums:
-            return None
-        log = self.sums[rank] if self.rates is None else self.sums[rank] * self.rates
-        return torch.exp(log.conj() if back else log)
+    def _payload(self, state: Tensor, decay: Decay) -> Payload:
+        sums = 0 if decay.sums is None else decay.sums.numel() * real(state).element_size()
+        return Payload(state.numel() * state.element_size(), sums, 2 if self.turned else 1)
 
 
 class _Publish(torch.autograd.Function):
-    """Start the gather; the gradients wait for that of the way back."""
+    """Start the way there; the gradients wait for the way back."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, carry: Carry, state: Tensor, sums: Tensor | None, rates: Tensor | None
     ) -> Tensor:
         ctx.carry = carry  # pyright: ignore[reportAttributeAccessIssue]
-        del rates
-        parts = [_real(state)] if sums is None else [_real(state), sums]
-        carry.under_way = carry.ranks.gather(_packed(parts), "state")
+        # Without their history, which would keep the graph that holds this node.
+        carry.start(state.detach(), Decay(*(x if x is None else x.detach() for x in (sums, rates))))
         return state.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: BackwardCFunction, _: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
-        initial, rates, rank = carry.initial, carry.rates, carry.ranks.rank
+        initial, relay = carry.initial, carry.relay
         assert initial is not None, "the state before the tokens was taken"
-        assert carry.under_way is not None, "its gradient was sent"
-        heard = [_like(x, initial) for x in carry.under_way.wait()]
-        d_state = carry.run(heard, carry.later, back=True)
-        decay = carry.decay(rank, back=True)
-        if decay is None:
+        assert relay is not None, "its gradient was sent"
+        d_state, (sums, rates) = relay.finish(), relay.decay
+        factor = relay.decay.factor(back=True)
+        if sums is None or factor is None:
             return None, d_state, None, None
-        d_log = _masked(decay * initial.conj() * d_state, carry.keep[rank])
-        sums = carry.sums[rank]
+        d_log = masked(factor * initial.conj() * d_state, carry.keep[carry.ranks.rank])
         if rates is None:
             return None, d_state, d_log.sum_to_size(sums.shape), None
         d_sums = (d_log * rates.conj()).sum_to_size(sums.shape)
@@ -273,19 +208,14 @@ class _Publish(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Wait for the gather and go over the ranks before; the gradient starts the way back."""
+    """Wait for the way there; the gradient starts the way back."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, carry: Carry, like: Summary, token: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, carry: Carry, token: Tensor) -> Tensor:
         del token
         ctx.carry = carry  # pyright: ignore[reportAttributeAccessIssue]
-        assert carry.under_way is not None, "the summary was published"
-        messages, size = carry.under_way.wait(), _real(like.state).numel()
-        if like.sums is not None:
-            # Copies: a view would keep the states of all ranks.
-            carry.sums = [x[size:].view(like.sums.shape).clone() for x in messages]
-        carry.rates = like.rates
-        initial = carry.run([_like(x[:size], like.state) for x in messages], carry.earlier)
+        assert carry.relay is not None, "the summary was published"
+        initial = carry.relay.finish()
         # Without its history: nothing frees an output that its own node holds.
         carry.initial = initial.detach()
         return initial
@@ -294,8 +224,9 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: BackwardCFunction, d_initial: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
-        carry.under_way = carry.ranks.gather(_packed([_real(d_initial)]), "state back")
-        return None, None, d_initial.new_empty(0)
+        assert carry.relay is not None, "the summary was published"
+        carry.relay.start(d_initial, back=True)
+        return None, d_initial.new_empty(0)
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
@@ -303,22 +234,3 @@ def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
     # Both within `one`, so that an empty overlap is an empty slice of it.
     begin = min(max(begin, one[0]), one[1])
     return begin, max(begin, min(one[1], other[1]))
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _packed(parts: list[Tensor]) -> Tensor:
-    return torch.cat([x.to(parts[0].dtype).reshape(-1) for x in parts])
-
-
-def _like(numbers: Tensor, like: Tensor) -> Tensor:
-    """One dimension of real numbers as a tensor of another's shape."""
-    if like.is_complex():
-        return torch.view_as_complex(numbers.view(*like.shape, 2))
-    return numbers.view(like.shape)
-
-
-def _masked(x: Tensor, keep: Bool[Tensor, "B"]) -> Tensor:
-    return x.masked_fill(~keep.view(-1, *[1] * (x.ndim - 1)), 0.0)

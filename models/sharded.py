@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kernels.long_conv import long_conv
 from kernels.online_conv import Taps
-from models.exchange import Carry, Ranks, Spans, fetch, swap, swap_back
+from models.exchange import Carry, Spans, fetch, swap, swap_back
 from models.mixer import Mixer, mixer_class, mixer_kinds
+from models.prefix import Scheme
+from models.ranks import Ranks
 from models.recurrence import Joined, Recurrence
 from models.sequence import (
     PADDING,
@@ -31,6 +33,7 @@ class ShardedSequence(WholeSequence):
         documents: this rank's shard of the ids of whole rows, which are as `WholeSequence` takes
             them and never counted anew. Shards may differ in length, from 1 token on.
         group: the ranks that hold the rows, in order; all of them make a sequence at the same time.
+        scheme: how states go from rank to rank; None for the fastest by `models.prefix.choose`.
 
     Attributes:
         documents: the shard's ids, counted so that 0 goes on with the last token before it.
@@ -40,8 +43,13 @@ class ShardedSequence(WholeSequence):
         ValueError: the ranks hold different numbers of rows, or one holds no token.
     """
 
-    def __init__(self, documents: Int[Tensor, "B L"], group: dist.ProcessGroup) -> None:
-        self.ranks = Ranks(group)
+    def __init__(
+        self,
+        documents: Int[Tensor, "B L"],
+        group: dist.ProcessGroup,
+        scheme: Scheme | None = None,
+    ) -> None:
+        self.ranks, self.scheme = Ranks(group), scheme
         self.spans = _spans(documents, self.ranks)
         self._row = _whole_rows(documents, self.spans, self.ranks)
         begin, end = self.spans.each[self.ranks.rank]
@@ -112,10 +120,10 @@ class ShardedSequence(WholeSequence):
             keep = torch.cat([keep, self._going_back()], dim=1)
             heard = torch.cat([heard, self._leading_on().flip(1)])
             turned = len(self.documents)
-        carry, summary = Carry(keep, turned, self.ranks), outputs.summary()
-        token = carry.publish(summary)
+        carry = Carry(keep, turned, self.ranks, self.scheme)
+        token = carry.publish(outputs.summary())
         from_zero = outputs.from_zero()
-        carried = outputs.carried(carry.before(token, summary), heard)
+        carried = outputs.carried(carry.before(token), heard)
         return (from_zero + carried).to(from_zero.dtype)
 
     def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:

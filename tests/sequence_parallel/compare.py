@@ -80,7 +80,7 @@ def judge(problem: Problem, expected: Solution, group: dist.ProcessGroup) -> Ver
     begin = sum(lengths[: dist.get_rank(group)])
     mine = slice(begin, begin + lengths[dist.get_rank(group)])
     x, weights = problem.inputs()
-    sequence = ShardedSequence(layout.documents()[:, mine], group)
+    sequence = ShardedSequence(layout.documents()[:, mine], group, problem.scheme)
     found = solve(problem.build(), x[:, mine], weights[:, mine], sequence, dtype)
     real = weights[:, mine] > 0
     outputs = _error(found.outputs[real], expected.outputs[:, mine][real], group)

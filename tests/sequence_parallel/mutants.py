@@ -18,6 +18,7 @@ from types import FunctionType
 import torch
 import torch.distributed as dist
 
+from models.prefix import Scheme
 from tests.sequence_parallel.compare import judge
 from tests.sequence_parallel.problem import DTYPES, LAYOUTS, Problem, Solution
 
@@ -32,6 +33,8 @@ class Mutant:
         what: what goes wrong.
         module, path: where the function is.
         names: the mixers that are tried.
+        scheme: how states go from rank to rank.
+        ranks: numbers of ranks on which it is tried.
     """
 
     what: str
@@ -40,11 +43,13 @@ class Mutant:
     line: str
     wrong: str
     names: tuple[str, ...] = RECURRENT
+    scheme: Scheme = Scheme.GATHER
+    ranks: tuple[int, ...] = (2, 4)
 
     def problems(self) -> list[Problem]:
         """What the mutant is tried on."""
         return [
-            Problem(name, layout, dtype)
+            Problem(name, layout, dtype, scheme=self.scheme)
             for name in self.names
             for layout in LAYOUTS
             for dtype in DTYPES
@@ -80,21 +85,22 @@ class Mutant:
             setattr(owner, name, shipped)
 
 
-EXCHANGE, SHARDED, RECURRENCE = "models.exchange", "models.sharded", "models.recurrence"
+EXCHANGE, RELAY = "models.exchange", "models.relay"
+SHARDED, RECURRENCE = "models.sharded", "models.recurrence"
 MUTANTS = (
     Mutant(
         "a neighbour's own state is taken for the true one",
-        EXCHANGE,
-        "Carry.run",
-        "_masked(decayed, self.keep[rank, rows]) + added[rank][rows]",
+        RELAY,
+        "GatherRelay.run",
+        "masked(decayed, self.keep[rank, rows]) + added[rank][rows]",
         "added[rank][rows]",
     ),
     Mutant(
         "states are sent outside autograd",
         EXCHANGE,
         "_Publish.backward",
-        "d_state = carry.run(heard, carry.later, back=True)",
-        "d_state = 0 * carry.run(heard, carry.later, back=True)",
+        "relay.finish(), relay.decay",
+        "0 * relay.finish(), relay.decay",
     ),
     Mutant(
         "a shard's first token always goes on with the document before it",
@@ -112,16 +118,16 @@ MUTANTS = (
     ),
     Mutant(
         "states do not decay on their way",
-        EXCHANGE,
-        "Carry.decay",
+        RELAY,
+        "Decay.factor",
         "torch.exp(log.conj() if back else log)",
         "torch.exp(0 * log)",
     ),
     Mutant(
         "states go on into other documents",
-        EXCHANGE,
-        "Carry.run",
-        "_masked(decayed, self.keep[rank, rows])",
+        RELAY,
+        "GatherRelay.run",
+        "masked(decayed, self.keep[rank, rows])",
         "decayed",
     ),
     Mutant(
@@ -135,22 +141,22 @@ MUTANTS = (
         "the state's gradient is counted once for each rank",
         EXCHANGE,
         "_Take.backward",
-        "_real(d_initial)",
-        "_real(d_initial * carry.ranks.size)",
+        "carry.relay.start(d_initial,",
+        "carry.relay.start(d_initial * carry.ranks.size,",
     ),
     Mutant(
         "states are sent in bfloat16",
-        EXCHANGE,
-        "_Publish.forward",
-        "_packed(parts)",
-        "_packed(parts).bfloat16().to(parts[0].dtype)",
+        RELAY,
+        "GatherRelay.begin",
+        "packed(added, sums)",
+        "packed(added, sums).bfloat16().to(real(added).dtype)",
     ),
     Mutant(
         "gradients are collected from the near rank to the far one",
-        EXCHANGE,
-        "Carry.__init__",
-        "self.later = list(zip(rows, (behind, ahead), strict=True))",
-        "self.later = list(zip(rows, (behind[::-1], ahead[::-1]), strict=True))",
+        RELAY,
+        "Way.turned",
+        "self.ahead[::-1], self.behind[::-1]",
+        "self.ahead, self.behind",
     ),
     Mutant(
         "decays learn nothing from states that pass through",
@@ -169,8 +175,8 @@ MUTANTS = (
     ),
     Mutant(
         "a complex state's gradient is not conjugated",
-        EXCHANGE,
-        "Carry.decay",
+        RELAY,
+        "Decay.factor",
         "torch.exp(log.conj() if back else log)",
         "torch.exp(log)",
         ("s4d",),
@@ -239,6 +245,48 @@ MUTANTS = (
         "positions, documents = (",
         ("scout",),
     ),
+    Mutant(
+        "a ring hands on what a rank adds, not what came to it",
+        RELAY,
+        "RingRelay.end",
+        "self.after(way, total[way.rows], added)",
+        "added[way.rows]",
+        scheme=Scheme.RING,
+    ),
+    Mutant(
+        "a ring hands on what came to a rank, not what its tokens make of it",
+        RELAY,
+        "RingRelay.end",
+        "self.after(way, total[way.rows], added)",
+        "total[way.rows]",
+        scheme=Scheme.RING,
+    ),
+    Mutant(
+        "what is heard of far ranks does not decay over the near ones",
+        RELAY,
+        "DoublingRelay.hear",
+        "self.decay.of(sums).applied(state, back=self.back)",
+        "state",
+        scheme=Scheme.DOUBLING,
+    ),
+    Mutant(
+        "a rank tells of its own decay, not of that of all it tells of",
+        RELAY,
+        "DoublingRelay.round",
+        "own + sums",
+        "own",
+        scheme=Scheme.DOUBLING,
+        # On four ranks nobody hears of several ranks before more, so that no sum is read.
+        ranks=(8,),
+    ),
+    Mutant(
+        "documents that end at near ranks let states of far ones through",
+        RELAY,
+        "DoublingRelay.hear",
+        "masked(passed_on, keep)",
+        "passed_on",
+        scheme=Scheme.DOUBLING,
+    ),
 )
 
 
@@ -260,14 +308,14 @@ def try_mutants(path: Path, group: dist.ProcessGroup) -> list[Caught]:
     """Judge the problems of each mutant with the mutant in place; solutions are written down."""
     loaded = torch.load(path, weights_only=True)
     solutions = dict(zip(mutant_problems(), loaded, strict=True))
-    caught = []
-    for mutant in MUTANTS:
+    caught, size = [], dist.get_world_size(group)
+    for mutant in (mutant for mutant in MUTANTS if size in mutant.ranks):
         margins = dict.fromkeys(DTYPES, 0.0)
         with mutant.applied():
             for problem in mutant.problems():
                 found = judge(problem, Solution(**solutions[problem]), group)
                 margins[problem.dtype] = max(margins[problem.dtype], found.margin)
-        caught.append(Caught(mutant, dist.get_world_size(group), margins))
+        caught.append(Caught(mutant, size, margins))
     return caught
 
 

@@ -21,6 +21,8 @@ from models.mixers.softmax.scout import ScoutConfig
 from models.mixers.softmax.window import WindowConfig
 from models.mixers.structured.semiseparable import SemiseparableConfig
 from models.mixers.structured.toeplitz import ToeplitzConfig
+from models.prefix import Scheme
+from models.recurrence import Recurrence
 from models.sequence import PADDING, WholeSequence
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 from tests.conformance.case import CROSS, Rows, case_of, declared_cases, documents_of
@@ -74,6 +76,7 @@ class Problem:
 
     Attributes:
         config: the architecture's, fitted once: it takes longer than to solve the problem.
+        scheme: how states go from rank to rank; None for what the cost model chooses.
     """
 
     name: str
@@ -81,11 +84,12 @@ class Problem:
     dtype: str
     config: BackboneConfig | None = field(default=None, compare=False, repr=False)
     recompute: bool = False
+    scheme: Scheme | None = None
 
     @property
     def whole(self) -> "Problem":
         """The problem whose solution on one process is that of this one."""
-        return dataclasses.replace(self, recompute=False)
+        return dataclasses.replace(self, recompute=False, scheme=None)
 
     def build(self) -> Mixer | Backbone:
         """The module, the same at each call."""
@@ -170,6 +174,30 @@ def refusing_mixers() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
+@functools.cache
+def schemes_of(name: str) -> tuple[Scheme | None, ...]:
+    """Every scheme for a mixer whose state is carried over ranks, or none to choose."""
+    watched = _Watched(documents_of(((7,),), 7))
+    _mixer(name)(torch.zeros(1, 7, D_MODEL), watched)
+    return tuple(Scheme) if watched.carries else (None,)
+
+
+class _Watched(WholeSequence):
+    """Tokens that note whether an affine recurrence is run over them."""
+
+    carries = False
+
+    def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
+        self.carries |= isinstance(outputs, Recurrence)
+        return super().recur(outputs)
+
+
+def carried_problems() -> list[Problem]:
+    """Every mixer whose state is carried over ranks, under each scheme, in float64."""
+    mixers = [problem for problem in problems() if problem.scheme is not None]
+    return [p for p in mixers if p.dtype == "float64" and p.layout == "packed"]
+
+
 def name_of(kind: str, pattern: Pattern) -> str:
     """A name for a mixer in a pattern."""
     return kind if pattern is Pattern.CAUSAL_SELF else f"{kind} {pattern.value}"
@@ -178,10 +206,11 @@ def name_of(kind: str, pattern: Pattern) -> str:
 def problems() -> list[Problem]:
     """Everything that is tried."""
     mixers = [
-        Problem(name, layout, dtype)
+        Problem(name, layout, dtype, scheme=scheme)
         for name in (*sharded_mixers(), *VARIANTS)
         for layout in LAYOUTS
         for dtype in DTYPES
+        for scheme in schemes_of(name)
     ]
     backbones = [
         model(name, layout, dtype, recompute=recompute)

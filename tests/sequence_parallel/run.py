@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.measurements import Measurement, write_measurements
+from models.prefix import Scheme
 from tests.sequence_parallel.compare import TOLERANCES, Verdict, judge_all, save_solutions
 from tests.sequence_parallel.mutants import MUTANTS, Caught, mutant_problems, try_mutants
 from tests.sequence_parallel.problem import DTYPES, problems, refusing_mixers
@@ -28,7 +29,6 @@ from tests.sequence_parallel.world import on_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 RANKS = (2, 4, 8)
-MUTANT_RANKS = (2, 4)
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def main(words: Sequence[str]) -> int:
     asked = parser.parse_args(words)
     torch.set_num_threads(1)
     begin, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 130)
-    verdicts, caught = _judged(asked.ranks), _tried([r for r in MUTANT_RANKS if r in asked.ranks])
+    verdicts, caught = _judged(asked.ranks), _tried(asked.ranks)
     console.print(verdict_table(verdicts), mutant_table(caught))
     for name, reason in refusing_mixers().items():
         console.print(f"{name} refuses: {reason}", soft_wrap=True)
@@ -82,12 +82,13 @@ def mutant_table(caught: Sequence[Caught]) -> Table:
     """By how much each wrong line misses the tolerances."""
     table = Table(title="wrong lines: largest error over its tolerance, seen above 1")
     table.add_column("what", ratio=1)
-    for size in sorted({each.ranks for each in caught}):
-        for dtype in DTYPES:
-            table.add_column(f"{dtype} {size} ranks", no_wrap=True)
+    columns = [(size, dtype) for size in sorted({c.ranks for c in caught}) for dtype in DTYPES]
+    for size, dtype in columns:
+        table.add_column(f"{dtype} {size} ranks", no_wrap=True)
     for mutant in MUTANTS:
-        these = sorted((c for c in caught if c.mutant == mutant), key=lambda c: c.ranks)
-        table.add_row(mutant.what, *(f"{c.margins[dtype]:.0e}" for c in these for dtype in DTYPES))
+        seen = {c.ranks: c.margins for c in caught if c.mutant == mutant}
+        cells = [f"{seen[size][dtype]:.0e}" if size in seen else "" for size, dtype in columns]
+        table.add_row(mutant.what, *cells)
     return table
 
 
@@ -110,12 +111,27 @@ def measurements(verdicts: Sequence[Verdict], caught: Sequence[Caught]) -> list[
             rows.append(Measurement(f"outputs_{dtype}_{size}", worst[0], "relative", outputs))
             rows.append(Measurement(f"gradients_{dtype}_{size}", worst[1], "relative", gradients))
             rows.append(Measurement(f"problems_{dtype}_{size}", len(these), "count"))
+            rows += [row for scheme in Scheme for row in _of_scheme(scheme, these)]
     found = margins(caught)
     if found:
         least = min(found.values())
         rows.append(Measurement("wrong_lines", len(found), "count", 9, "higher"))
         rows.append(Measurement("least_margin", least, "errors over tolerance", 1, "higher"))
     return rows
+
+
+def _of_scheme(scheme: Scheme, verdicts: Sequence[Verdict]) -> list[Measurement]:
+    """The worst errors of one way to pass states, of one dtype and number of ranks."""
+    these = [v for v in verdicts if v.problem.scheme is scheme]
+    if not these:
+        return []
+    name = f"{these[0].problem.dtype}_{these[0].ranks}_{scheme}"
+    bounds = TOLERANCES[these[0].problem.dtype]
+    worst = max(v.outputs for v in these), max(v.gradients for v in these)
+    return [
+        Measurement(f"{what}_{name}", error, "relative", bound)
+        for what, error, bound in zip(("outputs", "gradients"), worst, bounds, strict=True)
+    ]
 
 
 def _judged(ranks: Sequence[int]) -> list[Verdict]:

@@ -1,5 +1,6 @@
 """The exchanges by themselves, on four real processes."""
 
+import functools
 import gc
 import weakref
 
@@ -8,7 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.exchange import Carry, Gathered, Ranks, Spans, Summary, fetch, swap, swap_back
+from models.exchange import Carry, Spans, Summary, fetch, swap, swap_back
+from models.prefix import Scheme
+from models.ranks import Gathered, Ranks
 from models.recurrence import LinearScan
 from models.sharded import ShardedSequence
 from tests.oracles.carry import states_before
@@ -17,7 +20,8 @@ from tests.sequence_parallel.world import on_ranks
 pytestmark = pytest.mark.distributed
 RANKS = 4
 FORMS = ("plain", "rates", "complex", "nothing decays")
-WAYS = ("from the first", "from the last")
+WAYS = {"from the first": 0, "from the last": 2, "one row each way": 1}
+"""How many of the two rows run from the last rank to the first."""
 KEEP = [[True, True], [False, True], [True, True], [True, False]]
 LENGTHS = (3, 1, 4, 2)
 
@@ -28,12 +32,13 @@ def errors() -> dict[str, float]:
     return on_ranks(RANKS, _errors)
 
 
+@pytest.mark.parametrize("scheme", Scheme)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("way", WAYS)
 def test_carried_states_and_their_gradients_are_those_of_a_plain_loop(
-    form: str, way: str, errors: dict[str, float]
+    scheme: Scheme, form: str, way: str, errors: dict[str, float]
 ) -> None:
-    assert errors[f"{form} {way}"] < 1e-14
+    assert errors[f"{form} {way} {scheme}"] < 1e-14
 
 
 def test_what_is_fetched_is_what_one_process_cuts_out(errors: dict[str, float]) -> None:
@@ -44,8 +49,16 @@ def test_channels_swapped_and_swapped_back_are_what_they_were(errors: dict[str, 
     assert errors["swap"] == 0.0
 
 
-def test_a_carried_state_is_freed_with_its_graph() -> None:
-    assert on_ranks(2, _is_freed)
+@pytest.mark.parametrize("scheme", Scheme)
+def test_states_that_are_taken_in_another_order_than_told_are_not_mixed_up(
+    scheme: Scheme, errors: dict[str, float]
+) -> None:
+    assert errors[f"crossing {scheme}"] == 0.0
+
+
+@pytest.mark.parametrize("scheme", Scheme)
+def test_a_carried_state_is_freed_with_its_graph(scheme: Scheme) -> None:
+    assert on_ranks(2, functools.partial(_is_freed, scheme))
 
 
 def test_outputs_from_zero_run_while_states_are_under_way() -> None:
@@ -61,31 +74,45 @@ def test_without_gradients_outputs_are_the_same() -> None:
 
 def _errors(group: dist.ProcessGroup) -> dict[str, float]:
     carried = {
-        f"{form} {way}": _carry_error(form, way == "from the last", group)
+        f"{form} {way} {scheme}": _carry_error(form, WAYS[way], scheme, group)
         for form in FORMS
         for way in WAYS
+        for scheme in Scheme
     }
+    carried |= {f"crossing {scheme}": _crossing_error(scheme, group) for scheme in Scheme}
     return carried | {"fetch": _fetch_error(group), "swap": _swap_error(group)}
 
 
-def _carry_error(form: str, turned: bool, group: dist.ProcessGroup) -> float:
+def _carry_error(form: str, turned: int, scheme: Scheme, group: dist.ProcessGroup) -> float:
     """The largest error of this rank's state and gradients; the loss weighs all states."""
     inputs, weights, rank = _summaries(form), _random(11, form, 2, 3, 5), dist.get_rank(group)
     every = [[x.requires_grad_() for x in parts] for parts in inputs]
     logs = [_log(parts) for parts in every]
-    expected = states_before(logs, KEEP, [parts[0] for parts in every], turned=turned)
+    states = [parts[0] for parts in every]
+    both = [states_before(logs, KEEP, states, turned=each) for each in (False, True)]
+    expected = [torch.cat([a[: 2 - turned], b[2 - turned :]]) for a, b in zip(*both, strict=True)]
     loss = (weights * torch.stack(expected)).real.sum()
     wanted = _gradients(loss, every[rank])
 
     mine = [x.detach().requires_grad_() for x in inputs[rank]]
-    carry = Carry(torch.tensor(KEEP), 2 if turned else 0, Ranks(group))
-    summary = Summary(*mine)
-    before = carry.before(carry.publish(summary), summary)
+    carry = Carry(torch.tensor(KEEP), turned, Ranks(group), scheme)
+    before = carry.before(carry.publish(Summary(*mine)))
     found = _gradients((weights[rank] * before).real.sum(), mine)
     pairs = [(before, expected[rank]), *zip(found, wanted, strict=True)]
     error = torch.tensor(max((a - b).abs().max().item() for a, b in pairs))
     dist.all_reduce(error, dist.ReduceOp.MAX, group=group)
     return error.item()
+
+
+def _crossing_error(scheme: Scheme, group: dist.ProcessGroup) -> float:
+    """What two states lose by being taken in the other order than they were told in."""
+    rank, ranks = dist.get_rank(group), Ranks(group)
+    states = [_random(seed, "plain", 2, 3)[rank] for seed in (20, 21)]
+    carries = [Carry(torch.tensor(KEEP), 1, ranks, scheme) for _ in range(4)]
+    alone = [c.before(c.publish(Summary(x))) for c, x in zip(carries[:2], states, strict=True)]
+    tokens = [c.publish(Summary(x)) for c, x in zip(carries[2:], states, strict=True)]
+    last, first = carries[3].before(tokens[1]), carries[2].before(tokens[0])
+    return _largest(max(_off(first, alone[0]), _off(last, alone[1])), group)
 
 
 def _gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -158,7 +185,8 @@ class _Watched(LinearScan):
 
 def _events(group: dist.ProcessGroup) -> list[str]:
     """What happens in which order on one rank."""
-    sequence = ShardedSequence(torch.zeros(1, 4, dtype=torch.int32), group)
+    documents = torch.zeros(1, 4, dtype=torch.int32)
+    sequence = ShardedSequence(documents, group, Scheme.GATHER)
     scan = _Watched(-torch.rand(1, 4, 3), torch.randn(1, 4, 3, requires_grad=True), None)
     events = scan.events = []
     gather, wait = Ranks.gather, Gathered.wait
@@ -186,13 +214,13 @@ def _differs_without_gradients(group: dist.ProcessGroup) -> float:
     return _largest(_off(alike, outputs), group)
 
 
-def _is_freed(group: dist.ProcessGroup) -> bool:
+def _is_freed(scheme: Scheme, group: dist.ProcessGroup) -> bool:
     """Whether no cycle keeps a state, once outputs and loss are gone."""
     gc.disable()
     state = torch.randn(2, 3, requires_grad=True)
-    carry = Carry(torch.ones(2, 2, dtype=torch.bool), 0, Ranks(group))
+    carry = Carry(torch.ones(2, 2, dtype=torch.bool), 0, Ranks(group), scheme)
     summary = Summary(state, -torch.rand(2, 3))
-    before = carry.before(carry.publish(summary), summary)
+    before = carry.before(carry.publish(summary))
     before.sum().backward()
     seen = weakref.ref(carry)
     del carry, before, summary

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from models.backbone import BackboneConfig, BlockConfig, build_backbone
 from models.channel import NoChannelConfig
-from models.exchange import Sent
 from models.mixer import Mixer, MixerConfig, Pattern, Slot
 from models.mixers.composed.parallel import ParallelConfig
 from models.mixers.recurrent.hydra import HydraConfig
@@ -19,14 +18,18 @@ from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.recurrent.mamba2 import Mamba2Config
 from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.hip import HipConfig
+from models.prefix import Scheme
+from models.ranks import Sent
 from models.sequence import WholeSequence
 from models.sharded import ShardedSequence, refuse_unsharded
 from tests.models.conftest import D_MODEL, drawn
+from tests.oracles import prefix_messages
 from tests.sequence_parallel.compare import Verdict, judge_all, save_solutions
 from tests.sequence_parallel.mutants import MUTANTS, mutant_problems, try_mutants
 from tests.sequence_parallel.problem import (
     ARCHITECTURES,
     Problem,
+    carried_problems,
     fewer_problems,
     model,
     refusing_mixers,
@@ -52,12 +55,19 @@ def test_shards_give_outputs_and_gradients_of_the_whole(ranks: int, tmp_path: Pa
 
 def test_eight_ranks_give_outputs_and_gradients_of_the_whole(tmp_path: Path) -> None:
     models = [model(name, "short shards", "float32", recompute=True) for name in ARCHITECTURES]
-    _hold(_verdicts(models, 8, tmp_path))
+    _hold(_verdicts(carried_problems() + models, 8, tmp_path))
+
+
+def test_every_named_recurrence_is_carried_under_each_scheme() -> None:
+    carried = {(problem.name, problem.scheme) for problem in carried_problems()}
+    assert {name for name, _ in carried} >= {"mamba", "mamba2", "hybrid", "hydra noncausal_self"}
+    assert {(name, scheme) for name, _ in carried for scheme in Scheme} == carried
 
 
 def test_every_wrong_line_is_seen(tmp_path: Path) -> None:
     save_solutions(mutant_problems(), tmp_path / "solutions")
-    caught = on_ranks(4, functools.partial(try_mutants, tmp_path / "solutions"))
+    attempt = functools.partial(try_mutants, tmp_path / "solutions")
+    caught = [*on_ranks(4, attempt), *on_ranks(8, attempt)]
     unseen = [each.mutant.what for each in caught if not min(each.margins.values()) > 1]
     assert len(caught) == len(MUTANTS)
     assert not unseen
@@ -75,17 +85,25 @@ def test_every_causal_mixer_has_a_sharded_form() -> None:
 
 
 @pytest.mark.parametrize("kind", STATES)
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_recurrence_sends_as_much_at_any_length(kind: str, ranks: int) -> None:
-    short, long = on_ranks(ranks, functools.partial(_sent_at_lengths, kind, (4, 16)))
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_states_are_sent_as_simulated_at_any_length(kind: str, ranks: int) -> None:
     _, state, decays = STATES[kind]
-    expected = {
-        "state": (ranks - 1) * 4 * ROWS * (state + decays),
-        # Decays are known from the way there.
-        "state back": (ranks - 1) * 4 * ROWS * state,
-    }
-    for sent in (short, long):
-        assert {what: sent[what] for what in expected} == expected
+    ways = 2 if kind == "hydra" else 1
+    sizes = prefix_messages.Sizes(4 * ROWS * state, 4 * ROWS * decays, ways)
+    found = on_ranks(ranks, functools.partial(_messages, kind, (4, 16)))
+    assert len(found) == len(Scheme) * 2
+    for (scheme, _), everyones in found.items():
+        for what, back in (("state", False), ("state back", True)):
+            rounds = prefix_messages.messages(scheme, ranks, sizes, back=back)
+            for rank, sent in enumerate(everyones):
+                mine = [(to, x.bytes // len(x.to)) for x in sent if x.what == what for to in x.to]
+                # Both ways go at once, in either order.
+                assert sorted(mine) == sorted(prefix_messages.sent(rounds, rank))
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_convolutions_send_as_much_at_any_length(kind: str) -> None:
+    short, long = on_ranks(4, functools.partial(_sent_at_lengths, kind, (8, 16)))
     assert short["halo"] == long["halo"]
 
 
@@ -134,6 +152,23 @@ def _sent_at_lengths(
     return [_sent(_mixer(kind), length, group) for length in lengths]
 
 
+def _messages(
+    kind: str, lengths: tuple[int, ...], group: dist.ProcessGroup
+) -> dict[tuple[Scheme, int], list[list[Sent]]]:
+    """What every rank sent, by scheme and length."""
+    found: dict[tuple[Scheme, int], list[list[Sent]]] = {}
+    for scheme in Scheme:
+        for length in lengths:
+            documents = torch.zeros(ROWS, length, dtype=torch.int32)
+            sequence = ShardedSequence(documents, group, scheme)
+            x = torch.randn(ROWS, length, D_MODEL).requires_grad_()
+            _mixer(kind)(x, sequence).sum().backward()
+            everyones: list[list[Sent]] = [[] for _ in range(sequence.ranks.size)]
+            dist.all_gather_object(everyones, sequence.ranks.sent, group=group)
+            found[scheme, length] = everyones
+    return found
+
+
 def _sent_under_autocast(group: dist.ProcessGroup) -> list[dict[str, int]]:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = _sent(_mixer("mamba2"), 8, group)
@@ -142,13 +177,14 @@ def _sent_under_autocast(group: dist.ProcessGroup) -> list[dict[str, int]]:
 
 def _sent(mixer: Mixer, length: int, group: dist.ProcessGroup) -> dict[str, int]:
     """Bytes that the last rank sent forward and back, by what they were."""
-    sequence = ShardedSequence(torch.zeros(ROWS, length, dtype=torch.int32), group)
+    documents = torch.zeros(ROWS, length, dtype=torch.int32)
+    sequence = ShardedSequence(documents, group, Scheme.GATHER)
     mixer(torch.randn(ROWS, length, D_MODEL).requires_grad_(), sequence).float().sum().backward()
     found: list[list[Sent] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, sequence.ranks.sent, group=group)
     total: dict[str, int] = {}
-    for what, count in found[0] or []:
-        total[what] = total.get(what, 0) + count
+    for each in found[0] or []:
+        total[each.what] = total.get(each.what, 0) + each.bytes
     return total
 
 

@@ -1,0 +1,107 @@
+"""The ranks of a process group, how tensors go from one to another, and a record of what went."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+
+class Sent(NamedTuple):
+    """Bytes that this rank sent to others at once.
+
+    Attributes:
+        to: the receivers, in order, each of which got as many.
+    """
+
+    what: str
+    bytes: int
+    to: tuple[int, ...]
+
+
+class Ranks:
+    """The ranks of a group, in order, and a record of what this one sent.
+
+    Attributes:
+        rank: this one's place.
+        size: how many there are.
+        sent: everything so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent: list[Sent] = []
+        self._tags = itertools.count()
+
+    def tag(self) -> int:
+        """A number for messages that belong together, the same on every rank that asks as often."""
+        return next(self._tags)
+
+    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "Gathered":
+        """Start to give everyone's tensor to everyone; shapes and dtypes are equal."""
+        x = x.contiguous()
+        everyones = [torch.empty_like(x) for _ in range(self.size)]
+        work = dist.all_gather(everyones, x, group=self.group, async_op=True)
+        assert work is not None, "this rank is in the group"
+        others = tuple(r for r in range(self.size) if r != self.rank)
+        self.sent.append(Sent(what, len(others) * x.numel() * x.element_size(), others))
+        return Gathered(everyones, work)
+
+    def exchange(self, pieces: list[Tensor], shapes: list[torch.Size], what: str) -> list[Tensor]:
+        """Send a piece to each rank; return what each sent, of these shapes."""
+        outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
+        sizes = [shape.numel() for shape in shapes]
+        incoming = outgoing.new_empty(sum(sizes))
+        counts = [piece.numel() for piece in pieces]
+        dist.all_to_all_single(incoming, outgoing, sizes, counts, group=self.group)
+        others = tuple(r for r, count in enumerate(counts) if count and r != self.rank)
+        sent = sum(counts[r] for r in others) * outgoing.element_size()
+        self.sent.append(Sent(what, sent, others))
+        return [x.view(s) for x, s in zip(incoming.split(sizes), shapes, strict=True)]
+
+    def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "Passing":
+        """Start to give a tensor to one other rank, which calls `receive` with the tag."""
+        x = x.contiguous()
+        self.sent.append(Sent(what, x.numel() * x.element_size(), (to,)))
+        return self._pass(dist.isend, x, to, tag)
+
+    def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "Passing":
+        """Start to take a tensor of this shape and dtype from one other rank."""
+        return self._pass(dist.irecv, like.new_empty(like.shape), sender, tag)
+
+    def _pass(
+        self, action: Callable[..., dist.Work | None], x: Tensor, other: int, tag: int
+    ) -> "Passing":
+        # One at a time: NCCL ends a batch as a whole, and a state that is to go on would wait for
+        # one that comes the other way.
+        operation = dist.P2POp(action, x, group=self.group, tag=tag, group_peer=other)
+        (work,) = dist.batch_isend_irecv([operation])
+        return Passing(x, work)
+
+
+class Gathered(NamedTuple):
+    """A gather under way."""
+
+    everyones: list[Tensor]
+    work: dist.Work
+
+    def wait(self) -> list[Tensor]:
+        """The tensor of each rank."""
+        self.work.wait()
+        return self.everyones
+
+
+class Passing(NamedTuple):
+    """A tensor on its way to or from one other rank; held here until it has arrived."""
+
+    x: Tensor
+    work: dist.Work
+
+    def wait(self) -> Tensor:
+        """The tensor."""
+        self.work.wait()
+        return self.x

@@ -1,0 +1,282 @@
+"""The prefix over ranks, found in each of the ways of `models.prefix`.
+
+A relay solves c <- keep exp(log) c + added, rank after rank, for the c before each rank's tokens.
+It serves twice: for the states, and then for their gradients, which take the same decays the other
+way. `start` sends what can be sent at once, and `finish` waits for the answers.
+"""
+
+import abc
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from models.prefix import Scheme
+from models.ranks import Gathered, Passing, Ranks
+
+
+class Decay(NamedTuple):
+    """What a rank's tokens make of any state before them, but for what they add: exp(log) of it.
+
+    Attributes:
+        sums: of the logs, or of what they are proportional to; None where nothing decays.
+        rates: the factor of the sums, the same on every rank; None for 1.
+    """
+
+    sums: Float[Tensor, "B *some"] | None
+    rates: Shaped[Tensor, "*same"] | None
+
+    def applied(self, state: Tensor, *, back: bool) -> Tensor:
+        """A state after the tokens, or its gradient before them if `back`."""
+        factor = self.factor(back=back)
+        return state if factor is None else factor * state
+
+    def factor(self, *, back: bool) -> Tensor | None:
+        """The factor of the state, or that of gradients if `back`."""
+        if self.sums is None:
+            return None
+        log = self.sums if self.rates is None else self.sums * self.rates
+        return torch.exp(log.conj() if back else log)
+
+    def of(self, sums: Tensor | None) -> "Decay":
+        """The decay over other tokens."""
+        return Decay(sums, self.rates)
+
+    def of_rows(self, rows: slice) -> "Decay":
+        """The decay of some of the rows."""
+        return self if self.sums is None else self.of(self.sums[rows])
+
+
+class Way(NamedTuple):
+    """Rows whose states go from rank to rank in one direction, seen from one rank.
+
+    Attributes:
+        behind: the ranks that come before it, from the first to the nearest.
+        ahead: the ranks that come after it, from the nearest on.
+    """
+
+    rows: slice
+    behind: list[int]
+    ahead: list[int]
+
+    def turned(self) -> "Way":
+        """The same rows the other way."""
+        return Way(self.rows, self.ahead[::-1], self.behind[::-1])
+
+
+class Relay(abc.ABC):
+    """The states before each rank's tokens, and then the gradients of those after them.
+
+    Args:
+        keep: whether the state before each rank's tokens still counts after them, by row.
+        turned: how many rows, the last ones, run from the last rank to the first.
+        decay: over this rank's tokens.
+        ranks: who takes part.
+    """
+
+    def __init__(self, keep: Bool[Tensor, "R B"], turned: int, decay: Decay, ranks: Ranks) -> None:
+        B, rank = keep.shape[1], ranks.rank
+        earlier, later = list(range(rank)), list(range(rank + 1, ranks.size))
+        forward = Way(slice(0, B - turned), earlier, later)
+        backward = Way(slice(B - turned, B), later[::-1], earlier[::-1])
+        ways = [way for way in (forward, backward) if way.rows.start < way.rows.stop]
+        self.keep, self.decay, self.ranks = keep, decay, ranks
+        self.there, self.ways = ways, ways
+        self.back, self.what, self.tag = False, "state", 0
+        self.added: Tensor | None = None
+
+    def start(self, added: Shaped[Tensor, "B *rest"], *, back: bool) -> None:
+        """Start with what this rank adds; `back` goes the other way, for gradients."""
+        self.ways = [way.turned() for way in self.there] if back else self.there
+        self.back, self.what = back, "state back" if back else "state"
+        # States of two recurrences may be under way between the same ranks.
+        self.tag = self.ranks.tag()
+        self.added = added
+        self.begin(added)
+
+    def finish(self) -> Shaped[Tensor, "B *rest"]:
+        """The c of this rank."""
+        assert self.added is not None, "finished once for each start"
+        total = self.end(self.added)
+        self.added = None
+        return total
+
+    @abc.abstractmethod
+    def begin(self, added: Tensor) -> None:
+        """Send what can be sent at once."""
+
+    @abc.abstractmethod
+    def end(self, added: Tensor) -> Tensor:
+        """Wait for the answers; keep none of them."""
+
+    def after(self, way: Way, state: Tensor, added: Tensor) -> Tensor:
+        """What this rank's tokens make of some rows of a state."""
+        decayed = self.decay.of_rows(way.rows).applied(state, back=self.back)
+        return masked(decayed, self.keep[self.ranks.rank, way.rows]) + added[way.rows]
+
+
+class GatherRelay(Relay):
+    """Everyone tells everyone, once; gradients find the decays that came with the states."""
+
+    under_way: Gathered | None = None
+    decays: list[Decay] | None = None
+
+    def begin(self, added: Tensor) -> None:
+        """Start the gather, of decays as well where they are not yet known."""
+        sums = None if self.decays is not None else self.decay.sums
+        self.under_way = self.ranks.gather(packed(added, sums), self.what)
+
+    def end(self, added: Tensor) -> Tensor:
+        """Go over the ranks before this one."""
+        assert self.under_way is not None, "the gather was started"
+        heard = [unpacked(x, added, self.decay.sums) for x in self.under_way.wait()]
+        self.under_way = None
+        if self.decays is None:
+            # Copies: a view would keep the states of all ranks.
+            clones = [None if sums is None else sums.clone() for _, sums in heard]
+            self.decays = [self.decay.of(sums) for sums in clones]
+        return self.run([state for state, _ in heard], self.decays)
+
+    def run(self, added: list[Tensor], decays: list[Decay]) -> Tensor:
+        """Go over ranks, each with its decay and addend."""
+        total = torch.zeros_like(added[0])
+        for rows, behind, _ in self.ways:
+            for rank in behind:
+                decayed = decays[rank].of_rows(rows).applied(total[rows], back=self.back)
+                total[rows] = masked(decayed, self.keep[rank, rows]) + added[rank][rows]
+        return total
+
+
+class RingRelay(Relay):
+    """Each rank waits for the one before it and tells the one after it."""
+
+    def begin(self, added: Tensor) -> None:
+        """Ask the ranks before this one, and tell those after it where nothing comes before."""
+        self.coming: list[tuple[Way, Passing | None]] = []
+        self.going: list[Passing] = []
+        # In the order in which the states come by: the one of them must not wait for the other.
+        for way in sorted(self.ways, key=lambda way: len(way.behind)):
+            passing = None
+            if way.behind:
+                passing = self.ranks.receive(real(added[way.rows]), way.behind[-1], self.tag)
+            elif way.ahead:
+                self.tell(way, added[way.rows])
+            self.coming.append((way, passing))
+
+    def end(self, added: Tensor) -> Tensor:
+        """Hand each state on as it comes."""
+        total = torch.zeros_like(added)
+        for way, passing in self.coming:
+            if passing is None:
+                continue
+            total[way.rows] = like(passing.wait(), added[way.rows])
+            if way.ahead:
+                self.tell(way, self.after(way, total[way.rows], added))
+        for passing in self.going:
+            passing.wait()
+        self.coming, self.going = [], []
+        return total
+
+    def tell(self, way: Way, state: Tensor) -> None:
+        """Give a state to the next rank."""
+        self.going.append(self.ranks.send(real(state), way.ahead[0], self.tag, self.what))
+
+
+class DoublingRelay(Relay):
+    """Rank r hears of the d ranks up to r - d, for d = 1, 2, 4, and knows twice as many then.
+
+    Of the ranks before its own it knows the nearest d - 1, and tells of them and its own.
+    """
+
+    def begin(self, added: Tensor) -> None:
+        """Start the first round."""
+        self.totals = [torch.zeros_like(added[way.rows]) for way in self.ways]
+        own = [self.decay.of_rows(way.rows).sums for way in self.ways]
+        self.sums = [None if sums is None else torch.zeros_like(sums) for sums in own]
+        self.round(1, added)
+
+    def end(self, added: Tensor) -> Tensor:
+        """Go through the rounds."""
+        distance = 1
+        while distance < self.ranks.size:
+            self.hear(distance)
+            distance *= 2
+            if distance < self.ranks.size:
+                self.round(distance, added)
+        total = torch.zeros_like(added)
+        for way, known in zip(self.ways, self.totals, strict=True):
+            total[way.rows] = known
+        self.totals, self.sums = [], []
+        return total
+
+    def round(self, distance: int, added: Tensor) -> None:
+        """Tell the rank so far after this one, and ask the one as far before it."""
+        self.coming: list[Passing | None] = []
+        self.going: list[Passing] = []
+        for way, total, sums in zip(self.ways, self.totals, self.sums, strict=True):
+            own = self.decay.of_rows(way.rows).sums
+            joined = None if sums is None or own is None else own + sums
+            message = packed(self.after(way, total, added), joined)
+            asked = None
+            if len(way.behind) >= distance:
+                asked = self.ranks.receive(message, way.behind[-distance], self.tag)
+            self.coming.append(asked)
+            if len(way.ahead) >= distance:
+                to = way.ahead[distance - 1]
+                self.going.append(self.ranks.send(message, to, self.tag, self.what))
+
+    def hear(self, distance: int) -> None:
+        """Put what is known of the nearest ranks after what is heard of those before them."""
+        for i, (way, passing) in enumerate(zip(self.ways, self.coming, strict=True)):
+            if passing is None:
+                continue
+            total, sums = self.totals[i], self.sums[i]
+            state, heard = unpacked(passing.wait(), total, sums)
+            nearest = way.behind[len(way.behind) - distance + 1 :]
+            keep = self.keep[nearest, way.rows].all(dim=0)
+            passed_on = self.decay.of(sums).applied(state, back=self.back)
+            self.totals[i] = masked(passed_on, keep) + total
+            self.sums[i] = None if sums is None or heard is None else sums + heard
+        for passing in self.going:
+            passing.wait()
+
+
+RELAYS: dict[Scheme, type[Relay]] = {
+    Scheme.GATHER: GatherRelay,
+    Scheme.RING: RingRelay,
+    Scheme.DOUBLING: DoublingRelay,
+}
+
+
+def masked(x: Shaped[Tensor, "B *rest"], keep: Bool[Tensor, "B"]) -> Shaped[Tensor, "B *rest"]:
+    """The rows that are kept, zeros elsewhere."""
+    return x.masked_fill(~keep.view(-1, *[1] * (x.ndim - 1)), 0.0)
+
+
+def real(x: Tensor) -> Tensor:
+    """Real and imaginary parts in a dimension of their own, where there are some."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def like(numbers: Tensor, pattern: Tensor) -> Tensor:
+    """Real numbers as a tensor of another's shape."""
+    if pattern.is_complex():
+        return torch.view_as_complex(numbers.view(*pattern.shape, 2))
+    return numbers.view(pattern.shape)
+
+
+def packed(state: Tensor, sums: Tensor | None) -> Float[Tensor, "numbers"]:
+    """A state and sums as one message, in the state's precision."""
+    parts = [real(state)] if sums is None else [real(state), sums]
+    return torch.cat([x.to(parts[0].dtype).reshape(-1) for x in parts])
+
+
+def unpacked(
+    numbers: Float[Tensor, "numbers"], state: Tensor, sums: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The state, and the sums where some came along."""
+    size = real(state).numel()
+    if sums is None or len(numbers) == size:
+        return like(numbers[:size], state), None
+    return like(numbers[:size], state), numbers[size:].view(sums.shape)
