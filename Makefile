@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep ladder smoke hip test check conformance large kernels sequence-parallel long-context
+.PHONY: setup sweep ladder smoke hip test check conformance large kernels sequence-parallel wire long-context
 .PHONY: bench growth laws recovery decode faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
@@ -15,6 +15,7 @@ conformance: setup ; $(BIN)/python -m tests.conformance.run
 large: setup ; $(BIN)/python -m tests.large_step
 kernels: setup ; $(BIN)/python -m tests.kernels.run && $(BIN)/python -m tests.kernels.report
 sequence-parallel: setup ; $(BIN)/python -m tests.sequence_parallel.run
+wire: setup ; $(BIN)/python -m tests.wire
 long-context: setup ; $(BIN)/python -m tests.long_context
 growth: setup ; $(BIN)/python -m tests.bench_growth
 bench: setup ; $(BIN)/python -m tests.bench
