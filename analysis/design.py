@@ -6,7 +6,7 @@ noise are assumed; they stand in `Assumed` and are printed with every answer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -30,11 +30,19 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations of ln L: of seeds, of points of a trunk, of an effect between sizes."""
+    """Standard deviations of ln L.
+
+    Attributes:
+        seed: of seeds.
+        point: of points of a trunk.
+        by_size: of the effect of each factor, between sizes.
+    """
 
     seed: float = 0.005
     point: float = 0.002
-    by_size: float = 0.005
+    by_size: Mapping[str, float] = field(
+        default_factory=lambda: {"corpus": 0.005, "architecture": 0.005}
+    )
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: Noise) -> Expected:
         trunks = len(pairs[[other, "seed"]].drop_duplicates())
         if trunks:
             luck = 2 * (noise.seed**2 / trunks + noise.point**2 / len(pairs))
-            variances.append(luck + noise.by_size**2)
+            variances.append(luck + noise.by_size[factor] ** 2)
     sizes = len(variances)
     if sizes < 2:
         reason = f"matched pairs at {sizes} sizes"
@@ -183,29 +191,38 @@ def measured_noise(points: Table) -> Noise | None:
     """The noise that finished runs of a sweep show, or None while they cannot tell."""
     rows = where(points.rows, "evaluation_set", points.neutral_set)
     seeds = seed_noise(rows) if len(rows) else None
-    found = [
-        each
-        for factor in ("corpus", "architecture")
-        for each in contrasts(points, factor, points.neutral_set)
-    ]
-    effects = [each for each in found if isinstance(each, Contrast) and len(each.by_size) > 2]
-    if not isinstance(seeds, SeedNoise) or not effects:
+    if not isinstance(seeds, SeedNoise):
         return None
     luck = seeds.sd.estimate
-    # Scatter between sizes holds the luck of seeds too; what is left is the effect's own change.
-    scatter = max(float(np.std(each.by_size.to_numpy(), ddof=1)) for each in effects)
-    return Noise(luck, USUAL.noise.point, float(np.sqrt(max(scatter**2 - 2 * luck**2, 0.0))))
+    by_size = {
+        factor: _change_between_sizes(points, factor, luck) for factor in USUAL.noise.by_size
+    }
+    shown = {factor: change for factor, change in by_size.items() if change is not None}
+    if not shown:
+        return None
+    return Noise(luck, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
+
+
+def _change_between_sizes(points: Table, factor: str, luck: float) -> float | None:
+    """Standard deviation of an effect between sizes, without the luck of seeds in it."""
+    scatters = [
+        float(np.std(each.by_size.to_numpy(), ddof=1))
+        for each in contrasts(points, factor, points.neutral_set)
+        if isinstance(each, Contrast) and len(each.by_size) > 2
+    ]
+    return float(np.sqrt(max(max(scatters) ** 2 - 2 * luck**2, 0.0))) if scatters else None
 
 
 def expectation_lines(grid: pd.DataFrame, assumed: Assumed) -> list[str]:
     """What to expect of a planned grid, for a terminal."""
     noise = assumed.noise
+    changes = " and ".join(f"{100 * sd:.2g} % of the {x}'s" for x, sd in noise.by_size.items())
     source = "assumed" if noise == USUAL.noise else "as finished runs show it, law assumed"
     lines = ["Before it runs, under assumptions (not a measurement):"]
     lines += [f"  {each.sentence}" for each in expect(grid, assumed)]
     lines.append(
-        f"  noise {source}: sd of ln L {100 * noise.seed:.2g} % of seeds, {100 * noise.by_size:.2g}"
-        f" % of an effect between sizes; alpha {assumed.exponents['alpha']:g}, beta "
+        f"  noise {source}: sd of ln L {100 * noise.seed:.2g} % of seeds, {changes} "
+        f"effect between sizes; alpha {assumed.exponents['alpha']:g}, beta "
         f"{assumed.exponents['beta']:g}, a floor of {assumed.shares['E']:.0%} of the loss"
     )
     return lines

@@ -84,7 +84,7 @@ def test_expected_widths_of_exponents_are_those_of_simulated_fits():
 
 @pytest.mark.parametrize("factor", ["corpus", "architecture"])
 def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor):
-    noise = Noise(0.005, 0.002, 0.004)
+    noise = Noise(0.005, 0.002, {"corpus": 0.02, "architecture": 0.02, factor: 0.004})
     grid = planned(sizes=5, horizons=2, seeds=2)
     expected = {each.quantity: each for each in expect(grid, replace(USUAL, noise=noise))}[factor]
     generator, halves = np.random.default_rng(0), []
@@ -92,7 +92,7 @@ def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor):
     place = np.unique(grid["trunk_id"], return_inverse=True)[1]
     for _ in range(120):
         trunk = generator.normal(0, noise.seed, place.max() + 1)[place]
-        sizes = {(r, v): generator.normal(0, noise.by_size / np.sqrt(2))
+        sizes = {(r, v): generator.normal(0, noise.by_size[factor] / np.sqrt(2))
                  for r in grid["rung"].unique() for v in np.unique(level)}  # fmt: skip
         by_size = [sizes[key] for key in zip(grid["rung"], level, strict=True)]
         logs = trunk + by_size + generator.normal(0, noise.point, len(grid))
