@@ -20,7 +20,7 @@ from rich.table import Table as Grid
 from analysis.estimate import LAWS, Learnt, ScalingLaw
 from analysis.foreign import Foreign, parse_columns, read_foreign
 from analysis.frames import strings, where
-from analysis.guards import check
+from analysis.guards import check, evaluation
 from analysis.laws import nested_family
 from analysis.nested import choose
 from analysis.refusal import Refusal
@@ -35,6 +35,11 @@ def main(words: list[str]) -> int:
         foreign = read_foreign(options.table, parse_columns(options.columns))
         sets = list(dict.fromkeys(strings(foreign.rows, "evaluation_set").tolist()))
         law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
+        for line in _reading(foreign):
+            console.print(line, markup=False)
+        # One yardstick or several is a matter of the table, not of a set.
+        if (raised := evaluation(foreign.rows)) is not None:
+            console.print(str(raised), markup=False)
         answers = [_answer(console, foreign, name, law, options) for name in sets]
     except ValueError as error:
         console.print(f"{options.table}: {error}", markup=False)
@@ -43,8 +48,12 @@ def main(words: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis.fit", description=__doc__)
-    parser.add_argument("table", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", type=Path, help="a file of runs, one row each")
     parser.add_argument("--law", default="chinchilla", help=", ".join(sorted(LAWS)))
     parser.add_argument("--by", nargs="*", default=[], help="columns that arms differ in")
     parser.add_argument(
@@ -69,10 +78,10 @@ def _answer(
 ) -> bool:
     """Fit and print one evaluation set; whether the law could be fitted."""
     rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
-    for line in (*_reading(foreign), f"{len(rows)} points on {name}"):
-        console.print(line, markup=False)
+    console.print(f"\n{len(rows)} points on {name}", markup=False)
     for raised in check(rows):
-        console.print(str(raised), markup=False)
+        if raised.code != "W-EVAL":
+            console.print(str(raised), markup=False)
     learnt = law.fit(rows).learnt_
     if isinstance(learnt, Refusal):
         console.print(str(learnt), markup=False)
@@ -80,7 +89,8 @@ def _answer(
     console.print(_parameters(learnt))
     for line in _quality(learnt):
         console.print(line, markup=False)
-    if len(options.by) == 1 and options.law == "chinchilla":
+    arms = {str(arm) for by in options.by for arm in rows[by]}
+    if len(options.by) == 1 and options.law == "chinchilla" and len(arms) > 1:
         console.print(_family(rows, tuple(options.by)))
     if options.at:
         console.print(_prediction(law, rows, options), markup=False)

@@ -200,14 +200,17 @@ def under_determined(rows: pd.DataFrame, law: AnyLaw) -> Refusal | None:
     groups = np.array(group_of(rows, law.by))
     names = np.unique(groups)
     own_shape = bool(law.varies & set(law.exponents))
-    samples = [keep(rows, groups == name) for name in names] if own_shape else [rows]
+    samples = {f" for {name}": keep(rows, groups == name) for name in names}
+    if not own_shape or len(names) == 1:
+        samples = {"": rows}
     parameters = len(law.parameters) - len(law.fixed)
     if not own_shape:
         parameters += (len(names) - 1) * len(law.varies)
-    for sample in samples:
+    for whose, sample in samples.items():
         refusal = _narrow(sample, law, parameters)
         if refusal:
-            return refusal
+            remedy = refusal.remedy + (", or leave this arm out" if whose else "")
+            return replace(refusal, reason=refusal.reason + whose, remedy=remedy)
     return None
 
 

@@ -179,7 +179,21 @@ def test_the_command_compares_arms(tmp_path, capsys):
     file = tmp_path / "runs.csv"
     both.assign(run_id=both["architecture"] + both["run_id"]).to_csv(file, index=False)
     assert main([str(file), "--by", "architecture"]) == 0
-    assert "Mfull" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Mfull" in said
+    assert said.count("parameters: column") == 1
+
+
+def test_the_command_compares_no_families_of_a_single_arm_and_reads_a_table_once(tmp_path, capsys):
+    file, sets = tmp_path / "runs.csv", ("one", "two")
+    rows = runs().assign(architecture="a")
+    pd.concat([rows.assign(evaluation_set=name) for name in sets]).to_csv(file, index=False)
+    assert main([str(file), "--by", "architecture"]) == 0
+    said = capsys.readouterr().out
+    assert "Mfull" not in said
+    assert "W-EVAL" not in said
+    assert said.count("parameters: column") == 1
+    assert all(f"points on {name}" in said for name in sets)
 
 
 def test_every_named_law_bears_its_key():

@@ -1,5 +1,7 @@
 """Laws and their estimation: derivatives, optima, published tables, refusals, warnings."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -153,6 +155,16 @@ def test_two_horizons_are_refused(exact_rows):
     found = fit(exact_rows[exact_rows["tokens"] < 1e6], CHINCHILLA)
     assert isinstance(found, Refusal)
     assert "distinct values of tokens" in found.reason
+
+
+def test_a_refusal_names_the_arm_that_is_too_thin(exact_rows):
+    thin = exact_rows[exact_rows["parameters"] == exact_rows["parameters"].min()]
+    both = pd.concat([exact_rows.assign(arm="whole"), thin.assign(arm="thin")])
+    apart = replace(CHINCHILLA, by=("arm",), varies=frozenset(CHINCHILLA.parameters))
+    found = fit(both.reset_index(drop=True), apart)
+    assert isinstance(found, Refusal)
+    assert "thin" in found.reason
+    assert "leave this arm out" in found.remedy
 
 
 def test_a_plain_ladder_is_refused_for_chinchilla_and_fitted_by_a_power_law():
