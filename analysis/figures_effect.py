@@ -147,20 +147,3 @@ def plot_design(ax: Axes, options: pd.DataFrame, done: pd.DataFrame, advised: pd
         axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(FuncFormatter(lambda value, _: with_unit(10**value)))
     ax.grid(visible=False)
-
-
-def plot_scoreboard(ax: Axes, rows: pd.DataFrame) -> None:
-    """Ours less published, in units of the tolerance: inside the band is a reproduction."""
-    ax.axvspan(-1, 1, color=COLOURS[2], alpha=0.15, lw=0)
-    ax.axvline(0.0, color=FAINT, lw=0.9)
-    values = floats(rows, "tolerances")
-    places = np.arange(len(rows))
-    inside = np.abs(values) <= 1
-    ax.plot(values[inside], places[inside], "o", color=COLOURS[0], ms=6, mec=PAPER)
-    ax.plot(
-        np.clip(values[~inside], -4, 4), places[~inside], "X", color=COLOURS[1], ms=8, mec=PAPER
-    )
-    ax.set_yticks(places, list(rows["quantity"]), fontsize=8)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlim(-4.2, 4.2)
-    ax.set_xlabel("ours less published, in tolerances")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import figures, figures_effect, figures_law
+from analysis import figures, figures_law
 from analysis.findings import find
 from analysis.gallery import draw
 from analysis.isoflop import budgets
@@ -77,13 +77,6 @@ def test_isoflop_curves_show_minima_and_hollow_edges():
     faces = [line.get_markerfacecolor() for line in stars]
     assert len(stars) == 2
     assert (faces[0] != figures.PAPER, faces[1] == figures.PAPER) == (True, True)
-
-
-def test_the_scoreboard_tells_reproductions_from_misses():
-    rows = pd.DataFrame({"quantity": ["a", "b"], "tolerances": [0.4, -7.0]})
-    ax = Figure().add_subplot()
-    figures_effect.plot_scoreboard(ax, rows)
-    assert {line.get_marker() for line in ax.lines if len(line.get_xdata()) == 1} == {"o", "X"}
 
 
 def test_each_figure_is_saved_with_its_data(plates, tmp_path):
