@@ -1,7 +1,7 @@
 """A law bound to groups of rows and to the centre of its data: the solver's view of a law."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -15,11 +15,16 @@ AnyLaw = Law | TaskError | MultiPower
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one group: where they are, where their parameters are, what the law reads."""
+    """The rows of one group: where they are, where their parameters are, what the law reads.
+
+    Attributes:
+        held: parameters that are not fitted in this group, in centred coordinates.
+    """
 
     rows: Array
     slots: Mapping[str, int]
     x: Mapping[str, Array]
+    held: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Design:
     """The rows that a bound law is evaluated on, group by group.
 
     Attributes:
-        fixed: parameters that are not fitted, in centred coordinates.
+        fixed: parameters that are fitted in no group, in centred coordinates.
         shape: (rows, parameters).
     """
 
@@ -170,5 +175,6 @@ def log_loss_and_jacobian(design: Design, theta: Array) -> tuple[Array, Array]:
 
 def _evaluate(design: Design, part: Part, theta: Array) -> tuple[Array, dict[str, Array]]:
     p = {name: theta[:, slot, None] for name, slot in part.slots.items()}
-    p |= {name: np.full((1, 1), value) for name, value in design.fixed.items()}
+    fixed = {**design.fixed, **part.held}
+    p |= {name: np.full((1, 1), value) for name, value in fixed.items()}
     return design.law.evaluate(p, part.x)

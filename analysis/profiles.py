@@ -106,15 +106,17 @@ def _walk(fit: Fit, slot: int, values: Array) -> Array:
 
 
 def _held(problem: Problem, slot: int, value: float) -> Problem:
-    """The problem with one parameter held at a value, so that the solver sees the others."""
-    design = problem.design
-    fixed, parts = dict(design.fixed), []
+    """The problem with one parameter held at a value, so that the solver sees the others.
+
+    A parameter of one group is held in that group alone.
+    """
+    design, parts = problem.design, []
     for part in design.parts:
-        fixed |= {name: value for name, place in part.slots.items() if place == slot}
+        held = {name: value for name, place in part.slots.items() if place == slot}
         slots = {n: place - (place > slot) for n, place in part.slots.items() if place != slot}
-        parts.append(replace(part, slots=slots))
+        parts.append(replace(part, slots=slots, held={**part.held, **held}))
     shape = (design.shape[0], design.shape[1] - 1)
-    return replace(problem, design=Design(design.law, tuple(parts), fixed, shape))
+    return replace(problem, design=Design(design.law, tuple(parts), design.fixed, shape))
 
 
 def _crossing(offsets: Array, rise: Array, threshold: float) -> float | None:

@@ -6,7 +6,7 @@ import pytest
 from scipy.optimize import minimize
 
 from analysis.fits import Estimator
-from analysis.laws import CHINCHILLA
+from analysis.laws import CHINCHILLA, nested_family
 from analysis.profiles import _crossing, _curvature, profile
 from analysis.robust import parameter_interval, sandwich
 from tests.oracles import fits as oracle
@@ -63,3 +63,14 @@ def test_a_second_valley_belongs_to_the_interval():
     offsets = np.arange(6.0)
     found = _crossing(offsets, np.array([0.0, 2.0, 5.0, 3.0, 9.0, 16.0]), 4.0)
     assert found == pytest.approx(3 + (2 - 3**0.5) / (3 - 3**0.5))
+
+
+def test_profiles_of_arms_that_share_no_parameter_are_those_of_each_alone():
+    arms = [runs(floor, np.random.default_rng(seed)) for seed, floor in enumerate((1.8, 2.1))]
+    both = pd.concat([rows.assign(arm=str(i)) for i, rows in enumerate(arms)], ignore_index=True)
+    joint = Estimator(delta=np.inf).fit(both, nested_family(("arm",))["Mfull"])
+    for place, rows in enumerate(arms):
+        alone = Estimator(delta=np.inf).fit(rows, CHINCHILLA)
+        found, expected = profile(joint, f"beta [{place}]"), profile(alone, "beta")
+        assert found.estimate == pytest.approx(expected.estimate, rel=1e-4)
+        assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=0.01)
