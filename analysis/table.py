@@ -40,6 +40,10 @@ COLUMNS = {
     "bits_per_byte": "total_nats / ln 2 / utf8_bytes [bits per byte]",
     "batch_tokens": "tokens in one optimizer step [tokens]",
     "learning_rate": "peak learning rate, the architecture's own scale included",
+    "tokenizer": "what made tokens of text; one trained on a dataset carries its name",
+    "vocab_size": "distinct ids [ids]",
+    "unique_tokens": "different training tokens, where the mixture was cut to some; else unknown, "
+    "from its bytes by this set's tokens per byte [tokens]",
     "dataset_root_hash": "fingerprint of the built data",
     "commit": "code version of the latest start",
 }
@@ -50,13 +54,14 @@ FLOP_CONVENTIONS = {
 }
 RUN_COLUMNS = [
     "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "parameters",
-    "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second",
+    "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second", "device",
+    "flops_per_device_second",
 ]  # fmt: skip
 BASELINE_COLUMNS = ["corpus", "evaluation_set", "order", "tokens", "total_nats", "targets"]
 LADDER_COLUMNS = ["architecture", "rung", "seq_len", "state_bytes"]
 _FLOAT_COLUMNS = [
     name for name, meaning in COLUMNS.items() if "[" in meaning and "true/false" not in meaning
-] + ["learning_rate", "vocab_size", "tokens_per_second"]
+] + ["learning_rate", "vocab_size", "tokens_per_second", "flops_per_device_second"]
 
 
 @dataclass(frozen=True)
@@ -274,10 +279,28 @@ def _point(run: StoredRun, status: str, row: Row) -> dict[str, object]:
         "loss_nats": nats / float(row["targets"] or np.nan),
         "batch_tokens": run.config["optimizer"]["batch_tokens"],
         "learning_rate": _peak_rate(run),
+        "tokenizer": _tokenizer(run.config.get("corpus", {})),
+        "vocab_size": run.config.get("model", {}).get("vocab_size"),
+        "unique_tokens": _unique_tokens(run.config.get("corpus", {}), row),
         "dataset_root_hash": run.provenance.get("dataset_root_hash"),
         "commit": run.provenance.get("commit"),
         **{name: row.get(name) for name in _STORED},
     }
+
+
+def _tokenizer(corpus: dict) -> str | None:
+    """A name that two runs share if, and only if, they cut text alike."""
+    stored = corpus.get("tokenizer")
+    if not stored:
+        return None
+    trained_on = corpus.get("dataset") if stored["kind"] == "bpe" else None
+    parts = (stored["kind"], stored.get("vocab_size"), stored.get("path"), trained_on)
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def _unique_tokens(corpus: dict, row: Row) -> float | None:
+    size, text = corpus.get("unique_bytes"), float(row.get("utf8_bytes") or 0)
+    return float(size) * float(row["targets"] or 0) / text if size and text else None
 
 
 _STORED = [
@@ -312,12 +335,17 @@ def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
     last = run.metrics[-1]["tokens"] if run.metrics else None
     speeds = [row.get("tokens_per_second") for row in run.metrics]
     known = [float(speed) for speed in speeds if speed is not None]
+    speed = float(np.median(known)) if known else None
+    cost = run.provenance.get("accounting", {}).get("training_flops_per_token")
+    ranks = run.provenance.get("execution", {}).get("ranks", 1)
     return {
         **_identity(run, status),
+        "device": run.provenance.get("gpu") or run.provenance.get("processor"),
+        "flops_per_device_second": speed * cost / ranks if speed and cost else None,
         "tokens": run.summary.get("tokens", last),
         "learning_rate": _peak_rate(run),
         "vocab_size": run.config.get("model", {}).get("vocab_size"),
-        "tokens_per_second": float(np.median(known)) if known else None,
+        "tokens_per_second": speed,
     }
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import yaml
 
+from analysis.guards import repetition, tokenizers
 from analysis.table import COLUMNS, final, load
 from tests.analysis.synthetic_study import Study, write
 from trainer.record import open_record, read_json
@@ -126,3 +127,25 @@ def test_a_folder_without_a_sweep_is_an_error_that_says_what_to_do(tmp_path):
 def _latest_start(path):
     stored = read_json(path / "provenance.json")
     return {key: value for key, value in stored.items() if key not in ("starts", "incarnation")}
+
+
+@pytest.mark.parametrize(("change", "code"), [({}, None), ({"kind": "bpe"}, "W-TOK")])
+def test_arms_that_cut_text_otherwise_are_raised(tmp_path, change, code):
+    root = write(Study(seeds={}, horizons=(4.5e5,)), tmp_path / "cut", np.random.default_rng(0))
+    for run_id in yaml.safe_load((root / "sweep.yaml").read_text())["runs"]:
+        config = yaml.safe_load((root / run_id / "config.yaml").read_text())
+        own = change if config["architecture"] == "mamba" else {}
+        config["corpus"]["tokenizer"] = {"kind": "bytes", "path": None, "vocab_size": None, **own}
+        (root / run_id / "config.yaml").write_text(yaml.safe_dump(config))
+    raised = tokenizers(final(load(root)).rows)
+    assert (raised.code if raised else None) == code
+
+
+@pytest.mark.parametrize(("unique", "repeats"), [(1_800_000, False), (1_700_000, True)])
+def test_training_past_the_unique_text_is_raised(tmp_path, unique, repeats):
+    root = write(Study(seeds={}), tmp_path / "again", np.random.default_rng(0))
+    for run_id in yaml.safe_load((root / "sweep.yaml").read_text())["runs"]:
+        config = yaml.safe_load((root / run_id / "config.yaml").read_text())
+        config["corpus"]["unique_bytes"] = unique
+        (root / run_id / "config.yaml").write_text(yaml.safe_dump(config))
+    assert (repetition(final(load(root)).rows) is not None) == repeats
