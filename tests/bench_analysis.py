@@ -1,4 +1,4 @@
-"""Speed of the analysis: starts, bootstraps, profiles, the nested family.
+"""Speed of the analysis: starts, bootstraps, profiles, the nested family, a whole report.
 
 python -m tests.bench_analysis            a minute; writes reports/bench_analysis.json
 python -m tests.bench_analysis --rounds 1 --root folder
@@ -10,6 +10,7 @@ is missed on a busy machine is no failure of the command.
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +24,11 @@ from analysis.fits import Estimator, Fit, observed
 from analysis.laws import CHINCHILLA, GAMMA, KAPLAN, nested_family
 from analysis.nested import choose
 from analysis.profiles import profile
+from analysis.report import write_report
 from analysis.solver import Problem, solve
 from analysis.uncertainty import replicate
 from launch.measurements import Measurement, write_measurements
+from tests.analysis.synthetic_study import Study, write
 
 ROOT = Path(__file__).parent.parent
 DELTA = 1e-3
@@ -52,9 +55,22 @@ def points(count: int, arms: int) -> pd.DataFrame:
     )
 
 
-def tasks() -> dict[str, tuple[Callable[[], object], float]]:
+def hundred_runs(folder: Path) -> Path:
+    """A sweep folder of 108 runs: three architectures, corpora, sizes and horizons."""
+    study = Study(
+        architectures=("transformer", "mamba", "monarch"),
+        corpora=("web", "code", "books"),
+        sizes={"r9k": 9e3, "r30k": 3e4, "r100k": 1e5},
+        horizons=(4.5e5, 9e5, 1.8e6),
+        seeds={"r30k": (0, 1)},
+    )
+    return write(study, folder, np.random.default_rng(3))
+
+
+def tasks(scratch: Path) -> dict[str, tuple[Callable[[], object], float]]:
     """What is timed, with its bound in seconds."""
     rows, pair = points(240, 1), points(150, 2)
+    sweep = hundred_runs(scratch / "hundred")
     fit = Estimator(delta=DELTA).fit(rows, CHINCHILLA)
     assert isinstance(fit, Fit)
     generator = np.random.default_rng(1)
@@ -83,6 +99,7 @@ def tasks() -> dict[str, tuple[Callable[[], object], float]]:
             lambda: [backtest(Estimator(), rows, law) for law in (CHINCHILLA, GAMMA, KAPLAN)],
             10.0,
         ),
+        "report of a sweep of 108 runs": (lambda: write_report(sweep), 60.0),
     }
 
 
@@ -93,20 +110,21 @@ def main(words: list[str]) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where reports/ is written")
     options = parser.parse_args(words)
     console, rows = Console(width=100), []
-    for name, (task, bound) in tasks().items():
-        wall, own = [], []
-        for _ in range(options.rounds):
-            clock, work = time.perf_counter(), time.process_time()
-            task()
-            wall.append(time.perf_counter() - clock)
-            own.append(time.process_time() - work)
-        middle = statistics.median(wall)
-        rows.append(Measurement(name, middle, "s", bound))
-        rows.append(Measurement(f"{name}: processor", statistics.median(own), "s"))
-        console.print(
-            f"{name:44s} {middle:6.2f} s [{min(wall):.2f}, {max(wall):.2f}], processor "
-            f"{statistics.median(own):.2f} s, bound {bound:.0f} s"
-        )
+    with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+        for name, (task, bound) in tasks(Path(scratch)).items():
+            wall, own = [], []
+            for _ in range(options.rounds):
+                clock, work = time.perf_counter(), time.process_time()
+                task()
+                wall.append(time.perf_counter() - clock)
+                own.append(time.process_time() - work)
+            middle = statistics.median(wall)
+            rows.append(Measurement(name, middle, "s", bound))
+            rows.append(Measurement(f"{name}: processor", statistics.median(own), "s"))
+            console.print(
+                f"{name:44s} {middle:6.2f} s [{min(wall):.2f}, {max(wall):.2f}], processor "
+                f"{statistics.median(own):.2f} s, bound {bound:.0f} s"
+            )
     write_measurements("bench_analysis", rows, options.root)
     return 0
 
