@@ -44,6 +44,22 @@ def plot_frontier(
     return ends
 
 
+def device_hours(ax: Axes, speed: float) -> None:
+    """A second axis on top: the compute in hours of one device that does `speed` FLOP/s."""
+    per_hour = 3600.0 * speed
+    both_ways = (
+        lambda flops: np.asarray(flops) / per_hour,
+        lambda hours: np.asarray(hours) * per_hour,
+    )
+    top = ax.secondary_xaxis("top", functions=both_ways)
+    low, high = (np.log10(end / per_hour) for end in ax.get_xlim())
+    powers = np.arange(np.ceil(low), np.floor(high) + 1)
+    top.set_xticks(10.0**powers, [f"{10.0**power:g}" for power in powers])
+    top.minorticks_off()
+    top.tick_params(labelsize=8)
+    top.set_xlabel("device-hours", fontsize=8)
+
+
 def plot_isoflop(ax: Axes, curves: Sequence[Budget]) -> figures.Labels:
     """One colour a budget; minima with their intervals, hollow where at an edge."""
     ends: figures.Labels = {}
@@ -102,11 +118,7 @@ def plot_contours(ax: Axes, surface: pd.DataFrame, rows: pd.DataFrame) -> None:
     ax.plot(rows["parameters"], rows["tokens"], "o", color=PAPER, mec=INK, ms=5.5, mew=1.1)
     ax.grid(visible=False)
     figures.figure_of(ax).colorbar(filled, ax=ax, label="loss [nats per token]")
-    log_axes(ax, "parameters N", "parameters")
-    ax.set_yscale("log")
-    ax.margins(0.05)
-    plain_ticks(ax, "y", "tokens")
-    ax.set_ylabel("training tokens D")
+    figures.size_and_tokens(ax)
 
 
 def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) -> None:
@@ -178,4 +190,4 @@ def plot_family(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         ax.set_ylim(len(shown) - 0.5, -0.5)
         ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.grid(axis="y", visible=False)
-    axes[0].set_yticks(places, list(shown["law"]))
+    axes[0].set_yticks(places, list(shown["named"]))

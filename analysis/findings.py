@@ -14,6 +14,7 @@ from analysis.frames import floats, strings, where
 from analysis.frontiers import (
     arm_of,
     best_sizes,
+    budget_warnings,
     contours,
     frontier_with_band,
     optimal_sizes,
@@ -21,12 +22,11 @@ from analysis.frontiers import (
 from analysis.guards import LARGEST_EXTRAPOLATION, Raised, check
 from analysis.headline import Headline, headline
 from analysis.isoflop import Budget, budgets
-from analysis.laws import CHINCHILLA, GAMMA, Law, nested_family
-from analysis.nested import Choice, choose
+from analysis.laws import CHINCHILLA, GAMMA, Law
 from analysis.profiles import Profile, profile
 from analysis.refusal import Refusal
 from analysis.sensitivity import cooldown, counting, multipliers_by_scale
-from analysis.study import CELL, FittedLaw, Settings, Study
+from analysis.study import FittedLaw, Settings, Study
 from analysis.table import Table
 from analysis.transfer import Transfer, transfers
 from analysis.uncertainty import Replicates, replicate
@@ -47,7 +47,6 @@ class Findings:
         optima: N*(C) and D*(C) of the fitted law.
         tested: rolling forecasts by each law in the form of `shown`.
         shown: the joint law, or else the first cell's: behind contours, profiles, design map.
-        choice: the nested family, scored.
         options: the design map over (N, D); `advice` the runs proposed on it.
     """
 
@@ -62,7 +61,6 @@ class Findings:
     shown: FittedLaw | None
     contours: pd.DataFrame
     profiles: tuple[Profile, ...]
-    choice: Choice
     by_scale: pd.DataFrame
     counting: pd.DataFrame
     cooldown: pd.DataFrame
@@ -80,21 +78,22 @@ def find(study: Study, settings: Settings) -> Findings:
     shown = _shown(study)
     tested = _tested(shown)
     options, advice = _design(shown, generator)
-    joint, replicates = study.joint.fit, study.joint.replicates
-    fitted = isinstance(joint, Fit) and replicates is not None
+    curves, rivals = _isoflop(study, neutral), _rivals(study.joint.fit)
+    joint = study.joint.fit
     return Findings(
-        reservations=reservations(study.table, points),
+        reservations=(*reservations(study.table, points), *_of_budgets(study, curves)),
         headline=headline(study),
         shares=decompositions(points, settings.replicates, generator),
         transfers=transfers(points, settings.replicates, generator),
-        frontiers=_per_group(study, lambda f, r, g: frontier_with_band(f, r, g, _rate(tested))),
-        isoflop=_isoflop(study, neutral),
+        frontiers=_per_group(
+            study, lambda f, r, g: frontier_with_band(f, r, g, _rate(tested), rivals)
+        ),
+        isoflop=curves,
         optima=_per_group(study, optimal_sizes),
         tested=tested,
         shown=shown,
         contours=_contours(shown),
         profiles=_profiles(shown),
-        choice=choose(neutral, nested_family(CELL)) if fitted else _no_choice(),
         by_scale=_by_scale(study),
         counting=_counting(neutral, joint, generator) if isinstance(joint, Fit) else pd.DataFrame(),
         cooldown=cooldown(study.table),
@@ -133,6 +132,14 @@ def _tested(shown: FittedLaw | None) -> dict[str, BackTest]:
     }
 
 
+def _rivals(joint: Fit | Refusal) -> list[Fit]:
+    """The other laws on the rows of the joint one, for what the choice of a law is worth."""
+    if isinstance(joint, Refusal):
+        return []
+    found = [Estimator(starts=4).fit(joint.rows, _like(law, joint)) for law in RIVALS]
+    return [each for each in found if isinstance(each, Fit) and each.law.name != joint.law.name]
+
+
 def _like(law: Law, fit: Fit) -> Law:
     """A rival law whose coefficients differ between the same groups."""
     return replace(law, by=fit.law.by, varies=fit.law.varies & set(law.parameters))
@@ -160,6 +167,19 @@ def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[Budget]]:
     return found
 
 
+def _of_budgets(study: Study, curves: dict[str, list[Budget]]) -> tuple[Raised, ...]:
+    """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one reservation a code."""
+    found: dict[str, list[str]] = {}
+    for name, mine in curves.items():
+        law = next(
+            (each.fit for each in study.cells if each.part.startswith(f"{name} on ")
+             and each.evaluation_set == study.table.neutral_set), None,
+        )  # fmt: skip
+        for raised in budget_warnings(mine, law if isinstance(law, Fit) else None):
+            found.setdefault(raised.code, []).append(f"{name}: {raised.finding}")
+    return tuple(Raised(code, "; ".join(each)) for code, each in found.items())
+
+
 def _contours(shown: FittedLaw | None) -> pd.DataFrame:
     if shown is None or not isinstance(shown.fit, Fit):
         return pd.DataFrame()
@@ -171,10 +191,6 @@ def _profiles(shown: FittedLaw | None) -> tuple[Profile, ...]:
         return ()
     shared = [label for label in shown.fit.form.labels if "[" not in label]
     return tuple(profile(shown.fit, label) for label in shared)
-
-
-def _no_choice() -> Choice:
-    return Choice(pd.DataFrame(), {}, None, None)
 
 
 def _by_scale(study: Study) -> pd.DataFrame:

@@ -4,7 +4,7 @@ Inside the data a band is the bootstrap's; beyond, it grows by what rolling fore
 data erred by. At ten times the largest compute it ends: nothing is said there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,12 @@ from analysis.backtest import BackTest
 from analysis.fits import Fit
 from analysis.forms import log_loss
 from analysis.frames import floats, keep, means
-from analysis.guards import LARGEST_EXTRAPOLATION, RATIO_MARGIN
+from analysis.guards import LARGEST_EXTRAPOLATION, RATIO_MARGIN, Raised, exponent_sum
+from analysis.isoflop import Budget, exponents, grid_bias
 from analysis.laws import Array, group_of
 from analysis.multipliers import reach
-from analysis.uncertainty import UNDEFINED_SHARE, Replicates
+from analysis.refusal import Refusal
+from analysis.uncertainty import UNDEFINED_SHARE, Interval, Replicates
 
 SIZES = 240
 CURVE = 60
@@ -79,9 +81,12 @@ def best_sizes(fit: Fit, theta: Array, arm: Arm, compute: Array) -> tuple[Array,
 
 
 def frontier_with_band(
-    fit: Fit, replicates: Replicates, group: str, tested: BackTest
+    fit: Fit, replicates: Replicates, group: str, tested: BackTest, rivals: list[Fit]
 ) -> pd.DataFrame:
-    """Lowest fitted loss at each compute to the wall, with a band and whether it is in the data."""
+    """Lowest fitted loss at each compute to the wall, with a band and whether it is in the data.
+
+    Beyond the data the band holds the error of forecasts and how far the rival laws stand apart.
+    """
     arm = arm_of(fit, group)
     flops, seen = floats(arm.rows, "flops"), reach(arm.rows)
     compute = np.geomspace(flops.min(), flops.max() * LARGEST_EXTRAPOLATION, CURVE)
@@ -93,7 +98,9 @@ def frontier_with_band(
     drawn = log_loss(design, replicates.theta)
     low, high = (np.quantile(drawn, tail, axis=0) for tail in (0.025, 0.975))
     decades = np.maximum(np.log10(compute / flops.max()), 0.0)
-    growth = 2.0 * tested.rate * decades
+    logs_of_rivals = [log_loss(each.form.design(points), each.theta[None])[0] for each in rivals]
+    spread = np.where(decades > 0, np.ptp(np.stack([middle, *logs_of_rivals]), axis=0), 0.0)
+    growth = np.hypot(2.0 * tested.rate * decades, spread)
     return points.assign(
         loss_nats=np.exp(middle),
         low=np.exp(middle - np.hypot(replicates.stretch * np.maximum(middle - low, 0), growth)),
@@ -123,6 +130,36 @@ def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
         other = "high" if name == "low" else "low"
         frame[f"tokens_{other}"] = compute / arm.cost(widened)
     return frame.assign(tokens=tokens)
+
+
+def budget_warnings(curves: list[Budget], fit: Fit | None) -> Iterator[Raised]:
+    """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
+
+    The bias of a grid needs the law's own optimum; the sum of exponents is held against what the
+    accountant's cost of a token implies along the same minima.
+    """
+    yield from (each.warning for each in curves if each.warning is not None)
+    if fit is None:
+        return
+    arm = arm_of(fit, fit.form.groups[0])
+    compute = np.array([each.flops for each in curves])
+    logs, interior = best_sizes(fit, fit.theta[None], arm, compute)
+    for each, log, known in zip(curves, logs[0], interior[0], strict=True):
+        p = fit.parameters
+        raised = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
+        if raised is not None:
+            yield raised
+    slopes = exponents(curves)
+    if isinstance(slopes, Refusal):
+        return
+    ends = np.array([compute.min(), compute.max()])
+    size, tokens = slopes["parameters"].estimate, slopes["tokens"].estimate
+    usable = next(each.size for each in curves if isinstance(each.size, Interval))
+    sizes = usable.estimate * (ends / ends[0]) ** size
+    implied = size + float(np.diff(np.log(ends / arm.cost(sizes)))[0] / np.diff(np.log(ends))[0])
+    raised = exponent_sum(size, tokens, implied)
+    if raised is not None:
+        yield raised
 
 
 def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str) -> tuple:

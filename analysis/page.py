@@ -39,6 +39,8 @@ from analysis.wording import (
     with_unit,
 )
 
+PAGE_SCALE = 1.53
+"""Pixels per point of a drawing: the widest fills the page, and all have letters of one size."""
 NO_OPTIMUM = Refusal(
     "R-REACH",
     "the fitted law has no best size near what was run, for the first arm",
@@ -276,7 +278,7 @@ def _joint_table(joint: FittedLaw, alternatives: pd.DataFrame) -> pd.DataFrame:
 
 def _family_shown(study: Study) -> pd.DataFrame:
     values = study.family["AICc"].to_numpy(dtype=np.float64)
-    best = values.min(initial=np.inf)
+    best = np.nanmin(values, initial=np.inf)
     excess = [f"{value - best:.1f}" if math.isfinite(value) else "refused" for value in values]
     count = [f"{value:.0f}" if math.isfinite(value) else "" for value in study.family["parameters"]]
     shown = study.family.drop(columns="AICc").assign(parameters=count)
@@ -284,7 +286,9 @@ def _family_shown(study: Study) -> pd.DataFrame:
 
 
 def _runs_shown(table: Table) -> pd.DataFrame:
-    shown = table.runs.drop(columns=["vocab_size", "tokens_per_second"])
+    shown = table.runs.drop(
+        columns=["vocab_size", "tokens_per_second", "device", "flops_per_device_second"]
+    )
     shown["learning_rate"] = [f"{each:.3g}" if each > 0 else "" for each in shown["learning_rate"]]
     for name in ("parameters", "horizon_tokens", "tokens"):
         shown[name] = [with_unit(value) if value > 0 else "" for value in shown[name]]
@@ -333,6 +337,8 @@ def _inline(svg: str, name: str) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     for colour, variable in _PAGE_COLOURS.items():
         body = body.replace(colour, variable)
+    width = float(re.search(r'width="([\d.]+)pt"', body)[1])  # type: ignore[index]
+    body = body.replace("<svg", f'<svg style="max-width: {width * PAGE_SCALE:.0f}px"', 1)
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = body.replace("url(#", f"url(#{name}-")
     return body.replace('href="#', f'href="#{name}-')

@@ -33,8 +33,8 @@ def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:
         yield _profiles(found, found.shown)
         if found.shown.replicates is not None:
             yield _cloud(found.shown, found.shown.fit)
-    if len(found.choice.table):
-        yield _family(study, found)
+    if study.choice.description is not None:
+        yield _family(study)
 
 
 def _frontier(study: Study, found: Findings) -> Plate:
@@ -49,6 +49,10 @@ def _frontier(study: Study, found: Findings) -> Plate:
         )  # fmt: skip
     for ax, labels in ends.items():
         figures.label_ends(ax, labels)
+    speed, device = device_speed(study.table.runs)
+    if device:
+        for ax in axes:
+            figures_law.device_hours(ax, speed)
     edge = floats(rows, "flops").max()
     inside = keep(found.frontiers, found.frontiers["inside"])
     wins = inside.sort_values("loss_nats").iloc[0]
@@ -60,9 +64,24 @@ def _frontier(study: Study, found: Findings) -> Plate:
     caption = (
         f"n = {len(rows)} decayed points. Lines: fitted frontier, {law_words(study.joint.law)}; "
         "dashed beyond what was run. Bands: 95 % bootstrap interval, beyond the data widened by "
-        f"{tested.words}. Grey: more than ten times the largest compute, refused."
+        f"{tested.words} and by how far other laws stand apart. Grey: more than ten times the "
+        "largest compute, refused."
     )
+    if device:
+        caption += (
+            f" Top: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median over "
+            "the runs, each while others shared the machine; beyond the data it is a conversion."
+        )
     return Plate("frontier", title, caption, figure, found.frontiers)
+
+
+def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
+    """Median training FLOP/s of one device and its name; no name where it is unknown or mixed."""
+    known = keep(runs, runs["flops_per_device_second"].notna() & runs["device"].notna())
+    names = known["device"].unique()
+    if len(names) != 1:
+        return float("nan"), ""
+    return float(np.median(floats(known, "flops_per_device_second"))), str(names[0])
 
 
 def _isoflop(study: Study, curves: dict[str, list[Budget]]) -> Plate:
@@ -216,21 +235,27 @@ def _cloud(shown: FittedLaw, fit: Fit) -> Plate:
     return Plate("trade_offs", title, caption, figure, columns_of(cloud, names))
 
 
-def _family(study: Study, found: Findings) -> Plate:
+def _family(study: Study) -> Plate:
     figure = Figure(figsize=(8.8, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    figures_law.plot_family(axes, found.choice.table)
-    title = (
-        f"BIC describes the points best by {found.choice.description}, trunks left out ask for "
-        f"{found.choice.forecast}"
-    )
-    points = len(study.joint.fit.rows) if isinstance(study.joint.fit, Fit) else 0
+    differs = dict(zip(study.family["law"], study.family["differs between cells"], strict=True))
+    named = {law: f"{law}: {what}" for law, what in differs.items()}
+    scores = study.choice.table
+    shown = scores.assign(named=[named[law] for law in scores["law"]])
+    figures_law.plot_family(axes, shown)
+    best, forecast = (str(each) for each in (study.choice.description, study.choice.forecast))
+    title = f"Cells differ in {differs[best]} by BIC, in {differs[forecast]} by trunks left out"
     caption = (
-        f"n = {points} decayed points; nested Chinchilla laws by least squares, from nothing "
-        "different between cells (M0) to nothing shared (Mfull). Bars: one standard error of the "
+        f"n = {fitted_points(study)} decayed points; nested Chinchilla laws by least squares, from "
+        "nothing different between cells (M0) to all (Mfull). Bars: one standard error of the "
         "hold-out, as interval; diamonds: the best. Points of a trunk are not independent."
     )
-    return Plate("nested_laws", title, caption, figure, found.choice.table)
+    return Plate("nested_laws", title, caption, figure, study.choice.table)
+
+
+def fitted_points(study: Study) -> int:
+    """Points that a joint law sees: the decayed ones of the neutral set."""
+    return len(where(study.points.rows, "evaluation_set", study.table.neutral_set))
 
 
 def panels(

@@ -17,6 +17,7 @@ from analysis.multipliers import (
     frontier,
     reach,
 )
+from analysis.nested import Choice, choose
 from analysis.rates import mixed_rates
 from analysis.refusal import Refusal
 from analysis.table import FLOP_CONVENTIONS, Table, final
@@ -25,6 +26,7 @@ from analysis.uncertainty import Interval, Replicates, parameter_intervals, repl
 CELL = ("architecture", "corpus")
 JOINT = "Meab"
 CURVE = 60
+UNCHOSEN = Choice(pd.DataFrame(), {}, None, None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Study:
         points: the table with nothing but decayed points of finished runs.
         effects: evaluation set -> factor -> contrasts, the neutral set first.
         cells: a separate Chinchilla law per architecture, corpus and evaluation set.
-        family: AICc of each law of the nested family on the neutral set.
+        choice: the nested family on the neutral set, scored; `family` its AICc alone.
         joint: one law over all cells of the neutral set that share nothing but exponents; set
             beforehand, as a law picked by its fit to the same points has intervals too short.
         power: per cell of the neutral set, the power law in compute where Chinchilla is refused.
@@ -68,6 +70,7 @@ class Study:
     answer: Answer
     effects: dict[str, dict[str, tuple[Contrast | Refusal, ...]]]
     cells: tuple[FittedLaw, ...]
+    choice: Choice
     family: pd.DataFrame
     joint: FittedLaw
     power: tuple[FittedLaw, ...]
@@ -90,7 +93,7 @@ def analyse(table: Table, settings: Settings) -> Study:
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
     laws = nested_family(CELL)
-    family = _family(neutral, laws)
+    choice = choose(neutral, laws) if len(neutral) else UNCHOSEN
     joint = _fitted("all cells", neutral, laws[JOINT], (settings.replicates, generator))
     cells = tuple(
         _fitted(f"{architecture} on {corpus}", rows, CHINCHILLA, (settings.replicates, generator))
@@ -102,7 +105,8 @@ def analyse(table: Table, settings: Settings) -> Study:
         answer=answer(points, table.neutral_set),
         effects=every_set(points),
         cells=cells,
-        family=family,
+        choice=choice,
+        family=_family(choice, laws),
         joint=joint,
         power=tuple(_power(points, joint, (settings.replicates, generator))),
         alternatives=_alternatives(neutral, joint),
@@ -128,7 +132,8 @@ def _refused(table: Table, refusal: Refusal) -> Study:
         ),
         effects={table.neutral_set: {"corpus": (refusal,), "architecture": (refusal,)}},
         cells=(),
-        family=_family(points.rows, {}),
+        choice=UNCHOSEN,
+        family=_family(UNCHOSEN, {}),
         joint=joint,
         power=(),
         alternatives=_alternatives(points.rows, joint),
@@ -171,21 +176,11 @@ def _fitted(
     return FittedLaw(part, set_name, law, found, intervals, replicates)
 
 
-def _family(rows: pd.DataFrame, laws: dict[str, Law]) -> pd.DataFrame:
-    """AICc of each nested law by least squares; infinite where the law is refused."""
-    records = []
-    for name, law in laws.items():
-        found = Estimator(delta=np.inf).fit(rows, law)
-        if isinstance(found, Refusal):
-            records.append((name, _differs(law), np.nan, np.inf, str(found)))
-            continue
-        count, k = len(rows), len(found.theta) + 1
-        error = max(2 * found.objective / count, 1e-300)
-        correction = 2 * k * (k + 1) / (count - k - 1) if count > k + 1 else np.inf
-        aicc = count * np.log(error) + 2 * k + correction
-        records.append((name, _differs(law), float(k - 1), float(aicc), found.status))
-    columns = ["law", "differs between cells", "parameters", "AICc", "status"]
-    return pd.DataFrame(records, columns=pd.Index(columns))
+def _family(choice: Choice, laws: dict[str, Law]) -> pd.DataFrame:
+    """What each nested law lets differ, its AICc by least squares, or why it is refused."""
+    shown = choice.table.reindex(columns=["law", "parameters", "AICc", "status"])
+    shown.insert(1, "differs between cells", [_differs(laws[name]) for name in shown["law"]])
+    return shown
 
 
 def _differs(law: Law) -> str:

@@ -4,6 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.fits import Estimator
+from analysis.frontiers import budget_warnings
 from analysis.guards import (
     MEANINGS,
     Raised,
@@ -23,6 +25,7 @@ from analysis.guards import (
     yardstick,
 )
 from analysis.isoflop import Budget, budgets, exponents, grid_bias, token_bias
+from analysis.laws import CHINCHILLA
 from analysis.refusal import Refusal
 
 LAW = (1.69, 406.4, 410.7, 0.34, 0.28)
@@ -209,3 +212,12 @@ def test_every_warning_reads_as_a_sentence_with_its_remedy():
         assert meaning
         assert action
         assert action in str(Raised(code, "found so"))
+
+
+@pytest.mark.parametrize(("span", "codes"), [(3.0, set()), (6.0, {"W-A2BIAS"})])
+def test_the_report_raises_the_bias_of_its_own_isoflop_grids(span, codes):
+    rows = pd.concat(curve(span, flops=c)[0] for c in (1e18, 1e19, 1e20)).reset_index(drop=True)
+    rows = rows.assign(architecture="a", corpus="web", trunk_id=[str(i) for i in range(len(rows))])
+    rows["loss_nats"] *= np.exp(np.random.default_rng(0).normal(0, 1e-4, len(rows)))
+    found = Estimator().fit(rows, CHINCHILLA)
+    assert {each.code for each in budget_warnings(budgets(rows), found)} == codes
