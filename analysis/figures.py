@@ -32,6 +32,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "axes.facecolor": "none",
     "figure.facecolor": PAPER,
     "grid.color": RULE,
@@ -155,9 +156,16 @@ def plot_residuals(
         ax.plot(mine[variable], values, marker, color=colour, ms=4, mec=PAPER, mew=0.4)
     ax.set_xscale("log")
     plain_ticks(ax, "x", variable)
+    ax.xaxis.set_major_locator(FixedLocator(_spread(ax.get_xticks(), ax.get_xlim())))
     reach = max(1.2, *(abs(limit) for limit in ax.get_ylim()))
     ax.set_ylim(-reach, reach)
     ax.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _spread(ticks: np.ndarray, ends: tuple[float, float]) -> list[float]:
+    """Every other tick where a narrow panel would run more than three together."""
+    seen = [float(tick) for tick in ticks if ends[0] <= tick <= ends[1]]
+    return seen[len(seen) % 2 :: 2] if len(seen) > 3 else seen
 
 
 def label_ends(ax: Axes, ends: Labels) -> None:
@@ -229,6 +237,15 @@ def log_axes(ax: Axes, label: str, variable: str) -> None:
     ax.yaxis.set_major_locator(FixedLocator(ticks.tolist()))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def size_and_tokens(ax: Axes) -> None:
+    """N across and D up, with room so that no point at an end is cut."""
+    ax.use_sticky_edges = False
+    ax.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="training tokens D")
+    ax.margins(0.06)
+    plain_ticks(ax, "x", "parameters")
+    plain_ticks(ax, "y", "tokens")
 
 
 def plain_ticks(ax: Axes, which: str, variable: str) -> None:

@@ -1,21 +1,34 @@
 """How effects and sensitivities are drawn: shares, multipliers, counts, cooldown, design."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.tri import Triangulation
 
 from analysis import figures
 from analysis.decomposition import COMPONENTS, Decomposition
-from analysis.figures import COLOURS, FAINT, INK, PAPER, log_axes, looks, plain_ticks
+from analysis.figures import (
+    COLOURS,
+    FAINT,
+    INK,
+    PAPER,
+    log_axes,
+    looks,
+    plain_ticks,
+    size_and_tokens,
+)
 from analysis.frames import floats, groups, keep, strings, where
 from analysis.transfer import Transfer
-from analysis.wording import with_unit
 
 _COLOURS = ("#E69F00", "#0072B2", "#CC79A7", "#9aa4af", "#dfe3e8")
 SHARE_COLOURS: dict[str, str] = dict(zip(COMPONENTS, _COLOURS, strict=True))
+FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
+    "full", "none", "left", "right", "bottom", "top",
+)  # fmt: skip
 HATCHES: dict[str, str] = dict(zip(COMPONENTS, ("", "", "////", "....", ""), strict=True))
 
 
@@ -48,14 +61,15 @@ def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
 def plot_transfer(
     ax: Axes, found: Transfer, corpora: Sequence[str], architectures: Sequence[str]
 ) -> figures.Labels:
-    """Loss on one set against the neutral loss: colour is the corpus, marker the architecture."""
+    """Loss on one set against the neutral loss: colour and filling are the corpus."""
     ends: figures.Labels = {}
     markers = {name: marker for name, _, marker in looks(architectures)}
+    fills = dict(zip(corpora, cycle(FILLS), strict=False))
     for corpus, colour, _ in looks(corpora):
         mine = where(found.points, "corpus", corpus)
         for (name,), rows in groups(mine, ["architecture"]):
-            ax.plot(rows["loss_nats"], rows["loss_there"], markers[str(name)], color=colour, ms=4.5,
-                    mec=PAPER, mew=0.5)  # fmt: skip
+            ax.plot(rows["loss_nats"], rows["loss_there"], markers[str(name)], color=colour, ms=5,
+                    mew=0.8, fillstyle=fills[corpus], mfcalt=PAPER)  # fmt: skip
         if len(mine):
             line = mine.sort_values("loss_nats")
             ends[corpus] = (
@@ -126,15 +140,14 @@ def plot_cooldown(ax: Axes, rows: pd.DataFrame, architectures: Sequence[str]) ->
 
 def plot_design(ax: Axes, options: pd.DataFrame, done: pd.DataFrame, advised: pd.DataFrame) -> None:
     """Gain per sqrt(FLOP) over (N, D), the runs that exist, and the proposed ones numbered."""
-    drawn = ax.tricontourf(
-        np.log10(floats(options, "parameters")), np.log10(floats(options, "tokens")),
-        np.log10(floats(options, "gain_per_root_flop")), levels=14, cmap="cividis",
-    )  # fmt: skip
-    seen = np.log10(floats(done, "parameters")), np.log10(floats(done, "tokens"))
-    ax.plot(*seen, "o", color=PAPER, mec=INK, ms=4.5, mew=0.9)
+    place = floats(options, "parameters"), floats(options, "tokens")
+    mesh = Triangulation(*place, Triangulation(*np.log(place)).triangles)
+    gain = np.log10(floats(options, "gain_per_root_flop"))
+    drawn = ax.tricontourf(mesh, gain, levels=14, cmap="cividis")
+    ax.plot(done["parameters"], done["tokens"], "o", color=PAPER, mec=INK, ms=4.5, mew=0.9)
     places: dict[tuple[float, float], list[str]] = {}
     for number, row in enumerate(advised.to_dict("records"), 1):
-        at = (float(np.log10(row["parameters"])), float(np.log10(row["tokens"])))
+        at = (float(row["parameters"]), float(row["tokens"]))
         places.setdefault(at, []).append("test" if row["role"] == "hold-out" else str(number))
     for (x, y), names in places.items():
         ax.annotate(
@@ -142,8 +155,5 @@ def plot_design(ax: Axes, options: pd.DataFrame, done: pd.DataFrame, advised: pd
             bbox={"boxstyle": "round,pad=0.25", "fc": PAPER, "ec": INK, "lw": 0.8},
         )  # fmt: skip
     figures.figure_of(ax).colorbar(drawn, ax=ax, label="log10 of gain per sqrt(FLOP), best = 0")
-    for axis, label in ((ax.xaxis, "parameters N"), (ax.yaxis, "training tokens D")):
-        axis.set_label_text(label)
-        axis.set_major_locator(MaxNLocator(5))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: with_unit(10**value)))
+    size_and_tokens(ax)
     ax.grid(visible=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import figures
 from analysis.compare import Contrast, Detectable
@@ -125,7 +126,8 @@ def _tokens(study: Study) -> Plate:
         title = f"One horizon so far: {with_unit(last)} tokens"
     caption = (
         f"{_points_text(study, rows)} Lines join the horizons of one trunk; faint: the trunk "
-        "before its decay. Labels: nominal size. No fit and no interval is drawn."
+        "before its decay. Labels: nominal size, beside the first architecture's lines. No fit "
+        "and no interval is drawn."
     )
     data = pd.concat([rows.assign(kind="decayed"), trunks.assign(kind="trunk")])
     columns = [
@@ -182,6 +184,8 @@ def _residuals(study: Study, fit: Fit) -> Plate:
         figures.plot_residuals(ax, rows, variable, study.table.levels("architecture"))
         ax.set_xlabel(label)
     axes[-1].set_xscale("linear")
+    axes[-1].set_xlim(-0.04 * len(rows), 1.08 * len(rows))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(3))
     axes[0].set_ylabel("residual of ln L [%]")
     _key(figure, study)
     title = f"Residuals have a standard deviation of {100 * fit.sigma:.2g} % of loss"

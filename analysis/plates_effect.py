@@ -12,7 +12,7 @@ from analysis.findings import Findings
 from analysis.fits import Fit
 from analysis.frames import floats, keep, strings, where
 from analysis.plates import Plate
-from analysis.plates_law import panels
+from analysis.plates_law import fitted_points, panels
 from analysis.study import Study
 from analysis.transfer import Transfer
 from analysis.wording import bracketed, law_words, with_unit
@@ -79,9 +79,9 @@ def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
         f"At equal neutral loss, {largest[1]} shifts the loss on {name} most: {bracketed(shift)} %"
     )
     caption = (
-        f"n = {len(first.points)} runs at matched cells; colours: corpora, markers: architectures. "
-        "Shift of a line in ln L that has one slope for all arms, 95 % interval by bootstrap over "
-        "sizes."
+        f"n = {len(first.points)} runs at matched cells; colours and fillings: corpora, markers: "
+        "architectures. Shift of a line in ln L that has one slope for all arms, 95 % interval by "
+        "bootstrap over sizes."
     )
     data = pd.concat([each.points.assign(evaluation_set=n) for n, each in found.items()])
     return Plate("loss_to_loss", title, caption, figure, data)
@@ -98,10 +98,10 @@ def _multipliers(study: Study, found: Findings) -> Plate:
         for name in dict.fromkeys(strings(known, "other").tolist())
         for rows in [where(known, "other", name)]
     ]
-    title = f"Worth in tokens by size: {'; '.join(parts) or 'refused everywhere'}"
+    title = f"Worth in tokens where not refused: {'; '.join(parts) or 'refused everywhere'}"
     baseline = str(found.by_scale["baseline"].iloc[0])
     caption = (
-        f"n = {len(study.points.rows)} decayed points, {law_words(study.joint.law)}; baseline "
+        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}; baseline "
         f"{baseline}. Bands: 95 % bootstrap interval. Refused at {refused:.0%} of the places: the "
         "baseline reaches that loss nowhere that it was run, or not in one replicate of twenty."
     )
@@ -117,7 +117,7 @@ def _counting(study: Study, found: Findings) -> Plate:
         f"The exponent of the best N runs from {values.min():.2f} to {values.max():.2f} by counting"
     )
     caption = (
-        f"n = {len(study.points.rows)} decayed points, {law_words(study.joint.law)}, first arm; "
+        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}, first arm; "
         "bars: 95 % bootstrap interval. The same runs, counted otherwise."
     )
     return Plate("counting", title, caption, figure, rows)
@@ -131,7 +131,7 @@ def _cooldown(study: Study, found: Findings) -> Plate:
     sizes, change = np.log(floats(rows, "parameters")), floats(rows, "percent")
     slope = float(np.polyfit(sizes, change, 1)[0]) * np.log(10) if np.ptp(sizes) > 0 else 0.0
     title = (
-        f"Decay of the rate changes loss by {np.median(change):+.1f} % (median), "
+        f"Decay of the learning rate changes loss by {np.median(change):+.1f} % (median), "
         f"{slope:+.1f} % more per decade of N"
     )
     caption = (
@@ -154,7 +154,7 @@ def _design(found: Findings, fit: Fit) -> Plate:
     if len(fits):
         after, cost = 100 * float(floats(fits, "half_width")[-1]), floats(fits, "flops").sum()
         title = (
-            f"{len(fits)} more runs of {with_unit(float(cost))}FLOP take the "
+            f"{len(fits)} more runs, {with_unit(float(cost))}FLOP in all, take the "
             f"forecast at ten times the compute from +-{100 * found.advice.half_width:.2g} % to "
             f"+-{after:.2g} %"
         )

@@ -1,6 +1,7 @@
 """Figures: drawn without warnings, from what is handed in, in files with their data."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis import figures, figures_law
+from analysis.backtest import BackTest
 from analysis.findings import find
+from analysis.frontiers import frontier_with_band
 from analysis.gallery import draw
 from analysis.isoflop import budgets
+from analysis.plates_law import device_speed
 from analysis.study import Settings, analyse
 from analysis.table import load
 from tests.analysis.synthetic_study import Study, write
@@ -144,3 +148,26 @@ def test_a_sweep_of_one_point_is_drawn(tmp_path):
     study = analyse(load(root), Settings(replicates=10))
     for plate in draw(study, find(study, Settings(replicates=10))):
         plate.save(tmp_path / "figures")
+
+
+def test_the_frontier_has_device_hours_on_top_where_the_speed_of_one_device_is_known(learnt):
+    names = ["device", "flops_per_device_second"]
+    assert device_speed(pd.DataFrame([("cpu", 1e9), ("cpu", 3e9)], columns=names)) == (2e9, "cpu")
+    assert device_speed(pd.DataFrame([("cpu", 1e9), ("gpu", 3e9)], columns=names))[1] == ""
+    assert device_speed(learnt.table.runs)[1] == ""
+    ax = Figure().add_subplot()
+    ax.set(xscale="log", xlim=(3.6e12, 3.6e15))
+    figures_law.device_hours(ax, 1e9)
+    (top,) = ax.child_axes
+    np.testing.assert_allclose(top.get_xticks(), [1.0, 10.0, 100.0, 1000.0])
+    np.testing.assert_allclose(top._functions[0](3.6e12), 1.0)
+
+
+def test_bands_beyond_the_data_hold_the_choice_of_law(learnt):
+    fit, drawn = learnt.joint.fit, learnt.joint.replicates
+    group, tested = fit.form.groups[0], BackTest(pd.DataFrame(), 0.01, assumed=False)
+    other = replace(fit, theta=fit.theta + 0.02)
+    alone, joined = (frontier_with_band(fit, drawn, group, tested, each) for each in ([], [other]))
+    inside = alone["flops"] <= learnt.points.rows["flops"].max()
+    np.testing.assert_array_equal(alone["high"][inside], joined["high"][inside])
+    assert (joined["high"][~inside] > alone["high"][~inside]).all()
