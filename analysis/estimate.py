@@ -10,6 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.backtest import BackTest, Forecast, backtest, compute_of, forecast
+from analysis.bend import Bent, bend
 from analysis.curves import TaskError
 from analysis.fits import Estimator, Fit
 from analysis.forms import AnyLaw
@@ -38,11 +39,13 @@ class Learnt:
 
     Attributes:
         parameters: an interval per exponent, and per term at the centre of the data.
+        bent: the law with a bend, for intervals inside the data; None where rows are too few.
         backtest: rolling forecasts, for tables that have sizes and tokens.
     """
 
     fit: Fit
     covariance: Sandwich
+    bent: Bent | None
     parameters: dict[str, Interval]
     backtest: BackTest | None
 
@@ -94,8 +97,10 @@ class ScalingLaw:
     ) -> pd.DataFrame | Refusal:
         """The target at each row with an interval for a new run: `estimate`, `low`, `high`.
 
-        Beyond the largest compute the interval holds the back-test's error and the spread between
-        laws; more than ten times beyond it is refused, unless it is allowed.
+        Inside the data `mean_low` and `mean_high` are the interval of the mean of many runs, which
+        does not take the law's shape for granted. Beyond the largest compute the interval holds
+        the back-test's error and the spread between laws; more than ten times beyond it is
+        refused, unless it is allowed.
         """
         learnt = self.learnt_
         if isinstance(learnt, Refusal):
@@ -135,7 +140,7 @@ def _learn(estimator: Estimator, fit: Fit) -> Learnt:
             found = found.mapped(lambda value: float(np.exp(value)))
         intervals[label] = found
     tested = backtest(estimator, fit.rows, fit.law) if _has_compute(fit) else None
-    return Learnt(fit, covariance, intervals, tested)
+    return Learnt(fit, covariance, bend(fit), intervals, tested)
 
 
 def _has_compute(fit: Fit) -> bool:
@@ -174,8 +179,16 @@ def _at_level(
         parts = found.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)
         rest = (parts**2).sum(axis=1)
     half = np.sqrt((quantile * error) ** 2 + normal**2 * rest)
-    answer = pd.DataFrame(
-        {"estimate": np.exp(log), "low": np.exp(log - half), "high": np.exp(log + half)},
-        index=table.index,
-    )
-    return answer if found is None else answer.join(found.rows.drop(columns=list(answer)))
+    low, high = _mean_interval(learnt.bent, table, level).T
+    columns = {"estimate": np.exp(log), "low": np.exp(log - half), "high": np.exp(log + half)}
+    answer = pd.DataFrame({**columns, "mean_low": low, "mean_high": high}, index=table.index)
+    return answer if found is None else answer.join(found.rows.drop(columns=list(columns)))
+
+
+def _mean_interval(bent: Bent | None, table: pd.DataFrame, level: float) -> np.ndarray:
+    if bent is None:
+        return np.full((len(table), 2), np.nan)
+    log, error, freedom = bent.predict(table)
+    half = error * stats.t.ppf(0.5 + 0.5 * level, freedom)
+    ends = np.exp(np.stack([log - half, log + half], axis=1))
+    return np.where(bent.inside(table)[:, None], ends, np.nan)

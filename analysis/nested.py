@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fits import Estimator, Fit
-from analysis.forms import AnyLaw, log_loss, log_loss_and_jacobian
+from analysis.forms import log_loss, log_loss_and_jacobian
 from analysis.frames import floats, keep
 from analysis.laws import Array, Law, group_of
 from analysis.refusal import Refusal
@@ -131,20 +131,6 @@ def hold_out_errors(fit: Fit, folds: Array) -> Array:
     predicted = log_loss(problem.design, theta)
     place = np.searchsorted(names, folds)
     return problem.y - predicted[place, np.arange(len(folds))]
-
-
-def pick(rows: pd.DataFrame, laws: tuple[AnyLaw, ...], estimator: Estimator) -> Fit | Refusal:
-    """Fit the law that describes the rows best by AICc (of least squares), with the estimator.
-
-    A law that is a little wrong is biased even inside its data, by up to half a standard error in
-    synthetic studies; a challenger that contains it takes over when the data ask for it.
-    """
-    squares = replace(estimator, delta=np.inf)
-    found = [squares.fit(rows, law) for law in laws]
-    fitted = [each for each in found if isinstance(each, Fit)]
-    if not fitted:
-        return next(each for each in found if isinstance(each, Refusal))
-    return estimator.fit(rows, min(fitted, key=lambda each: criteria(each)[0]).law)
 
 
 def criteria(fit: Fit) -> tuple[float, float]:

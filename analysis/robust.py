@@ -65,13 +65,27 @@ class Sandwich:
 
 def sandwich(fit: Fit) -> Sandwich:
     """The cluster-robust covariance of a fit; each row is its own cluster without `trunk_id`."""
-    jacobian = log_loss_and_jacobian(fit.form.design(fit.rows), fit.theta[None])[1][0]
+    return covariance(fit, fit.theta, slopes_at(fit, fit.rows), fit.residuals)
+
+
+def slopes_at(fit: Fit, rows: pd.DataFrame) -> Array:
+    """Derivatives of ln of the fitted target at rows by the parameters (rows, parameters)."""
+    return log_loss_and_jacobian(fit.form.design(rows), fit.theta[None])[1][0]
+
+
+def covariance(fit: Fit, theta: Array, slopes: Array, residuals: Array) -> Sandwich:
+    """The same for any regression on the fit's rows, weighted and clipped as the fit is.
+
+    Args:
+        fit: whose weights, threshold of clipping and clusters are taken.
+        theta: its coefficients.
+        slopes: (rows, coefficients).
+        residuals: (rows).
+    """
     scale = np.sqrt(fit.weights)
-    basis, singular, right = np.linalg.svd(jacobian * scale[:, None], full_matrices=False)
-    keep = singular > 1e-10 * singular[0]
-    solve = (right[keep].T / singular[keep]) @ basis[:, keep].T
-    rest = np.eye(len(basis)) - basis[:, keep] @ basis[:, keep].T
-    errors = _pseudo_values(fit) * scale
+    basis, solve = projection(slopes * scale[:, None])
+    rest = np.eye(len(basis)) - basis @ basis.T
+    errors = _pseudo_values(fit, residuals, slopes.shape[1]) * scale
     clusters = cluster_index(fit.rows)
     members = np.equal(np.arange(clusters.max() + 1)[:, None], clusters).astype(float)
     pushes, influence = [], []
@@ -80,8 +94,16 @@ def sandwich(fit: Fit) -> Sandwich:
         adjusted = solve[:, mine] @ _root_inverse(rest[np.ix_(mine, mine)])
         pushes.append(adjusted @ errors[mine])
         influence.append(adjusted @ rest[mine])
-    shared, own = _variances(errors, members, int(keep.sum()))
-    return Sandwich(fit.theta, np.stack(pushes), np.stack(influence), members, shared, own)
+    shared, own = _variances(errors, members, basis.shape[1])
+    return Sandwich(theta, np.stack(pushes), np.stack(influence), members, shared, own)
+
+
+def projection(slopes: Array) -> tuple[Array, Array]:
+    """An orthonormal basis of the columns, and the matrix that solves least squares."""
+    basis, singular, right = np.linalg.svd(slopes, full_matrices=False)
+    keep = singular > 1e-10 * singular[0]
+    basis = basis[:, keep]
+    return basis, (right[keep].T / singular[keep]) @ basis.T
 
 
 def parameter_interval(fit: Fit, found: Sandwich, label: str) -> Interval:
@@ -92,10 +114,8 @@ def parameter_interval(fit: Fit, found: Sandwich, label: str) -> Interval:
 
 def prediction_errors(fit: Fit, found: Sandwich, rows: pd.DataFrame) -> tuple[Array, Array, Array]:
     """Ln of the fitted target at rows, its standard error, and the degrees of freedom of that."""
-    design = fit.form.design(rows)
-    jacobian = log_loss_and_jacobian(design, fit.theta[None])[1][0]
-    error, freedom = found.error_and_freedom(jacobian)
-    return log_loss(design, fit.theta[None])[0], error, freedom
+    error, freedom = found.error_and_freedom(slopes_at(fit, rows))
+    return log_loss(fit.form.design(rows), fit.theta[None])[0], error, freedom
 
 
 def cluster_index(rows: pd.DataFrame) -> Array:
@@ -105,12 +125,10 @@ def cluster_index(rows: pd.DataFrame) -> Array:
     return np.unique(strings(rows, CLUSTER), return_inverse=True)[1]
 
 
-def _pseudo_values(fit: Fit) -> Array:
-    residuals = fit.residuals
+def _pseudo_values(fit: Fit, residuals: Array, parameters: int) -> Array:
     inside = np.abs(residuals) <= fit.delta
     share = max(float(np.average(inside, weights=fit.weights)), 0.1)
-    count, parameters = float(fit.weights.sum()), len(fit.theta)
-    correction = 1.0 + parameters / count * (1.0 - share) / share
+    correction = 1.0 + parameters / float(fit.weights.sum()) * (1.0 - share) / share
     return correction * np.clip(residuals, -fit.delta, fit.delta) / share
 
 

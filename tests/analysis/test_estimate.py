@@ -61,6 +61,15 @@ def test_a_wider_level_gives_a_wider_interval_around_the_same_estimate(fitted):
     assert wide["low"][0] < narrow["low"][0] < narrow["high"][0] < wide["high"][0]
 
 
+def test_the_mean_of_runs_is_known_better_than_one_run_and_inside_the_data_alone(fitted):
+    at = pd.DataFrame({"parameters": [2e8, 9.5e9], "tokens": [5e9, 2e9]})
+    found = fitted.predict(at)
+    assert found["low"][0] < found["mean_low"][0] < found["mean_high"][0] < found["high"][0]
+    assert found["mean_low"].isna().tolist() == [False, True]
+    truth = slow.chinchilla(LAW, at["parameters"], at["tokens"])
+    assert found["mean_low"][0] < truth[0] < found["mean_high"][0]
+
+
 def test_far_beyond_the_data_is_refused_unless_allowed(fitted):
     far = pd.DataFrame({"parameters": [1e11], "tokens": [2e12]})
     refused = fitted.predict(far)

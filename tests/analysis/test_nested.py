@@ -6,8 +6,8 @@ import pytest
 
 from analysis.fits import Estimator
 from analysis.forms import bind
-from analysis.laws import CHINCHILLA, GAMMA, crossed_family, nested_family
-from analysis.nested import _folds, choose, effect, hold_out_errors, pick
+from analysis.laws import crossed_family, nested_family
+from analysis.nested import _folds, choose, effect, hold_out_errors
 from tests.oracles import fits as slow
 
 LIGHT = Estimator(grid=np.geomspace(0.03, 1.3, 12), starts=4)
@@ -89,13 +89,3 @@ def test_in_a_crossed_family_size_belongs_to_the_arm_and_floors_to_the_corpus():
     owners = {"A [a]", "A [b]", "E [web]", "E [code]", "B [a on web]", "alpha", "beta"}
     assert owners <= set(form.labels)
     assert len(form.labels) == 10
-
-
-def test_a_challenger_takes_over_only_where_the_data_ask_for_it():
-    rows = arms(0.0, sd=0.001)
-    straight = rows[rows["architecture"] == "a"].reset_index(drop=True)
-    inner = 400.0 * straight["parameters"] ** -0.34 + 900.0 * straight["tokens"] ** -0.36
-    noise = np.exp(np.random.default_rng(1).normal(0, 0.001, len(straight)))
-    bent = straight.assign(loss_nats=(1.8 + inner**0.5) * noise)
-    assert pick(straight, (CHINCHILLA, GAMMA), LIGHT).law.name == "chinchilla"
-    assert pick(bent, (CHINCHILLA, GAMMA), LIGHT).law.name == "gamma"

@@ -4,12 +4,10 @@ import pytest
 
 from tests.recovery import (
     INSIDE,
+    Draws,
     Rate,
-    coverage,
     draw_inside,
-    extrapolation,
     generator_of,
-    positives,
 )
 
 DRAWS = 200
@@ -18,7 +16,7 @@ DRAWS = 200
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", INSIDE)
 def test_intervals_inside_the_data_cover_the_truth_as_often_as_they_say(kind):
-    rates, bias = coverage(kind, DRAWS)
+    rates, bias = Draws(DRAWS).coverage(kind)
     assert all(rate.compatible() for rate in rates), [(r.name, r.value) for r in rates]
     assert all(abs(value) < 0.5 for value in bias.values()), bias
 
@@ -26,14 +24,14 @@ def test_intervals_inside_the_data_cover_the_truth_as_often_as_they_say(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["iid", "clustered"])
 def test_arms_without_a_difference_are_said_to_differ_one_time_in_twenty(kind):
-    rate = positives(kind, DRAWS, 0.0)
+    rate = Draws(DRAWS).positives(kind, 0.0)
     assert rate.compatible(), rate
-    assert positives(kind, 20, -0.02).value > 0.9
+    assert Draws(20).positives(kind, -0.02).value > 0.9
 
 
 @pytest.mark.slow
 def test_back_tested_intervals_cover_larger_runs_of_laws_that_are_not_fitted():
-    full, bare = extrapolation(60)
+    full, bare = Draws(60).extrapolation()
     assert full.value >= 0.85
     assert full.value >= bare.value
 
