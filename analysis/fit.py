@@ -3,6 +3,8 @@
 python -m analysis.fit runs.csv --law chinchilla
 python -m analysis.fit runs.csv --law chinchilla --by architecture
 python -m analysis.fit runs.csv --columns N=Size,tokens=Tokens:B --at 7e9,1.4e11
+python -m analysis.fit runs.csv --approaches --budget 1e21 --served 1e12
+python -m analysis.fit runs.csv --by architecture --baseline transformer
 
 Reads .csv, .tsv, .parquet or .jsonl; says how each column was read, what was left out, what is
 doubtful about the table, and every parameter with its interval. Ends with 1 if the law is refused.
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 from analysis.estimate import LAWS, Learnt, ScalingLaw
@@ -23,6 +26,7 @@ from analysis.frames import strings, where
 from analysis.guards import check, evaluation
 from analysis.laws import nested_family
 from analysis.nested import choose
+from analysis.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.refusal import Refusal
 from analysis.wording import number
 
@@ -63,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--columns", default="", help="schema column=column of the file, ...")
     parser.add_argument("--at", default="", help="parameters,tokens to predict the loss at")
     parser.add_argument(
+        "--approaches", action="store_true", help="the three ways to N*(C) and D*(C) side by side"
+    )
+    parser.add_argument("--budget", type=float, help="training FLOPs to spend as well as possible")
+    parser.add_argument(
+        "--served", type=float, default=0.0, help="tokens to be served by what the budget trains"
+    )
+    parser.add_argument(
+        "--baseline", help="the arm that others are held against, in tokens, FLOPs and parameters"
+    )
+    parser.add_argument(
         "--allow", action="store_true", help="predict more than 10x beyond the data"
     )
     return parser
@@ -94,7 +108,24 @@ def _answer(
         console.print(_family(rows, tuple(options.by)))
     if options.at:
         console.print(_prediction(law, rows, options), markup=False)
+    for line in _questions(rows, learnt, options):
+        console.print(line, markup=False)
     return True
+
+
+def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) -> Iterator[str]:
+    if options.approaches:
+        yield from approaches(rows, tuple(options.by))
+    if options.budget is None and options.baseline is None:
+        return
+    if options.law != "chinchilla":
+        raise ValueError(f"--budget and --baseline ask the chinchilla law, not {options.law}")
+    replicates = bootstrap(learnt.fit)
+    if options.budget is not None:
+        budget = Budget(options.budget, options.served, options.allow)
+        yield from spending(learnt.fit, replicates, budget)
+    if options.baseline is not None:
+        yield from lead(learnt.fit, replicates, options.baseline)
 
 
 def _reading(foreign: Foreign) -> Iterator[str]:
@@ -111,15 +142,18 @@ def _reading(foreign: Foreign) -> Iterator[str]:
 
 def _parameters(learnt: Learnt) -> Grid:
     """Exponents as they are; terms at the centre of the data, where they are best known."""
-    grid = Grid("parameter", "at N = D = 1", "at the centre of the data", "95 % interval", "by")
+    grid = Grid(title="the centre is that of the data, where terms are best known")
+    for name in ("parameter", "at N = D = 1", "at the centre", "95 % interval", "by"):
+        grid.add_column(name, no_wrap=True)
     reported = learnt.fit.parameters
     for label, interval in learnt.parameters.items():
         open_floor = label.startswith("E") and "W-E0" in learnt.fit.codes
         ends = "not identified" if open_floor else f"[{interval.low:.4g}, {interval.high:.4g}]"
         whole = f"{reported[label]:.5g}" if label in reported else ""
-        grid.add_row(
-            label, whole, f"{interval.estimate:.5g}", ends, interval.method.split(", ")[-1]
-        )
+        method = interval.method.split(", ")[-1].replace("t with", "t,")
+        method = method.replace("degrees of freedom", "dof")
+        # Rich would read the name of an arm in brackets as a style.
+        grid.add_row(escape(label), whole, f"{interval.estimate:.5g}", escape(ends), method)
     return grid
 
 
@@ -145,7 +179,8 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
         numbers = [number(float(record[key]), 1) for key in ("AICc", "BIC")]
         error = f"{100 * record['hold_out']:.3g} %"
         parameters = number(float(record["parameters"]), 0)
-        grid.add_row(f"{record['law']}{mark}", parameters, *numbers, error, str(record["status"]))
+        status = escape(str(record["status"]))
+        grid.add_row(f"{record['law']}{mark}", parameters, *numbers, error, status)
     return grid
 
 

@@ -213,6 +213,8 @@ def multiplier_sentence(multiplier: Multiplier) -> str:
     value = multiplier.factor
     needs = f"{multiplier.baseline} needs {bracketed(value)} times the {multiplier.quantity}"
     where = "each at its best size"
+    if multiplier.quantity == "parameters":
+        where = "both with the same tokens"
     if multiplier.size is not None:
         where = f"both at {with_unit(multiplier.size)} parameters"
     return f"{needs} of {multiplier.other} to reach {multiplier.loss_nats:.3f} nats, {where}"
