@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from analysis.compare import Contrast
 from analysis.frames import floats, where
 from analysis.refusal import Refusal
+from analysis.tips import mark
 from analysis.wording import short_effect, with_unit
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers repeat the information.
@@ -56,6 +57,15 @@ def styled() -> AbstractContextManager:
     return mpl.rc_context(STYLE)  # type: ignore[arg-type]
 
 
+def plot_runs(
+    ax: Axes, rows: pd.DataFrame, axes: tuple[str, str], marker: str, colour: str
+) -> None:
+    """A marker for each run, which tells on a page what it is."""
+    x, y = axes
+    style = {"ms": 4.5, "mec": PAPER, "mew": 0.5, "lw": 0.8}
+    ax.plot(rows[x], rows[y], marker, color=colour, gid=mark(rows), **style)
+
+
 def plot_loss_against_compute(
     ax: Axes, rows: pd.DataFrame, curves: pd.DataFrame, architectures: Sequence[str]
 ) -> Labels:
@@ -63,7 +73,7 @@ def plot_loss_against_compute(
     ends: Labels = {}
     for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
-        ax.plot(mine["flops"], mine["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5)
+        plot_runs(ax, mine, ("flops", "loss_nats"), marker, colour)
         line = _curve(curves, "frontier", name)
         ax.plot(line["flops"], line["loss_nats"], color=colour, lw=1.8)
         if len(line):
@@ -87,10 +97,7 @@ def plot_loss_against_tokens(
         for _, points in mine.groupby("trunk_id"):
             line = points.sort_values("tokens")
             label = with_unit(float(floats(line, "nominal_parameters")[0]))
-            ax.plot(
-                line["tokens"], line["loss_nats"], marker + "-", color=colour,
-                lw=0.8, ms=4.5, mec=PAPER, mew=0.5,
-            )  # fmt: skip
+            plot_runs(ax, line, ("tokens", "loss_nats"), marker + "-", colour)
             ends.setdefault(label, (*last(line, "tokens"), FAINT))
     log_axes(ax, "training tokens D", "tokens")
     return ends
@@ -103,9 +110,7 @@ def plot_loss_against_parameters(
     ends: Labels = {}
     for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
-        ax.plot(
-            mine["parameters"], mine["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5
-        )
+        plot_runs(ax, mine, ("parameters", "loss_nats"), marker, colour)
         for tokens, line in _curve(curves, "horizon", name).groupby("key"):
             ax.plot(line["parameters"], line["loss_nats"], color=colour, lw=1.2)
             label = f"{with_unit(float(str(tokens)))} tokens"

@@ -23,7 +23,7 @@ def plot_frontier(
     ax.set_xscale("log")
     for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
-        ax.plot(mine["flops"], mine["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5)
+        figures.plot_runs(ax, mine, ("flops", "loss_nats"), marker, colour)
         line = where(frontier, "architecture", name).sort_values("flops")
         if not len(line):
             continue
@@ -67,7 +67,7 @@ def plot_isoflop(ax: Axes, curves: Sequence[Budget]) -> figures.Labels:
     for place, curve in enumerate(curves):
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         sizes = floats(curve.points, "parameters")
-        ax.plot(sizes, curve.points["loss_nats"], marker, color=colour, ms=4.5, mec=PAPER, mew=0.5)
+        figures.plot_runs(ax, curve.points, ("parameters", "loss_nats"), marker, colour)
         grid = np.geomspace(sizes.min(), sizes.max(), 60)
         ax.plot(grid, curve.loss(grid), color=colour, lw=1.2)
         label = f"{curve.flops:.1e} FLOP"

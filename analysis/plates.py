@@ -16,6 +16,7 @@ from analysis.fits import Fit
 from analysis.frames import columns_of, floats, keep, where
 from analysis.rates import mixed_rates
 from analysis.study import Study
+from analysis.tips import with_titles
 from analysis.uncertainty import Interval
 from analysis.wording import bracketed, largest_effect, law_words, with_unit
 
@@ -41,7 +42,10 @@ class Plate:
             self.figure.set_layout_engine("none")
             self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
         self.data.to_csv(folder / f"{self.name}.csv", index=False, float_format="%.8g")
-        return (folder / f"{self.name}.svg").read_text()
+        drawn = folder / f"{self.name}.svg"
+        text = with_titles(drawn.read_text())
+        drawn.write_text(text)
+        return text
 
 
 def draw_points(study: Study) -> list[Plate]:
