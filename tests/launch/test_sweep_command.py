@@ -1,7 +1,9 @@
 """The smoke sweep as a user runs it: whole, again, killed, on two processes, and on bad input."""
 
+import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -63,6 +65,31 @@ def test_two_processes_equal_one(swept: Path) -> None:
     assert [r["certificate"] for r in one.metrics] == [r["certificate"] for r in two.metrics]
     for a, b in zip(one.metrics[:20], two.metrics[:20], strict=True):
         assert math.isclose(a["loss_nats"], b["loss_nats"], rel_tol=2e-5)  # type: ignore[arg-type]
+
+
+def test_a_cell_of_its_capsule_trains_again_to_the_same_losses(swept: Path, tmp_path: Path) -> None:
+    file = str(tmp_path / "smoke.tar.gz")
+    packed = command("launch/capsule.py", "pack", str(swept), file)
+    assert packed.returncode == 0, packed.stdout
+    again = command("launch/capsule.py", "retrain", file)
+    assert again.returncode == 0, again.stdout + again.stderr
+    drifts = re.findall(r"drift ([+-][\d.]+) %", again.stdout)
+    assert len(drifts) == 3
+    assert all(float(drift) == 0.0 for drift in drifts)
+
+
+def test_a_drift_is_told_and_ends_with_1(swept: Path, tmp_path: Path) -> None:
+    study = shutil.copytree(swept, tmp_path / "smoke")
+    for rows in study.glob("*/evaluations.jsonl"):
+        stored = [json.loads(line) for line in rows.read_text().splitlines()]
+        changed = [{**row, "total_nats": 1.01 * float(row["total_nats"])} for row in stored]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    file = str(tmp_path / "smoke.tar.gz")
+    assert command("launch/capsule.py", "pack", str(study), file).returncode == 0
+    again = command("launch/capsule.py", "retrain", file)
+    assert again.returncode == 1, again.stdout
+    assert "drift -0.99" in again.stdout
+    assert "beyond 0.001" in again.stdout
 
 
 def test_kill_of_everything_then_the_same_command_ends_bit_identically(
