@@ -203,3 +203,16 @@ def test_a_well_identified_floor_raises_no_floor_warning(chinchilla_rows):
 def test_a_narrow_design_raises_the_condition_warning(one_cell):
     narrow = one_cell[one_cell["parameters"] < 4e4]
     assert "W-COND" in fit(with_noise(narrow, 0.003, 7), CHINCHILLA).codes
+
+
+def test_a_well_conditioned_design_raises_no_condition_warning(chinchilla_rows):
+    found = fit(chinchilla_rows, CHINCHILLA)
+    assert "W-COND" not in found.codes
+    assert found.condition < 1e3
+
+
+@pytest.mark.parametrize(("starts", "raised"), [(1, True), (2, False)])
+def test_too_few_starts_at_the_optimum_are_raised(chinchilla_rows, starts, raised):
+    found = Estimator(starts=starts).fit(chinchilla_rows, CHINCHILLA)
+    assert found.starts_agreeing == found.starts >= starts
+    assert ("W-OPT" in found.codes) == raised
