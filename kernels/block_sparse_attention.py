@@ -3,9 +3,8 @@
 Source: Lee et al. 2024, "HiP Attention", section 3.3; Xiao et al. 2023, "StreamingLLM", section 3.2
 (sinks). A key that is listed, a sink and in the window at once takes one share of the softmax. A
 window of W is W keys, the query's own included. Changed: forward and backward gather the keys of a
-bounded number of query blocks at a time, so no memory grows with queries times keys. There is no
-Triton kernel so far: a GPU runs this torch code, which writes every gathered key and value to
-memory once, and sums their gradients atomically, so that two runs differ there by rounding.
+bounded number of query blocks at a time, so no memory grows with queries times keys. On a GPU the
+Triton kernels of `block_sparse_operator` do the same, and store no gathered key.
 """
 
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.block_sparse_operator import Sizes, attend_to_lists
 from kernels.precision import without_autocast
+from kernels.runtime import uses_triton
 
 # Numbers that a tile gathers of keys: 2 MiB of float32, about a core's share of the last cache.
 GATHERED = 1 << 19
@@ -114,7 +115,8 @@ def block_sparse_attention(
     """Attend with each query to its block's listed keys, sinks and window, none after itself.
 
     Scores are scaled by 1/sqrt(P) and normalised in float32 (float64 in, float64 out); outputs have
-    the dtype of `values`. No gradient reaches the lists. On a CPU it is deterministic.
+    the dtype of `values`. No gradient reaches the lists. Two runs are equal bit for bit, but not in
+    float64 on a GPU, where torch sums the gradients of keys and values in no order.
 
     Args:
         queries: those of the last L of the S tokens.
@@ -131,14 +133,13 @@ def block_sparse_attention(
     B, L, H, _ = queries.shape
     S, G, Q = values.shape[1:]
     listed, where = in_one_list(queries, keys, blocks)
-    mixed = _BlockSparse.apply(
-        listed,
-        keys.reshape(B * S * G, -1),
-        values.reshape(B * S * G, Q),
-        _distinct(kept.flatten(0, 2)),
-        where,
-        Reach(reach.key_block, min(reach.n_sink, S), min(reach.window, S)),
-    )
+    reach = Reach(reach.key_block, min(reach.n_sink, S), min(reach.window, S))
+    tensors = (listed, keys.reshape(B * S * G, -1), values.reshape(B * S * G, Q))
+    lists = _distinct(kept.flatten(0, 2))
+    if uses_triton(queries):
+        mixed = attend_to_lists(*tensors, lists, where[:2], Sizes(B, H, G, *reach))
+    else:
+        mixed = _BlockSparse.apply(*tensors, lists, where, reach)
     rows = mixed.view(B, H, -1, Q).transpose(1, 2).flatten(0, 1)
     first = torch.arange(B, device=rows.device)[:, None] * (rows.shape[0] // B)
     return rows.index_select(0, (blocks.places + first).flatten()).view(B, L, H, Q)

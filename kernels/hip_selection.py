@@ -4,8 +4,11 @@ Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (the tree); Lee et al. 20
 section 3.1 (the stages). Changed against the papers: a range is represented by its centre and ties
 go to the earlier range, so a search is a function of its inputs; query rows that choose together
 all vote; each query head chooses for itself; documents are searched apart.
-There is no Triton kernel so far: a GPU runs this torch code, which gathers the keys of every round
-to memory, 2 kept blocks for each list, and sorts the scores.
+Selection has no Triton kernel: a GPU runs this torch code, which gathers the keys of every round to
+memory, 2 kept blocks for each list, and sorts the scores, a tile of lists after another. By count,
+512 kept keys of 64 channels in bf16 move 1.2 MB a list and round, and 8 lists, a tile, start 34
+kernels a round. So a layer of 16 heads at 8 x 2,048 tokens, two rounds, moves 0.63 TB and starts
+2.75 million kernels, forward only: starting them bounds it. Nothing of that was timed on a GPU.
 """
 
 import itertools

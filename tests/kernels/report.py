@@ -5,10 +5,11 @@ python -m tests.kernels.report mamba --rungs 3B  some
 
 Builds the named architectures on the meta device, writes down every launch of one repetition of
 their pattern, forward and backward, as a bf16 run on packed documents makes them, and compiles each
-for three generations of GPU. Prints registers, spills, occupancy, bytes and what bounds the time,
-and writes reports/kernels.json. Ends with 1 if a kernel breaks a limit that it is not excused from,
-or if an architecture cannot be recorded. Times are bounds, not measurements: bytes at the memory's
-full bandwidth, each tensor read or written once, and FLOPs at the cores' peak.
+for three generations of GPU. No named architecture has HiP, whose search needs real numbers: `hip`
+is its attention to listed keys alone. Prints registers, spills, occupancy, bytes and what bounds
+the time, and writes reports/kernels.json. Ends with 1 if a kernel breaks a limit that it is not
+excused from, or if an architecture cannot be recorded. Times are bounds, not measurements: bytes at
+the memory's full bandwidth, each tensor read or written once, and FLOPs at the cores' peak.
 """
 
 import argparse
@@ -26,10 +27,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from kernels.block_sparse_attention import Reach, block_sparse_attention, query_blocks
 from kernels.gpu.compiled import CHIPS, Chip, Compiled, compile_launch, roofline_seconds
 from kernels.gpu.launch import Launch, recording
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone
+from models.mixers.softmax.hip import HipConfig
 from models.sequence import WholeSequence, segment_ends
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 
@@ -81,7 +84,7 @@ class Line:
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns the exit code."""
-    known = read_architectures()
+    known = [*read_architectures(), *OPERATORS]
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.report", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help="architectures; all if not given")
     parser.add_argument("--rungs", nargs="+", choices=RUNG_NAMES, default=RUNG_NAMES)
@@ -109,7 +112,7 @@ def record_rung(
     """The launches of each architecture on a rung, by place; tells which have none."""
     places = {}
     for name in names:
-        launches = record_layer(name, rung)
+        launches = OPERATORS[name](rung) if name in OPERATORS else record_layer(name, rung)
         places[f"{rung} {name}"] = launches
         if not launches:
             tell(f"{rung} {name}: no Triton kernel")
@@ -128,6 +131,34 @@ def record_layer(name: str, rung: str, batch: int = BATCH) -> list[Launch]:
     with recording() as launches, _Autocast():
         backbone(tokens, sequence).float().sum().backward()
     return launches
+
+
+def record_hip(rung: str) -> list[Launch]:
+    """The launches of HiP's attention: by row both ways, by block forward, as it is allowed."""
+    size = RUNGS[rung]
+    config = HipConfig(n_heads=size.n_heads)
+    reach = Reach(config.key_block, config.n_sink, config.window)
+    positions = torch.empty(BATCH, SEQ_LEN, dtype=torch.int64, device="meta")
+    shape = (BATCH, SEQ_LEN, size.n_heads, size.d_model // size.n_heads)
+    leaves = [
+        torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        for _ in range(3)
+    ]
+
+    def attend(width: int) -> Tensor:
+        blocks = query_blocks(positions, SEQ_LEN, width, width)
+        of_lists = (BATCH, size.n_heads, blocks.rows.shape[1], config.k // config.key_block)
+        kept = torch.empty(of_lists, dtype=torch.int64, device="meta")
+        return block_sparse_attention(*leaves, kept, blocks, reach)
+
+    with recording() as launches:
+        attend(1).sum().backward()
+        attend(config.query_block)
+    return launches
+
+
+OPERATORS: Mapping[str, Callable[[str], list[Launch]]] = {"hip": record_hip}
+"""What is recorded without an architecture around it."""
 
 
 def distinct(places: Mapping[str, Sequence[Launch]]) -> list[tuple[str, Launch]]:

@@ -50,7 +50,8 @@ PROPERTIES = {
 does not feel those that are not finite.
 """
 
-ATTENTIONS = ("window_attention", "checkpoint_attention")
+MASKED = ("window_attention", "checkpoint_attention")
+ATTENTIONS = (*MASKED, "block_sparse_attention")
 MIXED = (
     "a product of tiles multiplies the value of a key that is not seen by 0, and 0 times NaN is "
     "NaN: what is not finite may reach another document in its tile; huge finite values do not"
@@ -58,12 +59,11 @@ MIXED = (
 NOT_APPLICABLE = {
     **{(op, "decays"): "attention has no decays" for op in ATTENTIONS},
     **{(op, "state"): "attention carries no state" for op in ATTENTIONS},
-    **{(op, "nan"): MIXED for op in ATTENTIONS},
+    **{(op, "nan"): MIXED for op in MASKED},
     ("causal_conv", "decays"): "taps do not decay",
     ("causal_conv", "state"): "its carried inputs are cut out by plain torch, for every path",
 }
 TORCH_ON_GPU = {
-    "block_sparse_attention": "gathers listed keys and values and multiplies them in torch",
     "hip_selection": "gathers the keys of every round and sorts their scores in torch",
 }
 """Operators without a Triton kernel, each with what a GPU runs instead."""

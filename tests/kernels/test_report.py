@@ -8,7 +8,15 @@ import torch
 from kernels.gpu.compiled import CHIPS, Compiled, occupancy_of, roofline_seconds
 from kernels.gpu.launch import interpreting, recording
 from kernels.interval_attention import Intervals, Own, interval_attention
-from tests.kernels.report import EXCEPTIONS, Line, compile_all, distinct, record_layer, traffic
+from tests.kernels.report import (
+    EXCEPTIONS,
+    Line,
+    compile_all,
+    distinct,
+    record_hip,
+    record_layer,
+    traffic,
+)
 
 RUNG = "1.3B"
 ARCHITECTURES = ("mamba", "mamba2", "hydra", "hybrid", "scout_window")
@@ -50,6 +58,16 @@ def test_attention_with_wide_float32_heads_does_not_spill():
         interval_attention(q, k, v, seen, Own(k, v)).sum().backward()
     assert len(launches) == 4
     lines = compile_all([("float32", each) for each in launches], [HOPPER])
+    assert {line.name: line.broken() for line in lines if line.broken()} == {}
+
+
+@compiles
+@pytest.mark.slow
+def test_attention_to_listed_keys_keeps_the_limits_forward_and_backward():
+    launches = record_hip(RUNG)
+    names = [each.kernel.fn.__name__ for each in launches]
+    assert names == ["_forward_kernel", "_query_kernel", "_key_kernel", "_forward_kernel"]
+    lines = compile_all([("hip", each) for each in launches], [HOPPER])
     assert {line.name: line.broken() for line in lines if line.broken()} == {}
 
 
