@@ -22,6 +22,8 @@ from kernels.runtime import uses_triton
 
 # Numbers that a tile gathers of keys: 2 MiB of float32, about a core's share of the last cache.
 GATHERED = 1 << 19
+# The same on a GPU, where a start costs more than a pass over memory: 256 MiB of float32.
+GATHERED_ON_GPU = 1 << 26
 
 
 class QueryBlocks(NamedTuple):
@@ -198,9 +200,10 @@ def in_one_list(
     return listed, Where(positions, begins.flatten(), G)
 
 
-def tiles(items: int, each: int) -> Iterator[slice]:
+def tiles(items: int, each: int, device: torch.device) -> Iterator[slice]:
     """Slices of as many items as may gather `each` numbers at a time."""
-    size = max(1, GATHERED // max(1, each))
+    most = GATHERED if device.type == "cpu" else GATHERED_ON_GPU
+    size = max(1, most // max(1, each))
     return (slice(begin, begin + size) for begin in range(0, items, size))
 
 
@@ -319,7 +322,8 @@ def _tiles(inputs: _Inputs) -> Iterator[slice]:
     M, R, P = inputs.queries.shape
     reach = inputs.reach
     slots = inputs.kept.shape[1] * reach.key_block + reach.n_sink + reach.window + R - 1
-    return tiles(M, slots * max(P, R, inputs.values.shape[1]))
+    each = slots * max(P, R, inputs.values.shape[1])
+    return tiles(M, each, inputs.queries.device)
 
 
 def _rows(starts: Bool[Tensor, "B L"], width: int) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ go to the earlier range, so a search is a function of its inputs; query rows tha
 all vote; each query head chooses for itself; documents are searched apart.
 Selection has no Triton kernel: a GPU runs this torch code, which gathers the keys of every round to
 memory, 2 kept blocks for each list, and sorts the scores, a tile of lists after another. By count,
-512 kept keys of 64 channels in bf16 move 1.2 MB a list and round, and 8 lists, a tile, start 34
+512 kept keys of 64 channels in bf16 move 1.2 MB a list and round, and 1,024 lists, a tile, start 34
 kernels a round. So a layer of 16 heads at 8 x 2,048 tokens, two rounds, moves 0.63 TB and starts
-2.75 million kernels, forward only: starting them bounds it. Nothing of that was timed on a GPU.
+some 21,000 kernels, forward only: memory bounds it. Nothing of that was timed on a GPU.
 """
 
 import itertools
@@ -177,7 +177,7 @@ def _cut(queries: Tensor, keys: Tensor, blocks: QueryBlocks, gathered: int) -> I
     """Tiles of query blocks that gather so many keys each."""
     listed, where = in_one_list(queries, keys, blocks)
     flat = keys.reshape(-1, keys.shape[-1])
-    for part in tiles(len(listed), gathered * keys.shape[-1]):
+    for part in tiles(len(listed), gathered * keys.shape[-1], keys.device):
         yield _Tile(listed[part], flat, where.positions[part], where.begins[part], where.stride)
 
 

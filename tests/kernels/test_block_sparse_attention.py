@@ -171,6 +171,14 @@ def test_nan_in_one_document_leaves_the_others_untouched(width):
             assert torch.equal(gradient[:, others], wanted[:, others])
 
 
+def test_a_gpu_gathers_more_at_a_time():
+    on_cpu, on_gpu = (
+        list(module.tiles(4096, 1 << 16, torch.device(name))) for name in ("cpu", "cuda")
+    )
+    assert (len(on_cpu), len(on_gpu)) == (512, 4)
+    assert on_gpu[-1].stop == 4096
+
+
 def test_tiles_of_one_query_block_change_only_rounding(monkeypatch):
     case = make_case((9, 11), 8, Reach(2, 4, 5), 3)
     expected, wanted = differentiate(block_sparse_attention, *case)
