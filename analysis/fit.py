@@ -25,7 +25,7 @@ from analysis.foreign import Foreign, parse_columns, read_foreign
 from analysis.frames import strings, where
 from analysis.guards import check, evaluation
 from analysis.laws import nested_family
-from analysis.nested import choose
+from analysis.nested import Alike, alike, choose
 from analysis.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.refusal import Refusal
 from analysis.wording import number
@@ -106,6 +106,7 @@ def _answer(
     arms = {str(arm) for by in options.by for arm in rows[by]}
     if len(options.by) == 1 and options.law == "chinchilla" and len(arms) > 1:
         console.print(_family(rows, tuple(options.by)))
+        console.print(_alike(alike(learnt.fit, learnt.covariance)), markup=False)
     if options.at:
         console.print(_prediction(law, rows, options), markup=False)
     for line in _questions(rows, learnt, options):
@@ -182,6 +183,16 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
         status = escape(str(record["status"]))
         grid.add_row(f"{record['law']}{mark}", parameters, *numbers, error, status)
     return grid
+
+
+def _alike(found: Alike | Refusal) -> str:
+    if isinstance(found, Refusal):
+        return f"whether arms differ: {found}"
+    effects, rest = found.freedom
+    return (
+        f"that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} and "
+        f"{rest:.1f} degrees of freedom, all arms together)"
+    )
 
 
 def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from analysis.fits import Estimator, Fit
 from analysis.forms import log_loss, log_loss_and_jacobian
@@ -67,12 +68,75 @@ def choose(rows: pd.DataFrame, laws: dict[str, Law], estimator: Estimator | None
     return Choice(table, fits, forecast["law"], description["law"])
 
 
-def effect(fit: Fit, baseline: str, other: str, found: Sandwich | None = None) -> Interval:
+@dataclass(frozen=True)
+class Alike:
+    """Whether any arm differs from the others: one test of all effects together.
+
+    Attributes:
+        statistic: F, with `freedom` of the effects and of their covariance.
+        p: chance of one as large or larger if no arm differs.
+    """
+
+    statistic: float
+    freedom: tuple[float, float]
+    p: float
+
+
+def effect(
+    fit: Fit, baseline: str, other: str, found: Sandwich | None = None
+) -> Interval | Refusal:
     """Mean difference of fitted ln L between two groups, over the places where both were run.
 
     One number with one degree of freedom, so that "these arms differ" is one test and not a search
     over parameters. Places are the rows of both groups, each evaluated under both laws.
     """
+    if (refused := _single_trunks(fit, (baseline, other))) is not None:
+        return refused
+    estimate, direction = _difference(fit, baseline, other)
+    return (found or sandwich(fit)).interval(estimate, direction)
+
+
+def alike(fit: Fit, found: Sandwich | None = None) -> Alike | Refusal:
+    """Test that no group differs from the first, with the covariance between their effects.
+
+    Hotelling's T^2 as Pustejovsky and Tipton 2018 use it for cluster-robust covariances; their
+    degrees of freedom are replaced by the fewest of any single effect, which is on the safe side.
+    """
+    if (refused := _single_trunks(fit, fit.form.groups)) is not None:
+        return refused
+    found = found or sandwich(fit)
+    first, *others = fit.form.groups
+    pairs = [_difference(fit, first, other) for other in others]
+    estimates, directions = np.array([e for e, _ in pairs]), np.stack([d for _, d in pairs])
+    fewest = float(found.error_and_freedom(directions)[1].min())
+    count, rest = len(others), fewest - len(others) + 1
+    spread = (directions @ found.pushes.T) @ (directions @ found.pushes.T).T
+    if rest <= 0 or np.linalg.matrix_rank(spread) < count:
+        return Refusal(
+            "R-PAIRS",
+            f"{count + 1} arms on {fewest:.1f} degrees of freedom",
+            "add sizes or trunks, or compare fewer arms",
+        )
+    square = float(estimates @ np.linalg.solve(spread, estimates))
+    statistic = rest / (fewest * count) * square
+    return Alike(statistic, (float(count), rest), float(stats.f.sf(statistic, count, rest)))
+
+
+def _single_trunks(fit: Fit, names: tuple[str, ...]) -> Refusal | None:
+    """What one trunk has in common cannot be told from what its arm has in common."""
+    groups, clusters = np.array(group_of(fit.rows, fit.law.by)), cluster_index(fit.rows)
+    single = [name for name in names if len(np.unique(clusters[groups == name])) < 2]
+    if not single:
+        return None
+    return Refusal(
+        "R-PAIRS",
+        f"all rows of {', '.join(single)} are of one trunk, whose luck would pass for an effect",
+        "train a second trunk, of another size or seed",
+    )
+
+
+def _difference(fit: Fit, baseline: str, other: str) -> tuple[float, Array]:
+    """The effect, and its gradient by the parameters."""
     groups = np.array(group_of(fit.rows, fit.law.by))
     rows = keep(fit.rows, np.isin(groups, [baseline, other]))
     design = [fit.form.design(_as_group(fit, rows, group)) for group in (baseline, other)]
@@ -80,8 +144,7 @@ def effect(fit: Fit, baseline: str, other: str, found: Sandwich | None = None) -
         log_loss_and_jacobian(each, fit.theta[None]) for each in design
     )
     direction = (second_slopes[0] - first_slopes[0]).mean(axis=0)
-    estimate = float((second[0] - first[0]).mean())
-    return (found or sandwich(fit)).interval(estimate, direction)
+    return float((second[0] - first[0]).mean()), direction
 
 
 def _as_group(fit: Fit, rows: pd.DataFrame, group: str) -> pd.DataFrame:

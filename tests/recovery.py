@@ -34,6 +34,7 @@ from analysis.fits import Estimator, Fit
 from analysis.laws import CHINCHILLA, nested_family
 from analysis.nested import effect
 from analysis.robust import sandwich
+from analysis.uncertainty import Interval
 from launch.measurements import Measurement, write_measurements
 from tests.laws.published import chinchilla_points, kept, references
 
@@ -163,7 +164,8 @@ def differs(kind: str, draw: int, shift: float) -> bool | None:
         noise = generator.normal(0, 0.004, 12)[trunk] + 0.5 * noise
         rows = rows.assign(trunk_id=trunk.astype(str))
     found = LIGHT.fit(with_loss(rows, truth, noise), nested_family(("architecture",))["Mab"])
-    return effect(found, "a", "b").excludes(0.0) if isinstance(found, Fit) else None
+    between = effect(found, "a", "b") if isinstance(found, Fit) else None
+    return between.excludes(0.0) if isinstance(between, Interval) else None
 
 
 def extrapolated(draw: int) -> tuple[list[bool], list[bool]] | None:

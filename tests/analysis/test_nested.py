@@ -3,11 +3,14 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from analysis.fits import Estimator
 from analysis.forms import bind
 from analysis.laws import crossed_family, nested_family
-from analysis.nested import _folds, choose, effect, hold_out_errors
+from analysis.nested import _folds, alike, choose, effect, hold_out_errors
+from analysis.refusal import Refusal
+from analysis.uncertainty import Interval
 from tests.oracles import fits as slow
 
 LIGHT = Estimator(grid=np.geomspace(0.03, 1.3, 12), starts=4)
@@ -89,3 +92,58 @@ def test_in_a_crossed_family_size_belongs_to_the_arm_and_floors_to_the_corpus():
     owners = {"A [a]", "A [b]", "E [web]", "E [code]", "B [a on web]", "alpha", "beta"}
     assert owners <= set(form.labels)
     assert len(form.labels) == 10
+
+
+def three_arms(shift, seed, sd=0.004):
+    """Three arms on six sizes times four ratios; the last one's loss is shifted."""
+    sizes, ratios = np.geomspace(1e7, 1e9, 6), np.geomspace(5, 200, 4)
+    rows = pd.DataFrame(
+        [
+            {"architecture": arm, "parameters": n, "tokens": n * r}
+            for arm in "abc"
+            for n in sizes
+            for r in ratios
+        ]
+    )
+    noise = np.random.default_rng(seed).normal(0, sd, len(rows))
+    loss = slow.chinchilla((1.8, 400.0, 0.34, 900.0, 0.36), rows["parameters"], rows["tokens"])
+    return rows.assign(loss_nats=loss * np.exp(noise + shift * (rows["architecture"] == "c")))
+
+
+def test_one_effect_alone_is_tested_as_its_interval_says():
+    fit = LIGHT.fit(arms(0.08), nested_family(BY)["Mab"])
+    interval, test = effect(fit, "a", "b"), alike(fit)
+    half = 0.5 * (interval.high - interval.low)
+    freedom = test.freedom[1]
+    assert test.freedom[0] == 1.0
+    quantile = stats.t.ppf(0.975, freedom)
+    assert test.statistic == pytest.approx((interval.estimate * quantile / half) ** 2, rel=1e-6)
+    assert (test.p < 0.05) == interval.excludes(0.0)
+
+
+def test_arms_that_are_alike_are_told_apart_one_time_in_twenty():
+    law = nested_family(BY)["Mab"]
+    found = [alike(LIGHT.fit(three_arms(0.0, seed), law)).p < 0.05 for seed in range(120)]
+    assert stats.binom.cdf(sum(found), 120, 0.065) > 1e-3
+    assert stats.binom.sf(sum(found) - 1, 120, 0.065) > 1e-3
+    assert alike(LIGHT.fit(three_arms(-0.01, 0), law)).p < 1e-3
+
+
+@pytest.mark.parametrize(("per_arm", "refused"), [(1, True), (2, False)])
+def test_an_arm_of_a_single_trunk_is_refused(per_arm, refused):
+    rows = three_arms(0.0, 0)
+    half = rows["parameters"].rank(method="dense").astype(int) % per_arm
+    rows["trunk_id"] = rows["architecture"] + half.astype(str)
+    fit = LIGHT.fit(rows, nested_family(BY)["Mab"])
+    assert isinstance(effect(fit, "a", "b"), Refusal) == refused
+    assert not refused or "one trunk" in alike(fit).reason
+
+
+def test_more_arms_than_their_trunks_can_tell_apart_are_refused():
+    copies = [three_arms(0.0, seed).assign(copy=str(seed)) for seed in (0, 1)]
+    rows = pd.concat(copies, ignore_index=True)
+    rows["architecture"] += rows["copy"]
+    rows["trunk_id"] = rows["architecture"] + (rows["parameters"] > 1e8).astype(str)
+    fit = LIGHT.fit(rows, nested_family(BY)["Mab"])
+    assert isinstance(effect(fit, "a0", "b0"), Interval)
+    assert "degrees of freedom" in alike(fit).reason
