@@ -18,7 +18,7 @@ sequence-parallel: setup ; $(BIN)/python -m tests.sequence_parallel.run
 wire: setup ; $(BIN)/python -m tests.wire
 long-context: setup ; $(BIN)/python -m tests.long_context
 growth: setup ; $(BIN)/python -m tests.bench_growth
-bench: setup ; $(BIN)/python -m tests.bench
+bench: setup ; $(BIN)/python -m tests.bench && $(BIN)/python -m tests.bench_architectures && $(BIN)/python -m tests.bench_profile
 laws: setup ; $(BIN)/python -m tests.laws --out reports
 recovery: setup ; $(BIN)/python -m tests.recovery
 decode: setup ; $(BIN)/python -m tests.bench_decode

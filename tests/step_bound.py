@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,7 +23,7 @@ ALONE = ("products", "attention kernel", "FFT")
 PASS_BYTES = tuple(4**i * 2**14 for i in range(8))
 """Sizes of a tensor, from 16 KiB to 256 MiB, at which a pass is clocked."""
 _EXP_NUMBERS = 2**14
-_FEWEST_CALLS, _MOST_CALLS, _SECONDS = 3, 40, 4e-3
+_FEWEST_CALLS, _MOST_CALLS, _SECONDS = 4, 100, 1e-2
 
 
 @dataclass
@@ -30,7 +31,8 @@ class Rates:
     """What this machine does at best; later measurements only raise it.
 
     Attributes:
-        passes: bytes per second of a product of two tensors number by number, by size of each.
+        passes: bytes per second of one tensor times another in place, by size of each. In place,
+            because a fresh output would be read into the cache before it is written.
         exponentials: torch.exp a second, in cache, on all cores.
     """
 
@@ -62,8 +64,8 @@ def measure_rates(sizes: tuple[int, ...] = PASS_BYTES) -> Rates:
     """Clock passes of tensors of these sizes in bytes, and exponentials."""
     passes = {}
     for size in sizes:
-        a, b, out = (torch.ones(size // 4) for _ in range(3))
-        passes[size] = 3 * size / best_seconds(_multiply(a, b, out))
+        a, b = (torch.ones(size // 4) for _ in range(2))
+        passes[size] = 3 * size / best_seconds(partial(torch.mul, a, b, out=a))
     x, y = torch.linspace(-8.0, 0.0, _EXP_NUMBERS), torch.empty(_EXP_NUMBERS)
     # One core at a time: the start of threads would be clocked instead.
     threads = torch.get_num_threads()
@@ -85,10 +87,6 @@ def best_seconds(run: Callable[[], object]) -> float:
     return best
 
 
-def _multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Callable[[], object]:
-    return lambda: torch.mul(a, b, out=out)
-
-
 class Bound:
     """The least time of the step that a trace has seen; more rounds only lower it."""
 
@@ -102,10 +100,6 @@ class Bound:
         with torch.no_grad():
             for key, call in self._alone.items():
                 self._best[key] = min(self._best[key], best_seconds(call.run))
-
-    def product_flops_per_second(self) -> float:
-        """Of all products of the step, each at its own shape."""
-        return self.trace.flops() / self._seconds("products")
 
     def products(self) -> list[tuple[Call, float]]:
         """Distinct products, and the best time of one, in seconds; those that take most first."""

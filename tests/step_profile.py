@@ -10,7 +10,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-GROUPS = (
+GROUPS: tuple[str, ...] = (
     "products",
     "attention kernel",
     "scans, convolutions",
@@ -43,7 +43,8 @@ _FREE = {
     "new_zeros", "item", "_local_scalar_dense", "is_nonzero", "result_type", "lift_fresh",
     "set_", "broadcast_tensors", "view_as_real", "view_as_complex", "_conj", "real", "imag",
     "conj", "mT", "swapaxes", "movedim", "pad", "rms_norm", "cross_entropy_loss", "fft_rfft",
-    "fft_irfft", "scaled_dot_product_attention", "softmax", "log_softmax", "nll_loss", "nll_loss_nd",
+    "fft_irfft", "scaled_dot_product_attention", "softmax", "log_softmax", "nll_loss",
+    "nll_loss_nd",
 }  # fmt: skip
 """Views, allocations, and operators that only call others: their self time is dispatch."""
 _KERNELS = ("_Ssd", "_LongConv", "_Window", "_Interval", "_Checkpoints", "_BlockSparse")

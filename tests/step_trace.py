@@ -79,8 +79,12 @@ class StepTrace(TorchDispatchMode):
         self._held: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401, ARG002
-    ) -> Any:  # noqa: ANN401
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: Any = None,
+    ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         group = group_of(func._schema.name)
@@ -106,7 +110,7 @@ class StepTrace(TorchDispatchMode):
         self.optimizer_parameters += sum(x.numel() for x in args[0])
         self._held.update(_key(x) for x in _tensors(args))
 
-    def _note_pass(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:  # noqa: ANN401
+    def _note_pass(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         outputs = {id(x): x for x in _tensors(out)}
         overwrites = group_of(func._schema.name) == "copies, layout"
         inputs = [x for x in _tensors((args, kwargs)) if not (overwrites and id(x) in outputs)]
@@ -117,7 +121,12 @@ class StepTrace(TorchDispatchMode):
                 self._taken.setdefault(_key(x), Region(x.untyped_storage())).touch(x)
 
     def _note_heavy(
-        self, group: str, func: Any, args: Any, kwargs: Any, out: Any  # noqa: ANN401
+        self,
+        group: str,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
     ) -> None:
         for x in _tensors((args, kwargs)):
             self._read.setdefault(_key(x), Region(x.untyped_storage())).touch(x)
@@ -130,7 +139,7 @@ class StepTrace(TorchDispatchMode):
         if key in self.calls:
             self.calls[key].count += 1
         else:
-            self.calls[key] = _call(group, func, *kept, out)
+            self.calls[key] = _call(group, func, kept[0], kept[1], out)
 
 
 def bytes_of(x: Tensor) -> int:
@@ -141,7 +150,7 @@ def bytes_of(x: Tensor) -> int:
     return numbers * x.element_size()
 
 
-def _call(group: str, func: Any, args: Any, kwargs: Any, out: Any) -> Call:  # noqa: ANN401
+def _call(group: str, func: Any, args: Any, kwargs: Any, out: Any) -> Call:
     name = func._schema.name.rpartition("::")[2]
     operands = list(_tensors(args))
     flops = flops_of(name, operands) if group == "products" else 0.0
@@ -160,13 +169,13 @@ def _call(group: str, func: Any, args: Any, kwargs: Any, out: Any) -> Call:  # n
     return Call(group, name, run, flops, sizes, exponentials)
 
 
-def _into(name: str, args: Any, space: Tensor) -> Callable[[], object]:  # noqa: ANN401
+def _into(name: str, args: Any, space: Tensor) -> Callable[[], object]:
     """A product into memory that is there already, as the peak's is."""
     function = getattr(torch, name)
     return lambda: function(*args, out=space)
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:  # noqa: ANN401
+def _tensors(tree: Any) -> Iterator[Tensor]:
     return (x for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
