@@ -37,7 +37,7 @@ class Measurement:
 def write_measurements(target: str, rows: Sequence[Measurement], root: Path) -> Path:
     """Write the figures of one target, with machine, versions and commit."""
     folder = root / "reports"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     stored = {
         "target": target,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -304,7 +304,7 @@ class Draws:
             yield self.coverage(kind)
         for kind in ("iid", "clustered"):
             yield [self.positives(kind, 0.0), self.positives(kind, -POWER_EFFECT, 4)], {}
-        yield list(self.extrapolation(4)), {}
+        yield list(self.extrapolation()), {}
 
 
 def main(words: list[str]) -> int:
