@@ -20,8 +20,8 @@ from kernels.interval_attention import interval_attention, neighbours
 from kernels.precision import without_autocast
 from kernels.runtime import uses_triton
 
-# Queries of a block. Half as many are a sixth slower at a window of 256, because a product then
-# reads its keys for few queries; twice as many are a sixth slower at a window of 64.
+# Queries of a block. Half as many are a tenth slower at a window of 256, because a product then
+# reads its keys for few queries; twice as many are a tenth slower at a window of 64.
 BLOCK = 64
 # Scores computed at once. They should stay in the cache, but each tile costs a dozen calls.
 TILE = 2**19
@@ -108,9 +108,10 @@ def _attend(
 ) -> Float[Tensor, "B L H Q"]:
     """Attend to as many keys before and after the own one as `reach` says."""
     L, S = queries.shape[1], keys.shape[1]
-    ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
     if uses_triton(queries):
+        ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
         return interval_attention(queries, keys, values, neighbours(ids, L, *reach))
+    ids = queries.new_zeros((1, 1), dtype=torch.int32) if documents is None else documents
     return _Window.apply(queries, keys, values, ids, *reach)
 
 
@@ -146,8 +147,7 @@ class _Window(torch.autograd.Function):
         mixed = laid.queries.new_empty(*laid.queries.shape[:-1], v.shape[-1])
         with without_autocast(q):
             for tile in laid.tiles():
-                values = laid.windows(laid.values, tile)
-                mixed[tile.rows, :, tile.blocks] = laid.shares(tile) @ values
+                mixed[tile.block] = laid.shares(tile) @ laid.values[tile.keys]
         return _unblocked(mixed, q)
 
     @staticmethod
@@ -155,136 +155,123 @@ class _Window(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, ids = list(ctx.saved_tensors)
         laid = _lay_out(q, k, v, ids, *ctx.reach)  # pyright: ignore[reportAttributeAccessIssue]
-        d_rows = _blocked(d_mixed.to(laid.queries.dtype), laid.cut, k.shape[2])
-        d_q, d_k, d_v = torch.empty_like(laid.queries), laid.zeros(k), laid.zeros(v)
+        d_rows = _blocked(d_mixed.to(laid.queries.dtype), laid.cut.size, k.shape[2])
+        d_q = torch.empty_like(laid.queries)
+        d_k, d_v = torch.zeros_like(laid.keys), torch.zeros_like(laid.values)
         with without_autocast(q):
             for tile in laid.tiles():
-                rows, d_row = (x[tile.rows, :, tile.blocks] for x in (laid.queries, d_rows))
-                share = laid.shares(tile)
-                laid.add(d_v, share.mT @ d_row, tile)
-                d_share = d_row @ laid.windows(laid.values, tile).mT
-                d_score = d_share.sub_((d_share * share).sum(-1, keepdim=True)).mul_(share)
-                laid.add(d_k, d_score.mT @ rows, tile)
-                d_q[tile.rows, :, tile.blocks] = d_score @ laid.windows(laid.keys, tile)
-        front, S = laid.cut.front, k.shape[1]
-        d_k, d_v = (x[:, :, front : front + S].transpose(1, 2) for x in (d_k, d_v))
-        d_q = _unblocked(d_q * q.shape[-1] ** -0.5, q)
+                rows, d_row, share = laid.queries[tile.block], d_rows[tile.block], laid.shares(tile)
+                d_v[tile.keys] += share.mT @ d_row
+                d_share = d_row @ laid.values[tile.keys].mT
+                d_score = torch.ops.aten._softmax_backward_data(d_share, share, -1, share.dtype)
+                d_k[tile.keys] += d_score.mT @ rows
+                d_q[tile.block] = d_score @ laid.keys[tile.keys]
+        d_q = _unblocked(d_q.mul_(q.shape[-1] ** -0.5), q)
+        d_k, d_v = d_k.transpose(1, 2), d_v.transpose(1, 2)
         return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 
 class _Cut(NamedTuple):
-    """How a length is cut into blocks of queries, and which keys a block sees.
+    """How a length is cut into blocks of queries, and which keys a query sees.
 
     Attributes:
         count: blocks.
         size: queries of a block.
+        length: queries in all; those that fill up the last block come after them.
+        own: index of the first query's own key.
         before: keys that a query sees before its own.
         after: keys that a query sees after its own.
-        front: places filled up before the first key, so that each block finds as many keys.
     """
 
     count: int
     size: int
+    length: int
+    own: int
     before: int
     after: int
-    front: int
 
 
 class _Tile(NamedTuple):
-    """Rows and blocks computed at once, and which of a block's keys may be seen by any of them."""
+    """One block of queries of some rows, and the keys that any of them may see."""
 
     rows: slice
-    blocks: slice
-    keys: slice
+    number: int
+    places: slice
+
+    @property
+    def block(self) -> tuple[slice, slice, int]:
+        """Where the block is among blocked queries."""
+        return self.rows, slice(None), self.number
+
+    @property
+    def keys(self) -> tuple[slice, slice, slice]:
+        """Where its keys are among all."""
+        return self.rows, slice(None), self.places
 
 
 class _Laid(NamedTuple):
-    """Blocks of scaled queries, and keys and values filled up on both sides, heads in front."""
+    """Blocks of scaled queries, and keys and values, heads in front.
+
+    A block's keys are a slice of all, so that no product needs a copy of them.
+    """
 
     queries: Float[Tensor, "B G N CR P"]
-    keys: Float[Tensor, "B G M P"]
-    values: Float[Tensor, "B G M Q"]
-    documents: Int[Tensor, "b M"]
+    keys: Float[Tensor, "B G S P"]
+    values: Float[Tensor, "B G S Q"]
+    documents: Int[Tensor, "b S"]
     cut: _Cut
 
     def tiles(self) -> Iterator[_Tile]:
-        """Cut the work into pieces of about `TILE` scores."""
+        """Cut the work into blocks, of as many rows as have about `TILE` scores."""
         B, G, N, CR, _ = self.queries.shape
-        _, C, before, after, front = self.cut
-        scores = G * CR * (before + C + after)
-        blocks = max(1, min(N, TILE // scores))
-        rows = max(1, TILE // (scores * N))
+        _, C, _, own, before, after = self.cut
+        rows = max(1, TILE // (G * CR * (before + C + after)))
         for row in range(0, B, rows):
-            for first in range(0, N, blocks):
-                past = min(N, first + blocks)
-                begin = max(0, front - (past - 1) * C)
-                end = before + min(C + after, (N - first) * C)
-                yield _Tile(slice(row, row + rows), slice(first, past), slice(begin, end))
+            for number in range(N):
+                first = own + number * C
+                places = slice(max(first - before, 0), min(first + C + after, self.keys.shape[2]))
+                yield _Tile(slice(row, row + rows), number, places)
 
-    def windows(self, x: Tensor, tile: _Tile) -> Float[Tensor, "B G N K P"]:
-        """View the keys or values of each block of the tile."""
-        width = tile.keys.stop - tile.keys.start
-        return x[tile.rows, :, self._span(tile)].unfold(2, width, self.cut.size).mT
-
-    def shares(self, tile: _Tile) -> Float[Tensor, "B G N CR K"]:
+    def shares(self, tile: _Tile) -> Float[Tensor, "B G CR K"]:
         """The probability of each key of a block for each of its queries."""
-        scores = self.queries[tile.rows, :, tile.blocks] @ self.windows(self.keys, tile).mT
-        by_query = scores.unflatten(3, (self.cut.size, -1))
-        by_query.masked_fill_(self._hidden(tile)[:, None, :, :, None], -math.inf)
+        scores = self.queries[tile.block] @ self.keys[tile.keys].mT
+        scores.unflatten(2, (self.cut.size, -1)).add_(self._hidden(tile)[:, None, :, None])
         return torch.softmax(scores, dim=-1)
 
-    def zeros(self, like: Tensor) -> Float[Tensor, "B G M P"]:
-        """Room for the gradient of keys or values, and for what the last window has too much."""
-        B, G, M, _ = self.keys.shape
-        return self.keys.new_zeros(B, G, M + self.cut.size, like.shape[-1])
+    def _hidden(self, tile: _Tile) -> Float[Tensor, "b C K"]:
+        """What is added to scores: minus infinity where a query does not see a key, else 0.
 
-    def add(self, total: Tensor, windows: Tensor, tile: _Tile) -> None:
-        """Add what each window has to the places it stands for, where windows overlap."""
-        C, (n, K) = self.cut.size, windows.shape[2:4]
-        begin = self._span(tile).start
-        # Pieces as long as a block lie side by side; those of one window can be as long as it is.
-        step = C if n > 1 else K
-        for offset in range(0, K, step):
-            piece = windows[:, :, :, offset : offset + step]
-            place = total[tile.rows, :, begin + offset : begin + offset + n * step]
-            place.unflatten(2, (n, step))[:, :, :, : piece.shape[3]] += piece
-
-    def _hidden(self, tile: _Tile) -> Bool[Tensor, "b N C K"]:
-        _, C, before, after, _ = self.cut
-        row = torch.arange(C, device=self.documents.device)[:, None]
-        column = torch.arange(tile.keys.start, tile.keys.stop, device=row.device)
-        far = (column < row) | (column > row + before + after)
-        ids = self.documents if self.documents.shape[0] == 1 else self.documents[tile.rows]
-        own = ids[:, tile.blocks.start * C + before : tile.blocks.stop * C + before]
-        seen = ids[:, self._span(tile)].unfold(1, len(column), C)
-        return far | (own.unflatten(1, (-1, C))[:, :, :, None] != seen[:, :, None])
-
-    def _span(self, tile: _Tile) -> slice:
-        """Where the keys of a tile lie, from its first block's first to its last block's last."""
-        C, (_, blocks, keys) = self.cut.size, tile
-        return slice(blocks.start * C + keys.start, (blocks.stop - 1) * C + keys.stop)
+        Queries that fill up the last block see every key, so that there is no row without one.
+        """
+        _, C, length, own, before, after = self.cut
+        row = torch.arange(tile.number * C, (tile.number + 1) * C, device=self.documents.device)
+        at = (own + row)[:, None]
+        place = torch.arange(tile.places.start, tile.places.stop, device=row.device)
+        hidden = ((place < at - before) | (place > at + after))[None]
+        if self.documents.shape[1] > 1:
+            ids = self.documents[tile.rows] if self.documents.shape[0] > 1 else self.documents
+            mine = ids[:, at.clamp(max=ids.shape[1] - 1).flatten()]
+            hidden = hidden | (mine[:, :, None] != ids[:, None, tile.places])
+        hidden = hidden & (row < length)[:, None]
+        return self.queries.new_zeros(hidden.shape).masked_fill_(hidden, -math.inf)
 
 
 def _lay_out(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, before: int, after: int) -> _Laid:
     L, S, C = q.shape[1], k.shape[1], min(BLOCK, q.shape[1])
-    cut = _Cut(-(-L // C), C, before, after, before - (S - L))
     accumulator = torch.promote_types(q.dtype, torch.float32)
-    behind = cut.count * C - L + after
-    # No document has this id: real queries do not see what is filled up, which sees itself, so
-    # that there is no row without a key.
-    nowhere = torch.iinfo(ids.dtype).min
     return _Laid(
-        _blocked(q.to(accumulator) * q.shape[-1] ** -0.5, cut, k.shape[2]),
-        _filled_up(k.to(accumulator), cut.front, behind),
-        _filled_up(v.to(accumulator), cut.front, behind),
-        F.pad(ids, (cut.front, behind), value=nowhere),
-        cut,
+        _blocked(q.to(accumulator) * q.shape[-1] ** -0.5, C, k.shape[2]),
+        k.to(accumulator).transpose(1, 2).contiguous(),
+        v.to(accumulator).transpose(1, 2).contiguous(),
+        ids,
+        _Cut(-(-L // C), C, L, S - L, before, after),
     )
 
 
-def _blocked(x: Tensor, cut: _Cut, groups: int) -> Float[Tensor, "B G N CR P"]:
-    x = F.pad(x, (0, 0, 0, 0, 0, cut.count * cut.size - x.shape[1]))
-    x = x.unflatten(2, (groups, -1)).unflatten(1, (cut.count, cut.size))
+def _blocked(x: Tensor, size: int, groups: int) -> Float[Tensor, "B G N CR P"]:
+    count = -(-x.shape[1] // size)
+    x = F.pad(x, (0, 0, 0, 0, 0, count * size - x.shape[1]))
+    x = x.unflatten(2, (groups, -1)).unflatten(1, (count, size))
     return x.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).contiguous()
 
 
@@ -292,7 +279,3 @@ def _unblocked(x: Tensor, like: Tensor) -> Float[Tensor, "B L H P"]:
     L, C = like.shape[1], min(BLOCK, like.shape[1])
     x = x.unflatten(3, (C, -1)).permute(0, 2, 3, 1, 4, 5)
     return x.flatten(3, 4).flatten(1, 2)[:, :L].to(like.dtype)
-
-
-def _filled_up(x: Tensor, front: int, behind: int) -> Float[Tensor, "B G M P"]:
-    return F.pad(x.transpose(1, 2), (0, 0, front, behind))

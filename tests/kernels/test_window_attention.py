@@ -187,16 +187,16 @@ def test_backward_keeps_the_inputs_alone():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
         window_attention(q.requires_grad_(), k, v, 64)
-    assert sum(kept) == q.numel() + k.numel() + v.numel() + 500
+    assert sum(kept) == q.numel() + k.numel() + v.numel() + 1
 
 
 def test_work_is_linear_in_the_length():
     counts = []
-    for length in (1024, 2048):
+    for length in (1024, 2048, 3072):
         with FlopCounterMode(display=False) as counter:
             window_attention(*make_inputs(length, dtype=torch.float32)[:3], 128)
         counts.append(counter.get_total_flops())
-    assert counts[1] == 2 * counts[0]
+    assert counts[2] - counts[1] == counts[1] - counts[0]
     each = 2 * 2 * 4 * (8 + 6)
     assert counts[1] <= 1.5 * each * 2048 * 128
 
