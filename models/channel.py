@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.fewer_passes import gated_linear
 from models.layers import BlockDiagonal, Linear
 from models.monarch_matrix import monarch_multiply
 
@@ -75,8 +76,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix the channels of each token."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(gated_linear(self.gate_up(x)))
 
 
 @dataclass(frozen=True)

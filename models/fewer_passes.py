@@ -5,6 +5,7 @@ of a few hundred channels costs a CPU a good part of its time. Nothing is approx
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
@@ -26,6 +27,77 @@ def turn_halves(
     turned = _Turn.apply(x, cos, sin)
     assert isinstance(turned, Tensor)
     return turned
+
+
+def gated_linear(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
+    """silu(gate) * up of channels that hold gates in front and ups behind (Shazeer 2020)."""
+    if torch.compiler.is_compiling():  # which fuses the operations itself
+        gate, up = joint.chunk(2, dim=-1)
+        return F.silu(gate) * up
+    gated = _SwiGLU.apply(joint)
+    assert isinstance(gated, Tensor)
+    return gated
+
+
+def gated_rms_norm(
+    x: Float[Tensor, "*batch E"],
+    gate: Float[Tensor, "*batch E"],
+    weight: Float[Tensor, "E"],
+    groups: int,
+    eps: float,
+) -> Float[Tensor, "*batch E"]:
+    """Gate by silu, then divide groups of channels by their root mean square, and scale."""
+    normed = _GatedNorm.apply(x, gate, weight, groups, eps)
+    assert isinstance(normed, Tensor)
+    return normed
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, joint: Tensor) -> Tensor:
+        ctx.save_for_backward(joint)
+        gate, up = joint.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, d_gated: Tensor) -> Tensor:
+        (joint,) = list(ctx.saved_tensors)
+        gate, up = joint.chunk(2, dim=-1)
+        # Both gradients are written where the map before reads them: nothing is laid together.
+        d_joint = torch.empty_like(joint)
+        d_gate, d_up = d_joint.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(d_gated * up, gate, grad_input=d_gate)
+        torch.ops.aten.silu.out(gate, out=d_up)
+        d_up.mul_(d_gated)
+        return d_joint
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        gated = F.silu(gate).mul_(x)
+        grouped = gated.unflatten(-1, (groups, -1))
+        scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
+        scale = scale.square_().div_(grouped.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, gate, weight, scale)
+        return grouped.mul_(scale).flatten(-2).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, d_normed: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, scale = list(ctx.saved_tensors)
+        groups, open_gate = scale.shape[-2], F.silu(gate)
+        grouped = (open_gate * x).unflatten(-1, (groups, -1)).mul_(scale)  # normed, unscaled
+        d_unscaled = d_normed * weight
+        d_weight = (d_normed * grouped.flatten(-2)).flatten(0, -2).sum(0)
+        d_gated = d_unscaled.unflatten(-1, (groups, -1))
+        along = (d_gated * grouped).mean(dim=-1, keepdim=True)
+        d_gated = d_gated.addcmul_(grouped, along, value=-1).mul_(scale).flatten(-2)
+        d_gate = torch.ops.aten.silu_backward(d_gated * x, gate)
+        return d_gated.mul_(open_gate), d_gate, d_weight, None, None
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.fewer_passes import rms_norm, turn_halves
+from models.fewer_passes import gated_linear, gated_rms_norm, rms_norm, turn_halves
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -16,6 +16,16 @@ def norm_one_by_one(x, weight, eps):
 def turn_one_by_one(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def gated_one_by_one(joint):
+    gate, up = joint.chunk(2, dim=-1)
+    return gate * torch.sigmoid(gate) * up
+
+
+def gated_norm_one_by_one(x, gate, weight, groups, eps):
+    grouped = (x * gate * torch.sigmoid(gate)).unflatten(-1, (groups, -1))
+    return norm_one_by_one(grouped, 1.0, eps).flatten(-2) * weight
 
 
 def apart(function, other, leaves, constants):
@@ -60,3 +70,29 @@ def test_a_turn_of_half_precision_is_computed_in_that_of_the_angles():
     expected = turn_one_by_one(x.float(), cos, sin)
     assert F.cosine_similarity(turn_halves(x, cos, sin).flatten(), expected.flatten(), 0) > 1 - 1e-6
     assert turn_halves(x, cos, sin).dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_gated_map_is_that_of_its_operations(dtype):
+    joint = torch.randn(2, 9, 14, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    assert apart(gated_linear, gated_one_by_one, (joint.requires_grad_(),), ()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_gated_norm_is_that_of_its_operations(dtype, groups):
+    generator = torch.Generator().manual_seed(0)
+    joint = torch.randn(2, 9, 24, generator=generator, dtype=dtype)
+    x, gate = (half.requires_grad_() for half in joint.chunk(2, dim=-1))
+    weight = torch.rand(12, generator=generator, dtype=dtype).requires_grad_()
+    constants = (groups, 1e-5)
+    leaves = (x, gate, weight)
+    assert apart(gated_rms_norm, gated_norm_one_by_one, leaves, constants) < TOLERANCE[dtype]
+
+
+def test_a_gated_norm_of_zeros_and_its_gradients_are_finite():
+    leaves = [torch.zeros(3, 4, requires_grad=True) for _ in range(2)]
+    outputs = gated_rms_norm(*leaves, torch.ones(4), 2, 1e-5)
+    outputs.sum().backward()
+    assert torch.equal(outputs, torch.zeros(3, 4))
+    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)

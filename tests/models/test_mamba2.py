@@ -129,9 +129,10 @@ def test_groups_are_normalised_apart():
     norm, x = GroupedNorm(8, 2), inputs(3)[..., :8]
     torch.nn.init.ones_(norm.weight)
     louder = torch.cat([100 * x[..., :4], x[..., 4:]], dim=-1)
-    assert torch.equal(norm(louder)[..., 4:], norm(x)[..., 4:])
+    gate = torch.ones_like(x)
+    assert torch.equal(norm(louder, gate)[..., 4:], norm(x, gate)[..., 4:])
     assert torch.allclose(
-        norm(x).unflatten(2, (2, 4)).square().mean(-1), torch.ones(2, 3, 2), atol=1e-3
+        norm(x, gate).unflatten(2, (2, 4)).square().mean(-1), torch.ones(2, 3, 2), atol=1e-3
     )
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.ssd import CHUNK
+from models.fewer_passes import gated_rms_norm
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import Ssd
@@ -127,8 +128,7 @@ class Mamba2(Mixer):
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Gate, normalise and project back."""
-        gated = widened(mixed.flatten(2)) * F.silu(widened(coefficients.gate))
-        return self.out_proj(self.norm(gated).to(mixed.dtype))
+        return self.out_proj(self.norm(mixed.flatten(2), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
         """Count the scan by chunks, and 2 for each channel and token: D x and its sum."""
@@ -149,7 +149,7 @@ class Mamba2(Mixer):
 
 
 class GroupedNorm(nn.Module):
-    """Divide each group of channels by its root mean square, in float32, and scale each channel.
+    """Gate, divide each group of channels by its root mean square, in float32, and scale each.
 
     Args:
         width: channels.
@@ -162,11 +162,12 @@ class GroupedNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self._groups, self._eps = groups, eps
 
-    def forward(self, x: Float[Tensor, "*batch E"]) -> Float[Tensor, "*batch E"]:
-        """Normalise the last dimension."""
-        grouped = widened(x).unflatten(-1, (self._groups, -1))
-        normed = F.rms_norm(grouped, grouped.shape[-1:], eps=self._eps)
-        return (normed.flatten(-2) * widened(self.weight)).to(x.dtype)
+    def forward(
+        self, x: Float[Tensor, "*batch E"], gate: Float[Tensor, "*batch E"]
+    ) -> Float[Tensor, "*batch E"]:
+        """Normalise the last dimension of x silu(gate)."""
+        wide, gate, weight = widened(x), widened(gate), widened(self.weight)
+        return gated_rms_norm(wide, gate, weight, self._groups, self._eps).to(x.dtype)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""
