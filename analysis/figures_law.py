@@ -122,7 +122,7 @@ def plot_contours(ax: Axes, surface: pd.DataFrame, rows: pd.DataFrame) -> None:
 
 
 def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) -> None:
-    """Signed errors of forecasts against decades beyond their data, and the interval they give."""
+    """Signed errors of forecasts against decades beyond their data, and the best law's interval."""
     ax.axhline(0.0, color=FAINT, lw=0.9)
     reach = 1.1 * float(floats(errors, "decades").max(initial=0.9))
     for name, colour, marker in looks(list(rates)):
@@ -131,10 +131,8 @@ def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) ->
             mine["decades"], 100 * floats(mine, "error"), marker, color=colour, ms=5, mec=PAPER,
             mew=0.5, label=f"{name}: {100 * rates[name]:.1f} % per decade",
         )  # fmt: skip
-    worst = 200 * max(rates.values())
-    ax.fill_between(
-        [0, reach], [0, -worst * reach], [0, worst * reach], color=FAINT, alpha=0.12, lw=0
-    )
+    two = 200 * min(rates.values())
+    ax.fill_between([0, reach], [0, -two * reach], [0, two * reach], color=FAINT, alpha=0.12, lw=0)
     ax.set_xlabel("decades of compute beyond the fit's data")
     ax.set_ylabel("observed less forecast ln L [%]")
     ax.legend(frameon=False, fontsize=8)

@@ -177,7 +177,14 @@ def _of_budgets(study: Study, curves: dict[str, list[Budget]]) -> tuple[Raised, 
         )  # fmt: skip
         for raised in budget_warnings(mine, law if isinstance(law, Fit) else None):
             found.setdefault(raised.code, []).append(f"{name}: {raised.finding}")
-    return tuple(Raised(code, "; ".join(each)) for code, each in found.items())
+    return tuple(Raised(code, _first_of(each)) for code, each in found.items())
+
+
+def _first_of(findings: list[str], shown: int = 2) -> str:
+    """A guard that many budgets raise is told by the first of them."""
+    left = len(findings) - shown
+    more = [f"and {left} more like them"] if left > 0 else []
+    return "; ".join([*findings[:shown], *more])
 
 
 def _contours(shown: FittedLaw | None) -> pd.DataFrame:

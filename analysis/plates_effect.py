@@ -132,7 +132,7 @@ def _cooldown(study: Study, found: Findings) -> Plate:
     slope = float(np.polyfit(sizes, change, 1)[0]) * np.log(10) if np.ptp(sizes) > 0 else 0.0
     title = (
         f"Decay of the learning rate changes loss by {np.median(change):+.1f} % (median), "
-        f"{slope:+.1f} % more per decade of N"
+        f"{round(slope, 1) + 0.0:+.1f} % more per decade of N"
     )
     caption = (
         f"n = {len(rows)} decayed points beside their trunk at the same tokens, interpolated in ln "

@@ -169,7 +169,7 @@ def _backtest(found: Findings, shown: FittedLaw) -> Plate:
         title = "The data are too narrow to test a forecast: 5 % of loss per decade is assumed"
     caption = (
         f"n = {len(frame)} forecasts of the largest runs from smaller ones, {shown.part}; grey: "
-        "interval of two root mean square errors, growing with the decades."
+        f"interval of two root mean square errors of the {best} law, growing with the decades."
     )
     data = frame if len(frame) else pd.DataFrame({"law": list(tested), "rate": tested.values()})
     return Plate("backtest", title, caption, figure, data)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.findings import _first_of
 from analysis.fits import Estimator
 from analysis.frontiers import budget_warnings
 from analysis.guards import (
@@ -221,3 +222,8 @@ def test_the_report_raises_the_bias_of_its_own_isoflop_grids(span, codes):
     rows["loss_nats"] *= np.exp(np.random.default_rng(0).normal(0, 1e-4, len(rows)))
     found = Estimator().fit(rows, CHINCHILLA)
     assert {each.code for each in budget_warnings(budgets(rows), found)} == codes
+
+
+def test_a_guard_that_many_budgets_raise_is_told_by_the_first_of_them():
+    assert _first_of(["a", "b"]) == "a; b"
+    assert _first_of(["a", "b", "c", "d"]) == "a; b; and 2 more like them"
