@@ -156,6 +156,20 @@ def test_a_document_does_not_feel_huge_values_in_another():
         assert torch.equal(expected[:, 70:], found[:, 70:])
 
 
+def test_a_score_that_overflows_is_hidden_from_another_document():
+    documents = torch.tensor([[0] * 70 + [1] * 60]).int()
+    q, k, v, d_mixed = make_inputs(130, batch=1, dtype=torch.float32)
+    first = (documents == 0)[:, :, None, None]
+    q = torch.where(first, 0.0, 10 * q)
+    loud = torch.where(first, 3e38 * k.sign(), k)
+    quiet = differentiate(window_attention, (q, k, v, d_mixed), 50, documents)
+    beside = differentiate(window_attention, (q, loud, v, d_mixed), 50, documents)
+    assert torch.isinf(torch.einsum("blhp,bsgp->blhsg", q, loud)).any()
+    assert torch.equal(quiet[0][:, 70:], beside[0][:, 70:])
+    for expected, found in zip(quiet[1], beside[1], strict=True):
+        assert torch.equal(expected[:, 70:], found[:, 70:])
+
+
 def test_autocast_lowers_nothing():
     inputs = make_inputs(100, dtype=torch.float32)
     expected = differentiate(window_attention, inputs, 30)
