@@ -17,6 +17,8 @@ from analysis.robust import sandwich
 from analysis.solver import Problem, solve
 from analysis.uncertainty import LEVEL
 
+FINER = 17
+"""Points between the two that an end of the interval lies between."""
 POINTS = 13
 """To each side of the optimum."""
 REACH = 6.0
@@ -74,7 +76,11 @@ def profile(fit: Fit, label: str) -> Profile:
     offsets = span * np.linspace(0.0, 1.0, POINTS) ** 2
     scale = 0.5 * _curvature(fit, slot) * float(error[0]) ** 2
     sides = [_walk(fit, slot, fit.theta[slot] + sign * offsets) / scale for sign in (-1.0, 1.0)]
-    ends = [_crossing(offsets, side, quantile**2) for side in sides]
+    ends = []
+    for sign, side in zip((-1.0, 1.0), sides, strict=True):
+        finer = _finer(offsets, side, quantile**2)
+        rise = _walk(fit, slot, fit.theta[slot] + sign * finer) / scale
+        ends.append(_crossing(finer, rise, quantile**2))
     log = any(slot == fit.form.slots.get((n, g)) for n in fit.law.logs for g in fit.form.groups)
     at = fit.theta[slot] + np.concatenate([-offsets[:0:-1], offsets])
     found = Profile(
@@ -119,14 +125,33 @@ def _held(problem: Problem, slot: int, value: float) -> Problem:
     return replace(problem, design=Design(design.law, tuple(parts), design.fixed, shape))
 
 
-def _crossing(offsets: Array, rise: Array, threshold: float) -> float | None:
-    """Where the profile passes the threshold for good, by linear interpolation of its root.
+def _finer(offsets: Array, rise: Array, threshold: float) -> Array:
+    """The offsets up to the crossing, and many between the two that it lies between.
+
+    Where a floor or another term has run out the curve is a wall, which no line over a whole step
+    follows.
+    """
+    inside = _last_inside(rise, threshold)
+    if inside == len(rise) - 1:
+        return offsets
+    return np.concatenate(
+        [offsets[:inside], np.linspace(offsets[inside], offsets[inside + 1], FINER)]
+    )
+
+
+def _last_inside(rise: Array, threshold: float) -> int:
+    """The last place that belongs to the interval.
 
     A profile may dip again beyond its first crossing: a second valley belongs to the interval.
     """
-    inside = int(np.flatnonzero(rise <= threshold)[-1])
+    return int(np.flatnonzero(rise <= threshold)[-1])
+
+
+def _crossing(offsets: Array, rise: Array, threshold: float) -> float | None:
+    """Where the profile passes the threshold for good, by linear interpolation of its root."""
+    inside = _last_inside(rise, threshold)
     if inside == len(rise) - 1:
         return None
-    roots = np.sqrt(rise[[inside, inside + 1]])
+    roots = np.sqrt(rise[inside : inside + 2])
     share = (np.sqrt(threshold) - roots[0]) / (roots[1] - roots[0])
     return float(offsets[inside] + share * (offsets[inside + 1] - offsets[inside]))
