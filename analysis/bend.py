@@ -43,8 +43,11 @@ class Bent:
         return law + slopes @ self.found.theta, error, freedom
 
     def inside(self, rows: pd.DataFrame) -> Array:
-        """Which rows lie in the range of every variable of the fit."""
-        known, asked = (_logs(self.fit, each) for each in (self.fit.rows, rows))
+        """Which rows lie in the range of every variable of the fit, and of products and ratios.
+
+        In ln N and ln D that cuts the corners off, where a parabola would run on alone.
+        """
+        known, asked = (_with_pairs(_logs(self.fit, each)) for each in (self.fit.rows, rows))
         slack = 1e-9
         return ((asked >= known.min(axis=0) - slack) & (asked <= known.max(axis=0) + slack)).all(1)
 
@@ -87,3 +90,10 @@ def _logs(fit: Fit, rows: pd.DataFrame) -> Array:
     assert isinstance(fit.law, Law)
     variables = {factor.variable: factor for factor in fit.law.factors}
     return np.stack([factor.logs(rows) for factor in variables.values()], axis=1)
+
+
+def _with_pairs(logs: Array) -> Array:
+    """Columns, and the sum and the difference of each two."""
+    first, second = np.triu_indices(logs.shape[1], 1)
+    pairs = logs[:, first] + logs[:, second], logs[:, first] - logs[:, second]
+    return np.concatenate([logs, *pairs], axis=1)

@@ -98,10 +98,11 @@ def test_an_outlier_bends_nothing():
     assert np.abs(good - bad).max() < 0.003
 
 
-def test_inside_is_the_range_of_every_variable():
+def test_inside_is_the_range_of_every_variable_and_of_their_ratio():
     found = bend(SQUARES.fit(runs(sd=0.002), CHINCHILLA))
-    at = pd.DataFrame({"parameters": [1e8, 2e9, 1e7], "tokens": [2e9, 2e9, 1e12]})
-    assert found.inside(at).tolist() == [True, False, False]
+    # Within; too large; a ratio of 1e4 and one of 1 with sizes and tokens that were both run.
+    at = pd.DataFrame({"parameters": [1e8, 2e9, 1e7, 9e8], "tokens": [2e9, 2e10, 1e11, 9e8]})
+    assert found.inside(at).tolist() == [True, False, False, False]
     assert found.inside(runs()).all()
 
 
