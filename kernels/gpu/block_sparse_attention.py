@@ -14,10 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.block_sparse_operator import Sizes
-from kernels.gpu.interval_attention import PART
-from kernels.gpu.interval_attention import _load as load_rows
-from kernels.gpu.interval_attention import _scores as products
-from kernels.gpu.interval_attention import _store as store_rows
+from kernels.gpu.interval_attention import PART, load_rows, products, store_rows
 from kernels.gpu.launch import interpreting, is_recording, launch
 
 # Rows (at most), slots and warps by (float32 operands, heads wider than 64), of blocks of up to 16

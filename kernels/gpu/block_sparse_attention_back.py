@@ -25,9 +25,7 @@ from kernels.gpu.block_sparse_attention import (
     slots_of,
     widths,
 )
-from kernels.gpu.interval_attention import _load as load_rows
-from kernels.gpu.interval_attention import _scores as products
-from kernels.gpu.interval_attention import _store as store_rows
+from kernels.gpu.interval_attention import load_rows, products, store_rows
 from kernels.gpu.launch import launch
 
 # Keys, rows that see them, and warps by (float32 operands, heads wider than 64).

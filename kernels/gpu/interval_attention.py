@@ -43,7 +43,9 @@ OWN_NUMBERS = 512
 
 
 @triton.jit
-def _load(x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexpr):
+def load_rows(
+    x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexpr
+) -> tl.tensor:  # fmt: skip
     """Load one head's channels of some tokens; what is not there is zero."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
@@ -53,10 +55,10 @@ def _load(x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexp
 
 
 @triton.jit
-def _scores(
+def products(
     query, key, q, k, tokens, places, real, there, q_stride, k_stride,
     WIDTH: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+) -> tl.tensor:  # fmt: skip
     """Products of all rows of two tiles, which lie at q and k; PART channels at once, or all at 0.
 
     A part is loaded again, so that no more of the tiles than it has to be in registers.
@@ -66,14 +68,17 @@ def _scores(
     else:
         sums = tl.zeros((tokens.shape[0], places.shape[0]), tl.float32)
         for begin in range(0, WIDTH, PART):
-            left = _load(q + begin, tokens, real, q_stride, WIDTH - begin, PART, DOT)
-            right = _load(k + begin, places, there, k_stride, WIDTH - begin, PART, DOT)
+            left = load_rows(q + begin, tokens, real, q_stride, WIDTH - begin, PART, DOT)
+            right = load_rows(k + begin, places, there, k_stride, WIDTH - begin, PART, DOT)
             sums += tl.dot(left, tl.trans(right), input_precision="ieee")
     return sums
 
 
 @triton.jit
-def _store(x, tile, tokens, real, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def store_rows(
+    x, tile, tokens, real, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr
+) -> None:  # fmt: skip
+    """Store one head's channels of some tokens; what is not there is left alone."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
@@ -92,7 +97,7 @@ def _visible(first, past, places, shown, row, S, SHOWN: tl.constexpr):
 
 @triton.jit
 def _own_score(query, own_k, tokens, real, G, scale, P: tl.constexpr, PP: tl.constexpr):
-    key = _load(own_k, tokens, real, G * P, P, PP, tl.float32)
+    key = load_rows(own_k, tokens, real, G * P, P, PP, tl.float32)
     return tl.sum(query.to(tl.float32) * key, axis=1) * scale, key
 
 
@@ -110,7 +115,7 @@ def _forward_kernel(
     begin = tl.load(first + row * L + tokens, mask=real, other=S)
     end = tl.load(past + row * L + tokens, mask=real, other=0)
     at_q = q + (row * L * H + head) * P
-    query = _load(at_q, tokens, real, H * P, P, PP, DOT)
+    query = load_rows(at_q, tokens, real, H * P, P, PP, DOT)
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, QQ), tl.float32)
@@ -120,13 +125,13 @@ def _forward_kernel(
         )
         total += 1.0
         own = own_v + (row * L * G + shared) * Q
-        mixed += _load(own, tokens, real, G * Q, Q, QQ, tl.float32)
+        mixed += load_rows(own, tokens, real, G * Q, Q, QQ, tl.float32)
     keys, values = k + (row * S * G + shared) * P, v + (row * S * G + shared) * Q
     for start in range(tl.min(begin), tl.max(end), COLUMNS):
         places = start + tl.arange(0, COLUMNS)
         there = places < S
-        key = _load(keys, places, there, G * P, P, PP, DOT)
-        scores = scale * _scores(
+        key = load_rows(keys, places, there, G * P, P, PP, DOT)
+        scores = scale * products(
             query, key, at_q, keys, tokens, places, real, there, H * P, G * P, P, PART, DOT
         )
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
@@ -135,7 +140,7 @@ def _forward_kernel(
         # A query that has seen nothing yet has no largest score to subtract.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         share, kept = tl.exp(scores - level[:, None]), tl.exp(top - level)
-        value = _load(values, places, there, G * Q, Q, QQ, DOT)
+        value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
         added = tl.dot(share.to(DOT), value, input_precision="ieee")
         mixed = mixed * kept[:, None] + added
         total = total * kept + tl.sum(share, axis=1)
@@ -143,7 +148,7 @@ def _forward_kernel(
     at = outputs + (row * L * H + head) * Q
     # Padding of the tile and queries that see nothing have no sum.
     some = tl.where(total > 0, total, 1.0)
-    _store(at, mixed / some[:, None], tokens, real, H * Q, Q, QQ)
+    store_rows(at, mixed / some[:, None], tokens, real, H * Q, Q, QQ)
     log = tl.where(total > 0, top + tl.log(some), 0.0)
     tl.store(logs + (row * H + head) * L + tokens, log, mask=real)
 
@@ -166,17 +171,17 @@ def _query_kernel(
     log = tl.load(logs + lines, mask=real, other=0.0)
     at = (row * L * H + head) * Q
     at_q = q + (row * L * H + head) * P
-    query = _load(at_q, tokens, real, H * P, P, PP, DOT)
+    query = load_rows(at_q, tokens, real, H * P, P, PP, DOT)
     at_d = d_outputs + at
-    given = _load(at_d, tokens, real, H * Q, Q, QQ, DOT)
-    mixed = _load(outputs + at, tokens, real, H * Q, Q, QQ, tl.float32)
+    given = load_rows(at_d, tokens, real, H * Q, Q, QQ, DOT)
+    mixed = load_rows(outputs + at, tokens, real, H * Q, Q, QQ, tl.float32)
     moment = tl.sum(given.to(tl.float32) * mixed, axis=1)
     tl.store(carried + lines, moment, mask=real)
     d_query = tl.zeros((ROWS, PP), tl.float32)
     if OWN:
         at_k, at_v = (row * L * G + shared) * P, (row * L * G + shared) * Q
         score, own = _own_score(query, own_k + at_k, tokens, real, G, scale, P, PP)
-        own_value = _load(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
+        own_value = load_rows(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
         d_of_own = tl.sum(given.to(tl.float32) * own_value, axis=1) - moment
         d_own = tl.exp(score - log) * d_of_own
         d_query += tl.where(real, d_own, 0.0)[:, None] * own
@@ -184,19 +189,19 @@ def _query_kernel(
     for start in range(tl.min(begin), tl.max(end), COLUMNS):
         places = start + tl.arange(0, COLUMNS)
         there = places < S
-        key = _load(keys, places, there, G * P, P, PP, DOT)
-        scores = scale * _scores(
+        key = load_rows(keys, places, there, G * P, P, PP, DOT)
+        scores = scale * products(
             query, key, at_q, keys, tokens, places, real, there, H * P, G * P, P, PART, DOT
         )
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
         share = tl.exp(tl.where(seen, scores - log[:, None], float("-inf")))
-        value = _load(values, places, there, G * Q, Q, QQ, DOT)
-        d_share = _scores(
+        value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
+        d_share = products(
             given, value, at_d, values, tokens, places, real, there, H * Q, G * Q, Q, PART, DOT
         )
         d_score = tl.where(seen, share * (d_share - moment[:, None]), 0.0)
         d_query += tl.dot(d_score.to(DOT), key, input_precision="ieee")
-    _store(d_q + (row * L * H + head) * P, d_query * scale, tokens, real, H * P, P, PP)
+    store_rows(d_q + (row * L * H + head) * P, d_query * scale, tokens, real, H * P, P, PP)
 
 
 @triton.jit
@@ -213,8 +218,8 @@ def _key_kernel(
     there = places < S
     at_k, at_v = (row * S * G + shared) * P, (row * S * G + shared) * Q
     keys, values = k + at_k, v + at_v
-    key = _load(keys, places, there, G * P, P, PP, DOT)
-    value = _load(values, places, there, G * Q, Q, QQ, DOT)
+    key = load_rows(keys, places, there, G * P, P, PP, DOT)
+    value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
     d_key = tl.zeros((COLUMNS, PP), tl.float32)
     d_value = tl.zeros((COLUMNS, QQ), tl.float32)
     low = tl.load(lowest + row * tl.num_programs(0) + tile)
@@ -229,21 +234,21 @@ def _key_kernel(
             log = tl.load(logs + lines, mask=real, other=0.0)
             moment = tl.load(carried + lines, mask=real, other=0.0)
             at_q, at_d = q + (row * L * H + head) * P, d_outputs + (row * L * H + head) * Q
-            query = _load(at_q, tokens, real, H * P, P, PP, DOT)
-            given = _load(at_d, tokens, real, H * Q, Q, QQ, DOT)
-            scores = scale * _scores(
+            query = load_rows(at_q, tokens, real, H * P, P, PP, DOT)
+            given = load_rows(at_d, tokens, real, H * Q, Q, QQ, DOT)
+            scores = scale * products(
                 key, query, keys, at_q, places, tokens, there, real, G * P, H * P, P, PART, DOT
             )
             seen = _visible(begin[None, :], end[None, :], places[:, None], shown, row, S, SHOWN)
             share = tl.exp(tl.where(seen, scores - log[None, :], float("-inf")))
             d_value += tl.dot(share.to(DOT), given, input_precision="ieee")
-            d_share = _scores(
+            d_share = products(
                 value, given, values, at_d, places, tokens, there, real, G * Q, H * Q, Q, PART, DOT
             )
             d_score = tl.where(seen, share * (d_share - moment[None, :]), 0.0)
             d_key += tl.dot(d_score.to(DOT), query, input_precision="ieee")
-    _store(d_k + at_k, d_key * scale, places, there, G * P, P, PP)
-    _store(d_v + at_v, d_value, places, there, G * Q, Q, QQ)
+    store_rows(d_k + at_k, d_key * scale, places, there, G * P, P, PP)
+    store_rows(d_v + at_v, d_value, places, there, G * Q, Q, QQ)
 
 
 @triton.jit
@@ -256,22 +261,24 @@ def _own_kernel(
     shared, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real = tokens < L
     at_k, at_v = (row * L * G + shared) * P, (row * L * G + shared) * Q
-    value = _load(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
+    value = load_rows(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
     d_key = tl.zeros((ROWS, PP), tl.float32)
     d_value = tl.zeros((ROWS, QQ), tl.float32)
     for head in range(shared * (H // G), (shared + 1) * (H // G)):
         lines = (row * H + head) * L + tokens
         log = tl.load(logs + lines, mask=real, other=0.0)
         moment = tl.load(carried + lines, mask=real, other=0.0)
-        query = _load(q + (row * L * H + head) * P, tokens, real, H * P, P, PP, tl.float32)
-        given = _load(d_outputs + (row * L * H + head) * Q, tokens, real, H * Q, Q, QQ, tl.float32)
+        query = load_rows(q + (row * L * H + head) * P, tokens, real, H * P, P, PP, tl.float32)
+        given = load_rows(
+            d_outputs + (row * L * H + head) * Q, tokens, real, H * Q, Q, QQ, tl.float32
+        )
         score, _ = _own_score(query, own_k + at_k, tokens, real, G, scale, P, PP)
         share = tl.exp(score - log)
         d_score = share * (tl.sum(given * value, axis=1) - moment)
         d_key += d_score[:, None] * query
         d_value += share[:, None] * given
-    _store(d_own_k + at_k, d_key * scale, tokens, real, G * P, P, PP)
-    _store(d_own_v + at_v, d_value, tokens, real, G * Q, Q, QQ)
+    store_rows(d_own_k + at_k, d_key * scale, tokens, real, G * P, P, PP)
+    store_rows(d_own_v + at_v, d_value, tokens, real, G * Q, Q, QQ)
 
 
 def forward(
