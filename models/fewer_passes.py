@@ -4,6 +4,8 @@ Autograd would write and read a tensor for every operation of them, which beside
 of a few hundred channels costs a CPU a good part of its time. Nothing is approximated.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -29,6 +31,35 @@ def turn_halves(
     return turned
 
 
+def linear_in_parts(
+    x: Float[Tensor, "*batch I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None,
+    sizes: Sequence[int],
+) -> tuple[Float[Tensor, "*batch O_i"], ...]:
+    """Map each token, and cut what comes out into so many channels each.
+
+    On a CPU that is to go back, each part is a product of its own, and so is its gradient: autograd
+    would lay the gradients of all parts side by side first, and kernels would copy their part out.
+    """
+    if _by_torch(x):
+        return F.linear(x, weight, bias).split(list(sizes), dim=-1)
+    parts = _LinearInParts.apply(x, weight, bias, *sizes)
+    assert isinstance(parts, tuple)
+    return parts
+
+
+def silu_in_parts(
+    x: Float[Tensor, "*batch C"], sizes: Sequence[int]
+) -> tuple[Float[Tensor, "*batch C_i"], ...]:
+    """silu(x), cut into so many channels each; the gradients are written side by side at once."""
+    if _by_torch(x):
+        return F.silu(x).split(list(sizes), dim=-1)
+    parts = _SiluInParts.apply(x, *sizes)
+    assert isinstance(parts, tuple)
+    return parts
+
+
 def gated_linear(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
     """silu(gate) * up of channels that hold gates in front and ups behind (Shazeer 2020)."""
     if torch.compiler.is_compiling():  # which fuses the operations itself
@@ -50,6 +81,55 @@ def gated_rms_norm(
     normed = _GatedNorm.apply(x, gate, weight, groups, eps)
     assert isinstance(normed, Tensor)
     return normed
+
+
+def _by_torch(x: Tensor) -> bool:
+    """Whether parts are torch's own: for compilers, which fuse them, autocast, GPUs, inference."""
+    if torch.compiler.is_compiling():
+        return True
+    return x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
+
+
+class _LinearInParts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: int
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        weights = weight.split(sizes)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = list(ctx.saved_tensors)
+        sizes, tokens = [d.shape[-1] for d in d_parts], x.flatten(0, -2)
+        d_x, d_weight = torch.zeros_like(tokens), torch.empty_like(weight)
+        d_rows = [d.flatten(0, -2) for d in d_parts]
+        for rows, w, into in zip(d_rows, weight.split(sizes), d_weight.split(sizes), strict=True):
+            torch.mm(rows.T, tokens, out=into)
+            d_x.addmm_(rows, w)
+        needs_bias = list(ctx.needs_input_grad)[2]
+        d_bias = torch.cat([rows.sum(0) for rows in d_rows]) if needs_bias else None
+        return d_x.view(x.shape), d_weight, d_bias, *[None] * len(sizes)
+
+
+class _SiluInParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x)
+        return tuple(F.silu(part) for part in x.split(sizes, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = list(ctx.saved_tensors)
+        d_x, sizes = torch.empty_like(x), [d.shape[-1] for d in d_parts]
+        cut = (part.split(sizes, dim=-1) for part in (x, d_x))
+        for d_part, part, into in zip(d_parts, *cut, strict=True):
+            torch.ops.aten.silu_backward.grad_input(d_part, part, grad_input=into)
+        return d_x, *[None] * len(sizes)
 
 
 class _SwiGLU(torch.autograd.Function):

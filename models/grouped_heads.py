@@ -53,8 +53,9 @@ class GroupedHeads(Mixer):
 
     def heads(self, x: Float[Tensor, "B L D"]) -> Projected:
         """Queries and keys, normalised but not turned, and values."""
-        H, G = self.n_heads, self.n_kv_heads
-        queries, keys, values = self.qkv(x).unflatten(2, (-1, self.head_dim)).split([H, G, G], 2)
+        P, (H, G) = self.head_dim, (self.n_heads, self.n_kv_heads)
+        parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
+        queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
         if self.normalised:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         return Projected(queries, keys, values)

@@ -65,8 +65,8 @@ class Heads(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Projected:
         """Project tokens that attend to each other."""
-        shape = (3 * self.n_heads, self.head_dim)
-        return self._normalise(*self.qkv(x).unflatten(2, shape).split(self.n_heads, dim=2))
+        parts = self.qkv.in_parts(x, 3 * [x.shape[2]])
+        return self._normalise(*(part.unflatten(2, (self.n_heads, -1)) for part in parts))
 
     def across(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory

@@ -1,6 +1,7 @@
 """Layers that two mixers or more use, each of which knows its own initial values."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
 from kernels.window_attention import window_attention
-from models.fewer_passes import rms_norm, turn_halves
+from models.fewer_passes import linear_in_parts, rms_norm, turn_halves
 from models.sequence import WholeSequence
 
 
@@ -46,6 +47,12 @@ class Linear(nn.Linear):
     ) -> None:
         super().__init__(n_in, n_out, bias=bias)
         self._std, self._scale = std, scale
+
+    def in_parts(
+        self, x: Float[Tensor, "*batch I"], sizes: Sequence[int]
+    ) -> tuple[Float[Tensor, "*batch O_i"], ...]:
+        """Map, and cut what comes out into so many channels each."""
+        return linear_in_parts(x, self.weight, self.bias, sizes)
 
     def token_flops(self) -> int:
         """Forward FLOPs for each token."""

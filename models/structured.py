@@ -168,7 +168,7 @@ class StructuredMixer(Mixer):
         del memory
         self._check_lengths(sequence)
         E, convolved, plain = self._widths
-        gate, inner, plain = self.in_proj(x).split([E, E + convolved, plain], dim=-1)
+        gate, inner, plain = self.in_proj.in_parts(x, [E, E + convolved, plain])
         values, extra = self.conv(inner, sequence).split([E, convolved], dim=-1)
         values = F.silu(values)
         structure = self.structure(Features(values, extra, plain), sequence)

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.fewer_passes import gated_linear, gated_rms_norm, rms_norm, turn_halves
+from models.fewer_passes import (
+    gated_linear,
+    gated_rms_norm,
+    linear_in_parts,
+    rms_norm,
+    silu_in_parts,
+    turn_halves,
+)
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -96,3 +103,51 @@ def test_a_gated_norm_of_zeros_and_its_gradients_are_finite():
     outputs.sum().backward()
     assert torch.equal(outputs, torch.zeros(3, 4))
     assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "biased"])
+def test_parts_of_a_map_are_those_of_the_whole(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 5, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(12, 5, generator=generator, dtype=dtype).requires_grad_()
+    added = torch.randn(12, generator=generator, dtype=dtype).requires_grad_()
+    leaves = (x, weight, added) if bias else (x, weight)
+
+    def in_parts(x, weight, bias=None):
+        parts = linear_in_parts(x, weight, bias, [7, 1, 4])
+        assert all(part.is_contiguous() for part in parts)
+        return torch.cat(parts, dim=-1)
+
+    def at_once(x, weight, bias=0.0):
+        return x @ weight.T + bias
+
+    assert apart(in_parts, at_once, leaves, ()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_parts_of_a_silu_are_those_of_the_whole(dtype):
+    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    def in_parts(x):
+        return torch.cat(silu_in_parts(x, [7, 1, 4]), dim=-1)
+
+    def at_once(x):
+        return x * torch.sigmoid(x)
+
+    assert apart(in_parts, at_once, (x.requires_grad_(),), ()) < TOLERANCE[dtype]
+
+
+def test_a_part_that_nobody_reads_has_no_part_in_the_gradient():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    left, _ = linear_in_parts(x, weight, None, [2, 4])
+    left.sum().backward()
+    assert torch.equal(weight.grad[2:], torch.zeros(4, 4))
+    torch.testing.assert_close(x.grad, weight[:2].sum(0).expand(3, 4))
+
+
+def test_autocast_lowers_parts_of_a_map():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = linear_in_parts(x, weight, None, [2, 4])
+    assert {part.dtype for part in parts} == {torch.bfloat16}

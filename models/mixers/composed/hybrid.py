@@ -119,7 +119,8 @@ class Hybrid(Mixer):
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
         """Values are the channels of the value heads; scores, steps and shares decide."""
         del memory
-        *queries, keys, values = self.qkv(x).split(x.shape[-1], dim=-1)
+        parts = 3 if self.attends else 2
+        *queries, keys, values = self.qkv.in_parts(x, parts * [x.shape[-1]])
         scores = self._scores(queries[0], keys, sequence) if self.attends else None
         steps = self._steps(keys, sequence) if self.recurs else None
         alpha = None

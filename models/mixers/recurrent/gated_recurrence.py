@@ -86,7 +86,7 @@ class GatedRecurrence(Mixer):
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
         """Values are the convolved inputs, one channel a head; their gates decide."""
         del memory
-        inner, gate = self.in_proj(x).chunk(2, dim=-1)
+        inner, gate = self.in_proj.in_parts(x, 2 * [self.out_proj.in_features])
         u = self.conv(inner, sequence)
         return u.unsqueeze(-1), Coefficients(self.gates(u, begins_document(sequence)), gate)
 

@@ -89,7 +89,7 @@ class Mamba(Mixer):
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
         """Values are the convolved inputs, one channel a head; dt, B and C decide."""
         del memory
-        inner, gate = self.in_proj(x).chunk(2, dim=-1)
+        inner, gate = self.in_proj.in_parts(x, 2 * [self.out_proj.in_features])
         inner = F.silu(self.conv(inner, sequence))
         N = self.config.d_state
         low, B, C = self.x_proj(inner).split([self.dt_rank, N, N], dim=-1)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.ssd import CHUNK
-from models.fewer_passes import gated_rms_norm
+from models.fewer_passes import gated_rms_norm, silu_in_parts
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import Ssd
@@ -105,9 +105,8 @@ class Mamba2(Mixer):
         del memory
         config, H = self.config, self.n_heads
         E, GN = H * config.head_dim, config.n_groups * config.d_state
-        gate, inner, steps = self.in_proj(x).split([E, E + 2 * GN, H], dim=-1)
-        inner = F.silu(self.conv(inner, sequence))
-        values, B, C = inner.split([E, GN, GN], dim=-1)
+        gate, inner, steps = self.in_proj.in_parts(x, [E, E + 2 * GN, H])
+        values, B, C = silu_in_parts(self.conv(inner, sequence), [E, GN, GN])
         dt = F.softplus(widened(steps) + widened(self.dt_bias))
         if config.dt_limit is not None:
             dt = dt.clamp(*config.dt_limit)

@@ -104,10 +104,10 @@ class Attention(Mixer):
         """Values are the value heads; queries and keys decide."""
         if memory is not None:
             return self._project_cross(x, sequence, memory)
-        B, L, _ = x.shape
         H, G = self.config.n_heads, self.config.kv_heads
-        heads = self.qkv(x).view(B, L, H + 2 * G, self.head_dim)
-        queries, keys, values = heads.split([H, G, G], dim=2)
+        P = self.head_dim
+        parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
+        queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
         if self.config.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         turn = self._rotation(sequence)
