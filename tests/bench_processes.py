@@ -28,6 +28,7 @@ from tests.bench_peers import llama, their_mamba
 from trainer.checkpoint import Draft, SaveFailure, SoloGroup, publish
 from trainer.config import ExecutionConfig
 from trainer.engine import Engine, prepare_process
+from trainer.machine import keep_freed_memory
 from trainer.record import open_record
 
 CONTENDERS: dict[tuple[str, str], Callable[[Task], Built]] = {
@@ -131,7 +132,11 @@ def serve_costs(connection: Connection, repeats: int, folder: Path) -> None:
 
 
 def prepare_threads() -> None:
-    """All cores, and no denormals: both before the first parallel region starts its threads."""
+    """As in a run: freed memory is kept, all cores, and no denormals.
+
+    The last two come before the first parallel region starts its threads.
+    """
+    keep_freed_memory()
     # numpy examines its float types at their first use, and warns where denormals are flushed.
     for kind in (np.float32, np.float64):
         str(np.finfo(kind))  # pyright: ignore[reportCallIssue, reportArgumentType]

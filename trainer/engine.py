@@ -21,6 +21,7 @@ from models.compiled import compile_blocks
 from models.sequence import WholeSequence
 from models.sharded import ShardedSequence, refuse_unsharded
 from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
+from trainer.machine import keep_freed_memory
 from trainer.manifest import MODEL_FILE, refuse_unsafe
 from trainer.objective import IGNORED, prepare, total_nats
 from trainer.optimizer import adamw
@@ -233,8 +234,13 @@ def pick_device(execution: ExecutionConfig) -> str:
 
 
 def prepare_process(execution: ExecutionConfig) -> None:
-    """Fix what must hold for a whole process: threads, denormals, determinism, accelerator."""
+    """Fix what must hold for a whole process: threads, memory, denormals, determinism, accelerator.
+
+    Where sequences are cut over ranks, memory is what they are cut for: none that is free is kept.
+    """
     device = pick_device(execution)
+    if device == "cpu" and execution.sequence_parallel == 1:
+        keep_freed_memory()
     os.environ.setdefault("DS_ACCELERATOR", device)
     use_extension_cache()
     torch.set_num_threads(execution.threads)

@@ -1,5 +1,6 @@
 """What this machine and this checkout are: for provenance, and for figures relative to a peak."""
 
+import ctypes
 import functools
 import importlib.metadata
 import os
@@ -14,6 +15,9 @@ from pathlib import Path
 import torch
 
 from kernels.runtime import describe as describe_kernels
+
+# Options of glibc's malloc.h: no tensor by mmap, and no limit on what lies free at the heap's end.
+_KEEPING = {-4: 0, -1: -1}
 
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")
 
@@ -56,6 +60,24 @@ def memory_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory of freed tensors for the next ones of this process.
+
+    By default glibc hands every tensor over 32 MiB back to the system at once, and smaller ones in
+    part; the pages of the next one are then cleared and mapped anew, at each step. The process
+    holds as much as it held at its most.
+
+    Returns:
+        Whether it does. Settings of the user's (MALLOC_..., GLIBC_TUNABLES) and C libraries without
+        `mallopt` are left alone.
+    """
+    library = ctypes.CDLL(None)
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if chosen or not hasattr(library, "mallopt"):
+        return False
+    return all(library.mallopt(option, value) for option, value in _KEEPING.items())
 
 
 def _git(*words: str) -> str:
