@@ -5,8 +5,6 @@ states that carry gradients, resets at document boundaries, and a backward pass 
 keeps nothing but its inputs.
 """
 
-import contextlib
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -15,8 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.precision import without_autocast
 from kernels.runtime import Path, define_operator, path_of
-from kernels.ssd_chunks import Rows, scan, scan_back
+from kernels.ssd_chunks import ssd_in_chunks
 
 # Tokens of a chunk. Work within chunks grows with it; memory between them, for which the backward
 # pass holds a state each, shrinks with it.
@@ -68,14 +67,14 @@ def ssd(
     if path_of(values) is Path.TRITON:
         return _by_kernels(values, dt, A, B, C, initial, documents)
     if documents is None or documents.is_meta:
-        return _by_groups(values, dt, A, B, C, initial, documents)
+        return _by_chunks(values, dt, A, B, C, initial, documents)
     unfit, no_start = _unfit(values, dt, B, C, initial)
     if not (unfit.any() or no_start.any()):
-        return _by_groups(values, dt, A, B, C, initial, documents)
+        return _by_chunks(values, dt, A, B, C, initial, documents)
     # Products of matrices would multiply it by the zeros that keep documents apart.
     x, steps, enter, leave = (_blanked(tensor, unfit) for tensor in (values, dt, B, C))
     start = None if initial is None else _blanked(initial, no_start)
-    outputs, final = _by_groups(x, steps, A, enter, leave, start, documents)
+    outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents)
     spoilt = _spoilt(unfit, no_start, documents)
     return Scan(_blanked(outputs, spoilt, torch.nan), _blanked(final, spoilt[:, -1], torch.nan))
 
@@ -158,13 +157,13 @@ def _by_kernels(
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
     steps, rates = dt.float().contiguous(), A.float().contiguous()
     start = None if initial is None else initial.float().contiguous()
-    outputs, final = _SsdByKernels.apply(x, steps, rates, enter, leave, start, ids)
+    outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids)
     if spoilt is not None:
         final = _blanked(final, spoilt[:, -1], torch.nan)
     return Scan(outputs.to(values.dtype), final)
 
 
-def _by_groups(
+def _by_chunks(
     values: Float[Tensor, "B L H P"],
     dt: Float[Tensor, "B L H"],
     A: Float[Tensor, "H"],
@@ -173,58 +172,19 @@ def _by_groups(
     initial: Float[Tensor, "B H P N"] | None,
     documents: Int[Tensor, "B L"] | None,
 ) -> Scan:
-    """Scan with the groups as further rows, since they share nothing."""
-    dtype, G = torch.promote_types(values.dtype, torch.float32), B.shape[2]
-    x, steps = (_heads_to_rows(tensor.to(dtype), G) for tensor in (values, dt))
-    rates = A.to(dtype).view(G, -1).repeat(values.shape[0], 1)
-    enter, leave = (tensor.to(dtype).transpose(1, 2).flatten(0, 1) for tensor in (B, C))
-    start = None
-    if initial is not None:
-        start = initial.to(dtype).unflatten(1, (G, -1)).flatten(0, 1).permute(0, 3, 1, 2)
-    ids = None if documents is None else documents.repeat_interleave(G, dim=0)
-    outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids)
-    outputs = outputs.unflatten(0, (-1, G)).transpose(1, 2).flatten(2, 3)
-    final = final.permute(0, 2, 3, 1).unflatten(0, (-1, G)).flatten(1, 2)
+    """Scan on the CPU, by compiled kernels or in plain torch; tokens must be finite."""
+    if path_of(values) is Path.REFERENCE:
+        with without_autocast(values):
+            outputs, final = ssd_in_chunks(values, dt, A, B, C, initial, documents, CHUNK)
+        return Scan(outputs.to(values.dtype), final)
+    tensors = (x.float().contiguous() for x in (values, dt, A, B, C))
+    start = None if initial is None else initial.float().contiguous()
+    ids = None if documents is None else documents.int().contiguous()
+    outputs, final = _Ssd.apply(*tensors, start, ids)
     return Scan(outputs.to(values.dtype), final)
 
 
 class _Ssd(torch.autograd.Function):
-    """The scan of rows whose heads share B and C."""
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        values: Float[Tensor, "B L H P"],
-        dt: Float[Tensor, "B L H"],
-        A: Float[Tensor, "B H"],
-        B: Float[Tensor, "B L N"],
-        C: Float[Tensor, "B L N"],
-        initial: Float[Tensor, "B N H P"] | None,
-        documents: Int[Tensor, "B L"] | None,
-    ) -> tuple[Tensor, Tensor]:
-        inputs = Rows(values, dt, A, B, C, initial, documents)
-        # Torch saves None as None; its stub does not say so.
-        ctx.save_for_backward(*inputs)  # pyright: ignore[reportArgumentType]
-        ctx.set_materialize_grads(False)
-        with _without_autocast(values):
-            return scan(inputs, CHUNK)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        values, dt, A, B, C, initial, documents = list(ctx.saved_tensors)
-        inputs = Rows(values, dt, A, B, C, initial, documents)
-        d_outputs = torch.zeros_like(values) if d_outputs is None else d_outputs
-        state = values.new_zeros(values.shape[0], B.shape[2], *values.shape[2:])
-        state = state if d_final is None else state.copy_(d_final)
-        with _without_autocast(values):
-            d_values, d_dt, d_B, d_C, d_A, d_initial = scan_back(inputs, d_outputs, state, CHUNK)
-        return d_values, d_dt, d_A, d_B, d_C, None if initial is None else d_initial, None
-
-
-class _SsdByKernels(torch.autograd.Function):
     """The scan by the operators."""
 
     @staticmethod
@@ -254,10 +214,6 @@ class _SsdByKernels(torch.autograd.Function):
         d_final = None if d_final is None else d_final.contiguous()
         gradients = _backward(d_outputs, d_final, *saved)
         return (*gradients[:5], gradients[5] if list(ctx.needs_input_grad)[5] else None, None)
-
-
-def _heads_to_rows(x: Float[Tensor, "B L H *P"], groups: int) -> Float[Tensor, "BG L R *P"]:
-    return x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _unfit(
@@ -290,14 +246,6 @@ def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
 
 def _blanked(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
     return x.masked_fill(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), value)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would lower the products of a float32 computation to bfloat16."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _check_shapes(

@@ -1,0 +1,270 @@
+// SSD by chunks on the CPU, back: a task walks forward over the states between chunks, which it
+// keeps, and then back over the chunks. What heads of several tasks add to is summed in order.
+
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "ssd_chunks.h"
+
+namespace crossladder {
+namespace {
+
+// Gradients of what heads share, each task's apart: (part, row, group, ...).
+struct Shared {
+  at::Tensor enter, leave, rates;
+
+  explicit Shared(const Inputs& in)
+      : enter(at::empty({in.parts_of_group(), in.batch, in.length, in.groups, in.states})),
+        leave(at::empty_like(enter)), rates(at::empty({in.batch, in.heads})) {}
+
+  int64_t at(const Inputs& in, const Part& x) const {
+    const int64_t part = (x.first - x.group * in.heads_of_group()) / in.heads_of_part();
+    return part * in.batch * in.length * in.groups * in.states + in.shared_at(x);
+  }
+};
+
+struct Gradients {
+  const float *outputs, *final;
+  float *values, *dt, *initial;
+};
+
+// What a task needs for itself; `d_state` is the gradient of the state after the chunk.
+struct Workspace {
+  std::vector<Decays> decays;
+  std::vector<float> heard, left, tokens, steps, states, d_state;
+  float matrix[CHUNK * CHUNK], pairs[CHUNK * CHUNK];
+  // Gradients by head and token of the logarithms of decays: of pairs inside the chunk, of
+  // `entering`, of `leaving`; by head of the decay across the chunk; and of dt beside them.
+  std::vector<float> inside, by_entering, by_leaving, across, by_dt;
+
+  explicit Workspace(const Inputs& in) : decays(in.heads_of_part()) {
+    const int64_t heads = in.heads_of_part(), channels = heads * in.width;
+    for (auto* x : {&heard, &left, &tokens}) x->resize(CHUNK * channels);
+    steps.resize(CHUNK * in.width);
+    states.resize(in.chunks() * channels * in.states);
+    d_state.resize(channels * in.states);
+    for (auto* x : {&inside, &by_entering, &by_leaving, &by_dt}) x->resize(heads * CHUNK);
+    across.resize(heads);
+  }
+};
+
+Lanes dot(const float* x, const float* y, int64_t size) {
+  Lanes sum{};
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    sum += load(x + i, count) * load(y + i, count);
+  });
+  return sum;
+}
+
+// Dot products of each head of each token, (head, token).
+void dots(const Inputs& in, const Part& x, const float* a, const float* b, float* out) {
+  for (int64_t q = 0; q < x.length; ++q) {
+    for (int64_t h = 0; h < x.heads; ++h, a += in.width, b += in.width) {
+      out[h * CHUNK + q] = total(dot(a, b, in.width));
+    }
+  }
+}
+
+// Back through what the tokens hear of the state before the chunk.
+void heard_back(const Inputs& in, const Part& x, const float* d_outputs, const float* state,
+                Workspace& work, float* d_leave) {
+  const int64_t channels = x.heads * in.width;
+  float* heard = work.heard.data();
+  for (int64_t q = 0; q < x.length; ++q) {
+    for (int64_t h = 0; h < x.heads; ++h, heard += in.width) {
+      const float* d_output = d_outputs + q * in.channels() + h * in.width;
+      const float entering = work.decays[h].entering[q];
+      for_each_vector(in.width, [&](int64_t p, int64_t count) {
+        store(heard + p, entering * load(d_output + p, count), count);
+      });
+    }
+  }
+  multiply(x.length, channels, in.states, in.leaving(x), Matrix{state, in.states, true}, 0.0f,
+           work.tokens.data(), channels);
+  dots(in, x, work.tokens.data(), work.heard.data(), work.by_entering.data());
+  multiply(x.length, in.states, channels, Matrix{work.heard.data(), channels},
+           Matrix{state, in.states}, 0.0f, d_leave, in.groups * in.states);
+}
+
+// Back through what the tokens leave in the state after the chunk; `tokens` gets what each
+// token's addition to it gets, still to decay.
+void left_back(const Inputs& in, const Part& x, Workspace& work, float* d_enter) {
+  const int64_t channels = x.heads * in.width;
+  const float* d_state = work.d_state.data();
+  fill_left(in, x, work.decays, work.left.data());
+  multiply(x.length, channels, in.states, in.entering(x), Matrix{d_state, in.states, true}, 0.0f,
+           work.tokens.data(), channels);
+  dots(in, x, work.tokens.data(), work.left.data(), work.by_leaving.data());
+  multiply(x.length, in.states, channels, Matrix{work.left.data(), channels},
+           Matrix{d_state, in.states}, 0.0f, d_enter, in.groups * in.states);
+}
+
+// The gradient of the state moves to before the chunk.
+void state_back(const Inputs& in, const Part& x, const float* state, Workspace& work) {
+  const int64_t each = in.width * in.states, channels = x.heads * in.width;
+  for (int64_t h = 0; h < x.heads; ++h) {
+    float *own = work.d_state.data() + h * each, kept = work.decays[h].kept(x);
+    work.across[h] = kept * total(dot(own, state + h * each, each));
+    for_each_vector(each, [&](int64_t i, int64_t count) {
+      store(own + i, kept * load(own + i, count), count);
+    });
+  }
+  multiply(channels, in.states, x.length, Matrix{work.heard.data(), channels, true},
+           in.leaving(x), 1.0f, work.d_state.data(), in.states);
+}
+
+// From `scores`, products of gradients of outputs and of values, of one head: what the products of
+// C and B get, added to `d_pairs`, and each token's log decay, by the pairs on either side of it.
+// The matrix without step sizes takes the place of the scores.
+void matrix_back(const Decays& decays, const float* pairs, int64_t length, float* scores,
+                 float* d_pairs, float* by_log) {
+  Lanes later[CHUNK / LANES] = {};
+  for (int64_t i = length - 1; i >= 0; --i) {
+    float *row = scores + i * length, *shared = d_pairs + i * length;
+    Lanes earlier{};
+    for_each_vector(i + 1, [&](int64_t j, int64_t) {
+      const int64_t count = std::min(LANES, length - j);
+      const Lanes decay = decays.between(i, j, count);
+      const Lanes scaled = decay * load(row + j, count) * load(decays.dt + j, count);
+      const Lanes product = load(pairs + i * length + j, count);
+      store(shared + j, load(shared + j, count) + scaled, count);
+      store(row + j, decay * product, count);
+      // Sums over later tokens of the pairs with each earlier one: differences of row and column
+      // sums would lose what strong decays leave.
+      later[j / LANES] += scaled * product;
+      earlier += std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(later[j / LANES]) &
+                                      (INDEX < static_cast<int32_t>(i - j)));
+    });
+    by_log[i] = total(earlier);
+    const int64_t end = std::min(length, (i / LANES + 1) * LANES);
+    std::fill(row + end, row + length, 0.0f);
+  }
+}
+
+// Put together what one head's additions get, and hand it to values and dt.
+void steps_back(const Inputs& in, const Part& x, int64_t head, Workspace& work, float* d_values) {
+  const Decays& decays = work.decays[head];
+  for (int64_t q = 0; q < x.length; ++q) {
+    const float* inside = work.steps.data() + q * in.width;
+    const float* behind = work.tokens.data() + (q * x.heads + head) * in.width;
+    const float* value = in.value(x, head).data + q * in.channels();
+    float* d_value = d_values + q * in.channels() + head * in.width;
+    Lanes sum{};
+    for_each_vector(in.width, [&](int64_t p, int64_t count) {
+      const Lanes gradient = load(inside + p, count) + decays.leaving[q] * load(behind + p, count);
+      store(d_value + p, decays.dt[q] * gradient, count);
+      sum += gradient * load(value + p, count);
+    });
+    work.by_dt[head * CHUNK + q] = total(sum);
+  }
+}
+
+void inside_back(const Inputs& in, const Part& x, const float* d_outputs, const float* pairs,
+                 Workspace& work, float* d_values) {
+  const int64_t length = x.length;
+  std::fill(work.pairs, work.pairs + length * length, 0.0f);
+  for (int64_t h = 0; h < x.heads; ++h) {
+    const Matrix d_output = {d_outputs + h * in.width, in.channels()};
+    multiply(length, length, in.width, d_output, in.value(x, h).transposed(), 0.0f, work.matrix,
+             length);
+    matrix_back(work.decays[h], pairs, length, work.matrix, work.pairs, &work.inside[h * CHUNK]);
+    multiply(length, in.width, length, Matrix{work.matrix, length, true}, d_output, 0.0f,
+             work.steps.data(), in.width);
+    steps_back(in, x, h, work, d_values);
+  }
+  hide_pairs(in, x, work.pairs);
+}
+
+// Gradients of dt and of each head's rate from those of the logarithms of decays.
+void logs_back(const Inputs& in, const Part& x, const Workspace& work, float* d_dt,
+               float* d_rates) {
+  for (int64_t h = 0; h < x.heads; ++h) {
+    const Decays& decays = work.decays[h];
+    const float rate = in.rates[x.first + h];
+    float by_log[CHUNK], before = 0.0f, after = 0.0f;
+    for (int64_t q = 0; q < x.length; ++q) {
+      by_log[q] = work.inside[h * CHUNK + q] + work.across[h] + before;
+      before += work.by_leaving[h * CHUNK + q];
+    }
+    for (int64_t q = x.length - 1; q >= 0; --q) {
+      by_log[q] += after += work.by_entering[h * CHUNK + q];
+      d_dt[q * in.heads + h] = work.by_dt[h * CHUNK + q] + rate * by_log[q];
+      d_rates[h] += decays.dt[q] * by_log[q];
+    }
+  }
+}
+
+// The states before all chunks of a task, one after the other.
+void recompute_states(const Inputs& in, Part x, Workspace& work) {
+  const int64_t size = x.heads * in.width * in.states;
+  float* state = work.states.data();
+  std::fill(state, state + size, 0.0f);
+  if (in.initial != nullptr) std::copy_n(in.initial + in.state_at(x), size, state);
+  for (int64_t chunk = 0; chunk + 1 < in.chunks(); ++chunk, state += size) {
+    in.move_to(x, chunk);
+    for (int64_t h = 0; h < x.heads; ++h) work.decays[h].fill(in, x, h);
+    fill_left(in, x, work.decays, work.left.data());
+    std::copy_n(state, size, state + size);
+    advance(in, x, work.decays, work.left.data(), state + size);
+  }
+}
+
+void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const Gradients& to,
+               const Shared& shared, Workspace& work) {
+  const int64_t size = x.heads * in.width * in.states, spread = in.groups * in.states;
+  recompute_states(in, x, work);
+  std::fill(work.d_state.begin(), work.d_state.end(), 0.0f);
+  if (to.final != nullptr) std::copy_n(to.final + in.state_at(x), size, work.d_state.data());
+  float* d_rates = shared.rates.mutable_data_ptr<float>() + x.row * in.heads + x.first;
+  std::fill(d_rates, d_rates + x.heads, 0.0f);
+  for (int64_t chunk = in.chunks() - 1; chunk >= 0; --chunk) {
+    in.move_to(x, chunk);
+    float* d_enter = shared.enter.mutable_data_ptr<float>() + shared.at(in, x);
+    float* d_leave = shared.leave.mutable_data_ptr<float>() + shared.at(in, x);
+    const float* d_outputs = to.outputs + in.value_at(x);
+    const float* own = pairs_of(in, pairs, x);
+    const float* state = work.states.data() + chunk * size;
+    for (int64_t h = 0; h < x.heads; ++h) work.decays[h].fill(in, x, h);
+    heard_back(in, x, d_outputs, state, work, d_leave);
+    left_back(in, x, work, d_enter);
+    state_back(in, x, state, work);
+    inside_back(in, x, d_outputs, own, work, to.values + in.value_at(x));
+    multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length, true}, in.leaving(x),
+             1.0f, d_enter, spread);
+    multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length}, in.entering(x), 1.0f,
+             d_leave, spread);
+    logs_back(in, x, work, to.dt + in.token(x) * in.heads + x.first, d_rates);
+  }
+  std::copy_n(work.d_state.data(), size, to.initial + in.state_at(x));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& d_outputs, const std::optional<at::Tensor>& d_final, const at::Tensor& values,
+    const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B, const at::Tensor& C,
+    const std::optional<at::Tensor>& initial, const std::optional<at::Tensor>& documents) {
+  const Inputs in = describe(values, dt, A, B, C, initial, documents);
+  at::Tensor d_values = at::empty_like(values), d_dt = at::empty_like(dt);
+  at::Tensor d_initial = at::empty({in.batch, in.heads, in.width, in.states}, values.options());
+  const Gradients to{read(d_outputs), d_final.has_value() ? read(*d_final) : nullptr,
+                     d_values.mutable_data_ptr<float>(), d_dt.mutable_data_ptr<float>(),
+                     d_initial.mutable_data_ptr<float>()};
+  const Shared shared(in);
+  const std::vector<float> pairs = products_of_pairs(in);
+  at::parallel_for(0, in.tasks(), 1, [&](int64_t first, int64_t end) {
+    const FlushDenormals flush;
+    Workspace work(in);
+    for (int64_t task = first; task < end; ++task) {
+      task_back(in, in.part(task), pairs, to, shared, work);
+    }
+  });
+  return {d_values,                  d_dt,
+          sum_slices(shared.rates),  sum_slices(shared.enter),
+          sum_slices(shared.leave),  d_initial};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(crossladder, CPU, library) { library.impl("ssd_backward", &backward); }
+
+}  // namespace crossladder
