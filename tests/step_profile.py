@@ -47,14 +47,19 @@ _FREE = {
     "nll_loss_nd",
 }  # fmt: skip
 """Views, allocations, and operators that only call others: their self time is dispatch."""
-_KERNELS = ("_Ssd", "_LongConv", "_Window", "_Interval", "_Checkpoints", "_BlockSparse")
+_KERNELS = ("_LongConv", "_Window", "_Interval", "_Checkpoints", "_BlockSparse")
 """Kernels that are products and passes of torch; their passes are told apart."""
 
 
 def group_of(name: str) -> str:
-    """The group of an operator by its name, as in aten::mm; others are dispatch and Python."""
+    """The group of an operator by its name, as in aten::mm; others are dispatch and Python.
+
+    SSD by chunks is one operator, with the passes between its products; it counts as products.
+    """
     space, _, operator = name.rpartition("::")
     if space == "crossladder":
+        if operator.startswith("ssd_"):
+            return "products"
         attends = "attention" in operator
         return "attention kernel" if attends else "scans, convolutions"
     if space != "aten" or operator in _FREE:

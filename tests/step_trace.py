@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from tests.kernels import bench_ssd
 from tests.step_profile import LIGHT, flops_of, group_of
 
 ADAM_WORDS = 7
@@ -153,6 +154,8 @@ def bytes_of(x: Tensor) -> int:
 def _call(group: str, func: Any, args: Any, kwargs: Any, out: Any) -> Call:
     name = func._schema.name.rpartition("::")[2]
     operands = list(_tensors(args))
+    if name.startswith("ssd_"):
+        return _ssd_call(name, args)
     flops = flops_of(name, operands) if group == "products" else 0.0
     exponentials = 0.0
     if name.startswith("selective_scan"):
@@ -167,6 +170,21 @@ def _call(group: str, func: Any, args: Any, kwargs: Any, out: Any) -> Call:
         space = torch.empty_like(out, requires_grad=False)
         return Call(group, name, _into(name, args, space), flops, sizes, exponentials)
     return Call(group, name, run, flops, sizes, exponentials)
+
+
+def _ssd_call(name: str, args: Any) -> Call:
+    """The products that SSD by chunks consists of, in memory that is there already."""
+    values, enter = (args[2], args[5]) if name == "ssd_backward" else (args[0], args[3])
+    (rows, length, heads, width), (groups, states) = values.shape, enter.shape[2:]
+    size = rows * groups, length, heads // groups, width, states
+    products = bench_ssd.make_products(size)[name == "ssd_backward"]
+
+    def run() -> None:
+        for left, right, out in products:
+            torch.bmm(left, right, out=out)
+
+    flops = sum(flops_of("bmm", [left, right]) for left, right, _ in products)
+    return Call("products", name, run, flops, [], 0.0)
 
 
 def _into(name: str, args: Any, space: Tensor) -> Callable[[], object]:

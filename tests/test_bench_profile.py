@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from models.mixers.recurrent.mamba import MambaConfig
+from models.mixers.recurrent.mamba2 import Mamba2Config
 from tests.bench_architectures import QUICK
 from tests.bench_models import Task, bare
 from tests.profile_figure import BARS, draw
@@ -28,7 +29,7 @@ def traced(step):
     return trace
 
 
-@pytest.mark.parametrize("architecture", ["transformer", "mamba2"])
+@pytest.mark.parametrize("architecture", ["transformer", "m2"])
 def test_the_groups_of_a_profile_sum_to_the_step(architecture):
     built = bare(Task(QUICK.size.shape(architecture), QUICK.size))
     built.step()
@@ -36,7 +37,7 @@ def test_the_groups_of_a_profile_sum_to_the_step(architecture):
     assert set(found) == {*TIME_GROUPS, "total"}
     assert sum(found[group] for group in TIME_GROUPS) == pytest.approx(found["total"], rel=1e-6)
     assert min(found["products"], found["optimizer"]) > 0
-    assert (found["passes of kernels"] > 0) is (architecture == "mamba2")
+    assert (found["passes of kernels"] > 0) is (architecture == "m2")
 
 
 def test_operators_are_found_in_their_groups():
@@ -110,6 +111,22 @@ def test_a_scan_needs_two_exponentials_of_every_state():
     assert isinstance(mixer, MambaConfig)
     states = QUICK.size.tokens * 2 * task.model.d_model * mixer.d_state
     assert sum(c.exponentials * c.count for c in scans) == 2.0 * states * task.model.n_layers
+
+
+def test_ssd_is_the_products_that_it_consists_of():
+    task = Task(QUICK.size.shape("mamba2"), QUICK.size)
+    calls = [c for c in traced(bare(task).step).calls.values() if c.name.startswith("ssd_")]
+    assert [(call.name, call.count) for call in calls] == [
+        ("ssd_forward", task.model.n_layers), ("ssd_backward", task.model.n_layers)
+    ]  # fmt: skip
+    mixer = task.model.layers()[0].mixer
+    assert isinstance(mixer, Mamba2Config)
+    H, P, N = mixer.n_heads(task.model.d_model), mixer.head_dim, mixer.d_state
+    # C B, into the state and out of it, and the masked matrix times values; 64 tokens a chunk.
+    chunks = QUICK.size.batch * -(-QUICK.size.seq_len // 64)
+    forward = 2.0 * chunks * 64 * (64 * N + 2 * N * H * P + 64 * H * P)
+    assert calls[0].flops == forward
+    assert all(call.group == "products" for call in calls)
 
 
 def test_a_tensor_moves_as_fast_as_the_fastest_that_is_no_smaller():
