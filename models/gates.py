@@ -6,14 +6,14 @@ the tokens but not the state. RG-LRU: De et al. 2024 ("Griffin"), section 2.4; m
 """
 
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.rglru import Steps, rglru
 from models.layers import BlockDiagonal, uniform, widened
 from models.recurrence import LinearScan
 from models.sequence import WholeSequence
@@ -23,13 +23,6 @@ Mode = Literal["rglru", "mingru"]
 SHARPNESS = 8.0
 SLOWEST, FASTEST = 0.999, 0.9
 """Range of the initial decays of an RG-LRU whose recurrence gate is fully open."""
-
-
-class Steps(NamedTuple):
-    """What each token does to the state of each channel, in float32 or wider."""
-
-    log_decay: Float[Tensor, "B L E"]
-    write: Float[Tensor, "B L E"]
 
 
 class RGLRU(nn.Module):
@@ -54,13 +47,18 @@ class RGLRU(nn.Module):
         self.input_gate = gate_map(n_heads, width)
         self.Lambda = nn.Parameter(torch.empty(width))
 
-    def forward(self, u: Float[Tensor, "B L E"], begins: Bool[Tensor, "B L"]) -> Steps:
-        """The steps of tokens with features u, some of which begin a document."""
-        r = torch.sigmoid(widened(self.recurrence_gate(u)))
-        i = torch.sigmoid(widened(self.input_gate(u)))
-        log_decay = -SHARPNESS * r * F.softplus(widened(self.Lambda))
-        scale = bounded_sqrt(-torch.expm1(2 * log_decay))
-        return Steps(log_decay, i * scale.masked_fill(begins[:, :, None], 1.0))
+    def forward(
+        self,
+        u: Float[Tensor, "B L E"],
+        begins: Bool[Tensor, "B L"],
+        candidate: Float[Tensor, "B L E"] | None = None,
+    ) -> Steps:
+        """The steps of tokens with features u, some of which begin a document.
+
+        With a candidate they write its tanh times the value instead of the value.
+        """
+        rate = SHARPNESS * F.softplus(widened(self.Lambda))
+        return rglru(self.recurrence_gate(u), self.input_gate(u), rate, begins, candidate)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
         """Initial Lambda: the inverse softplus of -log(decay) / 8."""
@@ -87,11 +85,19 @@ class MinGRU(nn.Module):
         super().__init__()
         self.update_gate = gate_map(n_heads, width)
 
-    def forward(self, u: Float[Tensor, "B L E"], begins: Bool[Tensor, "B L"]) -> Steps:
-        """The steps of tokens with features u."""
+    def forward(
+        self,
+        u: Float[Tensor, "B L E"],
+        begins: Bool[Tensor, "B L"],
+        candidate: Float[Tensor, "B L E"] | None = None,
+    ) -> Steps:
+        """The steps of tokens with features u; a candidate is that of an RG-LRU."""
         del begins
         z = widened(self.update_gate(u))
-        return Steps(F.logsigmoid(-z), torch.sigmoid(z))
+        write = torch.sigmoid(z)
+        if candidate is not None:
+            write = write * torch.tanh(widened(candidate))
+        return Steps(F.logsigmoid(-z), write)
 
 
 GATES: dict[Mode, type[RGLRU] | type[MinGRU]] = {"rglru": RGLRU, "mingru": MinGRU}
@@ -122,21 +128,3 @@ def recur(
     documents = sequence.documents if sequence.packed else None
     states = sequence.recur(LinearScan(log_decay, written, documents))
     return states.view(values.shape).to(values.dtype)
-
-
-def bounded_sqrt(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The square root with a derivative of at most 1000, so that a decay near 1 can be learnt."""
-    return _BoundedSqrt.apply(x)
-
-
-class _BoundedSqrt(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.sqrt()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_root: Tensor) -> Tensor:
-        (x,) = list(ctx.saved_tensors)
-        return d_root * (4 * x).clamp(min=1e-6).rsqrt()

@@ -92,6 +92,35 @@ inline Lanes exp2(Lanes x) {
   return std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(power) + exponent);
 }
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
+inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp2(-LOG2_E * x)); }
+
+// exp(x) - 1 of x <= 0, which does not lose what is small: by its series above -0.35, where the
+// first term left out is below 2e-8 of it.
+inline Lanes expm1(Lanes x) {
+  const Lanes power = exp2(LOG2_E * x) - 1.0f;
+  Lanes series = 1.0f + x * (1.0f / 7.0f);
+  for (int term = 6; term > 1; --term) series = 1.0f + x * series * (1.0f / term);
+  return x > -0.35f ? x * series : power;
+}
+
+inline Lanes tanh(Lanes x) {
+  const Lanes size = x < 0.0f ? x : -x;
+  const Lanes grown = expm1(2.0f * size);
+  const Lanes result = grown / (2.0f + grown);
+  return x < 0.0f ? result : -result;
+}
+
+inline Lanes root(Lanes x) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Lanes>(_mm512_sqrt_ps(std::bit_cast<__m512>(x)));
+#else
+  for (int64_t i = 0; i < LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+
 // Denormal numbers count as zero while this lives: a decayed state would otherwise cost a hundred
 // times as much, and worker threads do not share the setting of the thread that calls.
 class FlushDenormals {

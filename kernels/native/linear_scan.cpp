@@ -18,7 +18,6 @@
 namespace crossladder {
 namespace {
 
-constexpr float LOG2_E = 1.44269504088896341f;
 
 // The tensors of one call that both passes read, as the pointers and sizes that the loops need.
 struct Scan {

@@ -22,7 +22,6 @@ namespace crossladder {
 namespace {
 
 constexpr int64_t TILE_CHANNELS = 4 * LANES;
-constexpr float LOG2_E = 1.44269504088896341f;
 
 // The tensors of one call, as the pointers and sizes that the loops need.
 struct Scan {

@@ -18,7 +18,6 @@ constexpr int64_t CHUNK = 64;
 // Channels that a task takes on: enough for its products, few enough for a core's cache.
 constexpr int64_t TOGETHER = 256;
 
-constexpr float LOG2_E = 1.44269504088896341f;
 // Smaller decays count for nothing, but the denormal numbers that they lead to are slow.
 constexpr float FLOOR = -60.0f;
 constexpr IntegerLanes INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

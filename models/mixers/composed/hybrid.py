@@ -187,8 +187,7 @@ class Hybrid(Mixer):
 
     def _steps(self, keys: Tensor, sequence: WholeSequence) -> Steps:
         u = self.conv(keys, sequence)
-        log_decay, write = self.gates(u, begins_document(sequence))
-        return Steps(log_decay, write * torch.tanh(widened(self.candidate(u))))
+        return self.gates(u, begins_document(sequence), self.candidate(u))
 
 
 class HeadNorm(nn.Module):
