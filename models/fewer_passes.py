@@ -13,15 +13,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 
-def rms_norm(
-    x: Float[Tensor, "*batch D"], weight: Float[Tensor, "D"], eps: float
-) -> Float[Tensor, "*batch D"]:
-    """Divide by the root mean square of the last dimension, and scale (Zhang 2019)."""
-    normed = _RMSNorm.apply(x, weight, eps)
-    assert isinstance(normed, Tensor)
-    return normed
-
-
 def turn_halves(
     x: Float[Tensor, "B L H P"], cos: Float[Tensor, "B L 1 P"], sin: Float[Tensor, "B L 1 P"]
 ) -> Float[Tensor, "B L H P"]:
@@ -68,19 +59,6 @@ def gated_linear(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]
     gated = _SwiGLU.apply(joint)
     assert isinstance(gated, Tensor)
     return gated
-
-
-def gated_rms_norm(
-    x: Float[Tensor, "*batch E"],
-    gate: Float[Tensor, "*batch E"],
-    weight: Float[Tensor, "E"],
-    groups: int,
-    eps: float,
-) -> Float[Tensor, "*batch E"]:
-    """Gate by silu, then divide groups of channels by their root mean square, and scale."""
-    normed = _GatedNorm.apply(x, gate, weight, groups, eps)
-    assert isinstance(normed, Tensor)
-    return normed
 
 
 def _by_torch(x: Tensor) -> bool:
@@ -151,52 +129,6 @@ class _SwiGLU(torch.autograd.Function):
         torch.ops.aten.silu.out(gate, out=d_up)
         d_up.mul_(d_gated)
         return d_joint
-
-
-class _GatedNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        gated = F.silu(gate).mul_(x)
-        grouped = gated.unflatten(-1, (groups, -1))
-        scale = torch.linalg.vector_norm(grouped, dim=-1, keepdim=True)
-        scale = scale.square_().div_(grouped.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, gate, weight, scale)
-        return grouped.mul_(scale).flatten(-2).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_normed: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, weight, scale = list(ctx.saved_tensors)
-        groups, open_gate = scale.shape[-2], F.silu(gate)
-        grouped = (open_gate * x).unflatten(-1, (groups, -1)).mul_(scale)  # normed, unscaled
-        d_unscaled = d_normed * weight
-        d_weight = (d_normed * grouped.flatten(-2)).flatten(0, -2).sum(0)
-        d_gated = d_unscaled.unflatten(-1, (groups, -1))
-        along = (d_gated * grouped).mean(dim=-1, keepdim=True)
-        d_gated = d_gated.addcmul_(grouped, along, value=-1).mul_(scale).flatten(-2)
-        d_gate = torch.ops.aten.silu_backward(d_gated * x, gate)
-        return d_gated.mul_(open_gate), d_gate, d_weight, None, None
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_normed: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = list(ctx.saved_tensors)
-        products = d_normed * x
-        along = (products @ weight)[..., None].mul_(scale.pow(3))
-        d_weight = products.mul_(scale).flatten(0, -2).sum(0)
-        d_x = (d_normed * weight).mul_(scale).addcmul_(x, along, value=-1 / x.shape[-1])
-        return d_x, d_weight, None
 
 
 class _Turn(torch.autograd.Function):

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
+from kernels.rms_norm import rms_norm
 from kernels.window_attention import window_attention
-from models.fewer_passes import linear_in_parts, rms_norm, turn_halves
+from models.fewer_passes import linear_in_parts, turn_halves
 from models.sequence import WholeSequence
 
 
@@ -152,8 +153,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
-        wide, weight = widened(x), widened(self.weight)
-        return rms_norm(wide, weight, self._eps).to(x.dtype)
+        return rms_norm(x, self.weight, self._eps)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

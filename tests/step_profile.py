@@ -58,10 +58,7 @@ def group_of(name: str) -> str:
     """
     space, _, operator = name.rpartition("::")
     if space == "crossladder":
-        if operator.startswith("ssd_"):
-            return "products"
-        attends = "attention" in operator
-        return "attention kernel" if attends else "scans, convolutions"
+        return _group_of_kernel(operator)
     if space != "aten" or operator in _FREE:
         return "dispatch, Python"
     if operator.removesuffix("_") in _PRODUCTS:
@@ -75,6 +72,14 @@ def group_of(name: str) -> str:
     if operator in _EMBEDDING_LOSS:
         return "embedding, loss"
     return "copies, layout" if operator in _COPIES else "norms, elementwise"
+
+
+def _group_of_kernel(operator: str) -> str:
+    if operator.startswith("ssd_"):
+        return "products"
+    if operator.startswith("rms_norm_"):
+        return "norms, elementwise"
+    return "attention kernel" if "attention" in operator else "scans, convolutions"
 
 
 def profile_step(step: Callable[[], object], steps: int) -> dict[str, float]:

@@ -52,6 +52,7 @@ def test_operators_are_found_in_their_groups():
     groups = ("products", "FFT", "copies, layout", "norms, elementwise")
     assert tuple(map(group_of, names)) == (*groups, "dispatch, Python", "dispatch, Python")
     assert group_of("crossladder::selective_scan_forward") == "scans, convolutions"
+    assert group_of("crossladder::rms_norm_backward") == "norms, elementwise"
     assert group_of("crossladder::interval_attention_backward") == "attention kernel"
 
 

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from models.backbone import build_backbone
 from models.compiled import compile_blocks
+from models.layers import RMSNorm
 from models.sequence import WholeSequence
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 from trainer.config import ExecutionConfig
@@ -89,6 +90,17 @@ def test_traced_blocks_give_the_same_hidden_states_losses_and_gradients(name, co
 def test_generated_code_gives_the_same_hidden_states_losses_and_gradients(name, compiler):
     what, apart = worst(both(name, "inductor"), LENGTHS[0])
     assert apart < TOLERANCE, what
+
+
+def test_a_compiled_norm_is_traced_whole(compiler):
+    norm = RMSNorm(24)
+    torch.nn.init.normal_(norm.weight)
+    leaves = (torch.randn(2, 9, 24, requires_grad=True), norm.weight)
+    pair = []
+    for each in (norm, torch.compile(norm, backend="aot_eager", fullgraph=True)):
+        outputs = each(leaves[0])
+        pair.append((outputs, *torch.autograd.grad(outputs.square().sum(), leaves)))
+    torch.testing.assert_close(*pair)
 
 
 @pytest.mark.parametrize("field", [{"zero_stage": 3}, {"ranks": 2, "sequence_parallel": 2}])

@@ -65,6 +65,7 @@ NOT_APPLICABLE = {
 }
 TORCH_ON_GPU = {
     "hip_selection": "gathers the keys of every round and sorts their scores in torch",
+    "rms_norm": "calls torch's own norm, which is one kernel there",
 }
 """Operators without a Triton kernel, each with what a GPU runs instead."""
 

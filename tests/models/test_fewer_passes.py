@@ -6,18 +6,12 @@ import torch.nn.functional as F
 
 from models.fewer_passes import (
     gated_linear,
-    gated_rms_norm,
     linear_in_parts,
-    rms_norm,
     silu_in_parts,
     turn_halves,
 )
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
-
-
-def norm_one_by_one(x, weight, eps):
-    return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def turn_one_by_one(x, cos, sin):
@@ -30,11 +24,6 @@ def gated_one_by_one(joint):
     return gate * torch.sigmoid(gate) * up
 
 
-def gated_norm_one_by_one(x, gate, weight, groups, eps):
-    grouped = (x * gate * torch.sigmoid(gate)).unflatten(-1, (groups, -1))
-    return norm_one_by_one(grouped, 1.0, eps).flatten(-2) * weight
-
-
 def apart(function, other, leaves, constants):
     """The largest relative distance of outputs and gradients."""
     results = []
@@ -44,23 +33,6 @@ def apart(function, other, leaves, constants):
         grads = torch.autograd.grad(outputs, leaves, weights.to(outputs))
         results.append((outputs.detach(), *grads))
     return max(float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("part", [slice(None), slice(1, 3)], ids=["whole", "some heads"])
-def test_the_norm_is_that_of_its_operations(dtype, part):
-    generator = torch.Generator().manual_seed(0)
-    heads = torch.randn(2, 50, 5, 12, generator=generator, dtype=dtype)
-    leaves = (heads[:, :, part].requires_grad_(), torch.rand(12, dtype=dtype).requires_grad_())
-    assert apart(rms_norm, norm_one_by_one, leaves, (1e-5,)) < TOLERANCE[dtype]
-
-
-def test_the_norm_of_zeros_and_its_gradient_are_finite():
-    x = torch.zeros(3, 4, requires_grad=True)
-    outputs = rms_norm(x, torch.ones(4), 1e-5)
-    outputs.sum().backward()
-    assert torch.equal(outputs, torch.zeros(3, 4))
-    assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -83,26 +55,6 @@ def test_a_turn_of_half_precision_is_computed_in_that_of_the_angles():
 def test_a_gated_map_is_that_of_its_operations(dtype):
     joint = torch.randn(2, 9, 14, generator=torch.Generator().manual_seed(0), dtype=dtype)
     assert apart(gated_linear, gated_one_by_one, (joint.requires_grad_(),), ()) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("groups", [1, 3])
-def test_a_gated_norm_is_that_of_its_operations(dtype, groups):
-    generator = torch.Generator().manual_seed(0)
-    joint = torch.randn(2, 9, 24, generator=generator, dtype=dtype)
-    x, gate = (half.requires_grad_() for half in joint.chunk(2, dim=-1))
-    weight = torch.rand(12, generator=generator, dtype=dtype).requires_grad_()
-    constants = (groups, 1e-5)
-    leaves = (x, gate, weight)
-    assert apart(gated_rms_norm, gated_norm_one_by_one, leaves, constants) < TOLERANCE[dtype]
-
-
-def test_a_gated_norm_of_zeros_and_its_gradients_are_finite():
-    leaves = [torch.zeros(3, 4, requires_grad=True) for _ in range(2)]
-    outputs = gated_rms_norm(*leaves, torch.ones(4), 2, 1e-5)
-    outputs.sum().backward()
-    assert torch.equal(outputs, torch.zeros(3, 4))
-    assert all(torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.rms_norm import rms_norm
 from models.gates import GATES, Mode, Steps, begins_document, gate_map, recur
 from models.layers import Linear, Rotation, ShortConv, attend_window, rotate, rotation, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
@@ -201,12 +201,11 @@ class HeadNorm(nn.Module):
     def __init__(self, n_heads: int, width: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self._shape, self._eps = (n_heads, width // n_heads), eps
+        self._heads, self._eps = n_heads, eps
 
     def forward(self, x: Float[Tensor, "B L H P"]) -> Float[Tensor, "B L H P"]:
         """Normalise the last dimension."""
-        normed = F.rms_norm(widened(x), self._shape[1:], eps=self._eps)
-        return (normed * widened(self.weight).view(self._shape)).to(x.dtype)
+        return rms_norm(x.flatten(2), self.weight, self._eps, self._heads).view_as(x)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.rms_norm import rms_norm
 from kernels.ssd import CHUNK
-from models.fewer_passes import gated_rms_norm, silu_in_parts
+from models.fewer_passes import silu_in_parts
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import Ssd
@@ -165,8 +166,7 @@ class GroupedNorm(nn.Module):
         self, x: Float[Tensor, "*batch E"], gate: Float[Tensor, "*batch E"]
     ) -> Float[Tensor, "*batch E"]:
         """Normalise the last dimension of x silu(gate)."""
-        wide, gate, weight = widened(x), widened(gate), widened(self.weight)
-        return gated_rms_norm(wide, gate, weight, self._groups, self._eps).to(x.dtype)
+        return rms_norm(x, self.weight, self._eps, self._groups, gate)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

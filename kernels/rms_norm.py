@@ -1,0 +1,129 @@
+"""Root-mean-square norms over groups of channels, plain or gated, in one pass over memory.
+
+A CPU that runs operation by operation would write and read a tensor for each of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+
+from kernels.runtime import Path, define_operator, path_of
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch D"],
+    weight: Float[Tensor, "D"],
+    eps: float,
+    groups: int = 1,
+    gate: Float[Tensor, "*batch D"] | None = None,
+) -> Float[Tensor, "*batch D"]:
+    """Compute weight * z / sqrt(mean of z^2 + eps), z = x silu(gate), the mean over each group.
+
+    Accumulates in float32 and returns the dtype of `x`. Deterministic, whatever the number of
+    threads. Source: Zhang and Sennrich 2019, equation 4; gate and groups as in Mamba-2 (Dao and Gu
+    2024, sections 7.1 and 8.1).
+
+    Args:
+        x: the inputs.
+        weight: a factor for each channel of the last dimension.
+        eps: added to mean squares.
+        groups: how many parts of the last dimension, equally wide, are normalised by themselves.
+        gate: z = x if not given.
+
+    Raises:
+        ValueError: the shapes differ, or the groups do not divide the channels.
+    """
+    _check_shapes(x, weight, groups, gate)
+    # Compilers fuse the operations themselves.
+    if torch.compiler.is_compiling() or path_of(x) is not Path.NATIVE:
+        return rms_norm_reference(x, weight, eps, groups, gate)
+    gates = None if gate is None else _rows(gate)
+    outputs = _RMSNorm.apply(_rows(x), gates, weight.float().contiguous(), groups, eps)
+    assert isinstance(outputs, Tensor)
+    return outputs.view(x.shape).to(x.dtype)
+
+
+def rms_norm_reference(
+    x: Float[Tensor, "*batch D"],
+    weight: Float[Tensor, "D"],
+    eps: float,
+    groups: int = 1,
+    gate: Float[Tensor, "*batch D"] | None = None,
+) -> Float[Tensor, "*batch D"]:
+    """Compute `rms_norm` in plain torch, in float32 or wider."""
+    accumulator = torch.promote_types(x.dtype, torch.float32)
+    gated = x.to(accumulator)
+    if gate is not None:
+        gated = gated * F.silu(gate.to(accumulator))
+    grouped = gated.unflatten(-1, (groups, -1))
+    normed = F.rms_norm(grouped, grouped.shape[-1:], eps=eps).flatten(-2)
+    return (normed * weight.to(accumulator)).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Float32[Tensor, "R D"],
+        gate: Float32[Tensor, "R D"] | None,
+        weight: Float32[Tensor, "D"],
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        outputs, scale = _forward(x, gate, weight, groups, eps)
+        # Torch saves None as None; its stub does not say so.
+        ctx.save_for_backward(x, gate, weight, scale)  # pyright: ignore[reportArgumentType]
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, scale = list(ctx.saved_tensors)
+        d_x, d_gate, d_weight = _backward(_rows(d_outputs), x, gate, weight, scale)
+        return d_x, None if gate is None else d_gate, d_weight, None, None
+
+
+def _rows(x: Float[Tensor, "*batch D"]) -> Float32[Tensor, "R D"]:
+    """Lay all rows out as a matrix: a view wherever their channels lie side by side, evenly far."""
+    rows = x.float().reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _check_shapes(x: Tensor, weight: Tensor, groups: int, gate: Tensor | None) -> None:
+    D = x.shape[-1]
+    if D == 0 or D % groups:
+        raise ValueError(f"rms_norm was given {D} channels, which {groups} groups do not divide")
+    for name, tensor, shape in (("weight", weight, (D,)), ("gate", gate, x.shape)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"rms_norm {name} has shape {tuple(tensor.shape)}, but inputs of shape "
+                f"{tuple(x.shape)} need {tuple(shape)}"
+            )
+
+
+def _forward_shapes(
+    x: Tensor, _gate: Tensor | None, _weight: Tensor, groups: int, _eps: float
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], groups)
+
+
+def _backward_shapes(
+    _d_outputs: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, _scale: Tensor
+) -> tuple[Tensor, ...]:
+    R, D = x.shape
+    d_gate = x.new_empty(0 if gate is None else R, D)
+    return x.new_empty(R, D), d_gate, torch.empty_like(weight)
+
+
+_forward = define_operator(
+    "rms_norm_forward(Tensor x, Tensor? gate, Tensor weight, int groups, float eps) "
+    "-> (Tensor, Tensor)",
+    _forward_shapes,
+)
+_backward = define_operator(
+    "rms_norm_backward(Tensor d_outputs, Tensor x, Tensor? gate, Tensor weight, Tensor scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    _backward_shapes,
+)
