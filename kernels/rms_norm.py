@@ -57,9 +57,12 @@ def rms_norm_reference(
     gated = x.to(accumulator)
     if gate is not None:
         gated = gated * F.silu(gate.to(accumulator))
+    weight = weight.to(accumulator)
+    if groups == 1:
+        return F.rms_norm(gated, weight.shape, weight, eps).to(x.dtype)
     grouped = gated.unflatten(-1, (groups, -1))
     normed = F.rms_norm(grouped, grouped.shape[-1:], eps=eps).flatten(-2)
-    return (normed * weight.to(accumulator)).to(x.dtype)
+    return (normed * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -62,6 +62,19 @@ inline Lanes sums(const Lanes* rows, int64_t stride) {
   }
 }
 
+inline float total(Lanes x) {
+  Lanes rows[LANES] = {x};
+  return sums(rows, 1)[0];
+}
+
+constexpr IntegerLanes INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// The first `count` lanes, and zeros.
+inline Lanes first_lanes(Lanes x, int64_t count) {
+  const IntegerLanes chosen = INDEX < static_cast<int32_t>(count);
+  return std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(x) & chosen);
+}
+
 // NaN stays NaN. The comparisons are what the instructions do, but GCC 12 does not find them.
 inline Lanes clamp(Lanes x, float low, float high) {
 #if defined(__AVX512F__)

@@ -24,13 +24,6 @@ constexpr int64_t MOST_BLOCKS = 64;
 // Numbers of a block that are worth a task.
 constexpr int64_t LEAST_NUMBERS = 8192;
 
-inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp2(x * -1.44269504f)); }
-
-inline float total(Lanes x) {
-  const Lanes rows[LANES] = {x};
-  return sums(rows, 1)[0];
-}
-
 // A matrix whose rows may lie apart; `data` is null for a gate that is not there.
 struct Rows {
   const float* data;

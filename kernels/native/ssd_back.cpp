@@ -133,8 +133,7 @@ void matrix_back(const Decays& decays, const float* pairs, int64_t length, float
       // Sums over later tokens of the pairs with each earlier one: differences of row and column
       // sums would lose what strong decays leave.
       later[j / LANES] += scaled * product;
-      earlier += std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(later[j / LANES]) &
-                                      (INDEX < static_cast<int32_t>(i - j)));
+      earlier += first_lanes(later[j / LANES], i - j);
     });
     by_log[i] = total(earlier);
     const int64_t end = std::min(length, (i / LANES + 1) * LANES);

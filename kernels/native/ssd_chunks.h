@@ -20,12 +20,6 @@ constexpr int64_t TOGETHER = 256;
 
 // Smaller decays count for nothing, but the denormal numbers that they lead to are slow.
 constexpr float FLOOR = -60.0f;
-constexpr IntegerLanes INDEX = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline float total(Lanes x) {
-  Lanes rows[LANES] = {x};
-  return sums(rows, 1)[0];
-}
 
 inline Lanes decay_of(Lanes exponent) { return exp2(LOG2_E * clamp(exponent, FLOOR, 0.0f)); }
 
