@@ -1,4 +1,4 @@
-"""Softmax attention of each query to an interval of keys: what the Triton kernels compute.
+"""Softmax attention of each query to an interval of keys: what the compiled kernels compute.
 
 Windows, packed documents and earlier checkpoints all show a query a run of neighbouring keys whose
 ends only move forward from query to query, so one kernel serves them. Source: Dao 2023,
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from kernels.runtime import define_operator
+from kernels.runtime import Path, define_operator, path_of
 
 
 class Intervals(NamedTuple):
@@ -39,12 +39,13 @@ def interval_attention(
     own: Own | None = None,
     shown: Bool[Tensor, "B S"] | None = None,
 ) -> Float[Tensor, "B L H Q"]:
-    """Attend with each query to its keys, on tensors that `path_of` sends to Triton.
+    """Attend with each query to its keys, on tensors that `path_of` sends to a compiled kernel.
 
     Scores are scaled by 1/sqrt(P). A query that sees nothing gets zeros. Keys that a query does not
     see change nothing for it, bit for bit, where they and their values are finite. One that is not
     may reach queries of its tile that do not see it: their share in it is 0, and 0 times NaN is
-    NaN. The same holds for gradients and queries.
+    NaN. The same holds for gradients and queries. The CPU kernel computes in float32, knows neither
+    own keys nor hidden ones, and has no tile across a gap between what neighbouring queries see.
 
     Args:
         queries: of any number.
@@ -58,8 +59,9 @@ def interval_attention(
     first, past = (x.int().expand(B, L).contiguous() for x in seen)
     beside = (None, None) if own is None else (x.contiguous() for x in own)
     flags = None if shown is None else shown.to(torch.int8).contiguous()
-    tensors = (x.contiguous() for x in (queries, keys, values))
-    return _Interval.apply(*tensors, *beside, first, past, flags)
+    native = path_of(queries) is Path.NATIVE
+    tensors = ((x.float() if native else x).contiguous() for x in (queries, keys, values))
+    return _Interval.apply(*tensors, *beside, first, past, flags).to(queries.dtype)
 
 
 def neighbours(documents: Int[Tensor, "b S"], queries: int, before: int, after: int) -> Intervals:

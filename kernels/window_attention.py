@@ -1,31 +1,25 @@
 """Softmax attention over the nearest tokens, with work and memory linear in the length.
 
 Source: Beltagy et al. 2020, "Longformer", section 3.1. A window of W is exactly W keys, the query's
-own included: key j is seen by query i if 0 <= i - j <= W - 1. Blocks of queries meet the keys that
-they see between them; the backward pass computes the probabilities again, so that none are kept.
-On a GPU the Triton kernels of `interval_attention` do the same.
+own included: key j is seen by query i if 0 <= i - j <= W - 1. It is the compiled kernels of
+`interval_attention` that do the work, on a GPU and on a CPU; they keep no probabilities. In float64
+and without a compiler, plain torch does it in blocks and keeps those of every window.
 """
 
-import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from kernels.interval_attention import interval_attention, neighbours
+from kernels.interval_attention import Intervals, interval_attention, neighbours
 from kernels.precision import without_autocast
-from kernels.runtime import uses_triton
+from kernels.runtime import Path, path_of
 
-# Queries of a block. Half as many are a tenth slower at a window of 256, because a product then
-# reads its keys for few queries; twice as many are a tenth slower at a window of 64.
+# Queries of a block in plain torch.
 BLOCK = 64
-# Scores computed at once. They should stay in the cache, but each tile costs a dozen calls.
-TILE = 2**19
-# Queries that meet their keys in one masked product, because laying out tiles would cost more.
+# Queries that meet their keys in one masked product, because intervals and tiles would cost more.
 FEW = 16
 
 
@@ -103,18 +97,6 @@ def window_attention_reference(
     return mixed.transpose(1, 2)
 
 
-def _attend(
-    queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, reach: tuple[int, int]
-) -> Float[Tensor, "B L H Q"]:
-    """Attend to as many keys before and after the own one as `reach` says."""
-    L, S = queries.shape[1], keys.shape[1]
-    if uses_triton(queries):
-        ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
-        return interval_attention(queries, keys, values, neighbours(ids, L, *reach))
-    ids = queries.new_zeros((1, 1), dtype=torch.int32) if documents is None else documents
-    return _Window.apply(queries, keys, values, ids, *reach)
-
-
 def _attend_few(
     queries: Tensor, keys: Tensor, values: Tensor, window: int, documents: Tensor | None
 ) -> Float[Tensor, "B L H Q"]:
@@ -136,149 +118,53 @@ def _visible(
     return (near & (documents[:, S - L :, None] == documents[:, None, :]))[:, None]
 
 
-class _Window(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, before: int, after: int
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, ids)
-        ctx.reach = before, after  # pyright: ignore[reportAttributeAccessIssue]
-        laid = _lay_out(q, k, v, ids, before, after)
-        mixed = laid.queries.new_empty(*laid.queries.shape[:-1], v.shape[-1])
-        with without_autocast(q):
-            for tile in laid.tiles():
-                mixed[tile.block] = laid.shares(tile) @ laid.values[tile.keys]
-        return _unblocked(mixed, q)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, ids = list(ctx.saved_tensors)
-        laid = _lay_out(q, k, v, ids, *ctx.reach)  # pyright: ignore[reportAttributeAccessIssue]
-        d_rows = _blocked(d_mixed.to(laid.queries.dtype), laid.cut.size, k.shape[2])
-        d_q = torch.empty_like(laid.queries)
-        d_k, d_v = torch.zeros_like(laid.keys), torch.zeros_like(laid.values)
-        with without_autocast(q):
-            for tile in laid.tiles():
-                rows, d_row, share = laid.queries[tile.block], d_rows[tile.block], laid.shares(tile)
-                d_v[tile.keys] += share.mT @ d_row
-                d_share = d_row @ laid.values[tile.keys].mT
-                d_score = torch.ops.aten._softmax_backward_data(d_share, share, -1, share.dtype)
-                d_k[tile.keys] += d_score.mT @ rows
-                d_q[tile.block] = d_score @ laid.keys[tile.keys]
-        d_q = _unblocked(d_q.mul_(q.shape[-1] ** -0.5), q)
-        d_k, d_v = d_k.transpose(1, 2), d_v.transpose(1, 2)
-        return d_q, d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
+def _attend(
+    queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, reach: tuple[int, int]
+) -> Float[Tensor, "B L H Q"]:
+    """Attend to as many keys before and after the own one as `reach` says."""
+    L, S = queries.shape[1], keys.shape[1]
+    ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
+    if path_of(queries) is Path.REFERENCE and not queries.is_meta:
+        return _attend_in_blocks(queries, keys, values, neighbours(ids, L, *reach))
+    return interval_attention(queries, keys, values, neighbours(ids, L, *reach))
 
 
-class _Cut(NamedTuple):
-    """How a length is cut into blocks of queries, and which keys a query sees.
-
-    Attributes:
-        count: blocks.
-        size: queries of a block.
-        length: queries in all; those that fill up the last block come after them.
-        own: index of the first query's own key.
-        before: keys that a query sees before its own.
-        after: keys that a query sees after its own.
-    """
-
-    count: int
-    size: int
-    length: int
-    own: int
-    before: int
-    after: int
+def _attend_in_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, seen: Intervals
+) -> Float[Tensor, "B L H Q"]:
+    """Attend in plain torch: blocks of queries, which end with a document, meet masked keys."""
+    L, wide = queries.shape[1], torch.promote_types(queries.dtype, torch.float32)
+    q, k, v = (x.to(wide) for x in (queries, keys, values))
+    firsts, pasts = (x.expand(len(q), L).tolist() for x in seen)
+    rows = []
+    with without_autocast(queries):
+        for row, first, past in zip(range(len(q)), firsts, pasts, strict=True):
+            parts = [
+                _attend_block(q[row, block], k[row], v[row], first[block], past[block])
+                for block in _blocks(first, past)
+            ]
+            rows.append(torch.cat(parts))
+    return torch.stack(rows).to(queries.dtype)
 
 
-class _Tile(NamedTuple):
-    """One block of queries of some rows, and the keys that any of them may see."""
-
-    rows: slice
-    number: int
-    places: slice
-
-    @property
-    def block(self) -> tuple[slice, slice, int]:
-        """Where the block is among blocked queries."""
-        return self.rows, slice(None), self.number
-
-    @property
-    def keys(self) -> tuple[slice, slice, slice]:
-        """Where its keys are among all."""
-        return self.rows, slice(None), self.places
+def _blocks(first: list[int], past: list[int]) -> Iterator[slice]:
+    """Neighbouring queries, of which each sees something that the one before it sees."""
+    begin = 0
+    for t in range(1, len(first) + 1):
+        if t == len(first) or first[t] >= past[t - 1] or t - begin == BLOCK:
+            yield slice(begin, t)
+            begin = t
 
 
-class _Laid(NamedTuple):
-    """Blocks of scaled queries, and keys and values, heads in front.
-
-    A block's keys are a slice of all, so that no product needs a copy of them.
-    """
-
-    queries: Float[Tensor, "B G N CR P"]
-    keys: Float[Tensor, "B G S P"]
-    values: Float[Tensor, "B G S Q"]
-    documents: Int[Tensor, "b S"]
-    cut: _Cut
-
-    def tiles(self) -> Iterator[_Tile]:
-        """Cut the work into blocks, of as many rows as have about `TILE` scores."""
-        B, G, N, CR, _ = self.queries.shape
-        _, C, _, own, before, after = self.cut
-        rows = max(1, TILE // (G * CR * (before + C + after)))
-        for row in range(0, B, rows):
-            for number in range(N):
-                first = own + number * C
-                places = slice(max(first - before, 0), min(first + C + after, self.keys.shape[2]))
-                yield _Tile(slice(row, row + rows), number, places)
-
-    def shares(self, tile: _Tile) -> Float[Tensor, "B G CR K"]:
-        """The probability of each key of a block for each of its queries."""
-        scores = self.queries[tile.block] @ self.keys[tile.keys].mT
-        by_query = scores.unflatten(2, (self.cut.size, -1))
-        # Some 25 times faster than to fill where a mask says; an infinite score is hidden too.
-        torch.minimum(by_query, self._limits(tile)[:, None, :, None], out=by_query)
-        return torch.softmax(scores, dim=-1)
-
-    def _limits(self, tile: _Tile) -> Float[Tensor, "b C K"]:
-        """What scores may be at most: minus infinity where a query does not see a key.
-
-        Queries that fill up the last block see every key, so that there is no row without one.
-        """
-        _, C, length, own, before, after = self.cut
-        row = torch.arange(tile.number * C, (tile.number + 1) * C, device=self.documents.device)
-        at = (own + row)[:, None]
-        place = torch.arange(tile.places.start, tile.places.stop, device=row.device)
-        hidden = ((place < at - before) | (place > at + after))[None]
-        if self.documents.shape[1] > 1:
-            ids = self.documents[tile.rows] if self.documents.shape[0] > 1 else self.documents
-            mine = ids[:, at.clamp(max=ids.shape[1] - 1).flatten()]
-            hidden = hidden | (mine[:, :, None] != ids[:, None, tile.places])
-        hidden = hidden & (row < length)[:, None]
-        limits = self.queries.new_full(hidden.shape, math.inf)
-        return limits.masked_fill_(hidden, -math.inf)
-
-
-def _lay_out(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, before: int, after: int) -> _Laid:
-    L, S, C = q.shape[1], k.shape[1], min(BLOCK, q.shape[1])
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    return _Laid(
-        _blocked(q.to(accumulator) * q.shape[-1] ** -0.5, C, k.shape[2]),
-        k.to(accumulator).transpose(1, 2).contiguous(),
-        v.to(accumulator).transpose(1, 2).contiguous(),
-        ids,
-        _Cut(-(-L // C), C, L, S - L, before, after),
+def _attend_block(
+    q: Tensor, k: Tensor, v: Tensor, first: list[int], past: list[int]
+) -> Float[Tensor, "C H Q"]:
+    seen = slice(first[0], past[-1])
+    place = torch.arange(seen.start, seen.stop, device=q.device)
+    low, high = (torch.tensor(x, device=q.device)[:, None] for x in (first, past))
+    mixed = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k[seen], v[seen])),  # pyright: ignore[reportArgumentType]
+        attn_mask=(place >= low) & (place < high),
+        enable_gqa=k.shape[1] != q.shape[1],
     )
-
-
-def _blocked(x: Tensor, size: int, groups: int) -> Float[Tensor, "B G N CR P"]:
-    count = -(-x.shape[1] // size)
-    x = F.pad(x, (0, 0, 0, 0, 0, count * size - x.shape[1]))
-    x = x.unflatten(2, (groups, -1)).unflatten(1, (count, size))
-    return x.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).contiguous()
-
-
-def _unblocked(x: Tensor, like: Tensor) -> Float[Tensor, "B L H P"]:
-    L, C = like.shape[1], min(BLOCK, like.shape[1])
-    x = x.unflatten(3, (C, -1)).permute(0, 2, 3, 1, 4, 5)
-    return x.flatten(3, 4).flatten(1, 2)[:, :L].to(like.dtype)
+    return mixed[0].transpose(0, 1)

@@ -1,8 +1,9 @@
 // Softmax attention of each query to an interval of keys on the CPU (Dao 2023, sections 3.1, 3.2).
 //
-// A block of queries meets its keys tile by tile, and a tile of scores never leaves the cache. Back,
-// a task is a row and a head of keys, which sums their gradients over blocks in order: results do
-// not depend on the number of threads.
+// A block of queries meets its keys tile by tile, and a tile of scores never leaves the cache. A
+// block ends where the next query sees nothing that this one sees, so that no number of one document
+// meets those of another. Back, a task is a row and a head of keys, which sums their gradients over
+// blocks in order: results do not depend on the number of threads.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -30,8 +31,6 @@ struct Attention {
   const float *queries, *keys, *values;
   const int32_t *first, *past;
 
-  int64_t blocks() const { return ceil_div(length, QUERIES); }
-  // Scores are powers of two, which are cheaper than those of e.
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
   int64_t token(int64_t row, int64_t t) const { return row * length + t; }
   Matrix query(int64_t row, int64_t t, int64_t head) const {
@@ -49,6 +48,31 @@ struct Attention {
   int64_t output_at(int64_t row, int64_t t, int64_t head) const {
     return (token(row, t) * heads + head) * value_width;
   }
+};
+
+// Some neighbouring queries of a row.
+struct Block {
+  int64_t row, begin, count;
+};
+
+// Those of all rows in order; a row's begin at `first[row]`.
+struct Blocks {
+  std::vector<Block> all;
+  std::vector<int64_t> first;
+
+  explicit Blocks(const Attention& in) {
+    for (int64_t row = 0; row < in.batch; ++row) {
+      first.push_back(all.size());
+      for (int64_t t = 0; t < in.length; ++t) {
+        const int64_t at = in.token(row, t);
+        const bool apart = t == 0 || in.first[at] >= in.past[at - 1];
+        if (apart || all.back().count == QUERIES) all.push_back({row, t, 0});
+        ++all.back().count;
+      }
+    }
+    first.push_back(all.size());
+  }
+  int64_t count() const { return all.size(); }
 };
 
 // A block of one head's queries, and a tile of the keys that any of them sees.
@@ -85,10 +109,10 @@ Attention describe(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v
 
 // Runs over the tiles of keys that a block of queries sees, in order.
 template <typename Run>
-void for_each_tile(const Attention& in, int64_t row, int64_t head, int64_t block, const Run& run) {
-  Tile x{row, head, head / (in.heads / in.groups), block * QUERIES, 0, 0, 0};
-  x.count = std::min(QUERIES, in.length - x.begin);
-  const int64_t at = in.token(row, x.begin);
+void for_each_tile(const Attention& in, const Block& block, int64_t head, const Run& run) {
+  const int64_t group = head / (in.heads / in.groups);
+  Tile x{block.row, head, group, block.begin, block.count, 0, 0};
+  const int64_t at = in.token(block.row, block.begin);
   // Ends never fall from query to query.
   const int64_t end = in.past[at + x.count - 1];
   for (x.place = in.first[at]; x.place < end; x.place += KEYS) {
@@ -167,21 +191,20 @@ struct Softmax {
   }
 };
 
-void attend_block(const Attention& in, int64_t row, int64_t head, int64_t block, float* scores,
+void attend_block(const Attention& in, const Block& block, int64_t head, float* scores,
                   float* outputs, float* logs) {
   Softmax softmax;
-  const int64_t begin = block * QUERIES, count = std::min(QUERIES, in.length - begin);
   const int64_t stride = in.heads * in.value_width;
-  float* target = outputs + in.output_at(row, begin, head);
+  float* target = outputs + in.output_at(block.row, block.begin, head);
   float kept = 0.0f;
-  for_each_tile(in, row, head, block, [&](const Tile& x) {
+  for_each_tile(in, block, head, [&](const Tile& x) {
     fill_scores(in, x, scores);
     softmax.take(in, x, scores, target);
     multiply(x.count, in.value_width, x.keys, Matrix{scores, x.keys},
-             in.value(row, x.place, x.group), kept, target, stride);
+             in.value(x.row, x.place, x.group), kept, target, stride);
     kept = 1.0f;
   });
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < block.count; ++i) {
     float* output = target + i * stride;
     // A query that sees nothing gets zeros.
     if (softmax.sum[i] == 0.0f) {
@@ -189,7 +212,7 @@ void attend_block(const Attention& in, int64_t row, int64_t head, int64_t block,
     } else {
       scale_row(output, in.value_width, 1.0f / softmax.sum[i]);
     }
-    logs[(row * in.heads + head) * in.length + begin + i] =
+    logs[(block.row * in.heads + head) * in.length + block.begin + i] =
         softmax.most[i] + std::log2(softmax.sum[i]);
   }
 }
@@ -203,13 +226,18 @@ std::tuple<at::Tensor, at::Tensor> forward(
   at::Tensor outputs = at::empty({in.batch, in.length, in.heads, in.value_width}, q.options());
   at::Tensor logs = at::empty({in.batch, in.heads, in.length}, q.options());
   float *target = outputs.mutable_data_ptr<float>(), *sums = logs.mutable_data_ptr<float>();
-  at::parallel_for(0, in.batch * in.heads * in.blocks(), 1, [&](int64_t begin, int64_t end) {
+  const Blocks blocks(in);
+  at::parallel_for(0, blocks.count() * in.heads, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     std::vector<float> scores(QUERIES * KEYS);
+    // Head after head within a row: its blocks see ever more keys, and threads share them alike.
+    int64_t row = 0;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task / in.blocks();
-      attend_block(in, head / in.heads, head % in.heads, task % in.blocks(), scores.data(), target,
-                   sums);
+      while (blocks.first[row + 1] * in.heads <= task) ++row;
+      const int64_t count = blocks.first[row + 1] - blocks.first[row];
+      const int64_t place = task - blocks.first[row] * in.heads;
+      const Block& block = blocks.all[blocks.first[row] + place % count];
+      attend_block(in, block, place / count, scores.data(), target, sums);
     }
   });
   return {outputs, logs};
@@ -278,13 +306,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
   const Gradients to{read(d_outputs), read(outputs), read(logs), d_q.mutable_data_ptr<float>(),
                      d_k.mutable_data_ptr<float>(), d_v.mutable_data_ptr<float>()};
   const int64_t together = in.heads / in.groups;
+  const Blocks blocks(in);
   at::parallel_for(0, in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     std::vector<float> scores(QUERIES * KEYS), slopes(QUERIES * KEYS);
     for (int64_t task = begin * together; task < end * together; ++task) {
-      for (int64_t block = 0; block < in.blocks(); ++block) {
+      const int64_t row = task / in.heads;
+      for (int64_t i = blocks.first[row]; i < blocks.first[row + 1]; ++i) {
         float kept = 0.0f;
-        for_each_tile(in, task / in.heads, task % in.heads, block, [&](const Tile& x) {
+        for_each_tile(in, blocks.all[i], task % in.heads, [&](const Tile& x) {
           tile_back(in, x, to, scores.data(), slopes.data(), kept);
           kept = 1.0f;
         });

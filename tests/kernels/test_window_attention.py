@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels.window_attention as kernel
+from kernels.runtime import Path
 from kernels.window_attention import (
-    TILE,
     centred_window_attention,
     window_attention,
     window_attention_reference,
@@ -78,13 +78,52 @@ def test_centred_windows_equal_the_mask(length, window):
     assert_matches_oracle(centred_window_attention, inputs, mask, window, documents)
 
 
-@pytest.mark.parametrize("tile", [1, 2**12, 2**16])
+@pytest.mark.parametrize("block", [1, 7, 1000])
 @pytest.mark.parametrize("attend", [window_attention, centred_window_attention])
-def test_the_cut_into_tiles_changes_nothing(monkeypatch, attend, tile):
-    monkeypatch.setattr(kernel, "TILE", tile)
+def test_the_cut_into_blocks_changes_nothing(monkeypatch, attend, block):
+    monkeypatch.setattr(kernel, "BLOCK", block)
     documents, after = ragged(200), 49 if attend is centred_window_attention else 0
     mask = oracle.near(200, documents.numpy(), 49, after)
     assert_matches_oracle(attend, make_inputs(200), mask, 50, documents)
+
+
+@pytest.mark.parametrize("window", [600, 1300])
+@pytest.mark.parametrize("attend", [window_attention, centred_window_attention])
+def test_keys_of_several_tiles_equal_the_mask(attend, window):
+    documents = torch.tensor([[0] * 1100 + [1] * 100, [0] * 3 + [1] * 1197]).int()
+    after = window - 1 if attend is centred_window_attention else 0
+    mask = oracle.near(1200, documents.numpy(), window - 1, after)
+    inputs = make_inputs(1200, dtype=torch.float32)
+    assert_matches_oracle(attend, inputs, mask, window, documents, dtype=torch.float32)
+
+
+def test_scores_that_grow_from_tile_to_tile_keep_their_precision():
+    q, k, v, d_mixed = make_inputs(1200, dtype=torch.float32)
+    k = k * torch.linspace(0.1, 20, 1200)[:, None, None]
+    mask = oracle.near(1200, np.zeros((2, 1200), dtype=int), 1199, 0)
+    assert_matches_oracle(window_attention, (q, k, v, d_mixed), mask, 1200, dtype=torch.float32)
+
+
+def test_the_number_of_threads_does_not_matter():
+    inputs, documents = make_inputs(700, dtype=torch.float32), ragged(700)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            mixed, gradients = differentiate(window_attention, inputs, 300, documents)
+            runs.append((mixed, *gradients))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for run in runs[1:] for x, y in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("attend", [window_attention, centred_window_attention])
+def test_without_a_compiler_windows_equal_the_mask(monkeypatch, attend):
+    monkeypatch.setattr(kernel, "path_of", lambda _: Path.REFERENCE)
+    documents, after = ragged(200), 49 if attend is centred_window_attention else 0
+    mask = oracle.near(200, documents.numpy(), 49, after)
+    inputs = make_inputs(200, dtype=torch.float32)
+    assert_matches_oracle(attend, inputs, mask, 50, documents, dtype=torch.float32)
 
 
 def test_padding_at_the_end_of_a_row_is_a_document_of_its_own():
@@ -193,22 +232,23 @@ def test_no_tensor_grows_with_the_square_of_the_length(attend, packed):
     documents = ragged(4096, batch=1) if packed else None
     with LargestTensor() as largest:
         differentiate(attend, inputs, 64, documents)
-    assert largest.numbers <= TILE < 4096 * 4096 / 16
+    assert largest.numbers <= 4096 * 4096 / 16
 
 
-def test_backward_keeps_the_inputs_alone():
+def test_backward_keeps_no_probabilities():
     q, k, v, _ = make_inputs(500, dtype=torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
         window_attention(q.requires_grad_(), k, v, 64)
-    assert sum(kept) == q.numel() + k.numel() + v.numel() + 1
+    outputs, logs, ends = v.shape[0] * 500 * 4 * 6, v.shape[0] * 500 * 4, 2 * v.shape[0] * 500
+    assert sum(kept) == q.numel() + k.numel() + v.numel() + outputs + logs + ends
 
 
-def test_work_is_linear_in_the_length():
+def test_work_in_plain_torch_is_linear_in_the_length():
     counts = []
     for length in (1024, 2048, 3072):
         with FlopCounterMode(display=False) as counter:
-            window_attention(*make_inputs(length, dtype=torch.float32)[:3], 128)
+            window_attention(*make_inputs(length)[:3], 128)
         counts.append(counter.get_total_flops())
     assert counts[2] - counts[1] == counts[1] - counts[0]
     each = 2 * 2 * 4 * (8 + 6)
