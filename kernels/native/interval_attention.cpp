@@ -129,15 +129,16 @@ void fill_scores(const Attention& in, const Tile& x, float* scores) {
 // Runs over the vectors of a row between two places.
 template <typename Run>
 inline void for_each_vector(int64_t first, int64_t past, const Run& run) {
-  for (int64_t j = first; j < past; j += LANES) run(j, std::min(LANES, past - j));
+  int64_t j = first;
+  for (; j + LANES <= past; j += LANES) run(j, LANES);
+  if (j < past) run(j, past - j);
 }
 
 float largest(const float* row, const Seen& seen) {
   Lanes most = Lanes{} + NOTHING;
   for_each_vector(seen.first, seen.past, [&](int64_t j, int64_t count) {
     const Lanes score = load(row + j, count);
-    const Lanes known = INDEX < static_cast<int32_t>(count) ? score : most;
-    most = known > most ? known : most;
+    most = larger(most, INDEX < static_cast<int32_t>(count) ? score : most);
   });
   float found = NOTHING;
   for (int64_t i = 0; i < LANES; ++i) found = std::max(found, most[i]);

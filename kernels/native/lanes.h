@@ -86,6 +86,15 @@ inline Lanes clamp(Lanes x, float low, float high) {
 #endif
 }
 
+inline Lanes larger(Lanes x, Lanes y) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Lanes>(
+      _mm512_max_ps(std::bit_cast<__m512>(x), std::bit_cast<__m512>(y)));
+#else
+  return x > y ? x : y;
+#endif
+}
+
 // 2^x with a relative error below 2e-7, exactly 1 at 0.
 //
 // Adding 1.5 * 2^23 leaves round(x) in the low bits of the float. 2^(x - round(x)) is a minimax

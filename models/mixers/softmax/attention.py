@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kernels.packed_attention import packed_attention
+from kernels.packed_attention import packed_attention, serves_one_document
 from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.sequence import Memory, WholeSequence, visible_memory
@@ -117,9 +117,11 @@ class Attention(Mixer):
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Attend; torch's fused kernel keeps the statistics in float32."""
+        """Attend; whichever kernel serves keeps the statistics in float32."""
         queries, keys, visible = coefficients
         packed = sequence.packed or keys.shape[1] > queries.shape[1]
+        if self.slot.pattern is Pattern.CAUSAL_SELF:
+            packed = packed or serves_one_document(queries, keys)
         if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
             documents = sequence.gathered_documents()
             # Torch's stub of what it keeps from the compiler loses the arguments.
