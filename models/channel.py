@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.fewer_passes import gated_linear
+from kernels.swiglu import swiglu
 from models.layers import BlockDiagonal, Linear
 from models.monarch_matrix import monarch_multiply
 
@@ -76,7 +76,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         """Mix the channels of each token."""
-        return self.down(gated_linear(self.gate_up(x)))
+        return self.down(swiglu(self.gate_up(x)))
 
 
 @dataclass(frozen=True)

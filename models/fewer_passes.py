@@ -51,16 +51,6 @@ def silu_in_parts(
     return parts
 
 
-def gated_linear(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
-    """silu(gate) * up of channels that hold gates in front and ups behind (Shazeer 2020)."""
-    if torch.compiler.is_compiling():  # which fuses the operations itself
-        gate, up = joint.chunk(2, dim=-1)
-        return F.silu(gate) * up
-    gated = _SwiGLU.apply(joint)
-    assert isinstance(gated, Tensor)
-    return gated
-
-
 def _by_torch(x: Tensor) -> bool:
     """Whether parts are torch's own: for compilers, which fuse them, autocast, GPUs, inference."""
     if torch.compiler.is_compiling():
@@ -108,27 +98,6 @@ class _SiluInParts(torch.autograd.Function):
         for d_part, part, into in zip(d_parts, *cut, strict=True):
             torch.ops.aten.silu_backward.grad_input(d_part, part, grad_input=into)
         return d_x, *[None] * len(sizes)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, joint: Tensor) -> Tensor:
-        ctx.save_for_backward(joint)
-        gate, up = joint.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_gated: Tensor) -> Tensor:
-        (joint,) = list(ctx.saved_tensors)
-        gate, up = joint.chunk(2, dim=-1)
-        # Both gradients are written where the map before reads them: nothing is laid together.
-        d_joint = torch.empty_like(joint)
-        d_gate, d_up = d_joint.chunk(2, dim=-1)
-        torch.ops.aten.silu_backward.grad_input(d_gated * up, gate, grad_input=d_gate)
-        torch.ops.aten.silu.out(gate, out=d_up)
-        d_up.mul_(d_gated)
-        return d_joint
 
 
 class _Turn(torch.autograd.Function):

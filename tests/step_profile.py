@@ -47,7 +47,7 @@ _FREE = {
     "nll_loss_nd",
 }  # fmt: skip
 """Views, allocations, and operators that only call others: their self time is dispatch."""
-_KERNELS = ("_LongConv", "_Window", "_Interval", "_Checkpoints", "_BlockSparse")
+_KERNELS = ("_LongConv", "_Checkpoints", "_BlockSparse")
 """Kernels that are products and passes of torch; their passes are told apart."""
 
 
@@ -77,7 +77,7 @@ def group_of(name: str) -> str:
 def _group_of_kernel(operator: str) -> str:
     if operator.startswith("ssd_"):
         return "products"
-    if operator.startswith("rms_norm_"):
+    if operator.startswith(("rms_norm_", "rglru_", "swiglu_")):
         return "norms, elementwise"
     return "attention kernel" if "attention" in operator else "scans, convolutions"
 

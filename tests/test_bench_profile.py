@@ -29,7 +29,7 @@ def traced(step):
     return trace
 
 
-@pytest.mark.parametrize("architecture", ["transformer", "hybrid"])
+@pytest.mark.parametrize("architecture", ["transformer", "scout_window"])
 def test_the_groups_of_a_profile_sum_to_the_step(architecture):
     built = bare(Task(QUICK.size.shape(architecture), QUICK.size))
     built.step()
@@ -37,7 +37,7 @@ def test_the_groups_of_a_profile_sum_to_the_step(architecture):
     assert set(found) == {*TIME_GROUPS, "total"}
     assert sum(found[group] for group in TIME_GROUPS) == pytest.approx(found["total"], rel=1e-6)
     assert min(found["products"], found["optimizer"]) > 0
-    assert (found["passes of kernels"] > 0) is (architecture == "hybrid")
+    assert (found["passes of kernels"] > 0) is (architecture == "scout_window")
 
 
 def test_operators_are_found_in_their_groups():
@@ -52,6 +52,7 @@ def test_operators_are_found_in_their_groups():
     groups = ("products", "FFT", "copies, layout", "norms, elementwise")
     assert tuple(map(group_of, names)) == (*groups, "dispatch, Python", "dispatch, Python")
     assert group_of("crossladder::selective_scan_forward") == "scans, convolutions"
+    assert group_of("crossladder::rglru_forward") == "norms, elementwise"
     assert group_of("crossladder::rms_norm_backward") == "norms, elementwise"
     assert group_of("crossladder::interval_attention_backward") == "attention kernel"
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from models.fewer_passes import (
-    gated_linear,
     linear_in_parts,
     silu_in_parts,
     turn_halves,
@@ -17,11 +16,6 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 def turn_one_by_one(x, cos, sin):
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
-
-
-def gated_one_by_one(joint):
-    gate, up = joint.chunk(2, dim=-1)
-    return gate * torch.sigmoid(gate) * up
 
 
 def apart(function, other, leaves, constants):
@@ -49,12 +43,6 @@ def test_a_turn_of_half_precision_is_computed_in_that_of_the_angles():
     expected = turn_one_by_one(x.float(), cos, sin)
     assert F.cosine_similarity(turn_halves(x, cos, sin).flatten(), expected.flatten(), 0) > 1 - 1e-6
     assert turn_halves(x, cos, sin).dtype is torch.float32
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_gated_map_is_that_of_its_operations(dtype):
-    joint = torch.randn(2, 9, 14, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    assert apart(gated_linear, gated_one_by_one, (joint.requires_grad_(),), ()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
