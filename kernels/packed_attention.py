@@ -53,8 +53,9 @@ def packed_attention(
 def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "B S G P"]) -> bool:
     """Whether causal `packed_attention` is the better choice even where there is one document.
 
-    In float32 on a CPU it took 0.66, 0.63, 0.86 and 1.00 of the time of torch's fused attention,
-    forward and back at 256, 512, 1,024 and 2,048 tokens of 8 heads of 64, and more beyond.
+    In float32 on a CPU it took 0.69, 0.60, 0.79 and 0.91 of the time of torch's fused attention,
+    forward and back at 256, 512, 1,024 and 2,048 tokens of 8 heads of 64, and 1.00 at 4,096
+    (`python tests/kernels/bench_attention.py`).
     """
     if torch.compiler.is_compiling() or queries.device.type != "cpu" or keys.shape[1] > MOST_KEYS:
         return False

@@ -315,6 +315,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help="where reports/ is written")
     options = parser.parse_args(words)
     console, start = Console(width=100), time.time()
+    if not references():
+        console.print(
+            "No published table is at hand (CROSSLADDER_PUBLISHED names its folder): residuals of "
+            "Student's t stand in for those that the studies of other laws are judged by."
+        )
     rows: list[Measurement] = []
     good = True
     # One thread for each process: the matrices are small.

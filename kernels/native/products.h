@@ -24,9 +24,8 @@ struct Matrix {
 };
 
 inline at::Tensor as_tensor(const Matrix& x, int64_t rows, int64_t columns) {
-  const at::IntArrayRef sizes = {rows, columns};
   if (x.turned) return as_tensor(x.transposed(), columns, rows).t();
-  return at::from_blob(const_cast<float*>(x.data), sizes, {x.stride, 1}, at::kFloat);
+  return at::from_blob(const_cast<float*>(x.data), {rows, columns}, {x.stride, 1}, at::kFloat);
 }
 
 // out (rows, columns) = left (rows, inner) right (inner, columns) + kept * out, with kept 0 or 1.
@@ -36,7 +35,7 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix&
     const at::AutoDispatchBelowADInplaceOrView guard;
     at::Tensor target = at::from_blob(out, {rows, columns}, {stride, 1}, at::kFloat);
     const at::Tensor a = as_tensor(left, rows, inner), b = as_tensor(right, inner, columns);
-    at::addmm_out(target, target, a, b, kept);
+    target.addmm_(a, b, kept);
     return;
   }
   // BLAS reads by columns: a matrix by rows is its transpose, and so is the result.
