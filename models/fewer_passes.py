@@ -1,7 +1,8 @@
-"""Pointwise parts of layers with their gradients by hand, in fewer passes over memory.
+"""Parts of layers with their gradients by hand, in fewer passes over memory.
 
-Autograd would write and read a tensor for every operation of them, which beside the matrix products
-of a few hundred channels costs a CPU a good part of its time. Nothing is approximated.
+Autograd would write and read a tensor for every operation of them, and lay tensors side by side,
+which beside the matrix products of a few hundred channels costs a CPU a good part of its time.
+Nothing is approximated. What is worth a kernel has one: `kernels.rms_norm`, `swiglu`, `rglru`.
 """
 
 from collections.abc import Sequence
