@@ -16,8 +16,9 @@ import torch
 
 from kernels.runtime import describe as describe_kernels
 
-# Options of glibc's malloc.h: no tensor by mmap, and no limit on what lies free at the heap's end.
-_KEEPING = {-4: 0, -1: -1}
+# Options of glibc's malloc.h: tensors up to 32 MiB, the most that it allows, lie in the heap, and
+# what lies free at its end is not given back.
+_KEEPING = {-3: 2**25, -1: -1}
 
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")
 
@@ -65,9 +66,9 @@ def memory_bytes(device: str) -> int:
 def keep_freed_memory() -> bool:
     """Let the C library keep the memory of freed tensors for the next ones of this process.
 
-    By default glibc hands every tensor over 32 MiB back to the system at once, and smaller ones in
-    part; the pages of the next one are then cleared and mapped anew, at each step. The process
-    holds as much as it held at its most.
+    By default glibc gives free memory at the heap's end back to the system, and the pages of the
+    next tensors are cleared and mapped anew, at each step. Tensors over 32 MiB, which it does not
+    let lie in the heap, are given back at once as before: there they would leave holes.
 
     Returns:
         Whether it does. Settings of the user's (MALLOC_..., GLIBC_TUNABLES) and C libraries without
