@@ -75,6 +75,28 @@ inline Lanes first_lanes(Lanes x, int64_t count) {
   return std::bit_cast<Lanes>(std::bit_cast<IntegerLanes>(x) & chosen);
 }
 
+// Runs over the vectors of some floats from one place to another: run(place, count).
+template <typename Run>
+inline void for_each_vector(int64_t first, int64_t past, const Run& run) {
+  int64_t i = first;
+  for (; i + LANES <= past; i += LANES) run(i, LANES);
+  if (i < past) run(i, past - i);
+}
+
+template <typename Run>
+inline void for_each_vector(int64_t size, const Run& run) {
+  for_each_vector(0, size, run);
+}
+
+// The products of two vectors, still to be summed over the lanes.
+inline Lanes dot(const float* x, const float* y, int64_t size) {
+  Lanes sum{};
+  for_each_vector(size, [&](int64_t i, int64_t count) {
+    sum += load(x + i, count) * load(y + i, count);
+  });
+  return sum;
+}
+
 // NaN stays NaN. The comparisons are what the instructions do, but GCC 12 does not find them.
 inline Lanes clamp(Lanes x, float low, float high) {
 #if defined(__AVX512F__)

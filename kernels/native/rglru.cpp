@@ -30,11 +30,7 @@ struct Gates {
   int64_t blocks() const { return ceil_div(tokens, BLOCK); }
 };
 
-const float* read(const at::Tensor& x) {
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat,
-              "rglru was given a tensor that is not contiguous float32");
-  return x.const_data_ptr<float>();
-}
+const float* read(const at::Tensor& x) { return crossladder::read(x, "rglru"); }
 
 Gates describe(const at::Tensor& recurrence, const at::Tensor& input, const at::Tensor& rate,
                const at::Tensor& begins, const std::optional<at::Tensor>& candidate) {
@@ -52,10 +48,9 @@ void for_each_place(const Gates& gates, const Run& run) {
     for (int64_t block = first; block < end; ++block) {
       const int64_t last = std::min((block + 1) * BLOCK, gates.tokens);
       for (int64_t t = block * BLOCK; t < last; ++t) {
-        for (int64_t channel = 0; channel < gates.channels; channel += LANES) {
-          const int64_t count = std::min(LANES, gates.channels - channel);
+        for_each_vector(gates.channels, [&](int64_t channel, int64_t count) {
           run(block, t * gates.channels + channel, channel, count, gates.begins[t]);
-        }
+        });
       }
     }
   });
@@ -68,7 +63,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& recurrence, const a
   at::Tensor log_decay = at::empty_like(recurrence), write = at::empty_like(recurrence);
   float *logs = log_decay.mutable_data_ptr<float>(), *writes = write.mutable_data_ptr<float>();
   for_each_place(gates, [&](int64_t, int64_t at, int64_t channel, int64_t count, bool begin) {
-    const Lanes log = -load(gates.rate + channel, count) * sigmoid(load(gates.recurrence + at, count));
+    const Lanes speed = load(gates.rate + channel, count);
+    const Lanes log = -speed * sigmoid(load(gates.recurrence + at, count));
     Lanes written = sigmoid(load(gates.input + at, count));
     if (!begin) written *= root(-expm1(2.0f * log));
     if (gates.candidate != nullptr) written *= tanh(load(gates.candidate + at, count));

@@ -73,8 +73,7 @@ struct Group {
 // Write the outputs and return what the group was multiplied by.
 float forward_group(const Group& group, float eps, float* outputs) {
   Lanes squares{};
-  for (int64_t channel = 0; channel < group.width; channel += LANES) {
-    const int64_t count = std::min(LANES, group.width - channel);
+  for_each_vector(group.width, [&](int64_t channel, int64_t count) {
     Lanes value = load(group.x + channel, count);
     if (group.gate != nullptr) {
       const Lanes gate = load(group.gate + channel, count);
@@ -82,14 +81,13 @@ float forward_group(const Group& group, float eps, float* outputs) {
       store(outputs + channel, value, count);
     }
     squares += value * value;
-  }
+  });
   const float scale = 1.0f / std::sqrt(total(squares) / group.width + eps);
   const float* values = group.gate == nullptr ? group.x : outputs;
-  for (int64_t channel = 0; channel < group.width; channel += LANES) {
-    const int64_t count = std::min(LANES, group.width - channel);
+  for_each_vector(group.width, [&](int64_t channel, int64_t count) {
     const Lanes weight = load(group.weight + channel, count);
     store(outputs + channel, load(values + channel, count) * scale * weight, count);
-  }
+  });
   return scale;
 }
 
@@ -97,8 +95,7 @@ float forward_group(const Group& group, float eps, float* outputs) {
 void backward_group(const Group& group, const float* d_outputs, float scale, float* d_x,
                     float* d_gate, float* d_weight) {
   Lanes products{};
-  for (int64_t channel = 0; channel < group.width; channel += LANES) {
-    const int64_t count = std::min(LANES, group.width - channel);
+  for_each_vector(group.width, [&](int64_t channel, int64_t count) {
     Lanes normed = load(group.x + channel, count) * scale;
     if (group.gate != nullptr) {
       const Lanes gate = load(group.gate + channel, count), share = sigmoid(gate);
@@ -108,23 +105,23 @@ void backward_group(const Group& group, const float* d_outputs, float scale, flo
     const Lanes product = load(d_outputs + channel, count) * normed;
     products += product * load(group.weight + channel, count);
     store(d_weight + channel, load(d_weight + channel, count) + product, count);
-  }
+  });
   const float along = total(products) / group.width;
-  for (int64_t channel = 0; channel < group.width; channel += LANES) {
-    const int64_t count = std::min(LANES, group.width - channel);
+  for_each_vector(group.width, [&](int64_t channel, int64_t count) {
     const Lanes x = load(group.x + channel, count);
     const Lanes d_normed = load(d_outputs + channel, count) * load(group.weight + channel, count);
     if (group.gate == nullptr) {
       store(d_x + channel, (d_normed - x * scale * along) * scale, count);
-      continue;
+      return;
     }
     const Lanes gate = load(group.gate + channel, count), share = load(d_gate + channel, count);
     const Lanes open = gate * share;
     const Lanes d_gated = (d_normed - x * open * scale * along) * scale;
     store(d_x + channel, d_gated * open, count);
     store(d_gate + channel, d_gated * x * (share + open * (1.0f - share)), count);
-  }
+  });
 }
+
 
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x,
                                            const std::optional<at::Tensor>& gate,

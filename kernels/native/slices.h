@@ -1,4 +1,5 @@
-// Partial sums of threads and tiles, added in an order that does not depend on who made them.
+// What kernels read, and partial sums of threads and tiles, added in an order that does not depend
+// on who made them.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -9,6 +10,13 @@
 namespace crossladder {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What a kernel reads, which is refused if it does not lie as the kernel expects.
+inline const float* read(const at::Tensor& x, const char* kernel) {
+  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat, kernel,
+              " was given a tensor that is not contiguous float32");
+  return x.const_data_ptr<float>();
+}
 
 // Sum over the first dimension, slice after slice.
 inline at::Tensor sum_slices(const at::Tensor& slices) {

@@ -60,7 +60,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& values, const at::T
                                            const at::Tensor& C,
                                            const std::optional<at::Tensor>& initial,
                                            const std::optional<at::Tensor>& documents) {
-  const Inputs in = describe(values, dt, A, B, C, initial, documents);
+  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents);
   at::Tensor outputs = at::empty_like(values);
   at::Tensor final = at::empty({in.batch, in.heads, in.width, in.states}, values.options());
   float *target = outputs.mutable_data_ptr<float>(), *end_state = final.mutable_data_ptr<float>();

@@ -49,14 +49,6 @@ struct Workspace {
   }
 };
 
-Lanes dot(const float* x, const float* y, int64_t size) {
-  Lanes sum{};
-  for_each_vector(size, [&](int64_t i, int64_t count) {
-    sum += load(x + i, count) * load(y + i, count);
-  });
-  return sum;
-}
-
 // Dot products of each head of each token, (head, token).
 void dots(const Inputs& in, const Part& x, const float* a, const float* b, float* out) {
   for (int64_t q = 0; q < x.length; ++q) {
@@ -242,7 +234,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const at::Tensor& d_outputs, const std::optional<at::Tensor>& d_final, const at::Tensor& values,
     const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B, const at::Tensor& C,
     const std::optional<at::Tensor>& initial, const std::optional<at::Tensor>& documents) {
-  const Inputs in = describe(values, dt, A, B, C, initial, documents);
+  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents);
   at::Tensor d_values = at::empty_like(values), d_dt = at::empty_like(dt);
   at::Tensor d_initial = at::empty({in.batch, in.heads, in.width, in.states}, values.options());
   const Gradients to{read(d_outputs), d_final.has_value() ? read(*d_final) : nullptr,

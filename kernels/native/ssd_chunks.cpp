@@ -2,15 +2,9 @@
 
 namespace crossladder {
 
-const float* read(const at::Tensor& x) {
-  TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat,
-              "ssd was given a tensor that is not contiguous float32");
-  return x.const_data_ptr<float>();
-}
-
-Inputs describe(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
-                const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
-                const std::optional<at::Tensor>& documents) {
+Inputs inputs_of(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
+                 const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
+                 const std::optional<at::Tensor>& documents) {
   const int32_t* ids = nullptr;
   if (documents.has_value()) {
     TORCH_CHECK(documents->is_contiguous(), "ssd was given documents that are not contiguous");

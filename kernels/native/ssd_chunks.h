@@ -23,12 +23,6 @@ constexpr float FLOOR = -60.0f;
 
 inline Lanes decay_of(Lanes exponent) { return exp2(LOG2_E * clamp(exponent, FLOOR, 0.0f)); }
 
-// Runs over the vectors that hold the first `size` of some floats.
-template <typename Run>
-inline void for_each_vector(int64_t size, const Run& run) {
-  for (int64_t i = 0; i < size; i += LANES) run(i, std::min(LANES, size - i));
-}
-
 // Tokens of a chunk of one row, and the heads that a task works on, which share B and C.
 struct Part {
   int64_t row, group, first, heads, begin, length;
@@ -75,10 +69,10 @@ struct Inputs {
   int32_t id_before(const Part& x) const { return x.begin == 0 ? 0 : ids(x)[-1]; }
 };
 
-const float* read(const at::Tensor& x);
-Inputs describe(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
-                const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
-                const std::optional<at::Tensor>& documents);
+inline const float* read(const at::Tensor& x) { return read(x, "ssd"); }
+Inputs inputs_of(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
+                 const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
+                 const std::optional<at::Tensor>& documents);
 
 // C B^T of each chunk, (row, group, chunk) first; zero where the later token, which comes first,
 // does not see the earlier one.
