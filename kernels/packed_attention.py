@@ -11,8 +11,6 @@ from torch import Tensor
 from kernels.runtime import Path, path_of
 from kernels.window_attention import centred_window_attention, window_attention
 
-MOST_KEYS = 2048
-
 
 # The number of documents is not the compiler's business: it would compile again for each.
 @torch.compiler.disable
@@ -53,11 +51,15 @@ def packed_attention(
 def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "B S G P"]) -> bool:
     """Whether causal `packed_attention` is the better choice even where there is one document.
 
-    In float32 on a CPU it took 0.69, 0.60, 0.79 and 0.91 of the time of torch's fused attention,
-    forward and back at 256, 512, 1,024 and 2,048 tokens of 8 heads of 64, and 1.00 at 4,096
-    (`python tests/kernels/bench_attention.py`).
+    In float32 on a CPU it took 0.68, 0.55, 0.66, 0.80 and 0.83 of the time of torch's fused
+    attention, forward and back at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of 64
+    (`python tests/kernels/bench_attention.py`). Going back, threads share rows and key heads,
+    torch's rows and query heads: where key heads are too few for the threads, torch's serves.
     """
-    if torch.compiler.is_compiling() or queries.device.type != "cpu" or keys.shape[1] > MOST_KEYS:
+    if torch.compiler.is_compiling() or queries.device.type != "cpu":
+        return False
+    B, _, G, _ = keys.shape
+    if B * G < min(B * queries.shape[2], torch.get_num_threads()):
         return False
     return keys.dtype is torch.float32 and path_of(queries) is Path.NATIVE
 

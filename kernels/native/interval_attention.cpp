@@ -1,8 +1,7 @@
 // Softmax attention of each query to an interval of keys on the CPU (Dao 2023, sections 3.1, 3.2).
 //
-// A block of queries meets its keys tile by tile, and a tile of scores never leaves the cache. A
-// block ends where the next query sees nothing that this one sees, so that no number of one
-// document meets those of another.
+// A task is a head and some neighbouring blocks of queries, which meet their keys tile by tile; a
+// tile of scores never leaves the cache.
 
 #include <torch/library.h>
 
@@ -15,75 +14,138 @@ namespace crossladder {
 namespace {
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr int64_t TOGETHER = 16;
 
-float largest(const float* row, const Seen& seen) {
-  Lanes most = Lanes{} + NOTHING;
-  for_each_vector(seen.first, seen.past, [&](int64_t j, int64_t count) {
-    const Lanes score = load(row + j, count);
-    most = larger(most, INDEX < static_cast<int32_t>(count) ? score : most);
-  });
-  float found = NOTHING;
-  for (int64_t i = 0; i < LANES; ++i) found = std::max(found, most[i]);
-  return found;
-}
-
-void scale_row(float* row, int64_t size, float factor) {
-  for_each_vector(0, size, [&](int64_t j, int64_t count) {
-    store(row + j, factor * load(row + j, count), count);
-  });
-}
-
-// The rows of a block of queries: largest score so far, and the sum of powers relative to it.
+// The largest score so far of each query, the sum of powers relative to it, and the mixed values.
 struct Softmax {
-  float most[QUERIES], sum[QUERIES];
+  Lanes most[QUERIES / LANES], sum[QUERIES / LANES];
+  Workspace mixed;
+  bool begun = false;
 
-  Softmax() {
-    std::fill(most, most + QUERIES, NOTHING);
-    std::fill(sum, sum + QUERIES, 0.0f);
+  explicit Softmax(const Attention& in) : mixed(QUERIES * in.value_row()) {}
+
+  void clear() {
+    std::fill(most, most + QUERIES / LANES, Lanes{} + NOTHING);
+    std::fill(sum, sum + QUERIES / LANES, Lanes{});
+    begun = false;
   }
 
-  // Powers take the place of the scores, and what the outputs hold so far is made relative to the
-  // new largest score.
-  void take(const Attention& in, const Tile& x, float* scores, float* outputs) {
+  // Powers take the place of a tile's scores; returns by what earlier sums of the queries shrink.
+  Lanes take(const Attention& in, const Block& block, const Range& tile, int64_t v, float* scores) {
     const float scale = LOG2_E * in.scale();
-    for (int64_t i = 0; i < x.count; ++i) {
-      float* row = scores + i * x.keys;
-      const Seen seen(in, x, i);
-      const float now = std::max(most[i], scale * largest(row, seen));
-      if (most[i] != now && sum[i] > 0.0f) {
-        const float factor = std::exp2(most[i] - now);
-        sum[i] *= factor;
-        scale_row(outputs + i * in.heads * in.value_width, in.value_width, factor);
-      }
-      most[i] = now;
-      sum[i] += exponentiate(row, seen, x.keys, scale, now);
+    const Sight sight(block, v * LANES, tile);
+    float* column = scores + v * LANES - tile.begin * QUERIES;
+    Lanes largest[Sight::CHAINS];
+    std::fill(largest, largest + Sight::CHAINS, Lanes{} + NOTHING);
+    sight.for_each_key([&](int64_t k, int64_t chain, const auto& keep) {
+      largest[chain] = larger(largest[chain], keep(load(column + k * QUERIES, LANES), NOTHING));
+    });
+    for (const Lanes& found : largest) largest[0] = larger(largest[0], found);
+    const Lanes now = larger(most[v], scale * largest[0]);
+    const Lanes shift = now == NOTHING ? Lanes{} : now;
+    const Lanes factor = exp2(most[v] - shift);
+    Lanes added{};
+    sight.for_each_key([&](int64_t k, int64_t, const auto& keep) {
+      const Lanes power = exp2(scale * load(column + k * QUERIES, LANES) - shift);
+      const Lanes kept = keep(power, 0.0f);
+      store(column + k * QUERIES, kept, LANES);
+      added += kept;
+    });
+    sight.clear_rest(tile, scores + v * LANES);
+    most[v] = now;
+    sum[v] = sum[v] * factor + added;
+    return factor;
+  }
+
+  void shrink(const Attention& in, int64_t v, Lanes factor) {
+    for (int64_t i = 0; i < LANES; ++i) {
+      if (factor[i] == 1.0f) continue;
+      float* row = mixed.data() + (v * LANES + i) * in.value_row();
+      for_each_vector(in.value_row(), [&](int64_t j, int64_t) {
+        store(row + j, factor[i] * load(row + j, LANES), LANES);
+      });
     }
   }
 };
 
-void attend_block(const Attention& in, const Block& block, int64_t head, float* scores,
-                  float* outputs, float* logs) {
-  Softmax softmax;
-  const int64_t stride = in.heads * in.value_width;
-  float* target = outputs + in.output_at(block.row, block.begin, head);
-  float kept = 0.0f;
-  for_each_tile(in, block, head, [&](const Tile& x) {
-    fill_scores(in, x, scores);
-    softmax.take(in, x, scores, target);
-    multiply(x.count, in.value_width, x.keys, Matrix{scores, x.keys},
-             in.value(x.row, x.place, x.group), kept, target, stride);
-    kept = 1.0f;
-  });
-  for (int64_t i = 0; i < block.count; ++i) {
-    float* output = target + i * stride;
-    // A query that sees nothing gets zeros.
-    if (softmax.sum[i] == 0.0f) {
-      std::fill(output, output + in.value_width, 0.0f);
-    } else {
-      scale_row(output, in.value_width, 1.0f / softmax.sum[i]);
+struct Work {
+  Segment segment;
+  Workspace together, turned, scores;
+  std::vector<Softmax> softmax;
+
+  explicit Work(const Attention& in)
+      : segment(in), together(QUERIES * in.key_row()), turned(in.key_row() * QUERIES),
+        scores(TILE * QUERIES) {
+    for (int64_t i = 0; i < TOGETHER; ++i) softmax.emplace_back(in);
+  }
+};
+
+void attend_segment(const Attention& in, const Block& block, int64_t head, Work& work,
+                    Softmax& softmax) {
+  const Range seen = block.seen().within(work.segment.places());
+  if (seen.empty()) return;
+  gather_turned(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
+                block.count, in.width, work.together.data(), work.turned.data());
+  float* scores = work.scores.data();
+  for_each_stretch(seen, TILE, [&](const Range& tile) {
+    meet(block, tile, work.segment.key(in, tile.begin), in.key_row(), in.width,
+         work.turned.data(), scores);
+    for (int64_t v = 0; v < block.lanes() / LANES; ++v) {
+      const Lanes factor = softmax.take(in, block, tile, v, scores);
+      if (softmax.begun) softmax.shrink(in, v, factor);
     }
-    logs[(block.row * in.heads + head) * in.length + block.begin + i] =
-        softmax.most[i] + std::log2(softmax.sum[i]);
+    mix_keys(block, tile, scores, work.segment.value(in, tile.begin), in.value_row(),
+             softmax.begun, softmax.mixed.data());
+    softmax.begun = true;
+  });
+}
+
+void finish(const Attention& in, const Block& block, int64_t head, Softmax& softmax,
+            float* outputs, float* logs) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    const float sum = softmax.sum[i / LANES][i % LANES], most = softmax.most[i / LANES][i % LANES];
+    const float share = 1.0f / sum;
+    const float* mixed = softmax.mixed.data() + i * in.value_row();
+    float* output = outputs + in.output_at(block.row, block.begin + i, head);
+    // A query that sees nothing gets zeros.
+    for_each_vector(in.value_width, [&](int64_t j, int64_t count) {
+      store(output + j, softmax.begun ? share * load(mixed + j, count) : Lanes{}, count);
+    });
+    logs[(block.row * in.heads + head) * in.length + block.begin + i] = most + std::log2(sum);
+  }
+}
+
+// Neighbouring blocks of a row that a head works on at a time.
+struct Task {
+  const Block* blocks;
+  int64_t count, head;
+};
+
+// Head after head of a row: the blocks of one see ever more keys, and threads share them alike.
+std::vector<Task> tasks_of(const Attention& in, const std::vector<std::vector<Block>>& rows) {
+  std::vector<Task> tasks;
+  for (const std::vector<Block>& blocks : rows) {
+    for (int64_t head = 0; head < in.heads; ++head) {
+      for_each_stretch({0, static_cast<int64_t>(blocks.size())}, TOGETHER,
+                       [&](const Range& some) {
+                         tasks.push_back({blocks.data() + some.begin, some.size(), head});
+                       });
+    }
+  }
+  return tasks;
+}
+
+void attend(const Attention& in, const Task& task, Work& work, float* outputs, float* logs) {
+  const Range seen{task.blocks[0].seen().begin, task.blocks[task.count - 1].seen().end};
+  for (int64_t i = 0; i < task.count; ++i) work.softmax[i].clear();
+  for_each_stretch(seen, SEGMENT, [&](const Range& places) {
+    work.segment.take(in, task.blocks[0].row, task.head / (in.heads / in.groups), places);
+    for (int64_t i = 0; i < task.count; ++i) {
+      attend_segment(in, task.blocks[i], task.head, work, work.softmax[i]);
+    }
+  });
+  for (int64_t i = 0; i < task.count; ++i) {
+    finish(in, task.blocks[i], task.head, work.softmax[i], outputs, logs);
   }
 }
 
@@ -96,19 +158,12 @@ std::tuple<at::Tensor, at::Tensor> forward(
   at::Tensor outputs = at::empty({in.batch, in.length, in.heads, in.value_width}, q.options());
   at::Tensor logs = at::empty({in.batch, in.heads, in.length}, q.options());
   float *target = outputs.mutable_data_ptr<float>(), *sums = logs.mutable_data_ptr<float>();
-  const Blocks blocks(in);
-  at::parallel_for(0, blocks.count() * in.heads, 1, [&](int64_t begin, int64_t end) {
+  const std::vector<std::vector<Block>> rows = blocks_of(in);
+  const std::vector<Task> tasks = tasks_of(in, rows);
+  at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    std::vector<float> scores(QUERIES * KEYS);
-    // Head after head within a row: its blocks see ever more keys, and threads share them alike.
-    int64_t row = 0;
-    for (int64_t task = begin; task < end; ++task) {
-      while (blocks.first[row + 1] * in.heads <= task) ++row;
-      const int64_t count = blocks.first[row + 1] - blocks.first[row];
-      const int64_t place = task - blocks.first[row] * in.heads;
-      const Block& block = blocks.all[blocks.first[row] + place % count];
-      attend_block(in, block, place / count, scores.data(), target, sums);
-    }
+    Work work(in);
+    for (int64_t i = begin; i < end; ++i) attend(in, tasks[i], work, target, sums);
   });
   return {outputs, logs};
 }

@@ -1,4 +1,7 @@
-// What both directions of attention to intervals share: blocks of queries, tiles of keys, scores.
+// What both directions of attention to intervals share: blocks of queries that meet some keys.
+//
+// Keys are worked on in segments, whose keys and values are laid side by side. Scores of a block
+// lie with a vector of queries for each key, so that a query's softmax stays in its lane.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -10,12 +13,12 @@
 #include <vector>
 
 #include "lanes.h"
-#include "products.h"
+#include "panels.h"
 #include "slices.h"
 
 namespace crossladder {
 
-constexpr int64_t QUERIES = 64, KEYS = 512;
+constexpr int64_t QUERIES = 64, SEGMENT = 1024, TILE = 128;
 
 struct Attention {
   int64_t batch, length, heads, width, keys_in_all, groups, value_width;
@@ -23,64 +26,64 @@ struct Attention {
   const int32_t *first, *past;
 
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
+  // Keys of a segment at most.
+  int64_t segment() const { return std::min(SEGMENT, keys_in_all); }
+  // Of a key and of a value in a workspace.
+  int64_t key_row() const { return whole_vectors(width); }
+  int64_t value_row() const { return whole_vectors(value_width); }
   int64_t token(int64_t row, int64_t t) const { return row * length + t; }
-  Matrix query(int64_t row, int64_t t, int64_t head) const {
-    return {queries + (token(row, t) * heads + head) * width, heads * width};
-  }
-  int64_t key_at(int64_t row, int64_t place, int64_t group) const {
-    return (row * keys_in_all + place) * groups + group;
-  }
-  Matrix key(int64_t row, int64_t place, int64_t group) const {
-    return {keys + key_at(row, place, group) * width, groups * width};
-  }
-  Matrix value(int64_t row, int64_t place, int64_t group) const {
-    return {values + key_at(row, place, group) * value_width, groups * value_width};
+  int64_t query_at(int64_t row, int64_t t, int64_t head) const {
+    return (token(row, t) * heads + head) * width;
   }
   int64_t output_at(int64_t row, int64_t t, int64_t head) const {
     return (token(row, t) * heads + head) * value_width;
   }
+  // Which key head of which row, in all of them.
+  int64_t key_at(int64_t row, int64_t place, int64_t group) const {
+    return (row * keys_in_all + place) * groups + group;
+  }
 };
 
-// Some neighbouring queries of a row.
+// Neighbouring queries of a row and what they see, of which both ends never fall. The last stands
+// for those that would fill its vector.
 struct Block {
-  int64_t row, begin, count;
+  int64_t row, begin, count = 0;
+  int32_t first[QUERIES], past[QUERIES];
+
+  Range seen() const { return {first[0], past[count - 1]}; }
+  int64_t lanes() const { return whole_vectors(count); }
+  // The keys that any of some queries sees, and the queries that see any of some keys.
+  Range keys_of(const Range& queries) const {
+    return {first[queries.begin], past[queries.end - 1]};
+  }
+  Range queries_of(const Range& keys) const {
+    return {std::upper_bound(past, past + count, keys.begin) - past,
+            std::lower_bound(first, first + count, keys.end) - first};
+  }
 };
 
-// Those of all rows in order; a row's begin at `first[row]`.
-struct Blocks {
+// Those of a row in order. One ends where the next query sees nothing that this one sees, so that
+// no number of one document meets those of another.
+inline std::vector<Block> blocks_of(const Attention& in, int64_t row) {
   std::vector<Block> all;
-  std::vector<int64_t> first;
-
-  explicit Blocks(const Attention& in) {
-    for (int64_t row = 0; row < in.batch; ++row) {
-      first.push_back(all.size());
-      for (int64_t t = 0; t < in.length; ++t) {
-        const int64_t at = in.token(row, t);
-        const bool apart = t == 0 || in.first[at] >= in.past[at - 1];
-        if (apart || all.back().count == QUERIES) all.push_back({row, t, 0});
-        ++all.back().count;
-      }
-    }
-    first.push_back(all.size());
+  int32_t end = 0;
+  for (int64_t t = 0; t < in.length; ++t) {
+    const int64_t at = in.token(row, t);
+    if (t == 0 || in.first[at] >= end || all.back().count == QUERIES) all.push_back({row, t});
+    end = in.past[at];
+    Block& block = all.back();
+    const int64_t place = block.count++;
+    std::fill(block.first + place, block.first + QUERIES, in.first[at]);
+    std::fill(block.past + place, block.past + QUERIES, std::max(in.first[at], end));
   }
-  int64_t count() const { return all.size(); }
-};
+  return all;
+}
 
-// A block of one head's queries, and a tile of the keys that any of them sees.
-struct Tile {
-  int64_t row, head, group, begin, count, place, keys;
-};
-
-// What of a tile query i sees: first to past - 1.
-struct Seen {
-  int64_t first, past;
-
-  Seen(const Attention& in, const Tile& x, int64_t i) {
-    const int64_t at = in.token(x.row, x.begin + i);
-    first = std::clamp<int64_t>(in.first[at] - x.place, 0, x.keys);
-    past = std::clamp<int64_t>(in.past[at] - x.place, first, x.keys);
-  }
-};
+inline std::vector<std::vector<Block>> blocks_of(const Attention& in) {
+  std::vector<std::vector<Block>> rows;
+  for (int64_t row = 0; row < in.batch; ++row) rows.push_back(blocks_of(in, row));
+  return rows;
+}
 
 inline Attention attention_of(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                               const at::Tensor& first, const at::Tensor& past,
@@ -95,36 +98,119 @@ inline Attention attention_of(const at::Tensor& q, const at::Tensor& k, const at
           past.const_data_ptr<int32_t>()};
 }
 
-// Runs over the tiles of keys that a block of queries sees, in order.
+// Neighbouring keys and values of a head, side by side.
+class Segment {
+ public:
+  explicit Segment(const Attention& in)
+      : keys_(in.segment() * in.key_row()), values_(in.segment() * in.value_row()) {}
+
+  void take(const Attention& in, int64_t row, int64_t group, const Range& places) {
+    places_ = places;
+    const int64_t at = in.key_at(row, places.begin, group);
+    gather(in.keys + at * in.width, in.groups * in.width, places.size(), in.width, keys_.data(),
+           in.key_row());
+    gather(in.values + at * in.value_width, in.groups * in.value_width, places.size(),
+           in.value_width, values_.data(), in.value_row());
+  }
+  const Range& places() const { return places_; }
+  const float* key(const Attention& in, int64_t place) {
+    return keys_.data() + (place - places_.begin) * in.key_row();
+  }
+  const float* value(const Attention& in, int64_t place) {
+    return values_.data() + (place - places_.begin) * in.value_row();
+  }
+
+ private:
+  Range places_{0, 0};
+  Workspace keys_, values_;
+};
+
+// Runs over the stretches of `places`, each of at most `size`.
 template <typename Run>
-void for_each_tile(const Attention& in, const Block& block, int64_t head, const Run& run) {
-  const int64_t group = head / (in.heads / in.groups);
-  Tile x{block.row, head, group, block.begin, block.count, 0, 0};
-  const int64_t at = in.token(block.row, block.begin);
-  // Ends never fall from query to query.
-  const int64_t end = in.past[at + x.count - 1];
-  for (x.place = in.first[at]; x.place < end; x.place += KEYS) {
-    x.keys = std::min(KEYS, end - x.place);
-    run(x);
+void for_each_stretch(const Range& places, int64_t size, const Run& run) {
+  for (int64_t begin = places.begin; begin < places.end; begin += size) {
+    run(Range{begin, std::min(begin + size, places.end)});
   }
 }
 
-inline void fill_scores(const Attention& in, const Tile& x, float* scores) {
-  multiply(x.count, x.keys, in.width, in.query(x.row, x.begin, x.head),
-           in.key(x.row, x.place, x.group).transposed(), 0.0f, scores, x.keys);
+// Lays a block's rows side by side and turned, a vector of queries for each of their numbers.
+inline void gather_turned(const float* source, int64_t stride, int64_t rows, int64_t size,
+                          float* together, float* turned) {
+  const int64_t padded = whole_vectors(size);
+  gather(source, stride, rows, size, together, padded);
+  std::fill(together + rows * padded, together + whole_vectors(rows) * padded, 0.0f);
+  transpose(together, whole_vectors(rows), padded, padded, turned, QUERIES);
 }
 
-// exp2(scale * score - shift) of what is seen, zero elsewhere; returns the sum.
-inline float exponentiate(float* row, const Seen& seen, int64_t keys, float scale, float shift) {
-  Lanes sum{};
-  std::fill(row, row + seen.first, 0.0f);
-  std::fill(row + seen.past, row + keys, 0.0f);
-  for_each_vector(seen.first, seen.past, [&](int64_t j, int64_t count) {
-    const Lanes power = exp2(scale * load(row + j, count) - shift);
-    store(row + j, power, count);
-    sum += first_lanes(power, count);
-  });
-  return total(sum);
+// What of the keys of a tile each query of a block meets: scores (key, query), or their gradients.
+// `turned` has the queries in its columns; what no query of a vector sees is left out.
+inline void meet(const Block& block, const Range& tile, const float* keys, int64_t row,
+                 int64_t width, const float* turned, float* scores) {
+  product(tile.size(), {keys, row, 1}, {turned, QUERIES}, false, scores, QUERIES,
+          [&](const Range& some) {
+            const Range queries =
+                block.queries_of({tile.begin + some.begin, tile.begin + some.end});
+            return Part{{0, width}, {queries.begin / LANES * LANES, whole_vectors(queries.end)}};
+          });
 }
+
+// out (query, number) += what of `rows`, one for each key of a tile, the scores say.
+inline void mix_keys(const Block& block, const Range& tile, const float* scores, const float* rows,
+                     int64_t row, bool kept, float* out) {
+  product(block.count, {scores, 1, QUERIES}, {rows, row}, kept, out, row,
+          [&](const Range& some) {
+            const Range keys = block.keys_of(some).within(tile);
+            return Part{{keys.begin - tile.begin, keys.end - tile.begin}, {0, row}};
+          });
+}
+
+// A vector of queries, with what it sees of a tile.
+struct Sight {
+  static constexpr int64_t CHAINS = 4;
+  IntegerLanes first, past;
+  Range some, all;
+
+  Sight(const Block& block, int64_t lane, const Range& tile) {
+    std::memcpy(&first, block.first + lane, sizeof(first));
+    std::memcpy(&past, block.past + lane, sizeof(past));
+    some = Range{first[0], past[LANES - 1]}.within(tile);
+    all = Range{first[LANES - 1], past[0]}.within(some);
+    if (all.empty()) all = {some.end, some.end};
+  }
+
+  // Runs over the keys of the tile that any of the queries sees: run(key, chain, keep), where
+  // keep(x, other) is x for the queries that see it and `other` for the rest, and neighbouring
+  // keys have different chains, for sums whose terms wait for one another.
+  template <typename Run>
+  void for_each_key(const Run& run) const {
+    const auto keep = [](Lanes x, float) { return x; };
+    for_each_masked({some.begin, all.begin}, run);
+    int64_t k = all.begin;
+    for (; k + CHAINS <= all.end; k += CHAINS) {
+#pragma GCC unroll 4
+      for (int64_t chain = 0; chain < CHAINS; ++chain) run(k + chain, chain, keep);
+    }
+    for (; k < all.end; ++k) run(k, 0, keep);
+    for_each_masked({all.end, some.end}, run);
+  }
+
+  // Scores of a tile that none of the queries sees become zero.
+  void clear_rest(const Range& tile, float* scores) const {
+    for (int64_t k = tile.begin; k < tile.end; ++k) {
+      if (k == some.begin) k = std::max(k, some.end);
+      if (k < tile.end) store(scores + (k - tile.begin) * QUERIES, Lanes{}, LANES);
+    }
+  }
+
+ private:
+  template <typename Run>
+  void for_each_masked(const Range& keys, const Run& run) const {
+    for (int64_t k = keys.begin; k < keys.end; ++k) {
+      const int32_t key = static_cast<int32_t>(k);
+      const IntegerLanes seen = (first <= key) & (past > key);
+      run(k, 0, [&](Lanes x, float other) { return seen ? x : Lanes{} + other; });
+    }
+  }
+};
 
 }  // namespace crossladder

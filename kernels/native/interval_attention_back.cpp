@@ -18,48 +18,138 @@ struct Gradients {
   float *queries, *keys, *values;
 };
 
-// What of the gradients of powers is that of their sum: <output, its gradient>, for each query.
-void fill_shared(const Attention& in, const Tile& x, const Gradients& to, float* shared) {
-  for (int64_t i = 0; i < x.count; ++i) {
-    const int64_t at = in.output_at(x.row, x.begin + i, x.head);
-    shared[i] = total(dot(to.outputs + at, to.results + at, in.value_width));
+// A block of a head's queries, their gradients and those of their outputs, also turned.
+struct Side {
+  Workspace queries, turned_queries, d_outputs, turned_d_outputs, d_queries;
+  alignas(Lanes) float logs[QUERIES], shared[QUERIES];
+
+  explicit Side(const Attention& in)
+      : queries(QUERIES * in.key_row()), turned_queries(QUERIES * in.key_row()),
+        d_outputs(QUERIES * in.value_row()), turned_d_outputs(QUERIES * in.value_row()),
+        d_queries(QUERIES * in.key_row()) {}
+
+  void take(const Attention& in, const Gradients& to, const Block& block, int64_t head) {
+    const int64_t at = in.output_at(block.row, block.begin, head), step = in.heads * in.value_width;
+    gather_turned(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
+                  block.count, in.width, queries.data(), turned_queries.data());
+    gather_turned(to.outputs + at, step, block.count, in.value_width, d_outputs.data(),
+                  turned_d_outputs.data());
+    std::fill(logs, logs + QUERIES, 0.0f);
+    std::fill(shared, shared + QUERIES, 0.0f);
+    const float* sums = to.logs + (block.row * in.heads + head) * in.length + block.begin;
+    std::copy(sums, sums + block.count, logs);
+    // What of the gradients of powers is that of their sum: <output, its gradient>.
+    for (int64_t i = 0; i < block.count; ++i) {
+      const int64_t of = at + i * step;
+      shared[i] = total(dot(to.outputs + of, to.results + of, in.value_width));
+    }
+  }
+};
+
+struct Work {
+  Segment segment;
+  Side side;
+  Workspace scores, slopes, d_keys, d_values;
+
+  explicit Work(const Attention& in)
+      : segment(in), side(in), scores(TILE * QUERIES), slopes(TILE * QUERIES),
+        d_keys(in.segment() * in.key_row()), d_values(in.segment() * in.value_row()) {}
+};
+
+// Probabilities take the place of scores, and the gradients of scores that of `slopes`.
+void slopes_of_scores(const Attention& in, const Block& block, const Range& tile, Work& work) {
+  const float scale = in.scale(), log_scale = LOG2_E * scale;
+  for (int64_t lane = 0; lane < block.lanes(); lane += LANES) {
+    const Sight sight(block, lane, tile);
+    const Lanes log = load(work.side.logs + lane, LANES);
+    const Lanes shared = load(work.side.shared + lane, LANES);
+    float* scores = work.scores.data() + lane;
+    float* slopes = work.slopes.data() + lane;
+    sight.for_each_key([&](int64_t k, int64_t, const auto& keep) {
+      const int64_t at = (k - tile.begin) * QUERIES;
+      const Lanes share = keep(exp2(log_scale * load(scores + at, LANES) - log), 0.0f);
+      const Lanes slope = scale * share * (load(slopes + at, LANES) - shared);
+      store(scores + at, share, LANES);
+      store(slopes + at, keep(slope, 0.0f), LANES);
+    });
+    sight.clear_rest(tile, scores);
+    sight.clear_rest(tile, slopes);
   }
 }
 
-// Probabilities take the place of scores, and the gradients of scores that of `slopes`.
-void slopes_of_scores(const Attention& in, const Tile& x, const Gradients& to, float* scores,
-                      float* slopes) {
-  const float* logs = to.logs + (x.row * in.heads + x.head) * in.length + x.begin;
-  float shared[QUERIES];
-  fill_shared(in, x, to, shared);
-  for (int64_t i = 0; i < x.count; ++i) {
-    float *row = scores + i * x.keys, *slope = slopes + i * x.keys;
-    const Seen seen(in, x, i);
-    exponentiate(row, seen, x.keys, LOG2_E * in.scale(), logs[i]);
-    std::fill(slope, slope + seen.first, 0.0f);
-    std::fill(slope + seen.past, slope + x.keys, 0.0f);
-    for_each_vector(seen.first, seen.past, [&](int64_t j, int64_t count) {
-      const Lanes share = in.scale() * load(row + j, count);
-      store(slope + j, share * (load(slope + j, count) - shared[i]), count);
+// out (key, number) += what of `rows`, one for each query, the scores say.
+void mix_queries(const Block& block, const Range& tile, const float* scores, const float* rows,
+                 int64_t row, float* out) {
+  product(tile.size(), {scores, QUERIES, 1}, {rows, row}, true, out, row,
+          [&](const Range& some) {
+            return Part{block.queries_of({tile.begin + some.begin, tile.begin + some.end}),
+                        {0, row}};
+          });
+}
+
+void tile_back(const Attention& in, const Block& block, const Range& tile, Work& work, bool kept) {
+  const int64_t key_row = in.key_row(), value_row = in.value_row();
+  const int64_t place = tile.begin - work.segment.places().begin;
+  Side& side = work.side;
+  float *scores = work.scores.data(), *slopes = work.slopes.data();
+  meet(block, tile, work.segment.key(in, tile.begin), key_row, in.width,
+       side.turned_queries.data(), scores);
+  meet(block, tile, work.segment.value(in, tile.begin), value_row, in.value_width,
+       side.turned_d_outputs.data(), slopes);
+  slopes_of_scores(in, block, tile, work);
+  mix_queries(block, tile, scores, side.d_outputs.data(), value_row,
+              work.d_values.data() + place * value_row);
+  mix_queries(block, tile, slopes, side.queries.data(), key_row,
+              work.d_keys.data() + place * key_row);
+  mix_keys(block, tile, slopes, work.segment.key(in, tile.begin), key_row, kept,
+           side.d_queries.data());
+}
+
+// Adds to the queries' gradients, or sets them where no earlier segment did.
+void block_back(const Attention& in, const Gradients& to, const Block& block, int64_t head,
+                Work& work) {
+  const Range seen = block.seen().within(work.segment.places());
+  work.side.take(in, to, block, head);
+  bool kept = false;
+  for_each_stretch(seen, TILE, [&](const Range& tile) {
+    tile_back(in, block, tile, work, kept);
+    kept = true;
+  });
+  const bool earlier = block.seen().begin < work.segment.places().begin;
+  for (int64_t i = 0; i < block.count; ++i) {
+    const float* found = work.side.d_queries.data() + i * in.key_row();
+    float* target = to.queries + in.query_at(block.row, block.begin + i, head);
+    for_each_vector(in.width, [&](int64_t j, int64_t count) {
+      const Lanes before = earlier ? load(target + j, count) : Lanes{};
+      store(target + j, before + load(found + j, count), count);
     });
   }
 }
 
-void tile_back(const Attention& in, const Tile& x, const Gradients& to, float* scores,
-               float* slopes, float kept) {
-  const int64_t key = in.key_at(x.row, x.place, x.group), Q = in.value_width;
-  const Matrix d_output = {to.outputs + in.output_at(x.row, x.begin, x.head), in.heads * Q};
-  const Matrix query = in.query(x.row, x.begin, x.head);
-  fill_scores(in, x, scores);
-  multiply(x.count, x.keys, Q, d_output, in.value(x.row, x.place, x.group).transposed(), 0.0f,
-           slopes, x.keys);
-  slopes_of_scores(in, x, to, scores, slopes);
-  multiply(x.keys, Q, x.count, Matrix{scores, x.keys, true}, d_output, 1.0f, to.values + key * Q,
-           in.groups * Q);
-  multiply(x.keys, in.width, x.count, Matrix{slopes, x.keys, true}, query, 1.0f,
-           to.keys + key * in.width, in.groups * in.width);
-  multiply(x.count, in.width, x.keys, Matrix{slopes, x.keys}, in.key(x.row, x.place, x.group),
-           kept, to.queries + (query.data - in.queries), in.heads * in.width);
+void spread(const float* source, int64_t padded, int64_t rows, int64_t size, float* target,
+            int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy(source + r * padded, source + r * padded + size, target + r * stride);
+  }
+}
+
+void segment_back(const Attention& in, const Gradients& to, const std::vector<Block>& blocks,
+                  int64_t row, int64_t group, const Range& places, Work& work) {
+  const int64_t together = in.heads / in.groups;
+  float *d_keys = work.d_keys.data(), *d_values = work.d_values.data();
+  work.segment.take(in, row, group, places);
+  std::fill(d_keys, d_keys + places.size() * in.key_row(), 0.0f);
+  std::fill(d_values, d_values + places.size() * in.value_row(), 0.0f);
+  for (int64_t head = group * together; head < (group + 1) * together; ++head) {
+    for (const Block& block : blocks) {
+      if (!block.seen().within(places).empty()) block_back(in, to, block, head, work);
+    }
+  }
+  const int64_t at = in.key_at(row, places.begin, group);
+  spread(d_keys, in.key_row(), places.size(), in.width, to.keys + at * in.width,
+         in.groups * in.width);
+  spread(d_values, in.value_row(), places.size(), in.value_width, to.values + at * in.value_width,
+         in.groups * in.value_width);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
@@ -68,25 +158,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& first, const at::Tensor& past, const std::optional<at::Tensor>& shown,
     const at::Tensor& outputs, const at::Tensor& logs) {
   const Attention in = attention_of(q, k, v, first, past, own_k, shown);
-  at::Tensor d_q = at::zeros_like(q), d_k = at::zeros_like(k), d_v = at::zeros_like(v);
+  at::Tensor d_q = at::zeros_like(q), d_k = at::empty_like(k), d_v = at::empty_like(v);
   const char* kernel = "interval_attention";
   const Gradients to{read(d_outputs, kernel), read(outputs, kernel), read(logs, kernel),
                      d_q.mutable_data_ptr<float>(), d_k.mutable_data_ptr<float>(),
                      d_v.mutable_data_ptr<float>()};
-  const int64_t together = in.heads / in.groups;
-  const Blocks blocks(in);
+  const std::vector<std::vector<Block>> rows = blocks_of(in);
   at::parallel_for(0, in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    std::vector<float> scores(QUERIES * KEYS), slopes(QUERIES * KEYS);
-    for (int64_t task = begin * together; task < end * together; ++task) {
-      const int64_t row = task / in.heads;
-      for (int64_t i = blocks.first[row]; i < blocks.first[row + 1]; ++i) {
-        float kept = 0.0f;
-        for_each_tile(in, blocks.all[i], task % in.heads, [&](const Tile& x) {
-          tile_back(in, x, to, scores.data(), slopes.data(), kept);
-          kept = 1.0f;
-        });
-      }
+    Work work(in);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / in.groups, group = task % in.groups;
+      for_each_stretch({0, in.keys_in_all}, SEGMENT, [&](const Range& places) {
+        segment_back(in, to, rows[row], row, group, places, work);
+      });
     }
   });
   return {d_q, d_k, d_v, at::empty({0}, q.options()), at::empty({0}, q.options())};

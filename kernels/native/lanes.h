@@ -51,6 +51,20 @@ inline Lanes sum_neighbours(Lanes first, Lanes second) {
 #endif
 }
 
+// Lanes of `first` and `second` in turn: those of their first halves, then of their second.
+inline void zip(Lanes first, Lanes second, Lanes* zipped) {
+#if defined(__clang__)
+  zipped[0] = __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
+                                      22, 7, 23);
+  zipped[1] = __builtin_shufflevector(first, second, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29,
+                                      14, 30, 15, 31);
+#else
+  constexpr IntegerLanes LOW = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+  zipped[0] = __builtin_shuffle(first, second, LOW);
+  zipped[1] = __builtin_shuffle(first, second, LOW + 8);
+#endif
+}
+
 // Lane i of the result is the sum over the lanes of rows[i * stride], i < 16, in a fixed order.
 template <int64_t COUNT = LANES>
 inline Lanes sums(const Lanes* rows, int64_t stride) {

@@ -18,11 +18,11 @@ from tests.kernels.largest_tensor import LargestTensor
 from tests.oracles import local_attention as oracle
 
 
-def make_inputs(queries, keys=None, dtype=torch.float64, batch=2, heads=4, groups=2):
+def make_inputs(queries, keys=None, dtype=torch.float64, batch=2, heads=4, groups=2, widths=(8, 6)):
     """Queries, keys, values and a gradient of the outputs."""
     generator = torch.Generator().manual_seed(queries)
-    S = keys or queries
-    shapes = ((queries, heads, 8), (S, groups, 8), (S, groups, 6), (queries, heads, 6))
+    S, (P, Q) = keys or queries, widths
+    shapes = ((queries, heads, P), (S, groups, P), (S, groups, Q), (queries, heads, Q))
     return [torch.randn(batch, *shape, generator=generator, dtype=dtype) for shape in shapes]
 
 
@@ -95,6 +95,22 @@ def test_keys_of_several_tiles_equal_the_mask(attend, window):
     mask = oracle.near(1200, documents.numpy(), window - 1, after)
     inputs = make_inputs(1200, dtype=torch.float32)
     assert_matches_oracle(attend, inputs, mask, window, documents, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("window", [40, 1500, 2200])
+def test_keys_of_several_segments_equal_the_mask(window):
+    mask = oracle.near(2200, np.zeros((1, 2200), dtype=int), window - 1, 0)
+    inputs = make_inputs(2200, dtype=torch.float32, batch=1, heads=2, groups=1)
+    assert_matches_oracle(window_attention, inputs, mask, window, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(6, 3), (3, 3), (4, 1)])
+@pytest.mark.parametrize("widths", [(1, 1), (16, 64), (17, 80), (70, 3)])
+def test_any_heads_and_widths_equal_the_mask(heads, groups, widths):
+    documents = ragged(150)
+    inputs = make_inputs(150, dtype=torch.float32, heads=heads, groups=groups, widths=widths)
+    mask = oracle.near(150, documents.numpy(), 69, 0)
+    assert_matches_oracle(window_attention, inputs, mask, 70, documents, dtype=torch.float32)
 
 
 def test_scores_that_grow_from_tile_to_tile_keep_their_precision():

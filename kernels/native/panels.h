@@ -1,0 +1,163 @@
+// Small products inside a task: out += left right, with a panel of `out` in registers at a time.
+//
+// What is read in vectors lies in a workspace, whose rows are padded to whole vectors and lie side
+// by side: rows of a tensor that are a power of two apart share a few sets of the caches.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "lanes.h"
+
+namespace crossladder {
+
+// Rows of a panel, and columns in vectors: as many as the registers hold beside what they take.
+#if defined(__AVX512F__)
+constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 4;
+#else
+constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 1;
+#endif
+
+inline int64_t whole_vectors(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
+
+// Floats that begin where a vector does, and are not set.
+class Workspace {
+ public:
+  explicit Workspace(int64_t size)
+      : lanes_(std::make_unique_for_overwrite<Lanes[]>(whole_vectors(size) / LANES)) {}
+  float* data() { return reinterpret_cast<float*>(lanes_.get()); }
+
+ private:
+  std::unique_ptr<Lanes[]> lanes_;
+};
+
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return end - begin; }
+  bool empty() const { return end <= begin; }
+  Range within(const Range& other) const {
+    return {std::max(begin, other.begin), std::min(end, other.end)};
+  }
+};
+
+// Read one by one: number i of row r lies at data[r * row + i * step].
+struct Scalars {
+  const float* data;
+  int64_t row, step;
+};
+
+// Read in vectors: row i begins at data[i * row].
+struct Rows {
+  const float* data;
+  int64_t row;
+};
+
+// Which numbers meet in some rows of a product, and for which columns; those begin with a vector.
+struct Part {
+  Range inner, columns;
+};
+
+template <int64_t ROWS, int64_t VECTORS>
+void panel(const Scalars& left, const Rows& right, const Range& inner, bool kept, float* out,
+           int64_t stride) {
+  Lanes sums[ROWS][VECTORS];
+  const auto for_each = [&](const auto& run) {
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < VECTORS; ++v) run(sums[r][v], out + r * stride + v * LANES);
+    }
+  };
+  for_each([&](Lanes& sum, const float* at) { sum = kept ? load(at, LANES) : Lanes{}; });
+  const float *a = left.data + inner.begin * left.step, *b = right.data + inner.begin * right.row;
+  for (int64_t i = inner.begin; i < inner.end; ++i, a += left.step, b += right.row) {
+    Lanes taken[VECTORS];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECTORS; ++v) taken[v] = load(b + v * LANES, LANES);
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const float x = a[r * left.row];
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < VECTORS; ++v) sums[r][v] += x * taken[v];
+    }
+  }
+  for_each([&](const Lanes& sum, float* at) { store(at, sum, LANES); });
+}
+
+template <int64_t ROWS>
+void panels(const Scalars& left, const Rows& right, const Part& part, bool kept, float* out,
+            int64_t stride) {
+  constexpr int64_t WIDE = PANEL_VECTORS * LANES;
+  int64_t c = part.columns.begin;
+  for (; c + WIDE <= part.columns.end; c += WIDE) {
+    panel<ROWS, PANEL_VECTORS>(left, {right.data + c, right.row}, part.inner, kept, out + c,
+                               stride);
+  }
+  for (; c < part.columns.end; c += LANES) {
+    panel<ROWS, 1>(left, {right.data + c, right.row}, part.inner, kept, out + c, stride);
+  }
+}
+
+// out = left right, or out += where `kept`, over `rows`: for each few of them, `part(rows)`.
+template <typename Choice>
+void product(int64_t rows, const Scalars& left, const Rows& right, bool kept, float* out,
+             int64_t stride, const Choice& part) {
+  static_assert(PANEL_ROWS == 6);
+  for (int64_t r = 0; r < rows; r += PANEL_ROWS) {
+    const Range some{r, std::min(r + PANEL_ROWS, rows)};
+    const Scalars from{left.data + r * left.row, left.row, left.step};
+    float* to = out + r * stride;
+    switch (some.size()) {
+      case 1: panels<1>(from, right, part(some), kept, to, stride); break;
+      case 2: panels<2>(from, right, part(some), kept, to, stride); break;
+      case 3: panels<3>(from, right, part(some), kept, to, stride); break;
+      case 4: panels<4>(from, right, part(some), kept, to, stride); break;
+      case 5: panels<5>(from, right, part(some), kept, to, stride); break;
+      default: panels<6>(from, right, part(some), kept, to, stride);
+    }
+  }
+}
+
+constexpr int64_t AHEAD = 8;
+
+// The rows of `size` numbers that lie `stride` apart get places side by side, `padded` apart.
+inline void gather(const float* source, int64_t stride, int64_t rows, int64_t size, float* target,
+                   int64_t padded) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for_each_vector(size, [&](int64_t i, int64_t count) {
+      __builtin_prefetch(source + (r + AHEAD) * stride + i);
+      store(target + r * padded + i, load(source + r * stride + i, count), LANES);
+    });
+  }
+}
+
+// Turns 16 vectors of 16 into their columns: vectors half of all apart are zipped, four times.
+inline void turn(Lanes* rows) {
+  Lanes other[LANES];
+#pragma GCC unroll 4
+  for (int64_t round = 0; round < 4; ++round) {
+    const Lanes* from = round % 2 == 0 ? rows : other;
+    Lanes* to = round % 2 == 0 ? other : rows;
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < LANES / 2; ++i) zip(from[i], from[i + LANES / 2], to + 2 * i);
+  }
+}
+
+// target (columns, rows) is the transpose of `source`, whose rows and columns are padded.
+inline void transpose(const float* source, int64_t rows, int64_t columns, int64_t stride,
+                      float* target, int64_t target_stride) {
+  for (int64_t r = 0; r < rows; r += LANES) {
+    for (int64_t c = 0; c < columns; c += LANES) {
+      Lanes taken[LANES];
+      for (int64_t i = 0; i < LANES; ++i) taken[i] = load(source + (r + i) * stride + c, LANES);
+      turn(taken);
+      for (int64_t i = 0; i < LANES; ++i) {
+        store(target + (c + i) * target_stride + r, taken[i], LANES);
+      }
+    }
+  }
+}
+
+}  // namespace crossladder
