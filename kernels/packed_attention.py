@@ -58,8 +58,8 @@ def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "
     """
     if torch.compiler.is_compiling() or queries.device.type != "cpu":
         return False
-    B, _, G, _ = keys.shape
-    if B * G < min(B * queries.shape[2], torch.get_num_threads()):
+    shared, wanted = (len(x) * x.shape[2] for x in (keys, queries))
+    if shared < min(wanted, torch.get_num_threads()):
         return False
     return keys.dtype is torch.float32 and path_of(queries) is Path.NATIVE
 

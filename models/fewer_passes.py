@@ -2,7 +2,8 @@
 
 Autograd would write and read a tensor for every operation of them, and lay tensors side by side,
 which beside the matrix products of a few hundred channels costs a CPU a good part of its time.
-Nothing is approximated. What is worth a kernel has one: `kernels.rms_norm`, `swiglu`, `rglru`.
+Nothing is approximated. What is worth a kernel has one: `kernels.rms_norm`, `rotary`, `swiglu`,
+`rglru`.
 """
 
 from collections.abc import Sequence
@@ -12,15 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
-
-
-def turn_halves(
-    x: Float[Tensor, "B L H P"], cos: Float[Tensor, "B L 1 P"], sin: Float[Tensor, "B L 1 P"]
-) -> Float[Tensor, "B L H P"]:
-    """Turn each pair of channels (p, p + P/2) by an angle, which carries no gradient."""
-    turned = _Turn.apply(x, cos, sin)
-    assert isinstance(turned, Tensor)
-    return turned
 
 
 def linear_in_parts(
@@ -74,11 +66,13 @@ class _LinearInParts(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = list(ctx.saved_tensors)
         sizes, tokens = [d.shape[-1] for d in d_parts], x.flatten(0, -2)
-        d_x, d_weight = torch.zeros_like(tokens), torch.empty_like(weight)
+        d_x, d_weight = torch.empty_like(tokens), torch.empty_like(weight)
         d_rows = [d.flatten(0, -2) for d in d_parts]
-        for rows, w, into in zip(d_rows, weight.split(sizes), d_weight.split(sizes), strict=True):
+        maps = zip(weight.split(sizes), d_weight.split(sizes), strict=True)
+        for i, (rows, (w, into)) in enumerate(zip(d_rows, maps, strict=True)):
             torch.mm(rows.T, tokens, out=into)
-            d_x.addmm_(rows, w)
+            # What is not yet set counts for nothing.
+            d_x.addmm_(rows, w, beta=0 if i == 0 else 1)
         needs_bias = list(ctx.needs_input_grad)[2]
         d_bias = torch.cat([rows.sum(0) for rows in d_rows]) if needs_bias else None
         return d_x.view(x.shape), d_weight, d_bias, *[None] * len(sizes)
@@ -99,25 +93,3 @@ class _SiluInParts(torch.autograd.Function):
         for d_part, part, into in zip(d_parts, *cut, strict=True):
             torch.ops.aten.silu_backward.grad_input(d_part, part, grad_input=into)
         return d_x, *[None] * len(sizes)
-
-
-class _Turn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        left, right = sin.chunk(2, dim=-1)
-        return _turned(x, cos, -left, right)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, d_turned: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = list(ctx.saved_tensors)
-        left, right = sin.chunk(2, dim=-1)
-        return _turned(d_turned, cos, right, -left), None, None
-
-
-def _turned(x: Tensor, cos: Tensor, from_right: Tensor, from_left: Tensor) -> Tensor:
-    turned, half = x * cos, x.shape[-1] // 2
-    turned[..., :half].addcmul_(x[..., half:], from_right)
-    turned[..., half:].addcmul_(x[..., :half], from_left)
-    return turned

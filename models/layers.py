@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
 from kernels.rms_norm import rms_norm
+from kernels.rotary import turn_halves
 from kernels.window_attention import window_attention
-from models.fewer_passes import linear_in_parts, turn_halves
+from models.fewer_passes import linear_in_parts
 from models.sequence import WholeSequence
 
 

@@ -77,7 +77,7 @@ def group_of(name: str) -> str:
 def _group_of_kernel(operator: str) -> str:
     if operator.startswith("ssd_"):
         return "products"
-    if operator.startswith(("rms_norm_", "rglru_", "swiglu_")):
+    if operator.startswith(("rms_norm_", "rglru_", "rotary_", "swiglu_")):
         return "norms, elementwise"
     return "attention kernel" if "attention" in operator else "scans, convolutions"
 

@@ -11,6 +11,7 @@ import torch
 
 from kernels.rglru import rglru, rglru_reference
 from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.rotary import turn_halves
 from kernels.runtime import warm
 from kernels.swiglu import swiglu
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
@@ -27,6 +28,16 @@ def gated_one_by_one(joint):
 def gates(function):
     begins = torch.zeros(1, TOKENS, dtype=torch.bool)
     return lambda keep, write, rate, wanted: function(keep, write, rate, begins, wanted)
+
+
+def turned_one_by_one(x, cos, sin):
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def turns(function):
+    angles = torch.rand(1, TOKENS, 1, 64)
+    return lambda x: function(x, angles.cos(), angles.sin())
 
 
 def cases():
@@ -49,6 +60,7 @@ def cases():
             [(1, TOKENS, 1024), (1, TOKENS, 1024), (1024,)],
         ),
         "SwiGLU": (swiglu, gated_one_by_one, [(1, TOKENS, 2736)]),
+        "rotary": (turns(turn_halves), turns(turned_one_by_one), [(1, TOKENS, 8, 64)]),
         "RG-LRU": (gates(rglru), gates(rglru_reference), [tokens, tokens, (512,), tokens]),
     }
 

@@ -67,6 +67,7 @@ TORCH_ON_GPU = {
     "hip_selection": "gathers the keys of every round and sorts their scores in torch",
     "rglru": "calls torch's pointwise operations, which a compiler fuses",
     "rms_norm": "calls torch's own norm, which is one kernel there",
+    "rotary": "calls torch's pointwise operations, which a compiler fuses",
     "swiglu": "calls torch's pointwise operations, which a compiler fuses",
 }
 """Operators without a Triton kernel, each with what a GPU runs instead."""
