@@ -57,6 +57,8 @@ struct Block {
     return {first[queries.begin], past[queries.end - 1]};
   }
   Range queries_of(const Range& keys) const {
+    const bool all = past[0] > keys.begin && first[count - 1] < keys.end;
+    if (all) return {0, count};
     return {std::upper_bound(past, past + count, keys.begin) - past,
             std::lower_bound(first, first + count, keys.end) - first};
   }

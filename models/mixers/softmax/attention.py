@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kernels.packed_attention import packed_attention, serves_one_document
+from kernels.window_attention import window_attention
 from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.sequence import Memory, WholeSequence, visible_memory
@@ -120,8 +121,6 @@ class Attention(Mixer):
         """Attend; whichever kernel serves keeps the statistics in float32."""
         queries, keys, visible = coefficients
         packed = sequence.packed or keys.shape[1] > queries.shape[1]
-        if self.slot.pattern is Pattern.CAUSAL_SELF:
-            packed = packed or serves_one_document(queries, keys)
         if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
             documents = sequence.gathered_documents()
             # Torch's stub of what it keeps from the compiler loses the arguments.
@@ -132,12 +131,15 @@ class Attention(Mixer):
                 documents,
                 causal=self.slot.causal,
             )
+        causal = visible is None and self.slot.pattern is Pattern.CAUSAL_SELF
+        if causal and serves_one_document(queries, keys):
+            return window_attention(queries, keys, values, keys.shape[1])
         mixed = F.scaled_dot_product_attention(
             queries.transpose(1, 2),
             keys.transpose(1, 2).to(queries.dtype),
             values.transpose(1, 2).to(queries.dtype),
             attn_mask=visible,
-            is_causal=visible is None and self.slot.pattern is Pattern.CAUSAL_SELF,
+            is_causal=causal,
             enable_gqa=self.config.kv_heads != self.config.n_heads,
         )
         return mixed.transpose(1, 2)
