@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.precision import without_autocast
+from kernels.swiglu import silu_gated
 from models.layers import CentredConv, Linear, RMSNorm, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Slot, mixer_kinds
 from models.sequence import PADDING, Memory, WholeSequence, positions_in_documents
@@ -192,7 +193,7 @@ class StructuredMixer(Mixer):
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Normalise, gate and project back."""
-        return self.out_proj(self.norm(mixed.flatten(2)) * F.silu(coefficients.gate))
+        return self.out_proj(silu_gated(self.norm(mixed.flatten(2)), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
         """A kind's own work, and 2 for each output: its scale and the identity."""

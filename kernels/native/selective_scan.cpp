@@ -22,6 +22,13 @@ namespace crossladder {
 namespace {
 
 constexpr int64_t TILE_CHANNELS = 4 * LANES;
+// Tokens that the channels of a tile take in turn where no state is kept.
+constexpr int64_t UNKEPT_CHUNK = 64;
+
+// One vector of channels of one batch row.
+struct Group {
+  int64_t row, channel, count;
+};
 
 // The tensors of one call, as the pointers and sizes that the loops need.
 struct Scan {
@@ -49,16 +56,19 @@ struct Scan {
   float* checkpoint(int64_t row, int64_t t, int64_t n, int64_t channel) const {
     return checkpoints + ((row * chunks() + t / chunk) * states + n) * channels + channel;
   }
+  std::vector<Group> groups_of(int64_t row, int64_t tile) const {
+    std::vector<Group> groups;
+    const int64_t begin = tile * TILE_CHANNELS, end = std::min(begin + TILE_CHANNELS, channels);
+    for (int64_t channel = begin; channel < end; channel += LANES) {
+      groups.push_back({row, channel, std::min(LANES, end - channel)});
+    }
+    return groups;
+  }
   bool starts_document(int64_t row, int64_t t) const {
     if (documents == nullptr) return false;
     const int32_t* id = documents + row * length + t;
     return id[0] != (t == 0 ? 0 : id[-1]);
   }
-};
-
-// One vector of channels of one batch row.
-struct Group {
-  int64_t row, channel, count;
 };
 
 // Lane l of entry n of a state, as `state[l, n]` lies in memory.
@@ -76,23 +86,14 @@ struct ForwardEntry {
   Lanes rate, state;
 };
 
-void forward_group(const Scan& scan, const Group& group, const float* initial, float* outputs,
-                   float* final) {
+// Tokens from `begin` to `end - 1` of a group, whose states pass through `entries`.
+void scan_tokens(const Scan& scan, const Group& group, int64_t begin, int64_t end,
+                 ForwardEntry* entries, float* outputs) {
   const auto [row, channel, count] = group;
-  const int64_t N = scan.states, state = scan.state_at(row, channel);
-  std::vector<ForwardEntry> entries(N);
-  for (int64_t n = 0; n < N; ++n) {
-    entries[n].rate = LOG2_E * load_entry(scan.A + channel * N, count, N, n);
-    entries[n].state = initial == nullptr ? Lanes{} : load_entry(initial + state, count, N, n);
-  }
-  for (int64_t t = 0; t < scan.length; ++t) {
-    if (scan.chunk > 0 && t % scan.chunk == 0) {
-      for (int64_t n = 0; n < N; ++n) {
-        store(scan.checkpoint(row, t, n, channel), entries[n].state, count);
-      }
-    }
+  const int64_t N = scan.states;
+  for (int64_t t = begin; t < end; ++t) {
     if (scan.starts_document(row, t)) {
-      for (ForwardEntry& entry : entries) entry.state = Lanes{};
+      for (int64_t n = 0; n < N; ++n) entries[n].state = Lanes{};
     }
     const int64_t at = scan.at(row, t, channel);
     const float* B = scan.B + scan.coefficients_at(row, t);
@@ -107,7 +108,34 @@ void forward_group(const Scan& scan, const Group& group, const float* initial, f
     }
     store(outputs + at, output, count);
   }
-  for (int64_t n = 0; n < N; ++n) store_entry(final + state, entries[n].state, count, N, n);
+}
+
+// Chunk after chunk, so that all of a tile's channels are read where they lie side by side.
+void forward_tile(const Scan& scan, int64_t row, int64_t tile, const float* initial,
+                  float* outputs, float* final) {
+  const std::vector<Group> groups = scan.groups_of(row, tile);
+  const int64_t N = scan.states, step = scan.chunk > 0 ? scan.chunk : UNKEPT_CHUNK;
+  std::vector<ForwardEntry> entries(groups.size() * N);
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const auto [_, channel, count] = groups[i / N];
+    const int64_t n = i % N, state = scan.state_at(row, channel);
+    entries[i].rate = LOG2_E * load_entry(scan.A + channel * N, count, N, n);
+    entries[i].state = initial == nullptr ? Lanes{} : load_entry(initial + state, count, N, n);
+  }
+  for (int64_t begin = 0; begin < scan.length; begin += step) {
+    for (size_t i = 0; scan.chunk > 0 && i < entries.size(); ++i) {
+      const auto [_, channel, count] = groups[i / N];
+      store(scan.checkpoint(row, begin, i % N, channel), entries[i].state, count);
+    }
+    const int64_t end = std::min(begin + step, scan.length);
+    for (size_t group = 0; group < groups.size(); ++group) {
+      scan_tokens(scan, groups[group], begin, end, &entries[group * N], outputs);
+    }
+  }
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const auto [_, channel, count] = groups[i / N];
+    store_entry(final + scan.state_at(row, channel), entries[i].state, count, N, i % N);
+  }
 }
 
 // What the backward pass is given and writes; A has a slice per row, B and C one per tile.
@@ -126,12 +154,8 @@ struct Gradients {
 class TileBackward {
  public:
   TileBackward(const Scan& scan, const Gradients& gradients, int64_t row, int64_t tile)
-      : scan_(scan), gradients_(gradients), row_(row), tile_(tile), N_(scan.states) {
-    const int64_t begin = tile * TILE_CHANNELS;
-    const int64_t end = std::min(begin + TILE_CHANNELS, scan.channels);
-    for (int64_t channel = begin; channel < end; channel += LANES) {
-      groups_.push_back({row, channel, std::min(LANES, end - channel)});
-    }
+      : scan_(scan), gradients_(gradients), row_(row), tile_(tile), N_(scan.states),
+        groups_(scan.groups_of(row, tile)) {
     entries_.resize(groups_.size() * N_);
     // The sums over lanes read whole vectors of entries, up to LANES - 1 beyond the last.
     tokens_.resize((scan.chunk + 1) * N_ + LANES);
@@ -250,7 +274,7 @@ class TileBackward {
   const Scan& scan_;
   const Gradients& gradients_;
   const int64_t row_, tile_, N_;
-  std::vector<Group> groups_;
+  const std::vector<Group> groups_;
   std::vector<ChannelEntry> entries_;
   std::vector<TokenEntry> tokens_;
 };
@@ -281,13 +305,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
   const float* start = initial.has_value() ? initial->const_data_ptr<float>() : nullptr;
   float* y = outputs.mutable_data_ptr<float>();
   float* last = final.mutable_data_ptr<float>();
-  const int64_t groups = ceil_div(scan.channels, LANES);
-  at::parallel_for(0, scan.batch * groups, 1, [&](int64_t first, int64_t end) {
+  at::parallel_for(0, scan.batch * scan.tiles(), 1, [&](int64_t first, int64_t end) {
     const FlushDenormals flush;
     for (int64_t task = first; task < end; ++task) {
-      const int64_t channel = task % groups * LANES;
-      const Group group{task / groups, channel, std::min(LANES, scan.channels - channel)};
-      forward_group(scan, group, start, y, last);
+      forward_tile(scan, task / scan.tiles(), task % scan.tiles(), start, y, last);
     }
   });
   return {outputs, final, checkpoints};

@@ -5,6 +5,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
+#include <tuple>
 
 #include "lanes.h"
 #include "slices.h"
@@ -15,17 +17,20 @@ namespace {
 // Numbers that are worth another thread.
 constexpr int64_t GRAIN = 16384;
 
-// Gates in front and ups behind of each token, (tokens, 2 width).
-struct Joint {
-  int64_t tokens, width;
-  const float* data;
+// Gates and ups of each token, (tokens, width) each; side by side in a row where there is one tensor.
+struct Gates {
+  int64_t tokens, width, stride;
+  const float *gates, *ups;
 
-  explicit Joint(const at::Tensor& x) : tokens(x.size(0)), width(x.size(1) / 2) {
-    TORCH_CHECK(x.dim() == 2, "swiglu was given a tensor that is no matrix");
-    data = read(x, "swiglu");
+  Gates(const at::Tensor& first, const std::optional<at::Tensor>& second)
+      : tokens(first.size(0)), stride(first.size(1)) {
+    TORCH_CHECK(first.dim() == 2, "swiglu was given a tensor that is no matrix");
+    width = second.has_value() ? stride : stride / 2;
+    gates = read(first, "swiglu");
+    ups = second.has_value() ? read(*second, "swiglu") : gates + width;
   }
 
-  // Runs over vectors of channels: run(place of the gate, place of the output, count).
+  // Runs over vectors of channels: run(place of gate and up, place of the output, count).
   template <typename Run>
   void for_each_place(const Run& run) const {
     const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(width, 1));
@@ -33,36 +38,39 @@ struct Joint {
       const FlushDenormals flush;
       for (int64_t t = first; t < end; ++t) {
         for_each_vector(width, [&](int64_t channel, int64_t count) {
-          run(2 * t * width + channel, t * width + channel, count);
+          run(t * stride + channel, t * width + channel, count);
         });
       }
     });
   }
 };
 
-at::Tensor forward(const at::Tensor& joint) {
-  const Joint in(joint);
-  at::Tensor gated = at::empty({in.tokens, in.width}, joint.options());
+at::Tensor forward(const at::Tensor& gates, const std::optional<at::Tensor>& ups) {
+  const Gates in(gates, ups);
+  at::Tensor gated = at::empty({in.tokens, in.width}, gates.options());
   float* out = gated.mutable_data_ptr<float>();
   in.for_each_place([&](int64_t at, int64_t place, int64_t count) {
-    const Lanes gate = load(in.data + at, count), up = load(in.data + at + in.width, count);
+    const Lanes gate = load(in.gates + at, count), up = load(in.ups + at, count);
     store(out + place, gate * sigmoid(gate) * up, count);
   });
   return gated;
 }
 
-at::Tensor backward(const at::Tensor& d_gated, const at::Tensor& joint) {
-  const Joint in(joint);
-  at::Tensor d_joint = at::empty_like(joint);
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& d_gated, const at::Tensor& gates,
+                                            const std::optional<at::Tensor>& ups) {
+  const Gates in(gates, ups);
+  at::Tensor d_gates = at::empty_like(gates);
+  at::Tensor d_ups = ups.has_value() ? at::empty_like(*ups) : at::empty({0}, gates.options());
   const float* gradient = read(d_gated, "swiglu");
-  float* out = d_joint.mutable_data_ptr<float>();
+  float* to_gates = d_gates.mutable_data_ptr<float>();
+  float* to_ups = ups.has_value() ? d_ups.mutable_data_ptr<float>() : to_gates + in.width;
   in.for_each_place([&](int64_t at, int64_t place, int64_t count) {
-    const Lanes gate = load(in.data + at, count), up = load(in.data + at + in.width, count);
+    const Lanes gate = load(in.gates + at, count), up = load(in.ups + at, count);
     const Lanes share = sigmoid(gate), open = gate * share, d = load(gradient + place, count);
-    store(out + at, d * up * (share + open * (1.0f - share)), count);
-    store(out + at + in.width, d * open, count);
+    store(to_gates + at, d * up * (share + open * (1.0f - share)), count);
+    store(to_ups + at, d * open, count);
   });
-  return d_joint;
+  return {d_gates, d_ups};
 }
 
 }  // namespace

@@ -5,12 +5,17 @@ import torch
 
 from kernels import swiglu as module
 from kernels.runtime import Path, path_of
-from kernels.swiglu import swiglu
+from kernels.swiglu import silu_gated, swiglu
 
 
 def one_by_one(joint):
     gate, up = joint.chunk(2, dim=-1)
     return gate / (1 + torch.exp(-gate)) * up
+
+
+def apart(joint):
+    gate, up = joint.chunk(2, dim=-1)
+    return silu_gated(up, gate)
 
 
 def differentiate(function, joint):
@@ -26,20 +31,22 @@ def make(shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("path", [Path.NATIVE, Path.REFERENCE])
 @pytest.mark.parametrize("shape", [(2,), (1, 2), (3, 9, 14), (2, 500, 96), (4, 0, 6)])
-def test_gates_and_gradients_are_those_of_the_operations(monkeypatch, path, shape):
+@pytest.mark.parametrize("function", [swiglu, apart])
+def test_gates_and_gradients_are_those_of_the_operations(monkeypatch, path, shape, function):
     assert path_of(torch.ones(1)) is Path.NATIVE
     monkeypatch.setattr(module, "path_of", lambda _: path)
     joint = make(shape)
-    found, wanted = differentiate(swiglu, joint), differentiate(one_by_one, joint.double())
+    found, wanted = differentiate(function, joint), differentiate(one_by_one, joint.double())
     for x, y in zip(found, wanted, strict=True):
         assert x.shape == y.shape
         assert (x - y).norm() <= 1e-6 * y.norm()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.bfloat16, 6e-3)])
-def test_other_dtypes_come_back_as_they_are(dtype, tolerance):
+@pytest.mark.parametrize("function", [swiglu, apart])
+def test_other_dtypes_come_back_as_they_are(dtype, tolerance, function):
     joint = make((2, 9, 14), dtype)
-    found, wanted = differentiate(swiglu, joint), differentiate(one_by_one, joint.double())
+    found, wanted = differentiate(function, joint), differentiate(one_by_one, joint.double())
     for x, y in zip(found, wanted, strict=True):
         assert x.dtype is dtype
         assert (x - y).norm() <= tolerance * y.norm()
@@ -58,6 +65,17 @@ def test_extremes_are_what_they_tend_to_and_a_nan_stays_where_it_is():
 def test_odd_channels_are_refused():
     with pytest.raises(ValueError, match="5 channels"):
         swiglu(torch.ones(2, 5))
+
+
+def test_gates_for_other_numbers_are_refused():
+    with pytest.raises(ValueError, match="give one for each number"):
+        silu_gated(torch.ones(2, 6), torch.ones(2, 3))
+
+
+def test_two_dtypes_give_the_wider():
+    x, gate = make((2, 6)), make((2, 6)).bfloat16()
+    assert silu_gated(x, gate).dtype is torch.float32
+    torch.testing.assert_close(silu_gated(x, gate), x * torch.nn.functional.silu(gate.float()))
 
 
 def test_meta_tensors_give_shapes_forward_and_backward():

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.swiglu import silu_gated
 from models.fewer_passes import silu_in_parts
 from models.layers import CentredConv, Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
@@ -120,14 +121,15 @@ class Hydra(Mixer):
         dt, B, C, diagonal, _ = coefficients
         A = -torch.exp(widened(self.A_log))
         triangles = sequence.recur(TwoWaySsd(values, dt, A, B, C, sequence))
-        return triangles + (diagonal[..., None] * values).to(values.dtype)
+        return torch.addcmul(triangles, diagonal[..., None], values).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Normalise, gate and project back."""
         normed = self.norm(widened(mixed.flatten(2)))
-        return self.out_proj((normed * F.silu(widened(coefficients.gate))).to(mixed.dtype))
+        gated = silu_gated(normed, widened(coefficients.gate))
+        return self.out_proj(gated.to(mixed.dtype))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
         """Count both scans, and 3 for each channel and token: the diagonal's product, two sums."""

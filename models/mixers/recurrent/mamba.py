@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.swiglu import silu_gated
 from models.layers import Linear, ShortConv, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import SelectiveScan
@@ -111,13 +112,13 @@ class Mamba(Mixer):
         inputs = values.flatten(2)
         documents = sequence.documents if sequence.packed else None
         scanned = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents))
-        return scanned.view(values.shape) + (D[:, None] * values).to(values.dtype)
+        return torch.addcmul(scanned.view(values.shape), D[:, None], values).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Gate and project back."""
-        return self.out_proj(mixed.squeeze(-1) * F.silu(coefficients.gate))
+        return self.out_proj(silu_gated(mixed.squeeze(-1), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
         """Pointwise only: 7 for each channel, state and token, 2 for each channel and token.
