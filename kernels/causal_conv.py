@@ -35,8 +35,8 @@ def causal_conv(
         weight: taps, the oldest input's first, as in torch's convolutions.
         bias: added to each output.
         initial: the inputs of the K - 1 tokens before the first; zero if not given.
-        documents: document of each token, never falling along the length. Inputs of another
-            document are not seen; `initial` belongs to document 0.
+        documents: document of each token; those of one stand together. Inputs of another document
+            are not seen; `initial` belongs to document 0.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.

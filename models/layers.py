@@ -214,18 +214,20 @@ class CentredConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
         """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
-        L, half = x.shape[1], self.weight.shape[1] // 2
+        half, weight, bias = self.weight.shape[1] // 2, self.weight, self.bias
         around = sequence.around(x, half, half)
+        if not sequence.packed:
+            before, own = around.split([2 * half, x.shape[1]], dim=1)
+            return causal_conv(own, weight, bias, before).outputs
+        # Taps up to the token's own, and the others from the other end.
         ids = sequence.documents_around(half, half)
-        own = ids[:, half : half + L]
-        mixed = self.bias.to(x.dtype)
-        for k, tap in enumerate(self.weight.to(x.dtype).unbind(dim=1)):
-            seen = around[:, k : k + L]
-            if sequence.packed:
-                other = ids[:, k : k + L] != own
-                seen = seen.masked_fill(other[:, :, None], 0.0)
-            mixed = mixed + tap * seen
-        return mixed
+        later = torch.cat([weight[:, half + 1 :].flip(1), torch.zeros_like(weight[:, :1])], dim=1)
+        behind = causal_conv(around, weight[:, : half + 1], bias, documents=ids)
+        ahead = causal_conv(
+            around.flip(1), later, torch.zeros_like(bias), documents=ids.flip(1).contiguous()
+        )
+        mixed = behind.outputs + ahead.outputs.flip(1)
+        return mixed[:, half : half + x.shape[1]].contiguous()
 
     def token_flops(self) -> int:
         """Forward FLOPs for each token."""
