@@ -122,7 +122,7 @@ class Mamba2(Mixer):
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         documents = sequence.documents if sequence.packed else None
         scanned = sequence.recur(Ssd(values, dt, A, B, C, documents))
-        return scanned + (D[:, None] * values).to(values.dtype)
+        return torch.addcmul(scanned, D[:, None], values).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
