@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.linear_attention import chunked_documents, continuing
+from kernels.linear_scan import linear_scan
 from kernels.precision import without_autocast
 
 # Tokens of a chunk. Its shares take CHUNK numbers for each token and slot, and the slots between
@@ -58,17 +59,15 @@ def slot_log_sums(
     L, ids = logits.shape[1], None if documents is None else chunked_documents(documents, CHUNK)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     inside = _sums_inside(_fill(wide, float("-inf")), ids)
-    before = torch.full_like(inside[:, 0, :, 0], float("-inf"))
+    totals, first = inside[:, :, :, -1], torch.full_like(inside[:, :1, :, 0], float("-inf"))
     if initial is not None:
-        before = initial.to(wide.dtype)
-    carries = []
-    for number, last in enumerate(inside[:, :, :, -1].unbind(dim=1)):
-        carries.append(before)
-        if ids is not None:
-            goes_on = continuing(ids)[:, number, -1, None, None]
-            before = before.masked_fill(~goes_on, float("-inf"))
-        before = torch.logaddexp(last, before)
-    carry = torch.stack(carries, dim=1)[:, :, :, None]
+        first = initial.to(wide.dtype)[:, None]
+    carry = first
+    if totals.shape[1] > 1:
+        # Chunks are to their sums what tokens are to theirs, in the document of their last token.
+        last = None if ids is None else ids[:, :, -1]
+        carry = torch.cat([first, slot_log_sums(totals, initial, last)[:, :-1]], dim=1)
+    carry = carry[:, :, :, None]
     if ids is not None:
         carry = carry.masked_fill(~continuing(ids)[:, :, None, :, None], float("-inf"))
     return torch.logaddexp(inside, carry).transpose(2, 3).flatten(1, 2)[:, :L]
@@ -128,11 +127,15 @@ class _Chunks(NamedTuple):
     Attributes:
         shares: that of token s of a chunk at its token t.
         carry: that of the slots before the chunk at its token t.
+        decays: log of the carry at a chunk's last token.
+        documents: that of each chunk's last token; None for one.
         length: tokens in all.
     """
 
     shares: Float[Tensor, "B J H T T C"]
     carry: Float[Tensor, "B J H T C"]
+    decays: Float[Tensor, "B J H C"]
+    documents: Int[Tensor, "B J"] | None
     length: int
 
     @classmethod
@@ -147,15 +150,16 @@ class _Chunks(NamedTuple):
         if slots.initial is not None:
             first = slots.initial.to(sums.dtype)
         before = torch.cat([first[:, None], sums[:, :-1, :, -1]], dim=1)
-        carry = before[:, :, :, None] - sums
+        carry, last = before[:, :, :, None] - sums, None
         seen = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=sums.device).tril()
         if slots.documents is not None:
             ids = chunked_documents(slots.documents, CHUNK)
+            last = ids[:, :, -1]
             carry = carry.masked_fill(~continuing(ids)[:, :, None, :, None], float("-inf"))
             seen = seen & (ids[:, :, None, :, None] == ids[:, :, None, None, :])
         shares = logits[:, :, :, None] - sums[:, :, :, :, None]
         shares = shares.masked_fill(~seen[..., None], float("-inf"))
-        return cls(shares.exp(), carry.exp(), L)
+        return cls(shares.exp(), carry.exp(), carry[:, :, :, -1], last, L)
 
     def split(self, x: Float[Tensor, "B L H N"]) -> Float[Tensor, "B J H T N"]:
         """Cut tokens into chunks, in the dtype of the shares."""
@@ -171,11 +175,11 @@ class _Chunks(NamedTuple):
         """The slots before each chunk, and those after the last."""
         added = self.shares[:, :, :, -1].transpose(-1, -2) @ x
         state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(x.dtype)
-        before = []
-        for kept, more in zip(self.carry[:, :, :, -1].unbind(1), added.unbind(1), strict=True):
-            before.append(state)
-            state = torch.addcmul(more, kept[..., None], state)
-        return torch.stack(before, dim=1), state
+        decays = self.decays[..., None].expand_as(added)
+        scanned = linear_scan(
+            decays.flatten(2), added.flatten(2), state.flatten(1), self.documents
+        ).outputs.view_as(added)
+        return torch.cat([state[:, None], scanned[:, :-1]], dim=1), scanned[:, -1]
 
 
 def _sums_inside(
