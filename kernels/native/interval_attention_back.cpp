@@ -105,6 +105,15 @@ void tile_back(const Attention& in, const Block& block, const Range& tile, Work&
            side.d_queries.data());
 }
 
+// Calls run(gradient of a query) for those of a block.
+template <typename Run>
+void for_each_query(const Attention& in, const Gradients& to, const Block& block, int64_t head,
+                    const Run& run) {
+  for (int64_t i = 0; i < block.count; ++i) {
+    run(i, to.queries + in.query_at(block.row, block.begin + i, head));
+  }
+}
+
 // Adds to the queries' gradients, or sets them where no earlier segment did.
 void block_back(const Attention& in, const Gradients& to, const Block& block, int64_t head,
                 Work& work) {
@@ -116,13 +125,24 @@ void block_back(const Attention& in, const Gradients& to, const Block& block, in
     kept = true;
   });
   const bool earlier = block.seen().begin < work.segment.places().begin;
-  for (int64_t i = 0; i < block.count; ++i) {
+  for_each_query(in, to, block, head, [&](int64_t i, float* target) {
     const float* found = work.side.d_queries.data() + i * in.key_row();
-    float* target = to.queries + in.query_at(block.row, block.begin + i, head);
     for_each_vector(in.width, [&](int64_t j, int64_t count) {
       const Lanes before = earlier ? load(target + j, count) : Lanes{};
       store(target + j, before + load(found + j, count), count);
     });
+  });
+}
+
+// Queries that see nothing are met by no segment.
+void clear_blind(const Attention& in, const Gradients& to, const std::vector<Block>& blocks) {
+  for (const Block& block : blocks) {
+    if (!block.seen().empty()) continue;
+    for (int64_t head = 0; head < in.heads; ++head) {
+      for_each_query(in, to, block, head, [&](int64_t, float* target) {
+        std::fill(target, target + in.width, 0.0f);
+      });
+    }
   }
 }
 
@@ -158,12 +178,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& first, const at::Tensor& past, const std::optional<at::Tensor>& shown,
     const at::Tensor& outputs, const at::Tensor& logs) {
   const Attention in = attention_of(q, k, v, first, past, own_k, shown);
-  at::Tensor d_q = at::zeros_like(q), d_k = at::empty_like(k), d_v = at::empty_like(v);
+  at::Tensor d_q = at::empty_like(q), d_k = at::empty_like(k), d_v = at::empty_like(v);
   const char* kernel = "interval_attention";
   const Gradients to{read(d_outputs, kernel), read(outputs, kernel), read(logs, kernel),
                      d_q.mutable_data_ptr<float>(), d_k.mutable_data_ptr<float>(),
                      d_v.mutable_data_ptr<float>()};
   const std::vector<std::vector<Block>> rows = blocks_of(in);
+  for (const std::vector<Block>& blocks : rows) clear_blind(in, to, blocks);
   at::parallel_for(0, in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     Work work(in);
