@@ -3,12 +3,15 @@
 A CPU that runs operation by operation would write and read a tensor for each of them.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.rotary import turn_halves
 from kernels.runtime import Path, define_operator, path_of
 
 
@@ -40,9 +43,25 @@ def rms_norm(
     if torch.compiler.is_compiling() or path_of(x) is not Path.NATIVE:
         return rms_norm_reference(x, weight, eps, groups, gate)
     gates = None if gate is None else _rows(gate)
-    outputs = _RMSNorm.apply(_rows(x), gates, weight.float().contiguous(), groups, eps)
-    assert isinstance(outputs, Tensor)
-    return outputs.view(x.shape).to(x.dtype)
+    return _normed(x, gates, weight, groups, eps, Turn(None, None, 1))
+
+
+def turned_rms_norm(
+    x: Float[Tensor, "B L H P"],
+    weight: Float[Tensor, "P"],
+    eps: float,
+    cos: Float[Tensor, "b L 1 P"],
+    sin: Float[Tensor, "b L 1 P"],
+) -> Float[Tensor, "B L H P"]:
+    """Turn what `rms_norm` makes of each head, as `turn_halves` does, without a pass of its own.
+
+    Returns the dtype of `x`.
+    """
+    _check_shapes(x, weight, 1, None)
+    if torch.compiler.is_compiling() or path_of(x) is not Path.NATIVE:
+        return turn_halves(rms_norm_reference(x, weight, eps), cos, sin).to(x.dtype)
+    turn = Turn(_rows(cos).contiguous(), _rows(sin).contiguous(), x.shape[2])
+    return _normed(x, None, weight, 1, eps, turn)
 
 
 def rms_norm_reference(
@@ -65,6 +84,23 @@ def rms_norm_reference(
     return (normed * weight).to(x.dtype)
 
 
+class Turn(NamedTuple):
+    """By what rows are turned behind their norm, if they are: `heads` rows in turn are a token."""
+
+    cos: Float32[Tensor, "places P"] | None
+    sin: Float32[Tensor, "places P"] | None
+    heads: int
+
+
+def _normed(
+    x: Tensor, gates: Tensor | None, weight: Tensor, groups: int, eps: float, turn: Turn
+) -> Tensor:
+    rows, weights = _rows(x), weight.float().contiguous()
+    outputs = _RMSNorm.apply(rows, gates, weights, groups, eps, *turn)
+    assert isinstance(outputs, Tensor)
+    return outputs.view(x.shape).to(x.dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -74,18 +110,23 @@ class _RMSNorm(torch.autograd.Function):
         weight: Float32[Tensor, "D"],
         groups: int,
         eps: float,
+        *turn: Tensor | int | None,
     ) -> Tensor:
-        outputs, scale = _forward(x, gate, weight, groups, eps)
+        outputs, scale = _forward(x, gate, weight, groups, eps, *turn)
+        *angles, heads = turn
+        ctx.heads = heads  # pyright: ignore[reportAttributeAccessIssue]
         # Torch saves None as None; its stub does not say so.
-        ctx.save_for_backward(x, gate, weight, scale)  # pyright: ignore[reportArgumentType]
+        saved = (x, gate, weight, scale, *angles)
+        ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, weight, scale = list(ctx.saved_tensors)
-        d_x, d_gate, d_weight = _backward(_rows(d_outputs), x, gate, weight, scale)
-        return d_x, None if gate is None else d_gate, d_weight, None, None
+        x, gate, weight, scale, cos, sin = list(ctx.saved_tensors)
+        heads = ctx.heads  # pyright: ignore[reportAttributeAccessIssue]
+        d_x, d_gate, d_weight = _backward(_rows(d_outputs), x, gate, weight, scale, cos, sin, heads)
+        return d_x, None if gate is None else d_gate, d_weight, *[None] * 5
 
 
 def _rows(x: Float[Tensor, "*batch D"]) -> Float32[Tensor, "R D"]:
@@ -107,13 +148,18 @@ def _check_shapes(x: Tensor, weight: Tensor, groups: int, gate: Tensor | None) -
 
 
 def _forward_shapes(
-    x: Tensor, _gate: Tensor | None, _weight: Tensor, groups: int, _eps: float
+    x: Tensor, _gate: Tensor | None, _weight: Tensor, groups: int, _eps: float, *_turn: object
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], groups)
 
 
 def _backward_shapes(
-    _d_outputs: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor, _scale: Tensor
+    _d_outputs: Tensor,
+    x: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    _scale: Tensor,
+    *_turn: object,
 ) -> tuple[Tensor, ...]:
     R, D = x.shape
     d_gate = x.new_empty(0 if gate is None else R, D)
@@ -121,12 +167,12 @@ def _backward_shapes(
 
 
 _forward = define_operator(
-    "rms_norm_forward(Tensor x, Tensor? gate, Tensor weight, int groups, float eps) "
-    "-> (Tensor, Tensor)",
+    "rms_norm_forward(Tensor x, Tensor? gate, Tensor weight, int groups, float eps, "
+    "Tensor? cos=None, Tensor? sin=None, int heads=1) -> (Tensor, Tensor)",
     _forward_shapes,
 )
 _backward = define_operator(
-    "rms_norm_backward(Tensor d_outputs, Tensor x, Tensor? gate, Tensor weight, Tensor scale) "
-    "-> (Tensor, Tensor, Tensor)",
+    "rms_norm_backward(Tensor d_outputs, Tensor x, Tensor? gate, Tensor weight, Tensor scale, "
+    "Tensor? cos=None, Tensor? sin=None, int heads=1) -> (Tensor, Tensor, Tensor)",
     _backward_shapes,
 )

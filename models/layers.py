@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import rms_norm, turned_rms_norm
 from kernels.rotary import turn_halves
 from kernels.window_attention import window_attention
 from models.fewer_passes import linear_in_parts
@@ -155,6 +155,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """Normalise the last dimension."""
         return rms_norm(x, self.weight, self._eps)
+
+    def turned(self, x: Float[Tensor, "B L H P"], by: "Rotation") -> Float[Tensor, "B L H P"]:
+        """Normalise each head, and turn it by its angles."""
+        return turned_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

@@ -16,6 +16,7 @@
 
 #include "lanes.h"
 #include "slices.h"
+#include "turn.h"
 
 namespace crossladder {
 namespace {
@@ -59,6 +60,29 @@ struct Blocks {
         for (int64_t row = block * size; row < end; ++row) task(block, row);
       }
     });
+  }
+};
+
+// By how much each row is turned behind its norm: `heads` rows in turn are a token, and tokens take
+// one place after the other and begin again. Null where none is.
+struct Angles {
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t heads, places, width;
+
+  Angles(const std::optional<at::Tensor>& cosines, const std::optional<at::Tensor>& sines,
+         int64_t heads, int64_t groups, int64_t width)
+      : heads(heads), places(1), width(width) {
+    if (!cosines.has_value()) return;
+    TORCH_CHECK(groups == 1 && cosines->sizes() == sines->sizes() && cosines->size(1) == width &&
+                    width % 2 == 0,
+                "rms_norm was given angles that do not fit its channels");
+    cos = read(*cosines, "rms_norm");
+    sin = read(*sines, "rms_norm");
+    places = cosines->size(0);
+  }
+  void turn(const float* x, int64_t row, bool back, float* turned) const {
+    const int64_t place = row / heads % places * width;
+    turn_head(x, cos + place, sin + place, width, back, turned);
   }
 };
 
@@ -122,12 +146,14 @@ void backward_group(const Group& group, const float* d_outputs, float scale, flo
   });
 }
 
-
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x,
                                            const std::optional<at::Tensor>& gate,
-                                           const at::Tensor& weight, int64_t groups, double eps) {
+                                           const at::Tensor& weight, int64_t groups, double eps,
+                                           const std::optional<at::Tensor>& cos,
+                                           const std::optional<at::Tensor>& sin, int64_t heads) {
   const int64_t channels = x.size(1), width = channels / groups;
   const Rows inputs(x), gates(gate);
+  const Angles angles(cos, sin, heads, groups, width);
   const float* weights = weight.const_data_ptr<float>();
   at::Tensor outputs = at::empty({x.size(0), channels}, x.options());
   at::Tensor scale = at::empty({x.size(0), groups}, x.options());
@@ -139,6 +165,8 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x,
       const Group each{inputs.at(row, first), gates.at(row, first), weights + first, width};
       scales[row * groups + group] = forward_group(each, eps, y + row * channels + first);
     }
+    float* normed = y + row * channels;
+    if (angles.cos != nullptr) angles.turn(normed, row, false, normed);
   });
   return {outputs, scale};
 }
@@ -147,9 +175,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_outp
                                                         const at::Tensor& x,
                                                         const std::optional<at::Tensor>& gate,
                                                         const at::Tensor& weight,
-                                                        const at::Tensor& scale) {
+                                                        const at::Tensor& scale,
+                                                        const std::optional<at::Tensor>& cos,
+                                                        const std::optional<at::Tensor>& sin,
+                                                        int64_t heads) {
   const int64_t channels = x.size(1), groups = scale.size(1), width = channels / groups;
   const Rows inputs(x), gates(gate), d_y(d_outputs);
+  const Angles angles(cos, sin, heads, groups, width);
   const Blocks blocks(x);
   at::Tensor d_x = at::empty({x.size(0), channels}, x.options());
   at::Tensor d_gate = at::empty({gate.has_value() ? x.size(0) : 0, channels}, x.options());
@@ -163,7 +195,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_outp
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t first = group * width, place = row * channels + first;
       const Group each{inputs.at(row, first), gates.at(row, first), weights + first, width};
-      backward_group(each, d_y.at(row, first), scales[row * groups + group], d_inputs + place,
+      const float* gradient = d_y.at(row, first);
+      if (angles.cos != nullptr) {
+        // A gradient takes the place of the one it is made of, number by number.
+        angles.turn(gradient, row, true, d_inputs + place);
+        gradient = d_inputs + place;
+      }
+      backward_group(each, gradient, scales[row * groups + group], d_inputs + place,
                      d_gates + place, sums + block * channels + first);
     }
   });

@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
-#include "lanes.h"
 #include "slices.h"
+#include "turn.h"
 
 namespace crossladder {
 namespace {
@@ -18,7 +18,7 @@ constexpr int64_t GRAIN = 16384;
 // x: (tokens, heads, width); angles: (places, width), of which tokens take one after the other and
 // begin again. `back` turns gradients, by the transpose.
 at::Tensor turn(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool back) {
-  const int64_t tokens = x.size(0), heads = x.size(1), width = x.size(2), half = width / 2;
+  const int64_t tokens = x.size(0), heads = x.size(1), width = x.size(2);
   const int64_t places = cos.size(0);
   TORCH_CHECK(cos.sizes() == sin.sizes() && cos.size(1) == width && width % 2 == 0,
               "rotary_turn was given angles that do not fit its channels");
@@ -32,14 +32,7 @@ at::Tensor turn(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
     for (int64_t t = first; t < end; ++t) {
       const float *c = cosines + t % places * width, *s = sines + t % places * width;
       for (int64_t at = t * heads * width; at < (t + 1) * heads * width; at += width) {
-        for_each_vector(half, [&](int64_t p, int64_t count) {
-          const int64_t q = p + half;
-          const Lanes left = load(source + at + p, count), right = load(source + at + q, count);
-          const Lanes to_left = back ? load(s + q, count) : -load(s + p, count);
-          const Lanes to_right = back ? -load(s + p, count) : load(s + q, count);
-          store(target + at + p, left * load(c + p, count) + right * to_left, count);
-          store(target + at + q, right * load(c + q, count) + left * to_right, count);
-        });
+        turn_head(source + at, c, s, width, back, target + at);
       }
     }
   });

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.rms_norm import rms_norm, rms_norm_reference
+from kernels.rms_norm import rms_norm, rms_norm_reference, turned_rms_norm
 from tests.kernels.agreement import assert_agrees, needs_kernel
 
 # Only eps keeps the gradient of a group of one channel from zero: less would leave its rounding.
@@ -188,3 +188,33 @@ def test_shapes_that_do_not_fit_are_refused():
         rms_norm(x, weight[:-1], EPS)
     with pytest.raises((ValueError, TypeError)):
         rms_norm(x, weight, EPS, 1, gate[:-1])
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["shared", "by_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 2), (2, 9, 3, 14), (2, 300, 8, 64)])
+def test_a_turned_norm_is_the_turn_of_a_norm(shape, rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    angles = (rows, shape[1], 1, shape[3])
+    sizes = (shape, shape[3:], shape, angles, angles)
+    x, weight, d_turned, cos, sin = (torch.randn(s, generator=generator).to(dtype) for s in sizes)
+
+    def apart(x, weight, _eps, cos, sin):
+        left, right = one_by_one(x, weight, EPS).chunk(2, dim=-1)
+        turned = torch.cat([-right, left], dim=-1)
+        return torch.cat([left, right], dim=-1) * cos + turned * sin
+
+    found, expected = (
+        turned_results(norm, x.to(kind), weight.to(kind), d_turned.to(kind), cos, sin)
+        for norm, kind in ((turned_rms_norm, dtype), (apart, torch.float64))
+    )
+    for name, tensor in expected.items():
+        assert found[name].dtype is dtype
+        assert_agrees(found[name], tensor, "outputs" if name == "outputs" else "gradients", dtype)
+
+
+def turned_results(norm, x, weight, d_turned, cos, sin):
+    leaves = [leaf.detach().requires_grad_() for leaf in (x, weight)]
+    turned = norm(*leaves, EPS, cos.to(x.dtype), sin.to(x.dtype))
+    found = (turned, *torch.autograd.grad(turned, leaves, d_turned))
+    return dict(zip(NAMES, found, strict=False))

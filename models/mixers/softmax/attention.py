@@ -109,11 +109,12 @@ class Attention(Mixer):
         P = self.head_dim
         parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
         queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
-        if self.config.qk_norm:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
         turn = self._rotation(sequence)
-        keys = sequence.gather(rotate(keys, turn))
-        return sequence.gather(values), Coefficients(rotate(queries, turn), keys, None)
+        if self.config.qk_norm:
+            queries, keys = self.q_norm.turned(queries, turn), self.k_norm.turned(keys, turn)
+        else:
+            queries, keys = rotate(queries, turn), rotate(keys, turn)
+        return sequence.gather(values), Coefficients(queries, sequence.gather(keys), None)
 
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
