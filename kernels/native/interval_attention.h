@@ -152,7 +152,7 @@ inline void meet(const Block& block, const Range& tile, const float* keys, int64
           [&](const Range& some) {
             const Range queries =
                 block.queries_of({tile.begin + some.begin, tile.begin + some.end});
-            return Part{{0, width}, {queries.begin / LANES * LANES, whole_vectors(queries.end)}};
+            return Extent{{0, width}, {queries.begin / LANES * LANES, whole_vectors(queries.end)}};
           });
 }
 
@@ -162,7 +162,7 @@ inline void mix_keys(const Block& block, const Range& tile, const float* scores,
   product(block.count, {scores, 1, QUERIES}, {rows, row}, kept, out, row,
           [&](const Range& some) {
             const Range keys = block.keys_of(some).within(tile);
-            return Part{{keys.begin - tile.begin, keys.end - tile.begin}, {0, row}};
+            return Extent{{keys.begin - tile.begin, keys.end - tile.begin}, {0, row}};
           });
 }
 

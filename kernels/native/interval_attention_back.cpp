@@ -82,7 +82,7 @@ void mix_queries(const Block& block, const Range& tile, const float* scores, con
                  int64_t row, float* out) {
   product(tile.size(), {scores, QUERIES, 1}, {rows, row}, true, out, row,
           [&](const Range& some) {
-            return Part{block.queries_of({tile.begin + some.begin, tile.begin + some.end}),
+            return Extent{block.queries_of({tile.begin + some.begin, tile.begin + some.end}),
                         {0, row}};
           });
 }
@@ -105,7 +105,7 @@ void tile_back(const Attention& in, const Block& block, const Range& tile, Work&
            side.d_queries.data());
 }
 
-// Calls run(gradient of a query) for those of a block.
+// Runs over a block's queries: run(i, where the gradient of query i lies).
 template <typename Run>
 void for_each_query(const Attention& in, const Gradients& to, const Block& block, int64_t head,
                     const Run& run) {

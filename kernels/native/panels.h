@@ -54,8 +54,8 @@ struct Rows {
   int64_t row;
 };
 
-// Which numbers meet in some rows of a product, and for which columns; those begin with a vector.
-struct Part {
+// Which numbers some rows of a product sum over, and which columns it has there, in whole vectors.
+struct Extent {
   Range inner, columns;
 };
 
@@ -87,47 +87,45 @@ void panel(const Scalars& left, const Rows& right, const Range& inner, bool kept
 }
 
 template <int64_t ROWS>
-void panels(const Scalars& left, const Rows& right, const Part& part, bool kept, float* out,
+void panels(const Scalars& left, const Rows& right, const Extent& extent, bool kept, float* out,
             int64_t stride) {
   constexpr int64_t WIDE = PANEL_VECTORS * LANES;
-  int64_t c = part.columns.begin;
-  for (; c + WIDE <= part.columns.end; c += WIDE) {
-    panel<ROWS, PANEL_VECTORS>(left, {right.data + c, right.row}, part.inner, kept, out + c,
+  int64_t c = extent.columns.begin;
+  for (; c + WIDE <= extent.columns.end; c += WIDE) {
+    panel<ROWS, PANEL_VECTORS>(left, {right.data + c, right.row}, extent.inner, kept, out + c,
                                stride);
   }
-  for (; c < part.columns.end; c += LANES) {
-    panel<ROWS, 1>(left, {right.data + c, right.row}, part.inner, kept, out + c, stride);
+  for (; c < extent.columns.end; c += LANES) {
+    panel<ROWS, 1>(left, {right.data + c, right.row}, extent.inner, kept, out + c, stride);
   }
 }
 
-// out = left right, or out += where `kept`, over `rows`: for each few of them, `part(rows)`.
+// out = left right, or out += where `kept`, over `rows`: `extent(rows)` for each few of them.
 template <typename Choice>
 void product(int64_t rows, const Scalars& left, const Rows& right, bool kept, float* out,
-             int64_t stride, const Choice& part) {
+             int64_t stride, const Choice& extent) {
   static_assert(PANEL_ROWS == 6);
   for (int64_t r = 0; r < rows; r += PANEL_ROWS) {
     const Range some{r, std::min(r + PANEL_ROWS, rows)};
     const Scalars from{left.data + r * left.row, left.row, left.step};
     float* to = out + r * stride;
     switch (some.size()) {
-      case 1: panels<1>(from, right, part(some), kept, to, stride); break;
-      case 2: panels<2>(from, right, part(some), kept, to, stride); break;
-      case 3: panels<3>(from, right, part(some), kept, to, stride); break;
-      case 4: panels<4>(from, right, part(some), kept, to, stride); break;
-      case 5: panels<5>(from, right, part(some), kept, to, stride); break;
-      default: panels<6>(from, right, part(some), kept, to, stride);
+      case 1: panels<1>(from, right, extent(some), kept, to, stride); break;
+      case 2: panels<2>(from, right, extent(some), kept, to, stride); break;
+      case 3: panels<3>(from, right, extent(some), kept, to, stride); break;
+      case 4: panels<4>(from, right, extent(some), kept, to, stride); break;
+      case 5: panels<5>(from, right, extent(some), kept, to, stride); break;
+      default: panels<6>(from, right, extent(some), kept, to, stride);
     }
   }
 }
 
-constexpr int64_t AHEAD = 8;
-
-// The rows of `size` numbers that lie `stride` apart get places side by side, `padded` apart.
+// The rows of `size` numbers that lie `stride` apart get places side by side, `padded` apart; zeros
+// fill their last vector.
 inline void gather(const float* source, int64_t stride, int64_t rows, int64_t size, float* target,
                    int64_t padded) {
   for (int64_t r = 0; r < rows; ++r) {
     for_each_vector(size, [&](int64_t i, int64_t count) {
-      __builtin_prefetch(source + (r + AHEAD) * stride + i);
       store(target + r * padded + i, load(source + r * stride + i, count), LANES);
     });
   }

@@ -17,7 +17,7 @@ namespace {
 // Numbers that are worth another thread.
 constexpr int64_t GRAIN = 16384;
 
-// Gates and ups of each token, (tokens, width) each; side by side in a row where there is one tensor.
+// Gates and ups of each token, (tokens, width) each; where there is one tensor, a row holds both.
 struct Gates {
   int64_t tokens, width, stride;
   const float *gates, *ups;
