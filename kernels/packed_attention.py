@@ -3,6 +3,8 @@
 A document is a window that is as wide as the row.
 """
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -10,6 +12,9 @@ from torch import Tensor
 
 from kernels.runtime import Path, path_of
 from kernels.window_attention import centred_window_attention, window_attention
+
+# Keys of one document up to which the compiled kernel is faster than torch's.
+MOST_KEYS = sys.maxsize if torch.backends.cpu.get_cpu_capability() == "AVX512" else 512
 
 
 # The number of documents is not the compiler's business: it would compile again for each.
@@ -51,12 +56,13 @@ def packed_attention(
 def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "B S G P"]) -> bool:
     """Whether `window_attention` is the better choice for one causal document too.
 
-    In float32 on a CPU it took 0.68, 0.55, 0.66, 0.80 and 0.83 of the time of torch's fused
-    attention, forward and back at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of 64
+    In float32 on a CPU with AVX-512 it took 0.68, 0.55, 0.66, 0.80 and 0.83 of the time of torch's
+    fused attention, forward and back at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of 64;
+    on the same one limited to AVX2 0.97, 0.86, 1.10, 1.29 and 1.42
     (`python tests/kernels/bench_attention.py`). Going back, threads share rows and key heads,
     torch's rows and query heads: where key heads are too few for the threads, torch's serves.
     """
-    if queries.device.type != "cpu":
+    if queries.device.type != "cpu" or keys.shape[1] > MOST_KEYS:
         return False
     shared, wanted = (len(x) * x.shape[2] for x in (keys, queries))
     if shared < min(wanted, torch.get_num_threads()):

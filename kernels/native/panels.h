@@ -6,18 +6,33 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 
 #include "lanes.h"
 
 namespace crossladder {
 
-// Rows of a panel, and columns in vectors: as many as the registers hold beside what they take.
+// Numbers of a register, rows of a panel, and its columns in registers: as many as there are beside
+// what a row of products needs. `Lanes` would not do: where they are more than one register,
+// compilers keep an array of them in memory.
 #if defined(__AVX512F__)
-constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 4;
+constexpr int64_t REGISTER = 16, PANEL_ROWS = 6, PANEL_REGISTERS = 4;
+#elif defined(__AVX__)
+constexpr int64_t REGISTER = 8, PANEL_ROWS = 6, PANEL_REGISTERS = 2;
+#elif defined(__aarch64__)
+constexpr int64_t REGISTER = 4, PANEL_ROWS = 6, PANEL_REGISTERS = 4;
 #else
-constexpr int64_t PANEL_ROWS = 6, PANEL_VECTORS = 1;
+constexpr int64_t REGISTER = 4, PANEL_ROWS = 6, PANEL_REGISTERS = 2;
 #endif
+
+typedef float Register __attribute__((vector_size(REGISTER * sizeof(float))));
+
+inline Register load_register(const float* source) {
+  Register found;
+  std::memcpy(&found, source, sizeof(found));
+  return found;
+}
 
 inline int64_t whole_vectors(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
@@ -59,43 +74,43 @@ struct Extent {
   Range inner, columns;
 };
 
-template <int64_t ROWS, int64_t VECTORS>
+template <int64_t ROWS, int64_t REGISTERS>
 void panel(const Scalars& left, const Rows& right, const Range& inner, bool kept, float* out,
            int64_t stride) {
-  Lanes sums[ROWS][VECTORS];
+  Register sums[ROWS][REGISTERS];
   const auto for_each = [&](const auto& run) {
 #pragma GCC unroll 8
     for (int64_t r = 0; r < ROWS; ++r) {
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < VECTORS; ++v) run(sums[r][v], out + r * stride + v * LANES);
+      for (int64_t v = 0; v < REGISTERS; ++v) run(sums[r][v], out + r * stride + v * REGISTER);
     }
   };
-  for_each([&](Lanes& sum, const float* at) { sum = kept ? load(at, LANES) : Lanes{}; });
+  for_each([&](Register& sum, const float* at) { sum = kept ? load_register(at) : Register{}; });
   const float *a = left.data + inner.begin * left.step, *b = right.data + inner.begin * right.row;
   for (int64_t i = inner.begin; i < inner.end; ++i, a += left.step, b += right.row) {
-    Lanes taken[VECTORS];
+    Register taken[REGISTERS];
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < VECTORS; ++v) taken[v] = load(b + v * LANES, LANES);
+    for (int64_t v = 0; v < REGISTERS; ++v) taken[v] = load_register(b + v * REGISTER);
 #pragma GCC unroll 8
     for (int64_t r = 0; r < ROWS; ++r) {
       const float x = a[r * left.row];
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < VECTORS; ++v) sums[r][v] += x * taken[v];
+      for (int64_t v = 0; v < REGISTERS; ++v) sums[r][v] += x * taken[v];
     }
   }
-  for_each([&](const Lanes& sum, float* at) { store(at, sum, LANES); });
+  for_each([&](const Register& sum, float* at) { std::memcpy(at, &sum, sizeof(sum)); });
 }
 
 template <int64_t ROWS>
 void panels(const Scalars& left, const Rows& right, const Extent& extent, bool kept, float* out,
             int64_t stride) {
-  constexpr int64_t WIDE = PANEL_VECTORS * LANES;
+  constexpr int64_t WIDE = PANEL_REGISTERS * REGISTER;
   int64_t c = extent.columns.begin;
   for (; c + WIDE <= extent.columns.end; c += WIDE) {
-    panel<ROWS, PANEL_VECTORS>(left, {right.data + c, right.row}, extent.inner, kept, out + c,
-                               stride);
+    panel<ROWS, PANEL_REGISTERS>(left, {right.data + c, right.row}, extent.inner, kept, out + c,
+                                 stride);
   }
-  for (; c < extent.columns.end; c += LANES) {
+  for (; c < extent.columns.end; c += REGISTER) {
     panel<ROWS, 1>(left, {right.data + c, right.row}, extent.inner, kept, out + c, stride);
   }
 }
@@ -131,8 +146,8 @@ inline void gather(const float* source, int64_t stride, int64_t rows, int64_t si
   }
 }
 
-// Turns 16 vectors of 16 into their columns: vectors half of all apart are zipped, four times.
-inline void turn(Lanes* rows) {
+// Transposes 16 vectors of 16: vectors half of all apart are zipped, four times.
+inline void transpose(Lanes* rows) {
   Lanes other[LANES];
 #pragma GCC unroll 4
   for (int64_t round = 0; round < 4; ++round) {
@@ -150,7 +165,7 @@ inline void transpose(const float* source, int64_t rows, int64_t columns, int64_
     for (int64_t c = 0; c < columns; c += LANES) {
       Lanes taken[LANES];
       for (int64_t i = 0; i < LANES; ++i) taken[i] = load(source + (r + i) * stride + c, LANES);
-      turn(taken);
+      transpose(taken);
       for (int64_t i = 0; i < LANES; ++i) {
         store(target + (c + i) * target_stride + r, taken[i], LANES);
       }

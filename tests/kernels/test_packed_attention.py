@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from kernels.packed_attention import packed_attention, packed_attention_reference
+import kernels.packed_attention as module
+from kernels.packed_attention import (
+    packed_attention,
+    packed_attention_reference,
+    serves_one_document,
+)
 from tests.kernels.agreement import assert_agrees
 from tests.kernels.largest_tensor import LargestTensor
 from tests.kernels.test_window_attention import (
@@ -92,3 +97,17 @@ def test_too_few_keys_and_hidden_queries_are_refused():
         causal(q, k[:, 1:], v[:, 1:], torch.zeros(2, 8).int())
     with pytest.raises(ValueError, match="as many where attention is not causal"):
         two_sided(q[:, 1:], k, v, torch.zeros(2, 9).int())
+
+
+def test_the_kernel_serves_one_document_where_it_is_the_faster(monkeypatch):
+    monkeypatch.setattr(module, "MOST_KEYS", 100)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    queries, keys, *_ = make_inputs(100, dtype=torch.float32, batch=2, heads=8, groups=2)
+    assert serves_one_document(queries, keys)
+    assert not serves_one_document(queries.double(), keys.double())
+    assert not serves_one_document(*make_inputs(101, dtype=torch.float32, heads=8, groups=2)[:2])
+    # Three tasks for four threads, where query heads would make twelve.
+    queries, keys, *_ = make_inputs(100, dtype=torch.float32, batch=3, heads=4, groups=1)
+    assert not serves_one_document(queries, keys)
+    # No more query heads than key heads: torch's has as few.
+    assert serves_one_document(queries[:, :, :1], keys)
