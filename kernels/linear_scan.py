@@ -38,7 +38,7 @@ def linear_scan(
             is rounded to half precision forgets at another rate.
         values: what each token adds.
         initial: h[-1], zero if not given.
-        documents: document of each token, never falling along the length. Document 0 continues the
+        documents: document of each token; those of one stand together. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
 
     Raises:

@@ -70,11 +70,11 @@ struct Softmax {
 
 struct Work {
   Segment segment;
-  Workspace together, turned, scores;
+  Workspace together, transposed, scores;
   std::vector<Softmax> softmax;
 
   explicit Work(const Attention& in)
-      : segment(in), together(QUERIES * in.key_row()), turned(in.key_row() * QUERIES),
+      : segment(in), together(QUERIES * in.key_row()), transposed(in.key_row() * QUERIES),
         scores(TILE * QUERIES) {
     for (int64_t i = 0; i < TOGETHER; ++i) softmax.emplace_back(in);
   }
@@ -84,12 +84,12 @@ void attend_segment(const Attention& in, const Block& block, int64_t head, Work&
                     Softmax& softmax) {
   const Range seen = block.seen().within(work.segment.places());
   if (seen.empty()) return;
-  gather_turned(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
-                block.count, in.width, work.together.data(), work.turned.data());
+  gather_both(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
+                block.count, in.width, work.together.data(), work.transposed.data());
   float* scores = work.scores.data();
   for_each_stretch(seen, TILE, [&](const Range& tile) {
     meet(block, tile, work.segment.key(in, tile.begin), in.key_row(), in.width,
-         work.turned.data(), scores);
+         work.transposed.data(), scores);
     for (int64_t v = 0; v < block.lanes() / LANES; ++v) {
       const Lanes factor = softmax.take(in, block, tile, v, scores);
       if (softmax.begun) softmax.shrink(in, v, factor);

@@ -135,20 +135,20 @@ void for_each_stretch(const Range& places, int64_t size, const Run& run) {
   }
 }
 
-// Lays a block's rows side by side and turned, a vector of queries for each of their numbers.
-inline void gather_turned(const float* source, int64_t stride, int64_t rows, int64_t size,
-                          float* together, float* turned) {
+// Lays a block's rows side by side, and transposed: a vector of queries for each of their numbers.
+inline void gather_both(const float* source, int64_t stride, int64_t rows, int64_t size,
+                          float* together, float* transposed) {
   const int64_t padded = whole_vectors(size);
   gather(source, stride, rows, size, together, padded);
   std::fill(together + rows * padded, together + whole_vectors(rows) * padded, 0.0f);
-  transpose(together, whole_vectors(rows), padded, padded, turned, QUERIES);
+  transpose(together, whole_vectors(rows), padded, padded, transposed, QUERIES);
 }
 
 // What of the keys of a tile each query of a block meets: scores (key, query), or their gradients.
-// `turned` has the queries in its columns; what no query of a vector sees is left out.
+// `transposed` has the queries in its columns; what no query of a vector sees is left out.
 inline void meet(const Block& block, const Range& tile, const float* keys, int64_t row,
-                 int64_t width, const float* turned, float* scores) {
-  product(tile.size(), {keys, row, 1}, {turned, QUERIES}, false, scores, QUERIES,
+                 int64_t width, const float* transposed, float* scores) {
+  product(tile.size(), {keys, row, 1}, {transposed, QUERIES}, false, scores, QUERIES,
           [&](const Range& some) {
             const Range queries =
                 block.queries_of({tile.begin + some.begin, tile.begin + some.end});

@@ -18,22 +18,22 @@ struct Gradients {
   float *queries, *keys, *values;
 };
 
-// A block of a head's queries, their gradients and those of their outputs, also turned.
+// A block of a head's queries, their gradients and those of their outputs; also transposed.
 struct Side {
-  Workspace queries, turned_queries, d_outputs, turned_d_outputs, d_queries;
+  Workspace queries, transposed_queries, d_outputs, transposed_d_outputs, d_queries;
   alignas(Lanes) float logs[QUERIES], shared[QUERIES];
 
   explicit Side(const Attention& in)
-      : queries(QUERIES * in.key_row()), turned_queries(QUERIES * in.key_row()),
-        d_outputs(QUERIES * in.value_row()), turned_d_outputs(QUERIES * in.value_row()),
+      : queries(QUERIES * in.key_row()), transposed_queries(QUERIES * in.key_row()),
+        d_outputs(QUERIES * in.value_row()), transposed_d_outputs(QUERIES * in.value_row()),
         d_queries(QUERIES * in.key_row()) {}
 
   void take(const Attention& in, const Gradients& to, const Block& block, int64_t head) {
     const int64_t at = in.output_at(block.row, block.begin, head), step = in.heads * in.value_width;
-    gather_turned(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
-                  block.count, in.width, queries.data(), turned_queries.data());
-    gather_turned(to.outputs + at, step, block.count, in.value_width, d_outputs.data(),
-                  turned_d_outputs.data());
+    gather_both(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
+                  block.count, in.width, queries.data(), transposed_queries.data());
+    gather_both(to.outputs + at, step, block.count, in.value_width, d_outputs.data(),
+                  transposed_d_outputs.data());
     std::fill(logs, logs + QUERIES, 0.0f);
     std::fill(shared, shared + QUERIES, 0.0f);
     const float* sums = to.logs + (block.row * in.heads + head) * in.length + block.begin;
@@ -93,9 +93,9 @@ void tile_back(const Attention& in, const Block& block, const Range& tile, Work&
   Side& side = work.side;
   float *scores = work.scores.data(), *slopes = work.slopes.data();
   meet(block, tile, work.segment.key(in, tile.begin), key_row, in.width,
-       side.turned_queries.data(), scores);
+       side.transposed_queries.data(), scores);
   meet(block, tile, work.segment.value(in, tile.begin), value_row, in.value_width,
-       side.turned_d_outputs.data(), slopes);
+       side.transposed_d_outputs.data(), slopes);
   slopes_of_scores(in, block, tile, work);
   mix_queries(block, tile, scores, side.d_outputs.data(), value_row,
               work.d_values.data() + place * value_row);
@@ -160,9 +160,13 @@ void segment_back(const Attention& in, const Gradients& to, const std::vector<Bl
   work.segment.take(in, row, group, places);
   std::fill(d_keys, d_keys + places.size() * in.key_row(), 0.0f);
   std::fill(d_values, d_values + places.size() * in.value_row(), 0.0f);
+  // Neither end of what blocks see falls from one to the next.
+  const auto first = std::partition_point(
+      blocks.begin(), blocks.end(),
+      [&](const Block& block) { return block.seen().end <= places.begin; });
   for (int64_t head = group * together; head < (group + 1) * together; ++head) {
-    for (const Block& block : blocks) {
-      if (!block.seen().within(places).empty()) block_back(in, to, block, head, work);
+    for (auto block = first; block != blocks.end() && block->seen().begin < places.end; ++block) {
+      if (!block->seen().empty()) block_back(in, to, *block, head, work);
     }
   }
   const int64_t at = in.key_at(row, places.begin, group);

@@ -15,8 +15,8 @@
 #include <tuple>
 
 #include "lanes.h"
+#include "rotary.h"
 #include "slices.h"
-#include "turn.h"
 
 namespace crossladder {
 namespace {
@@ -82,7 +82,7 @@ struct Angles {
   }
   void turn(const float* x, int64_t row, bool back, float* turned) const {
     const int64_t place = row / heads % places * width;
-    turn_head(x, cos + place, sin + place, width, back, turned);
+    rotate_head(x, cos + place, sin + place, width, back, turned);
   }
 };
 

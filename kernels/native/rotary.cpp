@@ -6,8 +6,8 @@
 
 #include <algorithm>
 
+#include "rotary.h"
 #include "slices.h"
-#include "turn.h"
 
 namespace crossladder {
 namespace {
@@ -32,7 +32,7 @@ at::Tensor turn(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
     for (int64_t t = first; t < end; ++t) {
       const float *c = cosines + t % places * width, *s = sines + t % places * width;
       for (int64_t at = t * heads * width; at < (t + 1) * heads * width; at += width) {
-        turn_head(source + at, c, s, width, back, target + at);
+        rotate_head(source + at, c, s, width, back, target + at);
       }
     }
   });

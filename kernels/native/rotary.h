@@ -9,8 +9,8 @@ namespace crossladder {
 
 // Channels (p, p + width / 2) of one head, turned; `back` turns gradients, by the transpose. The
 // result may take the place of what it is made of.
-inline void turn_head(const float* x, const float* cos, const float* sin, int64_t width, bool back,
-                      float* turned) {
+inline void rotate_head(const float* x, const float* cos, const float* sin, int64_t width,
+                        bool back, float* turned) {
   const int64_t half = width / 2;
   for_each_vector(half, [&](int64_t p, int64_t count) {
     const int64_t q = p + half;
