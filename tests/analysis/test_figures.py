@@ -146,8 +146,11 @@ def test_a_sweep_of_one_point_is_drawn(tmp_path):
     study = Study(("mamba",), ("web",), {"r9k": 9e3}, (4.5e5,), {})
     root = write(study, tmp_path / "point", np.random.default_rng(0))
     study = analyse(load(root), Settings(replicates=10))
-    for plate in draw(study, find(study, Settings(replicates=10))):
+    plates = draw(study, find(study, Settings(replicates=10)))
+    for plate in plates:
         plate.save(tmp_path / "figures")
+    written = {path.stem for path in (tmp_path / "figures").glob("*.png")}
+    assert written == {plate.name for plate in plates} != set()
 
 
 def test_the_frontier_has_device_hours_on_top_where_the_speed_of_one_device_is_known(learnt):

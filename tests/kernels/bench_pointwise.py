@@ -14,6 +14,7 @@ from kernels.rms_norm import rms_norm, rms_norm_reference
 from kernels.rotary import turn_halves
 from kernels.runtime import warm
 from kernels.swiglu import swiglu
+from tests.kernels.test_rotary import one_by_one as turned_one_by_one
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 TOKENS = 2048
@@ -28,11 +29,6 @@ def gated_one_by_one(joint):
 def gates(function):
     begins = torch.zeros(1, TOKENS, dtype=torch.bool)
     return lambda keep, write, rate, wanted: function(keep, write, rate, begins, wanted)
-
-
-def turned_one_by_one(x, cos, sin):
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 def turns(function):

@@ -5,6 +5,7 @@ import torch
 
 from kernels.rms_norm import rms_norm, rms_norm_reference, turned_rms_norm
 from tests.kernels.agreement import assert_agrees, needs_kernel
+from tests.kernels.test_rotary import one_by_one as turned_one_by_one
 
 # Only eps keeps the gradient of a group of one channel from zero: less would leave its rounding.
 EPS = 1e-2
@@ -199,10 +200,8 @@ def test_a_turned_norm_is_the_turn_of_a_norm(shape, rows, dtype):
     sizes = (shape, shape[3:], shape, angles, angles)
     x, weight, d_turned, cos, sin = (torch.randn(s, generator=generator).to(dtype) for s in sizes)
 
-    def apart(x, weight, _eps, cos, sin):
-        left, right = one_by_one(x, weight, EPS).chunk(2, dim=-1)
-        turned = torch.cat([-right, left], dim=-1)
-        return torch.cat([left, right], dim=-1) * cos + turned * sin
+    def apart(x, weight, eps, cos, sin):
+        return turned_one_by_one(one_by_one(x, weight, eps), cos, sin)
 
     found, expected = (
         turned_results(norm, x.to(kind), weight.to(kind), d_turned.to(kind), cos, sin)

@@ -203,8 +203,11 @@ def test_performer_is_exact_where_single_features_overflow(pattern: Pattern) -> 
 def test_features_asked_for_first_by_evaluation_serve_training() -> None:
     mixer, x = made("performer", CS, feature_seed=17), inputs(9).double()
     with torch.inference_mode():
-        mixer(x, WholeSequence(documents((9,), 9)))
-    mixer(x, WholeSequence(documents((9,), 9))).sum().backward()
+        evaluated = mixer(x, WholeSequence(documents((9,), 9)))
+    trained = mixer(x, WholeSequence(documents((9,), 9)))
+    trained.sum().backward()
+    assert torch.equal(trained, evaluated)
+    assert all(parameter.grad.isfinite().all() for parameter in mixer.parameters())
 
 
 def test_cosformer_refuses_documents_longer_than_max_len() -> None:
