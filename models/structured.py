@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from kernels.precision import without_autocast
 from kernels.swiglu import silu_gated
-from models.layers import CentredConv, Linear, RMSNorm, ShortConv, widened
+from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Slot, mixer_kinds
 from models.sequence import PADDING, Memory, WholeSequence, positions_in_documents
+from models.short_convs import CentredConv, ShortConv
 
 Structure: TypeAlias = Any
 """What decides a matrix: private to its mixer."""

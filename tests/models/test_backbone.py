@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.accounting import account, dense_flops_per_token, mix_flops
 from models.backbone import SELF, Backbone, BackboneConfig, BlockConfig, build_backbone, undecayed
 from models.channel import NoChannelConfig, SwiGLUConfig
-from models.layers import ShortConv
 from models.mixer import Mixer, Pattern, Slot
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
 from models.sequence import WholeSequence
+from models.short_convs import ShortConv
 from tests.conformance.case import MIXED, case_of, declared_cases, documents_of
 from tests.conformance.causality import materialized, rounding
 from tests.conformance.streaming import cut

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.filters import FilterConfig, ImplicitFilter, fft_flops
-from models.layers import Linear, ShortConv
+from models.layers import Linear
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.sequence import PADDING, Memory, WholeSequence
+from models.short_convs import ShortConv
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.swiglu import silu_gated
 from models.fewer_passes import silu_in_parts
-from models.layers import CentredConv, Linear, RMSNorm, widened
+from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.mixers.recurrent.mamba2 import (
     count_heads,
@@ -26,6 +26,7 @@ from models.mixers.recurrent.mamba2 import (
 )
 from models.recurrence import TwoWaySsd
 from models.sequence import Memory, WholeSequence
+from models.short_convs import CentredConv
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from kernels.rms_norm import rms_norm
 from kernels.ssd import CHUNK
 from models.fewer_passes import silu_in_parts
-from models.layers import Linear, ShortConv, widened
+from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import Ssd
 from models.sequence import Memory, WholeSequence
+from models.short_convs import ShortConv
 
 
 @dataclass(frozen=True)

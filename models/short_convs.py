@@ -1,0 +1,87 @@
+"""Short depthwise convolutions along the sequence, in front of recurrent and structured mixers."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from kernels.causal_conv import causal_conv
+from models.layers import uniform
+from models.sequence import WholeSequence
+
+
+class ShortConv(nn.Module):
+    """A causal depthwise convolution over the last few tokens of each document.
+
+    Args:
+        channels: width.
+        width: taps.
+        std: standard deviation of its initial taps, beside a bias of zeros; None draws both as
+            torch draws those of a Conv1d, from U(-1/sqrt(width), 1/sqrt(width)).
+    """
+
+    def __init__(self, channels: int, width: int, *, std: float | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self._std = std
+
+    def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
+        """Convolve each channel."""
+        documents = sequence.documents if sequence.packed else None
+        initial = sequence.halo(x, self.weight.shape[1] - 1)
+        return causal_conv(x, self.weight, self.bias, initial, documents).outputs
+
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial taps and bias."""
+        shape = getattr(self, name).shape
+        if self._std is None:
+            return uniform(shape, self.weight.shape[1] ** -0.5, generator)
+        if name == "bias":
+            return torch.zeros(shape)
+        return torch.randn(shape, generator=generator) * self._std
+
+
+class CentredConv(nn.Module):
+    """A depthwise convolution over the tokens on both sides, which never leaves a document.
+
+    Args:
+        channels: width.
+        width: taps, an odd number.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        if width < 1 or width % 2 == 0:
+            raise ValueError(f"d_conv {width} has no middle; take an odd number")
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels))
+
+    def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
+        """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
+        half, weight, bias = self.weight.shape[1] // 2, self.weight, self.bias
+        around = sequence.around(x, half, half)
+        if not sequence.packed:
+            before, own = around.split([2 * half, x.shape[1]], dim=1)
+            return causal_conv(own, weight, bias, before).outputs
+        # Taps up to the token's own, and the others from the other end.
+        ids = sequence.documents_around(half, half)
+        later = torch.cat([weight[:, half + 1 :].flip(1), torch.zeros_like(weight[:, :1])], dim=1)
+        behind = causal_conv(around, weight[:, : half + 1], bias, documents=ids)
+        ahead = causal_conv(
+            around.flip(1), later, torch.zeros_like(bias), documents=ids.flip(1).contiguous()
+        )
+        mixed = behind.outputs + ahead.outputs.flip(1)
+        return mixed[:, half : half + x.shape[1]].contiguous()
+
+    def token_flops(self) -> int:
+        """Forward FLOPs for each token."""
+        return 2 * self.weight.numel()
+
+    def draw(self, name: str, generator: torch.Generator) -> Tensor:
+        """Initial values as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
+        shape = getattr(self, name).shape
+        return uniform(shape, self.weight.shape[1] ** -0.5, generator)
