@@ -41,16 +41,13 @@ def causal_conv(
     Raises:
         ValueError: the shapes differ, or the length is 0.
     """
-    _check_shapes(values, weight, bias, initial, documents)
+    check_shapes(values, weight, bias, initial, documents)
     final = _final_inputs(values, weight.shape[1] - 1, initial, documents)
     if path_of(values) is Path.REFERENCE:
         return Conv(causal_conv_reference(values, weight, bias, initial, documents).outputs, final)
     # The Triton kernels read any dtype; the compiled ones float32 alone.
     inputs = values if path_of(values) is Path.TRITON else values.float()
-    tensors = [x.contiguous() for x in (inputs, weight.float(), bias.float())]
-    start = None if initial is None else initial.to(inputs.dtype).contiguous()
-    ids = None if documents is None else documents.int().contiguous()
-    outputs = _CausalConv.apply(*tensors, start, ids)
+    outputs = _CausalConv.apply(*prepared(inputs, weight, bias, initial, documents))
     return Conv(outputs.to(values.dtype), final)
 
 
@@ -75,6 +72,16 @@ def causal_conv_reference(
             seen = torch.where((ids == documents)[:, :, None], seen, 0.0)
         outputs = outputs + weight[:, k].to(accumulator) * seen
     return Conv(outputs.to(values.dtype), _final_inputs(values, K - 1, initial, documents))
+
+
+def prepared(
+    values: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, documents: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """What the operators read, as it must lie for them."""
+    start = None if initial is None else initial.to(values.dtype).contiguous()
+    ids = None if documents is None else documents.int().contiguous()
+    tensors = (x.contiguous() for x in (values, weight.float(), bias.float()))
+    return *tensors, start, ids
 
 
 class _CausalConv(torch.autograd.Function):
@@ -117,13 +124,14 @@ def _final_inputs(
     return torch.where((ids == documents[:, -1:])[:, :, None], final, 0.0)
 
 
-def _check_shapes(
+def check_shapes(
     values: Tensor,
     weight: Tensor,
     bias: Tensor,
     initial: Tensor | None,
     documents: Tensor | None,
 ) -> None:
+    """Refuse shapes that do not belong together."""
     batch, L, E = values.shape
     K = weight.shape[-1]
     expected = {
@@ -152,13 +160,14 @@ def _forward_shapes(
     return torch.empty_like(values)
 
 
-def _backward_shapes(
-    _d_outputs: Tensor,
+def gradient_shapes(
+    _d_outputs: object,
     values: Tensor,
     weight: Tensor,
     initial: Tensor | None,
     _documents: Tensor | None,
 ) -> tuple[Tensor, ...]:
+    """Empty tensors like the gradients of values, weight, bias and initial inputs."""
     E, K = weight.shape
     d_initial = values.new_empty(0 if initial is None else values.shape[0], K - 1, E)
     return torch.empty_like(values), torch.empty_like(weight), weight.new_empty(E), d_initial
@@ -173,6 +182,6 @@ _forward = define_operator(
 _backward = define_operator(
     "causal_conv_backward(Tensor d_outputs, Tensor values, Tensor weight, Tensor? initial, "
     "Tensor? documents) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_shapes,
+    gradient_shapes,
     "kernels.gpu.causal_conv:backward",
 )

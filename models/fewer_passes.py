@@ -33,17 +33,6 @@ def linear_in_parts(
     return parts
 
 
-def silu_in_parts(
-    x: Float[Tensor, "*batch C"], sizes: Sequence[int]
-) -> tuple[Float[Tensor, "*batch C_i"], ...]:
-    """silu(x), cut into so many channels each; the gradients are written side by side at once."""
-    if _by_torch(x):
-        return F.silu(x).split(list(sizes), dim=-1)
-    parts = _SiluInParts.apply(x, *sizes)
-    assert isinstance(parts, tuple)
-    return parts
-
-
 def _by_torch(x: Tensor) -> bool:
     """Whether parts are torch's own: for compilers, which fuse them, autocast, GPUs, inference."""
     if torch.compiler.is_compiling():
@@ -76,20 +65,3 @@ class _LinearInParts(torch.autograd.Function):
         needs_bias = list(ctx.needs_input_grad)[2]
         d_bias = torch.cat([rows.sum(0) for rows in d_rows]) if needs_bias else None
         return d_x.view(x.shape), d_weight, d_bias, *[None] * len(sizes)
-
-
-class _SiluInParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x)
-        return tuple(F.silu(part) for part in x.split(sizes, dim=-1))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = list(ctx.saved_tensors)
-        d_x, sizes = torch.empty_like(x), [d.shape[-1] for d in d_parts]
-        cut = (part.split(sizes, dim=-1) for part in (x, d_x))
-        for d_part, part, into in zip(d_parts, *cut, strict=True):
-            torch.ops.aten.silu_backward.grad_input(d_part, part, grad_input=into)
-        return d_x, *[None] * len(sizes)

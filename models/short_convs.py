@@ -1,10 +1,14 @@
 """Short depthwise convolutions along the sequence, in front of recurrent and structured mixers."""
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
+from kernels.silu_conv import silu_conv
 from models.layers import uniform
 from models.sequence import WholeSequence
 
@@ -27,9 +31,17 @@ class ShortConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
         """Convolve each channel."""
+        return causal_conv(x, self.weight, self.bias, *self._around(x, sequence)).outputs
+
+    def silu_in_parts(
+        self, x: Float[Tensor, "B L E"], sequence: WholeSequence, sizes: Sequence[int]
+    ) -> tuple[Float[Tensor, "B L E_i"], ...]:
+        """Convolve, take silu, and cut what comes out into so many channels each."""
+        return silu_conv(x, self.weight, self.bias, sizes, *self._around(x, sequence))
+
+    def _around(self, x: Tensor, sequence: WholeSequence) -> tuple[Tensor | None, Tensor | None]:
         documents = sequence.documents if sequence.packed else None
-        initial = sequence.halo(x, self.weight.shape[1] - 1)
-        return causal_conv(x, self.weight, self.bias, initial, documents).outputs
+        return sequence.halo(x, self.weight.shape[1] - 1), documents
 
     def token_flops(self) -> int:
         """Forward FLOPs for each token."""
@@ -63,10 +75,10 @@ class CentredConv(nn.Module):
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
         """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
         half, weight, bias = self.weight.shape[1] // 2, self.weight, self.bias
-        around = sequence.around(x, half, half)
         if not sequence.packed:
-            before, own = around.split([2 * half, x.shape[1]], dim=1)
-            return causal_conv(own, weight, bias, before).outputs
+            before, ahead = self._ahead(x, sequence)
+            return causal_conv(ahead, weight, bias, before).outputs
+        around = sequence.around(x, half, half)
         # Taps up to the token's own, and the others from the other end.
         ids = sequence.documents_around(half, half)
         later = torch.cat([weight[:, half + 1 :].flip(1), torch.zeros_like(weight[:, :1])], dim=1)
@@ -76,6 +88,20 @@ class CentredConv(nn.Module):
         )
         mixed = behind.outputs + ahead.outputs.flip(1)
         return mixed[:, half : half + x.shape[1]].contiguous()
+
+    def silu_in_parts(
+        self, x: Float[Tensor, "B L E"], sequence: WholeSequence, sizes: Sequence[int]
+    ) -> tuple[Float[Tensor, "B L E_i"], ...]:
+        """Convolve, take silu, and cut what comes out into so many channels each."""
+        if sequence.packed:
+            return F.silu(self(x, sequence)).split(list(sizes), dim=-1)
+        before, ahead = self._ahead(x, sequence)
+        return silu_conv(ahead, self.weight, self.bias, sizes, before)
+
+    def _ahead(self, x: Tensor, sequence: WholeSequence) -> tuple[Tensor, ...]:
+        """The latest token that each token sees, of one document, and those before the first."""
+        half = self.weight.shape[1] // 2
+        return sequence.around(x, half, half).split([2 * half, x.shape[1]], dim=1)
 
     def token_flops(self) -> int:
         """Forward FLOPs for each token."""

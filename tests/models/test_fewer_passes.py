@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.fewer_passes import linear_in_parts, silu_in_parts
+from models.fewer_passes import linear_in_parts
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 
@@ -37,19 +37,6 @@ def test_parts_of_a_map_are_those_of_the_whole(dtype, bias):
         return x @ weight.T + bias
 
     assert apart(in_parts, at_once, leaves) < TOLERANCE[dtype]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_parts_of_a_silu_are_those_of_the_whole(dtype):
-    x = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
-
-    def in_parts(x):
-        return torch.cat(silu_in_parts(x, [7, 1, 4]), dim=-1)
-
-    def at_once(x):
-        return x * torch.sigmoid(x)
-
-    assert apart(in_parts, at_once, (x.requires_grad_(),)) < TOLERANCE[dtype]
 
 
 def test_a_part_that_nobody_reads_has_no_part_in_the_gradient():

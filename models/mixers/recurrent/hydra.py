@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.swiglu import silu_gated
-from models.fewer_passes import silu_in_parts
 from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.mixers.recurrent.mamba2 import (
@@ -109,7 +108,7 @@ class Hydra(Mixer):
         config, H = self.config, self.n_heads
         G, E, GN = config.n_groups, H * config.head_dim, config.n_groups * config.d_state
         gate, inner, steps = self.in_proj.in_parts(x, [E, E + 4 * GN, 2 * H])
-        values, BC = silu_in_parts(self.conv(inner, sequence), [E, 4 * GN])
+        values, BC = self.conv.silu_in_parts(inner, sequence, [E, 4 * GN])
         B, C = BC.unflatten(2, (2, 2, G, -1)).unbind(3)
         dt = F.softplus(widened(steps.unflatten(2, (2, H))) + widened(self.dt_bias))
         diagonal = widened(self.fc_D(values)) + widened(self.D)

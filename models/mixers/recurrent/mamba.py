@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.skip import add_skip
 from kernels.swiglu import silu_gated
 from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
@@ -92,7 +93,7 @@ class Mamba(Mixer):
         """Values are the convolved inputs, one channel a head; dt, B and C decide."""
         del memory
         inner, gate = self.in_proj.in_parts(x, 2 * [self.out_proj.in_features])
-        inner = F.silu(self.conv(inner, sequence))
+        (inner,) = self.conv.silu_in_parts(inner, sequence, [inner.shape[2]])
         N = self.config.d_state
         low, B, C = self.x_proj(inner).split([self.dt_rank, N, N], dim=-1)
         dt = F.softplus(widened(self.dt_proj(low)) + widened(self.dt_bias))
@@ -113,7 +114,7 @@ class Mamba(Mixer):
         inputs = values.flatten(2)
         documents = sequence.documents if sequence.packed else None
         scanned = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents))
-        return torch.addcmul(scanned.view(values.shape), D[:, None], values).to(values.dtype)
+        return add_skip(scanned.view(values.shape), D, values)
 
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients

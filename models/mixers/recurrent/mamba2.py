@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
+from kernels.skip import add_skip
 from kernels.ssd import CHUNK
-from models.fewer_passes import silu_in_parts
 from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.recurrence import Ssd
@@ -108,7 +108,7 @@ class Mamba2(Mixer):
         config, H = self.config, self.n_heads
         E, GN = H * config.head_dim, config.n_groups * config.d_state
         gate, inner, steps = self.in_proj.in_parts(x, [E, E + 2 * GN, H])
-        values, B, C = silu_in_parts(self.conv(inner, sequence), [E, GN, GN])
+        values, B, C = self.conv.silu_in_parts(inner, sequence, [E, GN, GN])
         dt = F.softplus(widened(steps) + widened(self.dt_bias))
         if config.dt_limit is not None:
             dt = dt.clamp(*config.dt_limit)
@@ -123,7 +123,7 @@ class Mamba2(Mixer):
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         documents = sequence.documents if sequence.packed else None
         scanned = sequence.recur(Ssd(values, dt, A, B, C, documents))
-        return torch.addcmul(scanned, D[:, None], values).to(values.dtype)
+        return add_skip(scanned, D, values)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
