@@ -35,8 +35,11 @@ def selective_scan(
     C: Float[Tensor, "B L N"],
     initial: Float[Tensor, "B E N"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
+    D: Float[Tensor, "E"] | None = None,
 ) -> Scan:
     """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] values[t] and outputs[t] = <C[t], h[t]>.
+
+    With a D the outputs have D values[t] added (Mamba's skip, section 3.4).
 
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
     (float64 in, float64 out). Deterministic, whatever the number of threads.
@@ -50,24 +53,30 @@ def selective_scan(
         initial: h[-1], zero if not given.
         documents: document of each token, never falling along the length. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
+        D: a factor for each channel; nothing is added if not given.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.
     """
-    _check_shapes(values, dt, A, B, C, initial, documents)
+    _check_shapes(values, dt, A, B, C, initial, documents, D)
     if path_of(values) is Path.REFERENCE:
-        return selective_scan_reference(values, dt, A, B, C, initial, documents)
+        return selective_scan_reference(values, dt, A, B, C, initial, documents, D)
     on_triton = path_of(values) is Path.TRITON
     # The Triton kernels read any dtype; the compiled ones float32 alone.
     x, B, C = (x if on_triton else x.float() for x in (values, B, C))
     tensors = [x.contiguous() for x in (x, dt.float(), A.float(), B, C)]
     start = None if initial is None else initial.float().contiguous()
     ids = None if documents is None else documents.int().contiguous()
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, start) if x is not None):
+    skip = None if D is None or on_triton else D.float().contiguous()
+    if torch.is_grad_enabled() and any(
+        x.requires_grad for x in (*tensors, start, skip) if x is not None
+    ):
         chunk = TRITON_CHUNK if on_triton else CHUNK
-        outputs, final = _SelectiveScan.apply(*tensors, start, ids, chunk)
+        outputs, final = _SelectiveScan.apply(*tensors, start, ids, chunk, skip)
     else:
-        outputs, final, _ = _forward(*tensors, start, ids, 0)
+        outputs, final, _ = _forward(*tensors, start, ids, 0, skip)
+    if D is not None and on_triton:
+        outputs = torch.addcmul(outputs, D, values)
     return Scan(outputs.to(values.dtype), final)
 
 
@@ -79,6 +88,7 @@ def selective_scan_reference(
     C: Float[Tensor, "B L N"],
     initial: Float[Tensor, "B E N"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
+    D: Float[Tensor, "E"] | None = None,
 ) -> Scan:
     """Compute `selective_scan` token by token in plain torch, in float32 or wider."""
     accumulator = torch.promote_types(values.dtype, torch.float32)
@@ -92,7 +102,9 @@ def selective_scan_reference(
         decay = torch.exp(dt[:, t, :, None] * A)
         state = decay * state + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))
-    return Scan(torch.stack(outputs, dim=1).to(values.dtype), state)
+    mixed = torch.stack(outputs, dim=1)
+    mixed = mixed if D is None else torch.addcmul(mixed, D.to(accumulator), x)
+    return Scan(mixed.to(values.dtype), state)
 
 
 class _SelectiveScan(torch.autograd.Function):
@@ -107,11 +119,12 @@ class _SelectiveScan(torch.autograd.Function):
         initial: Float32[Tensor, "B E N"] | None,
         documents: Int[Tensor, "B L"] | None,
         chunk: int,
+        D: Float32[Tensor, "E"] | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.chunk = chunk  # pyright: ignore[reportAttributeAccessIssue]
-        outputs, final, checkpoints = _forward(values, dt, A, B, C, initial, documents, chunk)
+        outputs, final, checkpoints = _forward(values, dt, A, B, C, initial, documents, chunk, D)
         # Torch saves None as None; its stub does not say so.
-        saved = (values, dt, A, B, C, documents, checkpoints)
+        saved = (values, dt, A, B, C, documents, checkpoints, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.set_materialize_grads(False)
         return outputs, final
@@ -121,15 +134,15 @@ class _SelectiveScan(torch.autograd.Function):
     def backward(
         ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        values, dt, A, B, C, documents, checkpoints = list(ctx.saved_tensors)
+        values, dt, A, B, C, documents, checkpoints, D = list(ctx.saved_tensors)
         chunk: int = ctx.chunk  # pyright: ignore[reportAttributeAccessIssue]
         d_outputs = torch.zeros_like(values) if d_outputs is None else d_outputs.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
         gradients = _backward(
-            d_outputs, d_final, values, dt, A, B, C, documents, checkpoints, chunk
+            d_outputs, d_final, values, dt, A, B, C, documents, checkpoints, chunk, D
         )
         d_initial = gradients[5] if list(ctx.needs_input_grad)[5] else None
-        return *gradients[:5], d_initial, None, None
+        return *gradients[:5], d_initial, None, None, None if D is None else gradients[6]
 
 
 def _check_shapes(
@@ -140,6 +153,7 @@ def _check_shapes(
     C: Tensor,
     initial: Tensor | None,
     documents: Tensor | None,
+    D: Tensor | None,
 ) -> None:
     batch, L, E = values.shape
     N = A.shape[-1]
@@ -150,6 +164,7 @@ def _check_shapes(
         "C": (C, (batch, L, N)),
         "initial": (initial, (batch, E, N)),
         "documents": (documents, (batch, L)),
+        "D": (D, (E,)),
     }
     if L == 0:
         raise ValueError("selective_scan was given no tokens; the length must be at least 1")
@@ -170,6 +185,7 @@ def _forward_shapes(
     _initial: Tensor | None,
     _documents: Tensor | None,
     chunk: int,
+    _D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, L, E = values.shape
     N = A.shape[1]
@@ -188,21 +204,23 @@ def _backward_shapes(
     _documents: Tensor | None,
     _checkpoints: Tensor,
     _chunk: int,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    d_initial = A.new_empty(values.shape[0], *A.shape)
-    return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial)
+    d_initial, d_D = A.new_empty(values.shape[0], *A.shape), A.new_empty(0 if D is None else len(D))
+    return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial, d_D)
 
 
 _forward = define_operator(
     "selective_scan_forward(Tensor values, Tensor dt, Tensor A, Tensor B, Tensor C, "
-    "Tensor? initial, Tensor? documents, int chunk) -> (Tensor, Tensor, Tensor)",
+    "Tensor? initial, Tensor? documents, int chunk, Tensor? D=None) "
+    "-> (Tensor, Tensor, Tensor)",
     _forward_shapes,
     "kernels.gpu.selective_scan:forward",
 )
 _backward = define_operator(
     "selective_scan_backward(Tensor d_outputs, Tensor? d_final, Tensor values, Tensor dt, "
-    "Tensor A, Tensor B, Tensor C, Tensor? documents, Tensor checkpoints, int chunk) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor A, Tensor B, Tensor C, Tensor? documents, Tensor checkpoints, int chunk, "
+    "Tensor? D=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
     "kernels.gpu.selective_scan:backward",
 )

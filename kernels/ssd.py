@@ -40,6 +40,7 @@ def ssd(
     C: Float[Tensor, "B L G N"],
     initial: Float[Tensor, "B H P N"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
+    D: Float[Tensor, "H"] | None = None,
 ) -> Scan:
     """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] values[t] (x) B[t] and outputs[t] = h[t] C[t].
 
@@ -56,25 +57,28 @@ def ssd(
         initial: h[-1], zero if not given.
         documents: document of each token; those of one stand together. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
+        D: a factor for each head; D values[t] is added to the outputs if given.
 
     Raises:
         ValueError: the shapes differ, G does not divide H, or the length is 0.
     """
-    _check_shapes(values, dt, A, B, C, initial, documents)
+    _check_shapes(values, dt, A, B, C, initial, documents, D)
     if values.shape[1] == 1:
         # Decoding: one step of the recurrence costs a third of the many small products of a chunk.
-        return ssd_reference(values, dt, A, B, C, initial, documents)
+        return ssd_reference(values, dt, A, B, C, initial, documents, D)
     if path_of(values) is Path.TRITON:
-        return _by_kernels(values, dt, A, B, C, initial, documents)
+        outputs, final = _by_kernels(values, dt, A, B, C, initial, documents)
+        outputs = outputs if D is None else torch.addcmul(outputs, D[:, None], values)
+        return Scan(outputs.to(values.dtype), final)
     if documents is None or documents.is_meta:
-        return _by_chunks(values, dt, A, B, C, initial, documents)
+        return _by_chunks(values, dt, A, B, C, initial, documents, D)
     unfit, no_start = _unfit(values, dt, B, C, initial)
     if not (unfit.any() or no_start.any()):
-        return _by_chunks(values, dt, A, B, C, initial, documents)
+        return _by_chunks(values, dt, A, B, C, initial, documents, D)
     # Products of matrices would multiply it by the zeros that keep documents apart.
     x, steps, enter, leave = (_blanked(tensor, unfit) for tensor in (values, dt, B, C))
     start = None if initial is None else _blanked(initial, no_start)
-    outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents)
+    outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents, D)
     spoilt = _spoilt(unfit, no_start, documents)
     return Scan(_blanked(outputs, spoilt, torch.nan), _blanked(final, spoilt[:, -1], torch.nan))
 
@@ -87,6 +91,7 @@ def ssd_reference(
     C: Float[Tensor, "B L G N"],
     initial: Float[Tensor, "B H P N"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
+    D: Float[Tensor, "H"] | None = None,
 ) -> Scan:
     """Compute `ssd` token by token in plain torch, in float32 or wider."""
     accumulator = torch.promote_types(values.dtype, torch.float32)
@@ -103,7 +108,9 @@ def ssd_reference(
         added = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
         state = torch.exp(dt[:, t] * A)[..., None, None] * state + added
         outputs.append((state * C[:, t, :, None]).sum(-1))
-    return Scan(torch.stack(outputs, dim=1).to(values.dtype), state)
+    mixed = torch.stack(outputs, dim=1)
+    mixed = mixed if D is None else _skipped(mixed, D, x)
+    return Scan(mixed.to(values.dtype), state)
 
 
 def two_way_ssd(
@@ -157,7 +164,7 @@ def _by_kernels(
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
     steps, rates = dt.float().contiguous(), A.float().contiguous()
     start = None if initial is None else initial.float().contiguous()
-    outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids)
+    outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids, None)
     if spoilt is not None:
         final = _blanked(final, spoilt[:, -1], torch.nan)
     return Scan(outputs.to(values.dtype), final)
@@ -171,16 +178,19 @@ def _by_chunks(
     C: Float[Tensor, "B L G N"],
     initial: Float[Tensor, "B H P N"] | None,
     documents: Int[Tensor, "B L"] | None,
+    D: Float[Tensor, "H"] | None,
 ) -> Scan:
     """Scan on the CPU, by compiled kernels or in plain torch; tokens must be finite."""
     if path_of(values) is Path.REFERENCE:
         with without_autocast(values):
             outputs, final = ssd_in_chunks(values, dt, A, B, C, initial, documents, CHUNK)
+            outputs = outputs if D is None else _skipped(outputs, D, values)
         return Scan(outputs.to(values.dtype), final)
     tensors = (x.float().contiguous() for x in (values, dt, A, B, C))
     start = None if initial is None else initial.float().contiguous()
     ids = None if documents is None else documents.int().contiguous()
-    outputs, final = _Ssd.apply(*tensors, start, ids)
+    skip = None if D is None else D.float().contiguous()
+    outputs, final = _Ssd.apply(*tensors, start, ids, skip)
     return Scan(outputs.to(values.dtype), final)
 
 
@@ -197,12 +207,13 @@ class _Ssd(torch.autograd.Function):
         C: Float[Tensor, "B L G N"],
         initial: Float[Tensor, "B H P N"] | None,
         documents: Int[Tensor, "B L"] | None,
+        D: Float[Tensor, "H"] | None,
     ) -> tuple[Tensor, Tensor]:
         # Torch saves None as None; its stub does not say so.
-        saved = (values, dt, A, B, C, initial, documents)
+        saved = (values, dt, A, B, C, initial, documents, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.set_materialize_grads(False)
-        return _forward(values, dt, A, B, C, initial, documents)
+        return _forward(*saved)
 
     @staticmethod
     @once_differentiable
@@ -212,8 +223,9 @@ class _Ssd(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         d_outputs = torch.zeros_like(saved[0]) if d_outputs is None else d_outputs.contiguous()
         d_final = None if d_final is None else d_final.contiguous()
-        gradients = _backward(d_outputs, d_final, *saved)
-        return (*gradients[:5], gradients[5] if list(ctx.needs_input_grad)[5] else None, None)
+        *gradients, d_initial, d_D = _backward(d_outputs, d_final, *saved)
+        d_initial = d_initial if list(ctx.needs_input_grad)[5] else None
+        return *gradients, d_initial, None, None if saved[7] is None else d_D
 
 
 def _unfit(
@@ -244,6 +256,10 @@ def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
     return ~torch.stack([x.isfinite() for x in wide]).all(0)
 
 
+def _skipped(outputs: Tensor, D: Tensor, values: Tensor) -> Tensor:
+    return torch.addcmul(outputs, D.to(outputs.dtype)[:, None], values.to(outputs.dtype))
+
+
 def _blanked(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
     return x.masked_fill(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), value)
 
@@ -256,6 +272,7 @@ def _check_shapes(
     C: Tensor,
     initial: Tensor | None,
     documents: Tensor | None,
+    D: Tensor | None,
 ) -> None:
     batch, L, H, P = values.shape
     G, N = B.shape[2:]
@@ -266,6 +283,7 @@ def _check_shapes(
         "C": (C, (batch, L, G, N)),
         "initial": (initial, (batch, H, P, N)),
         "documents": (documents, (batch, L)),
+        "D": (D, (H,)),
     }
     if L == 0:
         raise ValueError("ssd was given no tokens; the length must be at least 1")
@@ -287,6 +305,7 @@ def _forward_shapes(
     _C: Tensor,
     _initial: Tensor | None,
     _documents: Tensor | None,
+    _D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, _, H, P = values.shape
     return torch.empty_like(values), dt.new_empty(batch, H, P, B.shape[3])
@@ -302,22 +321,23 @@ def _backward_shapes(
     C: Tensor,
     _initial: Tensor | None,
     _documents: Tensor | None,
+    D: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     batch, _, H, P = values.shape
-    d_initial = dt.new_empty(batch, H, P, B.shape[3])
-    return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial)
+    d_initial, d_D = dt.new_empty(batch, H, P, B.shape[3]), A.new_empty(0 if D is None else H)
+    return (*(torch.empty_like(x) for x in (values, dt, A, B, C)), d_initial, d_D)
 
 
 _forward = define_operator(
     "ssd_forward(Tensor values, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? initial, "
-    "Tensor? documents) -> (Tensor, Tensor)",
+    "Tensor? documents, Tensor? D=None) -> (Tensor, Tensor)",
     _forward_shapes,
     "kernels.gpu.ssd:forward",
 )
 _backward = define_operator(
     "ssd_backward(Tensor d_outputs, Tensor? d_final, Tensor values, Tensor dt, Tensor A, "
-    "Tensor B, Tensor C, Tensor? initial, Tensor? documents) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor B, Tensor C, Tensor? initial, Tensor? documents, "
+    "Tensor? D=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_shapes,
     "kernels.gpu.ssd_back:backward",
 )

@@ -111,7 +111,7 @@ class LinearScan(Recurrence):
 
 @dataclass
 class SelectiveScan(Recurrence):
-    """h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t], and <C[t], h[t]> is the output."""
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] x[t], and <C[t], h[t]> + D x[t] is the output."""
 
     values: Float[Tensor, "B L E"]
     dt: Float[Tensor, "B L E"]
@@ -119,6 +119,7 @@ class SelectiveScan(Recurrence):
     B: Float[Tensor, "B L N"]
     C: Float[Tensor, "B L N"]
     documents: Int[Tensor, "B L"] | None
+    D: Float[Tensor, "E"]
 
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
@@ -142,12 +143,17 @@ class SelectiveScan(Recurrence):
         return self._scan(self.values, None)
 
     def _scan(self, values: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        return selective_scan(values, self.dt, self.A, self.B, self.C, initial, self.documents)
+        own = (self.dt, self.A, self.B, self.C)
+        return selective_scan(values, *own, initial, self.documents, self.D)
 
 
 @dataclass
 class Ssd(Recurrence):
-    """h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (x) B[t] for each head, and h[t] C[t] the output."""
+    """h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] (x) B[t] for each head; h[t] C[t] + D x[t] comes out.
+
+    Attributes:
+        D: None for 0.
+    """
 
     values: Float[Tensor, "B L H P"]
     dt: Float[Tensor, "B L H"]
@@ -155,10 +161,12 @@ class Ssd(Recurrence):
     B: Float[Tensor, "B L G N"]
     C: Float[Tensor, "B L G N"]
     documents: Int[Tensor, "B L"] | None
+    D: Float[Tensor, "H"] | None = None
 
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the kernel."""
-        return ssd(self.values, self.dt, self.A, self.B, self.C, initial, self.documents)
+        own = (self.values, self.dt, self.A, self.B, self.C)
+        return ssd(*own, initial, self.documents, self.D)
 
     def summary(self) -> Summary:
         """One product of matrices over all tokens."""

@@ -232,11 +232,13 @@ def forward(
     initial: Tensor | None,
     documents: Tensor | None,
     chunk: int,
+    D: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Start the forward kernels; arguments and results are those of the operator.
+    """Start the forward kernels; arguments and results are those of the operator, without D.
 
     A chunk, the tokens between kept states, is a power of two; 0 keeps none.
     """
+    assert D is None, "the caller adds it"
     batch, L, E = values.shape
     N, rows = A.shape[1], chunk or CHUNK
     borders, final = _bordering(values, dt, A, B, documents, initial, rows, adjoint=False)
@@ -263,8 +265,10 @@ def backward(
     documents: Tensor | None,
     checkpoints: Tensor,
     chunk: int,
+    D: None = None,
 ) -> tuple[Tensor, ...]:
-    """Start the backward kernels; arguments and results are those of the operator."""
+    """Start the backward kernels; arguments and results are those of the operator, without D."""
+    assert D is None, "the caller adds it"
     batch, L, E = values.shape
     N, columns = A.shape[1], min(CHANNELS, triton.next_power_of_2(E))
     adjoints, d_initial = _bordering(d_outputs, dt, A, C, documents, d_final, chunk, adjoint=True)
@@ -282,7 +286,7 @@ def backward(
     )  # fmt: skip
     d_A = part_A.flatten(0, 1).sum(0).t().contiguous()
     d_B, d_C = (part.sum(0).transpose(1, 2).to(B.dtype).contiguous() for part in (part_B, part_C))
-    return d_values, d_dt, d_A, d_B, d_C, d_initial
+    return d_values, d_dt, d_A, d_B, d_C, d_initial, A.new_empty(0)
 
 
 def _bordering(

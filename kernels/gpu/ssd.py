@@ -308,8 +308,10 @@ def forward(
     C: Tensor,
     initial: Tensor | None,
     documents: Tensor | None,
+    D: None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Start the forward kernels; arguments and results are those of the operator."""
+    """Start the forward kernels; arguments and results are those of the operator, without D."""
+    assert D is None, "the caller adds it"
     size = Sizes.of(values, B)
     decays = chunk_decays(values, dt, A, B, documents)
     states, final = walk(values, B, decays, initial, adjoint=False)

@@ -159,15 +159,17 @@ def backward(
     C: Tensor,
     initial: Tensor | None,
     documents: Tensor | None,
+    D: None = None,
 ) -> tuple[Tensor, ...]:
-    """Start the backward kernels; arguments and results are those of the operator."""
+    """Start the backward kernels; arguments and results are those of the operator, without D."""
+    assert D is None, "the caller adds it"
     decays = chunk_decays(values, dt, A, B, documents)
     states, _ = walk(values, B, decays, initial, adjoint=False)
     d_states, d_initial = walk(d_outputs, C, decays, d_final, adjoint=True)
     beside = (states, d_states)
     own = _head_gradients(d_outputs, values, decays, A, B, C, documents, *beside)
     shared = _shared_gradients(d_outputs, values, decays, B, C, documents, *beside)
-    return (*own, *shared, d_initial)
+    return (*own, *shared, d_initial, A.new_empty(0))
 
 
 def _head_gradients(

@@ -21,6 +21,7 @@ void scan_tokens(const SelectiveScan& scan, const Group& group, int64_t begin, i
                  ForwardEntry* entries, float* outputs) {
   const auto [row, channel, count] = group;
   const int64_t N = scan.states;
+  const Lanes skip = scan.skip(group);
   for (int64_t t = begin; t < end; ++t) {
     if (scan.starts_document(row, t)) {
       for (int64_t n = 0; n < N; ++n) entries[n].state = Lanes{};
@@ -29,8 +30,8 @@ void scan_tokens(const SelectiveScan& scan, const Group& group, int64_t begin, i
     const float* B = scan.B + scan.coefficients_at(row, t);
     const float* C = scan.C + scan.coefficients_at(row, t);
     const Lanes dt = load(scan.dt + at, count);
-    const Lanes input = dt * load(scan.values + at, count);
-    Lanes output{};
+    const Lanes value = load(scan.values + at, count), input = dt * value;
+    Lanes output = skip * value;
     for (int64_t n = 0; n < N; ++n) {
       ForwardEntry& entry = entries[n];
       entry.state = exp2(dt * entry.rate) * entry.state + input * B[n];
@@ -71,8 +72,8 @@ void forward_tile(const SelectiveScan& scan, int64_t row, int64_t tile, const fl
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(
     const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& C, const std::optional<at::Tensor>& initial,
-    const std::optional<at::Tensor>& documents, int64_t chunk) {
-  SelectiveScan scan = selective_scan_of(values, dt, A, B, C, documents, chunk);
+    const std::optional<at::Tensor>& documents, int64_t chunk, const std::optional<at::Tensor>& D) {
+  SelectiveScan scan = selective_scan_of(values, dt, A, B, C, documents, chunk, D);
   at::Tensor outputs = at::empty_like(values);
   at::Tensor final = at::empty({scan.batch, scan.channels, scan.states}, values.options());
   at::Tensor checkpoints = at::empty(

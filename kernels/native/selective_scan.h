@@ -33,6 +33,8 @@ struct SelectiveScan {
   const float* A;
   const float* B;
   const float* C;
+  // Null where the values themselves are not added.
+  const float* D;
   const int32_t* documents;
   float* checkpoints;
 
@@ -50,6 +52,9 @@ struct SelectiveScan {
   // Checkpoints are (row, chunk, entry, channel), so that a vector of channels is contiguous.
   float* checkpoint(int64_t row, int64_t t, int64_t n, int64_t channel) const {
     return checkpoints + ((row * chunks() + t / chunk) * states + n) * channels + channel;
+  }
+  Lanes skip(const Group& group) const {
+    return D == nullptr ? Lanes{} : load(D + group.channel, group.count);
   }
   std::vector<Group> groups_of(int64_t row, int64_t tile) const {
     std::vector<Group> groups;
@@ -80,11 +85,12 @@ inline void store_entry(float* state, Lanes entry, int64_t count, int64_t states
 inline SelectiveScan selective_scan_of(const at::Tensor& values, const at::Tensor& dt,
                                        const at::Tensor& A, const at::Tensor& B,
                                        const at::Tensor& C,
-                                       const std::optional<at::Tensor>& documents, int64_t chunk) {
+                                       const std::optional<at::Tensor>& documents, int64_t chunk,
+                                       const std::optional<at::Tensor>& D) {
   const char* kernel = "selective_scan";
   return {values.size(0), values.size(1), values.size(2), A.size(1), chunk,
           read(values, kernel), read(dt, kernel), read(A, kernel), read(B, kernel),
-          read(C, kernel),
+          read(C, kernel), D.has_value() ? read(*D, kernel) : nullptr,
           documents.has_value() ? documents->const_data_ptr<int32_t>() : nullptr, nullptr};
 }
 

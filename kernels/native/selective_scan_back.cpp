@@ -10,7 +10,7 @@
 namespace crossladder {
 namespace {
 
-// What the backward pass is given and writes; A has a slice per row, B and C one per tile.
+// What the backward pass is given and writes; A and D have a slice per row, B and C one per tile.
 struct Gradients {
   const float* outputs;
   const float* final;
@@ -19,6 +19,7 @@ struct Gradients {
   float* A;
   float* B;
   float* C;
+  float* D;
   float* initial;
 };
 
@@ -29,6 +30,7 @@ class TileBackward {
       : scan_(scan), gradients_(gradients), row_(row), tile_(tile), N_(scan.states),
         groups_(scan.groups_of(row, tile)) {
     entries_.resize(groups_.size() * N_);
+    d_D_.resize(groups_.size());
     // The sums over lanes read whole vectors of entries, up to LANES - 1 beyond the last.
     tokens_.resize((scan.chunk + 1) * N_ + LANES);
   }
@@ -42,7 +44,7 @@ class TileBackward {
       for (size_t group = 0; group < groups_.size(); ++group) {
         replay(groups_[group], &entries_[group * N_], begin, end);
         for (int64_t t = end - 1; t >= begin; --t) {
-          reverse(groups_[group], &entries_[group * N_], t, &tokens_[(t - begin) * N_]);
+          reverse(group, &entries_[group * N_], t, &tokens_[(t - begin) * N_]);
         }
       }
       for (int64_t t = begin; t < end; ++t) {
@@ -81,6 +83,8 @@ class TileBackward {
       store_entry(gradients_.A + at, entries_[first + n].d_A, group.count, N_, n);
       store_entry(gradients_.initial + at, entries_[first + n].adjoint, group.count, N_, n);
     }
+    if (scan_.D == nullptr) return;
+    store(gradients_.D + row_ * scan_.channels + group.channel, d_D_[first / N_], group.count);
   }
 
   // The decays of a chunk and the states after each of its tokens, from the checkpoint before it.
@@ -105,7 +109,8 @@ class TileBackward {
   }
 
   // One token of the adjoint recurrence: lambda = dy C + (decay lambda) of the token after it.
-  void reverse(const Group& group, ChannelEntry* channels, int64_t t, TokenEntry* before) {
+  void reverse(size_t place, ChannelEntry* channels, int64_t t, TokenEntry* before) {
+    const Group& group = groups_[place];
     const int64_t at = scan_.at(row_, t, group.channel);
     const float* B = scan_.B + scan_.coefficients_at(row_, t);
     const float* C = scan_.C + scan_.coefficients_at(row_, t);
@@ -128,7 +133,8 @@ class TileBackward {
       channel.d_A += d_log_decay * dt;
       channel.adjoint = starts ? Lanes{} : decayed;
     }
-    store(gradients_.values + at, dt * d_input, group.count);
+    d_D_[place] += d_output * value;
+    store(gradients_.values + at, dt * d_input + scan_.skip(group) * d_output, group.count);
     store(gradients_.dt + at, value * d_input + d_exponent, group.count);
   }
 
@@ -148,20 +154,24 @@ class TileBackward {
   const int64_t row_, tile_, N_;
   const std::vector<Group> groups_;
   std::vector<ChannelEntry> entries_;
+  // By group.
+  std::vector<Lanes> d_D_;
   std::vector<TokenEntry> tokens_;
 };
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+backward(
     const at::Tensor& d_outputs, const std::optional<at::Tensor>& d_final,
     const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
     const at::Tensor& C, const std::optional<at::Tensor>& documents,
-    const at::Tensor& checkpoints, int64_t chunk) {
-  SelectiveScan scan = selective_scan_of(values, dt, A, B, C, documents, chunk);
+    const at::Tensor& checkpoints, int64_t chunk, const std::optional<at::Tensor>& D) {
+  SelectiveScan scan = selective_scan_of(values, dt, A, B, C, documents, chunk, D);
   scan.checkpoints = checkpoints.data_ptr<float>();
   at::Tensor d_values = at::empty_like(values);
   at::Tensor d_dt = at::empty_like(dt);
   at::Tensor d_A = at::empty({scan.batch, scan.channels, scan.states}, values.options());
   at::Tensor d_initial = at::empty_like(d_A);
+  at::Tensor d_D = at::empty({scan.batch, D.has_value() ? scan.channels : 0}, values.options());
   at::Tensor d_B =
       at::empty({scan.tiles(), scan.batch, scan.length, scan.states}, values.options());
   at::Tensor d_C = at::empty_like(d_B);
@@ -173,6 +183,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       d_A.mutable_data_ptr<float>(),
       d_B.mutable_data_ptr<float>(),
       d_C.mutable_data_ptr<float>(),
+      d_D.mutable_data_ptr<float>(),
       d_initial.mutable_data_ptr<float>()};
   at::parallel_for(0, scan.batch * scan.tiles(), 1, [&](int64_t first, int64_t end) {
     const FlushDenormals flush;
@@ -180,7 +191,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
       TileBackward(scan, gradients, task / scan.tiles(), task % scan.tiles()).run();
     }
   });
-  return {d_values, d_dt, sum_slices(d_A), sum_slices(d_B), sum_slices(d_C), d_initial};
+  return {d_values,        d_dt,      sum_slices(d_A), sum_slices(d_B),
+          sum_slices(d_C), d_initial, sum_slices(d_D)};
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ void write_chunk(const Inputs& in, const Part& x, const float* pairs, Workspace&
                  float* outputs) {
   for (int64_t h = 0; h < x.heads; ++h) {
     work.decays[h].fill(in, x, h);
-    fill_matrix(work.decays[h], pairs, x.length, work.matrix.data());
+    fill_matrix(work.decays[h], pairs, x.length, in.skip(x, h), work.matrix.data());
     multiply(x.length, in.width, x.length, Matrix{work.matrix.data(), x.length}, in.value(x, h),
              0.0f, outputs + h * in.width, in.channels());
   }
@@ -59,8 +59,9 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& values, const at::T
                                            const at::Tensor& A, const at::Tensor& B,
                                            const at::Tensor& C,
                                            const std::optional<at::Tensor>& initial,
-                                           const std::optional<at::Tensor>& documents) {
-  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents);
+                                           const std::optional<at::Tensor>& documents,
+                                           const std::optional<at::Tensor>& D) {
+  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents, D);
   at::Tensor outputs = at::empty_like(values);
   at::Tensor final = at::empty({in.batch, in.heads, in.width, in.states}, values.options());
   float *target = outputs.mutable_data_ptr<float>(), *end_state = final.mutable_data_ptr<float>();

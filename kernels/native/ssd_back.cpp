@@ -12,11 +12,12 @@ namespace {
 
 // Gradients of what heads share, each task's apart: (part, row, group, ...).
 struct Shared {
-  at::Tensor enter, leave, rates;
+  at::Tensor enter, leave, rates, skips;
 
   explicit Shared(const Inputs& in)
       : enter(at::empty({in.parts_of_group(), in.batch, in.length, in.groups, in.states})),
-        leave(at::empty_like(enter)), rates(at::empty({in.batch, in.heads})) {}
+        leave(at::empty_like(enter)), rates(at::zeros({in.batch, in.heads})),
+        skips(at::zeros({in.batch, in.skips == nullptr ? 0 : in.heads})) {}
 
   int64_t at(const Inputs& in, const Part& x) const {
     const int64_t part = (x.first - x.group * in.heads_of_group()) / in.heads_of_part();
@@ -133,10 +134,15 @@ void matrix_back(const Decays& decays, const float* pairs, int64_t length, float
   }
 }
 
-// Put together what one head's additions get, and hand it to values and dt.
-void steps_back(const Inputs& in, const Part& x, int64_t head, Workspace& work, float* d_values) {
+// Put together what one head's additions get, and hand it to values and dt; values get what counts
+// without a scan as well. Returns the gradient of the factor that it counts by.
+float steps_back(const Inputs& in, const Part& x, int64_t head, const float* d_outputs,
+                 Workspace& work, float* d_values) {
   const Decays& decays = work.decays[head];
+  const float skip = in.skip(x, head);
+  Lanes d_skip{};
   for (int64_t q = 0; q < x.length; ++q) {
+    const float* d_output = d_outputs + q * in.channels() + head * in.width;
     const float* inside = work.steps.data() + q * in.width;
     const float* behind = work.tokens.data() + (q * x.heads + head) * in.width;
     const float* value = in.value(x, head).data + q * in.channels();
@@ -144,15 +150,18 @@ void steps_back(const Inputs& in, const Part& x, int64_t head, Workspace& work, 
     Lanes sum{};
     for_each_vector(in.width, [&](int64_t p, int64_t count) {
       const Lanes gradient = load(inside + p, count) + decays.leaving[q] * load(behind + p, count);
-      store(d_value + p, decays.dt[q] * gradient, count);
-      sum += gradient * load(value + p, count);
+      const Lanes given = load(d_output + p, count), own = load(value + p, count);
+      store(d_value + p, decays.dt[q] * gradient + skip * given, count);
+      sum += gradient * own;
+      d_skip += given * own;
     });
     work.by_dt[head * CHUNK + q] = total(sum);
   }
+  return total(d_skip);
 }
 
 void inside_back(const Inputs& in, const Part& x, const float* d_outputs, const float* pairs,
-                 Workspace& work, float* d_values) {
+                 Workspace& work, float* d_values, float* d_skips) {
   const int64_t length = x.length;
   std::fill(work.pairs, work.pairs + length * length, 0.0f);
   for (int64_t h = 0; h < x.heads; ++h) {
@@ -162,7 +171,8 @@ void inside_back(const Inputs& in, const Part& x, const float* d_outputs, const 
     matrix_back(work.decays[h], pairs, length, work.matrix, work.pairs, &work.inside[h * CHUNK]);
     multiply(length, in.width, length, Matrix{work.matrix, length, true}, d_output, 0.0f,
              work.steps.data(), in.width);
-    steps_back(in, x, h, work, d_values);
+    const float d_skip = steps_back(in, x, h, d_outputs, work, d_values);
+    if (d_skips != nullptr) d_skips[h] += d_skip;
   }
   hide_pairs(in, x, work.pairs);
 }
@@ -207,8 +217,9 @@ void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const 
   recompute_states(in, x, work);
   std::fill(work.d_state.begin(), work.d_state.end(), 0.0f);
   if (to.final != nullptr) std::copy_n(to.final + in.state_at(x), size, work.d_state.data());
-  float* d_rates = shared.rates.mutable_data_ptr<float>() + x.row * in.heads + x.first;
-  std::fill(d_rates, d_rates + x.heads, 0.0f);
+  const int64_t heads = x.row * in.heads + x.first;
+  float* d_rates = shared.rates.mutable_data_ptr<float>() + heads;
+  float* d_skips = in.skips == nullptr ? nullptr : shared.skips.mutable_data_ptr<float>() + heads;
   for (int64_t chunk = in.chunks() - 1; chunk >= 0; --chunk) {
     in.move_to(x, chunk);
     float* d_enter = shared.enter.mutable_data_ptr<float>() + shared.at(in, x);
@@ -220,7 +231,7 @@ void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const 
     heard_back(in, x, d_outputs, state, work, d_leave);
     left_back(in, x, work, d_enter);
     state_back(in, x, state, work);
-    inside_back(in, x, d_outputs, own, work, to.values + in.value_at(x));
+    inside_back(in, x, d_outputs, own, work, to.values + in.value_at(x), d_skips);
     multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length, true}, in.leaving(x),
              1.0f, d_enter, spread);
     multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length}, in.entering(x), 1.0f,
@@ -230,11 +241,13 @@ void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const 
   std::copy_n(work.d_state.data(), size, to.initial + in.state_at(x));
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+backward(
     const at::Tensor& d_outputs, const std::optional<at::Tensor>& d_final, const at::Tensor& values,
     const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B, const at::Tensor& C,
-    const std::optional<at::Tensor>& initial, const std::optional<at::Tensor>& documents) {
-  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents);
+    const std::optional<at::Tensor>& initial, const std::optional<at::Tensor>& documents,
+    const std::optional<at::Tensor>& D) {
+  const Inputs in = inputs_of(values, dt, A, B, C, initial, documents, D);
   at::Tensor d_values = at::empty_like(values), d_dt = at::empty_like(dt);
   at::Tensor d_initial = at::empty({in.batch, in.heads, in.width, in.states}, values.options());
   const Gradients to{read(d_outputs), d_final.has_value() ? read(*d_final) : nullptr,
@@ -251,7 +264,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   });
   return {d_values,                  d_dt,
           sum_slices(shared.rates),  sum_slices(shared.enter),
-          sum_slices(shared.leave),  d_initial};
+          sum_slices(shared.leave),  d_initial,
+          sum_slices(shared.skips)};
 }
 
 }  // namespace

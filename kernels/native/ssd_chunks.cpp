@@ -4,7 +4,7 @@ namespace crossladder {
 
 Inputs inputs_of(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
                  const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
-                 const std::optional<at::Tensor>& documents) {
+                 const std::optional<at::Tensor>& documents, const std::optional<at::Tensor>& D) {
   const int32_t* ids = nullptr;
   if (documents.has_value()) {
     TORCH_CHECK(documents->is_contiguous(), "ssd was given documents that are not contiguous");
@@ -12,7 +12,8 @@ Inputs inputs_of(const at::Tensor& values, const at::Tensor& dt, const at::Tenso
   }
   return {values.size(0), values.size(1), values.size(2), values.size(3), B.size(2), B.size(3),
           read(values), read(dt), read(A), read(B), read(C),
-          initial.has_value() ? read(*initial) : nullptr, ids};
+          initial.has_value() ? read(*initial) : nullptr, ids,
+          D.has_value() ? read(*D) : nullptr};
 }
 
 std::vector<float> products_of_pairs(const Inputs& in) {
@@ -68,7 +69,7 @@ void Decays::fill(const Inputs& in, const Part& x, int64_t head) {
   }
 }
 
-void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float* out) {
+void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float skip, float* out) {
   for (int64_t i = 0; i < length; ++i) {
     float* row = out + i * length;
     std::fill(row + i, row + length, 0.0f);
@@ -77,6 +78,7 @@ void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float
       const Lanes product = load(pairs + i * length + j, count) * load(decays.dt + j, count);
       store(row + j, decays.between(i, j, count) * product, count);
     });
+    row[i] += skip;
   }
 }
 

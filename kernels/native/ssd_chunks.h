@@ -32,6 +32,8 @@ struct Inputs {
   int64_t batch, length, heads, width, groups, states;
   const float *values, *dt, *rates, *enter, *leave, *initial;
   const int32_t* documents;
+  // By head; null where the values themselves are not added to the outputs.
+  const float* skips;
 
   int64_t chunks() const { return ceil_div(length, CHUNK); }
   int64_t heads_of_group() const { return heads / groups; }
@@ -42,6 +44,9 @@ struct Inputs {
   int64_t tasks() const { return batch * groups * parts_of_group(); }
   int64_t channels() const { return heads * width; }
 
+  float skip(const Part& x, int64_t head) const {
+    return skips == nullptr ? 0.0f : skips[x.first + head];
+  }
   // The first chunk of a task.
   Part part(int64_t task) const {
     const int64_t place = task % parts_of_group() * heads_of_part();
@@ -72,7 +77,7 @@ struct Inputs {
 inline const float* read(const at::Tensor& x) { return read(x, "ssd"); }
 Inputs inputs_of(const at::Tensor& values, const at::Tensor& dt, const at::Tensor& A,
                  const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& initial,
-                 const std::optional<at::Tensor>& documents);
+                 const std::optional<at::Tensor>& documents, const std::optional<at::Tensor>& D);
 
 // C B^T of each chunk, (row, group, chunk) first; zero where the later token, which comes first,
 // does not see the earlier one.
@@ -99,8 +104,9 @@ struct Decays {
   }
 };
 
-// The matrix from values to outputs inside a chunk: decay, product of C and B, step size.
-void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float* out);
+// The matrix from values to outputs inside a chunk: decay, product of C and B, step size; and on its
+// diagonal what the values themselves count.
+void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float skip, float* out);
 
 // Values times their share of the state after the chunk, (token, head and channel).
 void fill_left(const Inputs& in, const Part& x, const std::vector<Decays>& decays, float* out);

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.skip import add_skip
 from kernels.swiglu import silu_gated
 from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
@@ -110,11 +109,12 @@ class Mamba(Mixer):
         P = values.shape[-1]
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         if P > 1:
-            dt, A = dt.repeat_interleave(P, dim=-1), A.repeat_interleave(P, dim=0)
+            dt = dt.repeat_interleave(P, dim=-1)
+            A, D = (x.repeat_interleave(P, dim=0) for x in (A, D))
         inputs = values.flatten(2)
         documents = sequence.documents if sequence.packed else None
-        scanned = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents))
-        return add_skip(scanned.view(values.shape), D, values)
+        mixed = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents, D))
+        return mixed.view(values.shape).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients

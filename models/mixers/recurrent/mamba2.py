@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
-from kernels.skip import add_skip
 from kernels.ssd import CHUNK
 from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
@@ -122,8 +121,7 @@ class Mamba2(Mixer):
         dt, B, C, _ = coefficients
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         documents = sequence.documents if sequence.packed else None
-        scanned = sequence.recur(Ssd(values, dt, A, B, C, documents))
-        return add_skip(scanned, D, values)
+        return sequence.recur(Ssd(values, dt, A, B, C, documents, D)).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
