@@ -11,16 +11,20 @@ from analysis.frames import floats, groups, keep
 from analysis.plates import Plate
 
 SHORTEST = 4096
-"""Exponents are fitted from this length on; below it fixed costs hide the growth."""
+"""From this length on fixed costs no longer hide the growth."""
 
 
-def exponents(points: pd.DataFrame) -> pd.DataFrame:
+def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
     """Slopes of log time and log memory on log length of each mixer, with standard errors.
 
     The errors are those of a straight line through one point a length; NaN for two points.
+
+    Args:
+        points: mixer, length, seconds and bytes of each.
+        shortest: lengths below are left out.
     """
     rows = []
-    for (mixer,), line in groups(keep(points, points["length"] >= SHORTEST), ["mixer"]):
+    for (mixer,), line in groups(keep(points, points["length"] >= shortest), ["mixer"]):
         if len(line) < 2:
             continue
         lengths = np.log(floats(line, "length"))

@@ -254,13 +254,13 @@ def build_backbone(config: BackboneConfig, seed: int) -> Backbone:
     return backbone
 
 
-def initialise(backbone: Stack, seed: int) -> None:
+def initialise(module: nn.Module, seed: int) -> None:
     """Draw every parameter from a generator of its own, keyed by the seed and its name."""
     with torch.no_grad():
-        for path, module in backbone.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                assert isinstance(module, Drawn), f"{path} does not say how {name} starts"
-                parameter.copy_(module.draw(name, _generator(seed, f"{path}.{name}")))
+        for path, part in module.named_modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                assert isinstance(part, Drawn), f"{path} does not say how {name} starts"
+                parameter.copy_(part.draw(name, _generator(seed, f"{path}.{name}")))
 
 
 def undecayed(backbone: Backbone) -> set[str]:
