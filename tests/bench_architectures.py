@@ -5,9 +5,10 @@ python -m tests.bench_architectures mamba2 --rounds 3  one group; see GROUPS for
 python -m tests.bench_architectures --quick            one round at a tiny size
 
 A step is forward, loss, backward and AdamW. Contenders of a group take turns, in the opposite order
-every other round. The peak, that of a square product in float32, is measured before the first step,
-between all and after the last: a share is model FLOPs by the seconds of a step by the mean of the
-two peaks around it. Model FLOPs are those of products, as the accountant counts them, without
+every other round. A turn is two steps, of which the second counts: the first finds the caches full
+of another contender's numbers, as no step of a run but its first does. The peak, that of a square
+product in float32, is measured before the first turn, between all and after the last: a share is
+model FLOPs by the seconds of a step by the mean of the two peaks around its turn. Model FLOPs are those of products, as the accountant counts them, without
 recomputation or the pointwise work of scans. A goal that is missed is no failure of the command.
 """
 
@@ -114,7 +115,7 @@ class Turns:
     Attributes:
         setting: how it ran, where there was a choice.
         cold: seconds of its first step, which compiles what is compiled.
-        seconds: of each later step, by round.
+        seconds: of the second step of each later turn, by round.
         shares: of the peak around each of them.
         stopped: whether a step took too long.
     """
@@ -127,7 +128,7 @@ class Turns:
 
     def sits_out(self) -> bool:
         """Whether it has no more turns."""
-        taken = sum(self.seconds.values()) + (0.0 if math.isnan(self.cold) else self.cold)
+        taken = 2 * sum(self.seconds.values()) + (0.0 if math.isnan(self.cold) else self.cold)
         return self.stopped or taken > CONTENDER_SECONDS
 
 
@@ -161,13 +162,15 @@ class Group:
             child.stop()
 
     def _take_turn(self, child: Child, turns: Turns, round_: int) -> None:
-        child.ask("step")
-        answer = child.answer(STEP_SECONDS)
+        steps = 1 if round_ == 0 else 2
+        for _ in range(steps):
+            child.ask("step")
+            answer = child.answer(STEP_SECONDS)
+            if answer is None:
+                turns.stopped = True
+                return
         before = self.peaks[-1]
         self._measure_peak()
-        if answer is None:
-            turns.stopped = True
-            return
         seconds, loss = answer
         assert math.isfinite(loss), f"a loss of {loss} is no training step"
         if round_ == 0:
