@@ -9,10 +9,9 @@ and the least memory count. A mixer's line ends with the first that takes too lo
 Writes reports/growth.json, .csv, .png and .svg.
 
 A line through all lengths must keep to its mixer's bound, and fails the command if it does not.
-Fixed costs flatten it, so that the line from 4,096 tokens on is shown and held as well. There the
-tensors of a pass leave the caches one after the other, which is not the mixer's doing: its bound is
-that of all lengths, or what an MLP has there in the same run, which mixes no tokens, if that is
-more.
+Fixed costs flatten it, so that the line from 4,096 tokens on is shown as well. It is not held: there
+the tensors of a pass leave the caches one after the other, each mixer's at lengths of its own, and
+an MLP, which mixes no tokens, grows as well. Its lines stand beside the others.
 """
 
 import argparse
@@ -110,15 +109,12 @@ def _take_all(
 def _exponent_rows(points: pd.DataFrame) -> Iterator[Measurement]:
     """Exponents over all lengths, and from some length on, and how well they are known."""
     for ending, shortest in (("", 0), (LATE, SHORTEST)):
-        slopes = exponents(points, shortest).to_dict("records")
-        own = {row["mixer"]: row["seconds"] for row in slopes}
-        least = own.get(CONTROL, 0.0) if ending else 0.0
-        for row in slopes:
+        for row in exponents(points, shortest).to_dict("records"):
             kind = row["mixer"]
             seen = keep(points, (points["mixer"] == kind) & (points["length"] >= shortest))
-            limits = {"time": None, "memory": LINEAR}
-            if kind != CONTROL:
-                limits["time"] = max(bound(kind, seen["length"].tolist()), least)
+            limits: dict[str, float | None] = {"time": None, "memory": LINEAR if ending else None}
+            if kind != CONTROL and not ending:
+                limits["time"] = bound(kind, seen["length"].tolist())
             for column, said in (("seconds", "time"), ("bytes", "memory")):
                 name = f"{kind}: exponent of {said}{ending}"
                 yield Measurement(name, row[column], "", limits[said])
@@ -140,22 +136,26 @@ def _end_rows(ends: Mapping[str, tuple[int, str]]) -> Iterator[Measurement]:
 
 def _table(points: pd.DataFrame, measured: Mapping[str, Measurement]) -> Table:
     table = Table(title="exponents; standard errors of the line's fit")
-    columns = ("time", f"time{LATE}", f"memory{LATE}")
     table.add_column("mixer")
-    for heading in ("up to", *(word for column in columns for word in (column, "bound")), "kept"):
+    for heading in ("up to", "time", "bound", f"time{LATE}", f"memory{LATE}", "bound", "kept"):
         table.add_column(heading, justify="right")
-    for kind, line in groups(points, ["mixer"]):
-        found = [measured.get(f"{kind[0]}: exponent of {column}") for column in columns]
-        cells = []
-        for row in found:
-            error = None if row is None else measured.get(f"{row.name}, standard error")
-            spread = "" if error is None else f" +- {error.value:.2f}"
-            cells.append("" if row is None else f"{row.value:.2f}{spread}")
-            cells.append("" if row is None or row.bound is None else f"{row.bound:.2f}")
-        missed = any(row is not None and row.holds is False for row in found)
+    for (kind,), line in groups(points, ["mixer"]):
+        names = [f"{kind}: exponent of {of}" for of in ("time", f"time{LATE}", f"memory{LATE}")]
+        (time_, held), (late, _), (memory, limit) = (_cells(measured, name) for name in names)
+        missed = any(name in measured and measured[name].holds is False for name in names)
         longest = f"{int(floats(line, 'length')[-1]):,}"
-        table.add_row(str(kind[0]), longest, *cells, "NO" if missed else "yes")
+        kept = "NO" if missed else "yes"
+        table.add_row(str(kind), longest, time_, held, late, memory, limit, kept)
     return table
+
+
+def _cells(measured: Mapping[str, Measurement], name: str) -> tuple[str, str]:
+    """An exponent with its error, and its bound; nothing where there is none."""
+    row, error = measured.get(name), measured.get(f"{name}, standard error")
+    if row is None:
+        return "", ""
+    spread = "" if error is None else f" +- {error.value:.2f}"
+    return f"{row.value:.2f}{spread}", "" if row.bound is None else f"{row.bound:.2f}"
 
 
 def main(words: Sequence[str]) -> int:
