@@ -8,8 +8,9 @@ A step is forward, loss, backward and AdamW. Contenders of a group take turns, i
 every other round. A turn is two steps, of which the second counts: the first finds the caches full
 of another contender's numbers, as no step of a run but its first does. The peak, that of a square
 product in float32, is measured before the first turn, between all and after the last: a share is
-model FLOPs by the seconds of a step by the mean of the two peaks around its turn. Model FLOPs are those of products, as the accountant counts them, without
-recomputation or the pointwise work of scans. A goal that is missed is no failure of the command.
+model FLOPs by the seconds of a step by the mean of the two peaks around its turn. Model FLOPs are
+those of products, as the accountant counts them, without recomputation or the pointwise work of
+scans. A goal that is missed is no failure of the command.
 """
 
 import argparse

@@ -9,9 +9,9 @@ and the least memory count. A mixer's line ends with the first that takes too lo
 Writes reports/growth.json, .csv, .png and .svg.
 
 A line through all lengths must keep to its mixer's bound, and fails the command if it does not.
-Fixed costs flatten it, so that the line from 4,096 tokens on is shown as well. It is not held: there
-the tensors of a pass leave the caches one after the other, each mixer's at lengths of its own, and
-an MLP, which mixes no tokens, grows as well. Its lines stand beside the others.
+Fixed costs flatten it, so that the line from 4,096 tokens on is shown as well. It is not held: the
+tensors of a pass leave the caches there, each mixer's at lengths of its own, and an MLP, which
+mixes no tokens, grows as well. Its lines stand beside the others.
 """
 
 import argparse
