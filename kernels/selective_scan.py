@@ -39,8 +39,6 @@ def selective_scan(
 ) -> Scan:
     """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] B[t] values[t] and outputs[t] = <C[t], h[t]>.
 
-    With a D the outputs have D values[t] added (Mamba's skip, section 3.4).
-
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
     (float64 in, float64 out). Deterministic, whatever the number of threads.
 
@@ -53,7 +51,7 @@ def selective_scan(
         initial: h[-1], zero if not given.
         documents: document of each token, never falling along the length. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
-        D: a factor for each channel; nothing is added if not given.
+        D: a factor for each channel; D values[t] is added to the outputs if given.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.

@@ -85,7 +85,7 @@ def test_channels_of_several_tasks_match_the_loop(kind, scan, sizes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_not_asked_for_in_inference(kind):
+def test_inference_gives_the_outputs_of_training(kind):
     tensors, _, documents, _ = drawn(kind, 70, True)
     scan = {"selective_scan": selective_scan, "ssd": ssd}[kind]
     with torch.no_grad():
