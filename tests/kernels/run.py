@@ -114,7 +114,9 @@ def main(words: Sequence[str]) -> int:
     path = write_measurements(target, rows, asked.root)
     show(tests, Console(width=None if sys.stdout.isatty() else 150, highlight=False))
     sys.stdout.write(f"{len(tests)} tests in {seconds.value:.0f} s; written to {path}\n")
-    return 0 if all(row.holds is not False for row in rows) else 1
+    broken = [f"{row.name} ({row.value:g})" for row in rows if row.holds is False]
+    sys.stdout.write(f"not in order: {'; '.join(broken)}\n" if broken else "all in order\n")
+    return 1 if broken else 0
 
 
 def run_operator(operator: str) -> list[Test]:

@@ -14,6 +14,7 @@ from tests.kernels.gpu.cases import (
     normal,
     to_tensors,
 )
+from tests.kernels.test_skips import assert_adds_the_values
 from tests.oracles import selective_scan as oracle
 
 PER_TOKEN = ("values", "dt", "B", "C")
@@ -116,3 +117,8 @@ def test_nan_in_one_document_leaves_the_other_untouched(spoiled):
         assert torch.equal(results[1], expected[1])
     else:
         assert torch.equal(gradients["initial"], expected_gradients["initial"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_every_gradient_with_D_match_the_loop(dtype):
+    assert_adds_the_values("selective_scan", selective_scan, 65, True, dtype, channels=3, states=2)

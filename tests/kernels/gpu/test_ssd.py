@@ -7,6 +7,7 @@ import torch
 from kernels.gpu.launch import recording
 from kernels.ssd import ssd
 from tests.kernels.agreement import assert_agrees
+from tests.kernels.test_skips import assert_adds_the_values
 from tests.kernels.test_ssd import (
     INPUTS,
     assert_matches_oracle,
@@ -160,3 +161,8 @@ def test_a_recorded_step_starts_eight_kernels():
     walks = ["_decay_kernel", "_state_kernel"]
     assert names == [*walks, "_output_kernel", *walks, walks[1], "_head_kernel", "_shared_kernel"]
     assert all(x.grad.shape == x.shape for x in leaves.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_every_gradient_with_D_match_the_loop(dtype):
+    assert_adds_the_values("ssd", ssd, 65, True, dtype, heads=2, groups=1)
