@@ -26,7 +26,7 @@ def draw(times: pd.DataFrame, name: str) -> Plate:
         times: contender, bar, term and milliseconds; a term that a bar lacks takes none.
     """
     contenders = list(dict.fromkeys(times["contender"]))
-    title = "One training step: its profile beside the least time that its parts take alone"
+    title = "One training step: its profile beside the least time that its parts take"
     with figures.styled():
         figure = Figure(figsize=(10.0, 1.4 + 0.8 * len(contenders)), layout="constrained")
         ax = figure.add_subplot()
@@ -50,7 +50,8 @@ def draw(times: pd.DataFrame, name: str) -> Plate:
         figure.legend(loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     caption = (
-        "Profile: mean of a few steps under torch's profiler. Bounds: products, attention and FFT "
-        "timed alone, bytes and exponentials over the machine's rates; least: passes fused."
+        "Profile: the fastest of a few steps under torch's profiler. Bounds: products, attention "
+        "and FFT run in the step's order with nothing between, bytes and exponentials over the "
+        "machine's rates; least: passes fused."
     )
     return Plate(name, title, caption, figure, times)

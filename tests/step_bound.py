@@ -1,10 +1,13 @@
 """The least time of a training step, from rates of the same machine in the same minutes.
 
-Products, attention and FFT count with the best time that each takes alone at its own shapes, into
-memory that is there already. Scans and short convolutions count with the larger of their bytes over
-the speed of a pass and their exponentials over that of torch.exp in cache. Passes count with bytes
-over the speed of a pass, the optimizer with AdamW's bytes over that of main memory. Nothing is
-taken to overlap, and no pass to hide behind a product: both cores are busy in either.
+Products, attention and FFT are run one after another in the step's order, on the step's operands,
+with nothing between: each counts with its best time at its place. What it finds in caches is what
+the others leave there, as in a step, and no less. What each takes when it is repeated by itself,
+its operands in caches and its output in memory that is there already, is shown beside that; no step
+has it so. Scans and short convolutions count with the larger of their bytes over the speed of a
+pass and their exponentials over that of torch.exp in cache. Passes count with bytes over the speed
+of a pass, the optimizer with AdamW's bytes over that of main memory. Nothing is taken to overlap,
+and no pass to hide behind a product: both cores are busy in either.
 """
 
 import math
@@ -16,10 +19,10 @@ from functools import partial
 
 import torch
 
-from tests.step_trace import ADAM_WORDS, Call, StepTrace
+from tests.step_trace import ADAM_WORDS, RUN, Call, StepTrace
 
-ALONE = ("products", "attention kernel", "FFT")
-"""Groups whose calls are timed alone."""
+REPLAYS = 2
+"""Of the order, in a round."""
 PASS_BYTES = tuple(4**i * 2**14 for i in range(8))
 """Sizes of a tensor, from 16 KiB to 256 MiB, at which a pass is clocked."""
 _EXP_NUMBERS = 2**14
@@ -80,11 +83,15 @@ def best_seconds(run: Callable[[], object]) -> float:
     run()
     best, spent, calls = math.inf, 0.0, 0
     while calls < _FEWEST_CALLS or (spent < _SECONDS and calls < _MOST_CALLS):
-        begin = time.perf_counter()
-        run()
-        seconds = time.perf_counter() - begin
+        seconds = _seconds_of(run)
         best, spent, calls = min(best, seconds), spent + seconds, calls + 1
     return best
+
+
+def _seconds_of(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 class Bound:
@@ -92,19 +99,27 @@ class Bound:
 
     def __init__(self, trace: StepTrace) -> None:
         self.trace = trace
-        self._alone = {key: c for key, c in trace.calls.items() if c.group in ALONE}
-        self._best = dict.fromkeys(self._alone, math.inf)
+        self._run = {key: c for key, c in trace.calls.items() if c.group in RUN}
+        self._alone = dict.fromkeys(self._run, math.inf)
+        self._order = [(key, run) for key, run in trace.order if key in self._run]
+        self._placed = [math.inf] * len(self._order)
 
     def measure(self) -> None:
-        """Time each distinct call alone."""
+        """Time all calls in their order, and each distinct one alone."""
         with torch.no_grad():
-            for key, call in self._alone.items():
-                self._best[key] = min(self._best[key], best_seconds(call.run))
+            for _ in range(REPLAYS):
+                for place, (_, run) in enumerate(self._order):
+                    self._placed[place] = min(self._placed[place], _seconds_of(run))
+            for key, call in self._run.items():
+                self._alone[key] = min(self._alone[key], best_seconds(call.run))
 
-    def products(self) -> list[tuple[Call, float]]:
-        """Distinct products, and the best time of one, in seconds; those that take most first."""
-        pairs = [(c, self._best[k]) for k, c in self._alone.items() if c.group == "products"]
-        return sorted(pairs, key=lambda pair: -pair[0].count * pair[1])
+    def alone(self) -> dict[str, float]:
+        """Seconds by group of what is run, each call repeated by itself."""
+        calls = self._run.items()
+        return {
+            group: sum(c.count * self._alone[key] for key, c in calls if c.group == group)
+            for group in RUN
+        }
 
     def terms(self, rates: Rates, *, fused: bool) -> dict[str, float]:
         """Seconds by group.
@@ -113,7 +128,7 @@ class Bound:
             fused: whether passes move the least they can, or what the program has them move.
         """
         passes: Counter[int] = self.trace.least() if fused else self.trace.written
-        found = {group: self._seconds(group) for group in ALONE}
+        found = {group: self._seconds(group) for group in RUN}
         scans = [c for c in self.trace.calls.values() if c.group == "scans, convolutions"]
         found["scans, convolutions"] = sum(c.count * _scan_seconds(c, rates) for c in scans)
         found["passes"] = rates.pass_seconds(passes)
@@ -122,8 +137,8 @@ class Bound:
         return found
 
     def _seconds(self, group: str) -> float:
-        calls = self._alone.items()
-        return sum(c.count * self._best[key] for key, c in calls if c.group == group)
+        pairs = zip(self._order, self._placed, strict=True)
+        return sum(seconds for (key, _), seconds in pairs if self._run[key].group == group)
 
 
 def _scan_seconds(call: Call, rates: Rates) -> float:

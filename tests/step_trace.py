@@ -13,6 +13,7 @@ are counted twice:
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from tests.kernels import bench_ssd
 from tests.step_profile import LIGHT, flops_of, group_of
 
+RUN = ("products", "attention kernel", "FFT")
+"""Groups of heavy operators whose calls are timed; others are counted."""
 ADAM_WORDS = 7
 """Words that AdamW moves a parameter: reads it, its gradient and two moments, writes three."""
 
@@ -66,6 +69,8 @@ class StepTrace(TorchDispatchMode):
 
     Attributes:
         calls: heavy operators, equal ones together.
+        order: those of the groups in RUN as they came, each with the operands that the step gave
+            it, by the key of its equals in `calls`. SSD's are made up, the same for its equals.
         written: sizes in bytes of what passes read and write, as the program has them, with counts.
         optimizer_parameters: numbers that AdamW updates.
     """
@@ -73,6 +78,7 @@ class StepTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[tuple[object, ...], Call] = {}
+        self.order: list[tuple[tuple[object, ...], Callable[[], object]]] = []
         self.written: Counter[int] = Counter()
         self.optimizer_parameters = 0
         self._made, self._read = {}, {}
@@ -141,6 +147,10 @@ class StepTrace(TorchDispatchMode):
             self.calls[key].count += 1
         else:
             self.calls[key] = _call(group, func, kept[0], kept[1], out)
+        if group in RUN:
+            made_up = func._schema.name.startswith("crossladder::ssd_")
+            run = self.calls[key].run if made_up else partial(func, *kept[0], **kept[1])
+            self.order.append((key, run))
 
 
 def bytes_of(x: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.recurrent.mamba2 import Mamba2Config
+from tests import step_bound
 from tests.bench_architectures import QUICK
 from tests.bench_models import Task, bare
 from tests.profile_figure import BARS, draw
@@ -85,6 +86,26 @@ def test_equal_products_are_one_call_with_a_count():
     trace = traced(lambda: [torch.bmm(a, b) for _ in range(4)])
     (call,) = trace.calls.values()
     assert (call.count, call.flops, call.name) == (4, 2.0 * 3 * 5 * 7 * 2, "bmm")
+
+
+def test_what_is_run_has_the_operands_and_the_order_of_the_step():
+    x, w = torch.randn(2, 8, 16), torch.randn(16, 16)
+    trace = traced(lambda: [torch.mm(x[0], w), torch.exp(w), torch.mm(x[1], w)])
+    assert len(trace.calls) == 1
+    assert [torch.equal(run(), y @ w) for (_, run), y in zip(trace.order, x, strict=True)] == [
+        True, True
+    ]  # fmt: skip
+
+
+def test_a_product_counts_with_its_best_time_at_its_place(monkeypatch):
+    x, w = torch.randn(8, 16), torch.randn(16, 16)
+    bound = Bound(traced(lambda: [torch.mm(x, w), torch.mm(x, w)]))
+    ordered = iter([3.0, 5.0, 4.0, 4.0])
+    monkeypatch.setattr(step_bound, "_seconds_of", lambda _: next(ordered))
+    monkeypatch.setattr(step_bound, "best_seconds", lambda _: 1.0)
+    bound.measure()
+    assert bound.terms(RATES, fused=True)["products"] == 3.0 + 4.0
+    assert bound.alone()["products"] == 2.0
 
 
 def test_passes_move_what_they_read_and_write():
