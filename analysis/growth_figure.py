@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from analysis import figures
 from analysis.frames import floats, groups, keep
@@ -12,6 +12,8 @@ from analysis.plates import Plate
 
 SHORTEST = 4096
 """From this length on fixed costs no longer hide the growth."""
+UNITS = {"seconds": 1e6, "bytes": 1e-3}
+"""Of the figure in those of the table: microseconds and kilobytes."""
 
 
 def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
@@ -37,20 +39,24 @@ def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
 
 
 def draw(points: pd.DataFrame, name: str) -> Plate:
-    """Time and memory against length, each line with its exponent."""
-    slopes = exponents(points)
+    """Time and memory of a token against length, each line with the exponent of the whole.
+
+    A line is level where the whole grows as its length does.
+    """
+    slopes = exponents(points, 0)
     with figures.styled():
         figure = Figure(figsize=(13.0, 5.6), layout="constrained")
         time, memory = figure.subplots(1, 2)
         _draw(time, points, slopes, "seconds")
-        time.set_ylabel("CPU time of one thread, forward and backward [s]")
+        time.set_ylabel("CPU time of one thread, forward and backward [us / token]")
         _draw(memory, points, slopes, "bytes")
-        memory.set_ylabel("peak memory above the weights [bytes]")
+        memory.set_ylabel("peak memory above the weights [kB / token]")
         title = "Growth of one mixer, forward and backward, with the length"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     caption = (
-        f"One process a point; numbers are exponents from {SHORTEST:,} tokens on. A line ends "
-        "where a point took too long or too much memory."
+        "One process a point; a level line grows as its length. Numbers are exponents of time and "
+        "memory of the whole over all lengths. A line ends where a point took too long or too much "
+        "memory."
     )
     return Plate(name, title, caption, figure, points)
 
@@ -70,12 +76,16 @@ def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> 
     for i, ((mixer,), line) in enumerate(groups(points, ["mixer"])):
         colour = figures.COLOURS[i % len(figures.COLOURS)]
         marker = figures.MARKERS[i % len(figures.MARKERS)]
-        x, y = floats(line, "length"), floats(line, column)
+        x = floats(line, "length")
+        y = UNITS[column] * floats(line, column) / x
         ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3)
         said = f"{mixer} {known[mixer]:.2f}" if mixer in known else str(mixer)
         ends[said] = (x[-1], y[-1], colour)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
     lengths = sorted(int(each) for each in points["length"].unique())
     ax.xaxis.set_major_locator(FixedLocator([float(each) for each in lengths]))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -6,7 +6,7 @@ import torch
 
 from analysis.growth_figure import exponents
 from kernels.selective_scan import selective_scan_reference
-from tests.bench_growth import bound
+from tests.bench_growth import LATE, _exponent_rows, bound
 from tests.growth_points import FIELDS, Point, take
 from tests.kernels.parallel_scan import parallel_selective_scan
 
@@ -35,6 +35,38 @@ def test_the_exponent_of_a_power_law_is_found():
 
 def test_checkpoints_at_a_tenth_of_the_tokens_are_bounded_between_linear_and_quadratic():
     assert 1.1 < bound("scout", [4096, 65536]) < 2.0
+
+
+def points_of(times):
+    """Points that grow as powers of the length, by mixer."""
+    rows = [
+        {"mixer": kind, "length": n, "seconds": 1e-9 * n**power, "bytes": n}
+        for kind, power in times.items()
+        for n in (1024, 4096, 16384, 65536)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("of_mlp", "of_mamba", "kept"),
+    [(1.0, 1.09, True), (1.0, 1.11, False), (0.9, 1.09, True), (0.9, 1.11, False)],
+)
+def test_a_mixer_that_grows_faster_than_its_bound_is_told(of_mlp, of_mamba, kept):
+    rows = list(_exponent_rows(points_of({"mlp": of_mlp, "mamba": of_mamba})))
+    assert all(row.holds is not False for row in rows) is kept
+
+
+@pytest.mark.parametrize(("late", "kept"), [(1.3, False), (1.2, True)])
+def test_from_where_caches_end_on_a_mixer_may_grow_as_an_mlp_does_beyond_its_bound(late, kept):
+    points = points_of({"mlp": 1.15, "mamba": late})
+    early = (points["mixer"] == "mamba") & (points["length"] == 1024)
+    points.loc[early, "seconds"] *= 2.0
+    rows = {row.name: row for row in _exponent_rows(points)}
+    row = rows[f"mamba: exponent of time{LATE}"]
+    assert row.bound == pytest.approx(1.1 + 0.15)
+    assert row.value == pytest.approx(late)
+    assert row.holds is kept
+    assert rows["mamba: exponent of time"].bound == 1.1
 
 
 @pytest.mark.parametrize("kind", FIELDS)
