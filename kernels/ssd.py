@@ -8,11 +8,11 @@ keeps nothing but its inputs.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.not_finite import blanked, spoilt_tokens, unfit_tokens
 from kernels.precision import without_autocast
 from kernels.runtime import Path, define_operator, path_of
 from kernels.ssd_chunks import ssd_in_chunks
@@ -72,15 +72,15 @@ def ssd(
         return Scan(outputs.to(values.dtype), final)
     if documents is None or documents.is_meta:
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
-    unfit, no_start = _unfit(values, dt, B, C, initial)
+    unfit, no_start = unfit_tokens(values, dt, B, C, initial)
     if not (unfit.any() or no_start.any()):
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
     # Products of matrices would multiply it by the zeros that keep documents apart.
-    x, steps, enter, leave = (_blanked(tensor, unfit) for tensor in (values, dt, B, C))
-    start = None if initial is None else _blanked(initial, no_start)
+    x, steps, enter, leave = (blanked(tensor, unfit) for tensor in (values, dt, B, C))
+    start = None if initial is None else blanked(initial, no_start)
     outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents, D)
-    spoilt = _spoilt(unfit, no_start, documents)
-    return Scan(_blanked(outputs, spoilt, torch.nan), _blanked(final, spoilt[:, -1], torch.nan))
+    spoilt = spoilt_tokens(unfit, no_start, documents)
+    return Scan(blanked(outputs, spoilt, torch.nan), blanked(final, spoilt[:, -1], torch.nan))
 
 
 def ssd_reference(
@@ -113,38 +113,6 @@ def ssd_reference(
     return Scan(mixed.to(values.dtype), state)
 
 
-def two_way_ssd(
-    values: Float[Tensor, "B L H P"],
-    dt: Float[Tensor, "B L 2 H"],
-    A: Float[Tensor, "H"],
-    B: Float[Tensor, "B L 2 G N"],
-    C: Float[Tensor, "B L 2 G N"],
-    documents: Int[Tensor, "B L"] | None = None,
-) -> Float[Tensor, "B L H P"]:
-    """Sum over the tokens before and those after each token, by one scan in either direction.
-
-    outputs[t] is what `ssd` gives for token t - 1, and what it gives for token t + 1 when the
-    sequence is read from its end: a quasiseparable matrix with zeros on its diagonal (Hwang et al.
-    2024, section 3.2).
-
-    Args:
-        values: the inputs of each head.
-        dt: step sizes of the scan from the front, then of that from the end.
-        A: rates, the same both ways.
-        B: how a token's input enters the state, either way.
-        C: how the state enters the output of the token after it, either way.
-        documents: document of each token; those of one stand together.
-    """
-    both = torch.cat([values, values.flip(1)])
-    steps, enter, leave = (torch.cat([x[:, :, 0], x[:, :, 1].flip(1)]) for x in (dt, B, C))
-    ids = None if documents is None else torch.cat([documents, documents.flip(1)])
-    outputs = ssd(both, steps, A, enter, leave, None, ids).outputs[:, :-1]
-    if ids is not None:
-        outputs = _blanked(outputs, ids[:, 1:] != ids[:, :-1])
-    before, after = F.pad(outputs, (0, 0, 0, 0, 1, 0)).chunk(2)
-    return before + after.flip(1)
-
-
 def _by_kernels(
     values: Float[Tensor, "B L H P"],
     dt: Float[Tensor, "B L H"],
@@ -158,7 +126,7 @@ def _by_kernels(
     ids = None if documents is None else documents.int()
     spoilt = None
     if ids is not None:
-        spoilt = _spoilt(*_unfit(values, dt, B, C, initial), ids)
+        spoilt = spoilt_tokens(*unfit_tokens(values, dt, B, C, initial), ids)
         ids = ids.masked_fill(spoilt, SPOILT).contiguous()
     dtype = torch.promote_types(torch.promote_types(values.dtype, B.dtype), C.dtype)
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
@@ -166,7 +134,7 @@ def _by_kernels(
     start = None if initial is None else initial.float().contiguous()
     outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids, None)
     if spoilt is not None:
-        final = _blanked(final, spoilt[:, -1], torch.nan)
+        final = blanked(final, spoilt[:, -1], torch.nan)
     return Scan(outputs.to(values.dtype), final)
 
 
@@ -228,40 +196,8 @@ class _Ssd(torch.autograd.Function):
         return *gradients, d_initial, None, None if saved[7] is None else d_D
 
 
-def _unfit(
-    values: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial: Tensor | None
-) -> tuple[Bool[Tensor, "B L"], Bool[Tensor, "B"]]:
-    """Which tokens, and which rows' initial states, hold what is not finite."""
-    states = values.new_zeros(len(values), 1, 1) if initial is None else initial.unsqueeze(1)
-    return _not_finite(values, dt, B, C), _not_finite(states)[:, 0]
-
-
-def _spoilt(
-    unfit: Bool[Tensor, "B L"], no_start: Bool[Tensor, "B"], documents: Int[Tensor, "B L"]
-) -> Bool[Tensor, "B L"]:
-    """Which tokens have an unfit one in their document, at them or before."""
-    first = unfit[:, :1] | (no_start[:, None] & (documents[:, :1] == 0))
-    unfit = torch.cat([first, unfit[:, 1:]], dim=1)
-    count = unfit.int().cumsum(1)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    # Counts never fall, so that the latest beginning has the largest.
-    before = torch.where(begins, count - unfit.int(), 0).cummax(1).values
-    return count > before
-
-
-@torch.no_grad()
-def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
-    """Which tokens have an infinity or a NaN, which sums inherit."""
-    wide = (x.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors)
-    return ~torch.stack([x.isfinite() for x in wide]).all(0)
-
-
 def _skipped(outputs: Tensor, D: Tensor, values: Tensor) -> Tensor:
     return torch.addcmul(outputs, D.to(outputs.dtype)[:, None], values.to(outputs.dtype))
-
-
-def _blanked(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
-    return x.masked_fill(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), value)
 
 
 def _check_shapes(

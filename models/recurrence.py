@@ -20,7 +20,8 @@ from kernels.linear_attention import linear_attention
 from kernels.linear_scan import linear_scan
 from kernels.precision import without_autocast
 from kernels.selective_scan import selective_scan
-from kernels.ssd import ssd, two_way_ssd
+from kernels.ssd import ssd
+from kernels.two_way_ssd import two_way_ssd
 from models.exchange import Summary
 from models.layers import widened
 from models.sequence import WholeSequence

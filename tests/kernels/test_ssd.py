@@ -7,7 +7,8 @@ import torch
 from kernels import ssd as module
 from kernels.runtime import Path
 from kernels.selective_scan import selective_scan_reference
-from kernels.ssd import ssd, ssd_reference, two_way_ssd
+from kernels.ssd import ssd, ssd_reference
+from kernels.two_way_ssd import two_way_ssd
 from tests.kernels.agreement import assert_agrees, ragged_documents
 from tests.oracles import ssd as oracle
 
