@@ -4,11 +4,10 @@ Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (the tree); Lee et al. 20
 section 3.1 (the stages). Changed against the papers: a range is represented by its centre and ties
 go to the earlier range, so a search is a function of its inputs; query rows that choose together
 all vote; each query head chooses for itself; documents are searched apart.
-Selection has no Triton kernel: a GPU runs this torch code, which gathers the keys of every round to
-memory, 2 kept blocks for each list, and sorts the scores, a tile of lists after another. By count,
-512 kept keys of 64 channels in bf16 move 1.2 MB a list and round, and 1,024 lists, a tile, start 34
-kernels a round. So a layer of 16 heads at 8 x 2,048 tokens, two rounds, moves 0.63 TB and starts
-some 21,000 kernels, forward only: memory bounds it. Nothing of that was timed on a GPU.
+A GPU scores the ranges of a round by a Triton kernel, which stores no key; torch sorts the scores
+and keeps tables of places. By count, a layer of 16 heads at 8 x 2,048 tokens, 512 kept keys of 64
+channels in bf16, two rounds, moves 0.10 TB, most of it these tables, and starts some 4,000 kernels
+(0.58 TB and 22,000 where torch gathers the keys). Nothing of that was timed on a GPU.
 """
 
 import itertools
@@ -23,6 +22,10 @@ from torch import Tensor
 
 from kernels.block_sparse_attention import QueryBlocks, in_one_list, take, tiles
 from kernels.precision import without_autocast
+from kernels.runtime import define_operator, uses_triton
+
+TABLES = 16
+"""Numbers of float32 in the eight tables of places and scores that a round holds at once."""
 
 
 class Search(NamedTuple):
@@ -79,8 +82,8 @@ def tree_search(
     more than it may keep; -1 fills it up. Takes about 2 kept log2(blocks / kept) scores of blocks.
     """
     rounds = _halvings(math.ceil(search.longest / search.key_block), search.kept)
-    gathered = search.longest if search.exact else 2 * search.kept * search.key_block
-    parts = _cut(queries, keys, blocks, gathered)
+    judged = search.longest if search.exact else 2 * search.kept * search.key_block
+    parts = _cut(queries, keys, blocks, judged * _held(queries))
     lists = [_descend(tile, search, rounds) for tile in parts]
     return torch.cat(lists).view(queries.shape[0], queries.shape[2], -1, search.kept)
 
@@ -107,8 +110,8 @@ def staged_search(
         stages: in order; a chunk is whole chunks of the next stage, the last one's is one block.
         region: what is searched.
     """
-    gathered = search.longest if search.exact else max(_candidates(search, stages))
-    parts = _cut(queries, keys, blocks, gathered)
+    judged = search.longest if search.exact else max(_candidates(search, stages))
+    parts = _cut(queries, keys, blocks, judged * _held(queries))
     lists = [_prune(tile, search, stages, region) for tile in parts]
     return torch.cat(lists).view(queries.shape[0], queries.shape[2], -1, search.kept)
 
@@ -154,7 +157,7 @@ def recall_at_k(
     Takes a score of every key.
     """
     B, L, H, _ = queries.shape
-    parts = list(_cut(queries, keys, blocks, keys.shape[1]))
+    parts = list(_cut(queries, keys, blocks, keys.shape[1] * keys.shape[3]))
     lists = kept.flatten(0, 2).split([len(tile.queries) for tile in parts])
     shares = [
         _found(tile, own, keys.shape[1], key_block) for tile, own in zip(parts, lists, strict=True)
@@ -173,11 +176,16 @@ class _Tile(NamedTuple):
     stride: int
 
 
-def _cut(queries: Tensor, keys: Tensor, blocks: QueryBlocks, gathered: int) -> Iterator[_Tile]:
-    """Tiles of query blocks that gather so many keys each."""
+def _held(queries: Tensor) -> int:
+    """Numbers held for each key that a search judges: its channels, or tables of places."""
+    return TABLES if uses_triton(queries) else queries.shape[3]
+
+
+def _cut(queries: Tensor, keys: Tensor, blocks: QueryBlocks, each: int) -> Iterator[_Tile]:
+    """Tiles of as many query blocks as may hold so many numbers each."""
     listed, where = in_one_list(queries, keys, blocks)
     flat = keys.reshape(-1, keys.shape[-1])
-    for part in tiles(len(listed), gathered * keys.shape[-1], keys.device):
+    for part in tiles(len(listed), each, keys.device):
         yield _Tile(listed[part], flat, where.positions[part], where.begins[part], where.stride)
 
 
@@ -235,8 +243,12 @@ def _strongest(
     return ordered.indices[:, :kept].sort(dim=1).values
 
 
-def _best_scores(tile: _Tile, places: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
-    """The largest product of each key with a row that may see it."""
+def _best_scores(tile: _Tile, firsts: Int[Tensor, "M J"], width: int = 1) -> Float[Tensor, "M J"]:
+    """The largest product of any of `width` keys from each place on with a row that may see it."""
+    if uses_triton(tile.queries):
+        tensors = (tile.queries, tile.keys, tile.positions.int(), tile.begins, firsts.int())
+        return _scores(*(x.contiguous() for x in tensors), tile.stride, width)
+    places = (firsts[:, :, None] + torch.arange(width, device=firsts.device)).flatten(1)
     address = tile.begins[:, None] + tile.stride * places.clamp(min=0).minimum(
         tile.positions[:, -1:]
     )
@@ -244,7 +256,8 @@ def _best_scores(tile: _Tile, places: Int[Tensor, "M J"]) -> Float[Tensor, "M J"
     with without_autocast(keys):
         scores = tile.queries.to(keys.dtype) @ keys.mT
     hidden = places[:, None] > tile.positions[:, :, None]
-    return scores.masked_fill(hidden, -torch.inf).amax(dim=1)
+    best = scores.masked_fill(hidden, -torch.inf).amax(dim=1)
+    return best.unflatten(1, (-1, width)).amax(dim=2)
 
 
 def _centre(tile: _Tile, key_block: int) -> Judge:
@@ -252,9 +265,7 @@ def _centre(tile: _Tile, key_block: int) -> Judge:
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
         centre = (begins // key_block + ends // key_block - 1) // 2
-        within = torch.arange(key_block, device=centre.device)
-        places = (centre[:, :, None] * key_block + within).flatten(1)
-        return _best_scores(tile, places).unflatten(1, (-1, key_block)).amax(dim=2)
+        return _best_scores(tile, centre * key_block, key_block)
 
     return judge
 
@@ -325,3 +336,23 @@ def _candidates(search: Search, stages: tuple[Stage, ...]) -> list[int]:
     for before, stage in itertools.pairwise(stages):
         counts.append(min(counts[-1], before.keep) * (before.chunk // stage.chunk))
     return counts
+
+
+def _scores_shape(
+    q: Tensor,
+    _k: Tensor,
+    _positions: Tensor,
+    _begins: Tensor,
+    firsts: Tensor,
+    _stride: int,
+    _width: int,
+) -> Tensor:
+    return q.new_empty(firsts.shape, dtype=torch.float32)
+
+
+_scores = define_operator(
+    "hip_scores(Tensor queries, Tensor keys, Tensor positions, Tensor begins, Tensor firsts, "
+    "int stride, int width) -> Tensor",
+    _scores_shape,
+    "kernels.gpu.hip_scores:forward",
+)

@@ -5,8 +5,8 @@ python -m tests.kernels.report mamba --rungs 3B  some
 
 Builds the named architectures on the meta device, writes down every launch of one repetition of
 their pattern, forward and backward, as a bf16 run on packed documents makes them, and compiles each
-for three generations of GPU. No named architecture has HiP, whose search needs real numbers: `hip`
-is its attention to listed keys alone. Prints registers, spills, occupancy, bytes and what bounds
+for three generations of GPU. No named architecture has HiP: `hip` is its tree search and its
+attention to listed keys. Prints registers, spills, occupancy, bytes and what bounds
 the time, and writes reports/kernels.json. Ends with 1 if a kernel breaks a limit that it is not
 excused from, or if an architecture cannot be recorded. Times are bounds, not measurements: bytes at
 the memory's full bandwidth, each tensor read or written once, and FLOPs at the cores' peak.
@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from kernels.block_sparse_attention import Reach, block_sparse_attention, query_blocks
 from kernels.gpu.compiled import CHIPS, Chip, Compiled, compile_launch, roofline_seconds
 from kernels.gpu.launch import Launch, recording
+from kernels.hip_selection import Search, tree_search
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
@@ -134,7 +135,7 @@ def record_layer(name: str, rung: str, batch: int = BATCH) -> list[Launch]:
 
 
 def record_hip(rung: str) -> list[Launch]:
-    """The launches of HiP's attention: by row both ways, by block forward, as it is allowed."""
+    """The launches of HiP: by row both ways, by block forward, as it is allowed."""
     size = RUNGS[rung]
     config = HipConfig(n_heads=size.n_heads)
     reach = Reach(config.key_block, config.n_sink, config.window)
@@ -147,8 +148,8 @@ def record_hip(rung: str) -> list[Launch]:
 
     def attend(width: int) -> Tensor:
         blocks = query_blocks(positions, SEQ_LEN, width, width)
-        of_lists = (BATCH, size.n_heads, blocks.rows.shape[1], config.k // config.key_block)
-        kept = torch.empty(of_lists, dtype=torch.int64, device="meta")
+        search = Search(config.k // config.key_block, config.key_block, SEQ_LEN, exact=False)
+        kept = tree_search(*leaves[:2], blocks, search)
         return block_sparse_attention(*leaves, kept, blocks, reach)
 
     with recording() as launches:

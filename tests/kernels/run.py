@@ -52,6 +52,7 @@ does not feel those that are not finite.
 
 MASKED = ("window_attention", "checkpoint_attention")
 ATTENTIONS = (*MASKED, "block_sparse_attention")
+SEARCH = "hip_selection"
 MIXED = (
     "a product of tiles multiplies the value of a key that is not seen by 0, and 0 times NaN is "
     "NaN: what is not finite may reach another document in its tile; huge finite values do not"
@@ -59,12 +60,14 @@ MIXED = (
 NOT_APPLICABLE = {
     **{(op, "decays"): "attention has no decays" for op in ATTENTIONS},
     **{(op, "state"): "attention carries no state" for op in ATTENTIONS},
+    (SEARCH, "decays"): "scores of keys have no decays",
+    (SEARCH, "state"): "a search carries nothing on",
+    (SEARCH, "gradients"): "a list is of whole numbers, through which no gradient comes",
     **{(op, "nan"): MIXED for op in MASKED},
     ("causal_conv", "decays"): "taps do not decay",
     ("causal_conv", "state"): "its carried inputs are cut out by plain torch, for every path",
 }
 TORCH_ON_GPU = {
-    "hip_selection": "gathers the keys of every round and sorts their scores in torch",
     "rglru": "calls torch's pointwise operations, which a compiler fuses",
     "rms_norm": "calls torch's own norm, which is one kernel there",
     "rotary": "calls torch's pointwise operations, which a compiler fuses",

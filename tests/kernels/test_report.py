@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from kernels.block_sparse_attention import query_blocks
 from kernels.gpu.compiled import CHIPS, Compiled, occupancy_of, roofline_seconds
 from kernels.gpu.launch import interpreting, recording
+from kernels.hip_selection import Search, tree_search
 from kernels.interval_attention import Intervals, Own, interval_attention
 from tests.kernels.report import (
     EXCEPTIONS,
@@ -22,6 +24,7 @@ RUNG = "1.3B"
 ARCHITECTURES = ("mamba", "mamba2", "hydra", "hybrid", "scout_window")
 """Together they start every kernel that a named architecture starts."""
 HOPPER = CHIPS[1]
+SCORES = "_score_kernel"
 
 compiles = pytest.mark.skipif(interpreting(), reason="an interpreted kernel cannot be compiled")
 
@@ -63,11 +66,24 @@ def test_attention_with_wide_float32_heads_does_not_spill():
 
 @compiles
 @pytest.mark.slow
-def test_attention_to_listed_keys_keeps_the_limits_forward_and_backward():
+def test_the_search_and_attention_to_listed_keys_keep_the_limits_forward_and_backward():
     launches = record_hip(RUNG)
-    names = [each.kernel.fn.__name__ for each in launches]
+    names = [each.kernel.fn.__name__ for each in launches if each.kernel.fn.__name__ != SCORES]
     assert names == ["_forward_kernel", "_query_kernel", "_key_kernel", "_forward_kernel"]
-    lines = compile_all([("hip", each) for each in launches], [HOPPER])
+    assert len(launches) > len(names) + 1
+    lines = compile_all(distinct({"hip": launches}), [HOPPER])
+    assert {line.name: line.broken() for line in lines if line.broken()} == {}
+
+
+@compiles
+@pytest.mark.slow
+def test_a_search_with_wide_float32_heads_does_not_spill():
+    queries, keys = (torch.empty(1, 64, 2, 128, device="meta") for _ in range(2))
+    blocks = query_blocks(torch.empty(1, 64, device="meta", dtype=torch.int64), 64, 32, 32)
+    with recording() as launches:
+        tree_search(queries, keys, blocks, Search(4, 2, 64, exact=False))
+    lines = compile_all(distinct({"float32": launches}), CHIPS)
+    assert len(lines) == len(CHIPS)
     assert {line.name: line.broken() for line in lines if line.broken()} == {}
 
 
