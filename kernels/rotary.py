@@ -41,7 +41,7 @@ class _Turn(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     """Turn channels, or gradients back by the transpose."""
-    if torch.compiler.is_compiling() or path_of(x) is not Path.NATIVE:
+    if path_of(x) is not Path.NATIVE:
         half = x.shape[-1] // 2
         turned, (left, right) = x * cos, sin.chunk(2, dim=-1)
         to_left, to_right = (right, -left) if back else (-left, right)

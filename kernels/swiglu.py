@@ -12,8 +12,8 @@ from kernels.runtime import Path, define_operator, path_of
 def swiglu(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
     """silu(gate) * up of channels that hold gates in front and ups behind (Shazeer 2020, (6)).
 
-    Where no CPU kernel serves, and under a compiler, which fuses them, it is torch's operations in
-    the dtype of `joint`; else it computes in float32.
+    Where no CPU kernel serves it is torch's operations in the dtype of `joint`, which a compiler
+    fuses; else it computes in float32.
 
     Raises:
         ValueError: the channels are an odd number.
@@ -49,7 +49,7 @@ def silu_gated(
 
 
 def _by_torch(x: Tensor) -> bool:
-    return torch.compiler.is_compiling() or path_of(x) is not Path.NATIVE
+    return path_of(x) is not Path.NATIVE
 
 
 def _rows(x: Float[Tensor, "*batch F"]) -> Float32[Tensor, "R F"]:

@@ -25,7 +25,10 @@ def linear_in_parts(
 
     On a CPU that is to go back, each part is a product of its own, and so is its gradient: autograd
     would lay the gradients of all parts side by side first, and kernels would copy their part out.
+    A compiler is given the products, and adds their gradients up itself.
     """
+    if torch.compiler.is_compiling() and x.device.type == "cpu":
+        return _products(x, weight, bias, sizes)
     if _by_torch(x):
         return F.linear(x, weight, bias).split(list(sizes), dim=-1)
     parts = _LinearInParts.apply(x, weight, bias, *sizes)
@@ -34,10 +37,16 @@ def linear_in_parts(
 
 
 def _by_torch(x: Tensor) -> bool:
-    """Whether parts are torch's own: for compilers, which fuse them, autocast, GPUs, inference."""
-    if torch.compiler.is_compiling():
-        return True
+    """Whether parts are torch's own: for autocast, GPUs and inference."""
     return x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
+
+
+def _products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, sizes: Sequence[int]
+) -> tuple[Tensor, ...]:
+    weights = weight.split(list(sizes))
+    biases = [None] * len(sizes) if bias is None else bias.split(list(sizes))
+    return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
 
 
 class _LinearInParts(torch.autograd.Function):
@@ -46,9 +55,7 @@ class _LinearInParts(torch.autograd.Function):
         ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, *sizes: int
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight)
-        weights = weight.split(sizes)
-        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        return _products(x, weight, bias, sizes)
 
     @staticmethod
     @once_differentiable
