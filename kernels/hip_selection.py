@@ -25,7 +25,7 @@ from kernels.precision import without_autocast
 from kernels.runtime import define_operator, uses_triton
 
 TABLES = 16
-"""Numbers of float32 in the eight tables of places and scores that a round holds at once."""
+"""Numbers of float32 that a round is taken to hold for a key: some eight tables of places."""
 
 
 class Search(NamedTuple):

@@ -63,7 +63,7 @@ def bound(kind: str, lengths: Sequence[int]) -> float:
 def excess(rows: Sequence[Mapping[Hashable, Any]]) -> float:
     """By how much more than its length the time of what mixes no tokens grows."""
     grown = [float(row["seconds"]) - 1.0 for row in rows if row["mixer"] == CONTROL]
-    return max(0.0, *grown)
+    return max([0.0, *grown])
 
 
 def measure(kinds: Sequence[str], lengths: Sequence[int], target: str, root: Path) -> bool:

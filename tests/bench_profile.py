@@ -7,9 +7,8 @@ python -m tests.bench_profile --quick                      one round at a tiny s
 Sizes, contenders and goals are those of tests.bench_architectures. Each contender has a process of
 its own: it is profiled, traced once, and then in each round its step and every part of it are
 timed between two measurements of the GEMM peak. Of two steps the second counts: the first finds the
-caches as something else left them. Shares are of the peak around each step; a bound
-takes the best time of every part and the best peak. Missed goals are no
-failure of the command.
+caches as something else left them. Shares are of the peak around each step; a bound takes the best
+time of every part and the best peak. Missed goals are no failure of the command.
 """
 
 import argparse

@@ -56,6 +56,13 @@ def test_a_mixer_that_grows_faster_than_its_bound_is_told(of_mlp, of_mamba, kept
     assert all(row.holds is not False for row in rows) is kept
 
 
+def test_lengths_before_caches_end_have_no_late_line():
+    points = points_of({"mlp": 1.0, "mamba": 1.0})
+    rows = list(_exponent_rows(points[points["length"] < 16384]))
+    assert rows
+    assert not any(LATE in row.name for row in rows)
+
+
 @pytest.mark.parametrize(("late", "kept"), [(1.3, False), (1.2, True)])
 def test_from_where_caches_end_on_a_mixer_may_grow_as_an_mlp_does_beyond_its_bound(late, kept):
     points = points_of({"mlp": 1.15, "mamba": late})
