@@ -225,13 +225,11 @@ def test_a_full_disk_gives_one_clear_message_and_nothing_half_written(
     assert manifest.root_hash == read_manifest(built_root / "tiny").root_hash
 
 
-def test_a_second_call_finds_the_dataset_at_once(shards, built_root):
+def test_a_second_call_finds_the_dataset_and_builds_nothing(shards, built_root):
     stages = []
-    begin = time.perf_counter()
     manifest = build_dataset(
         dataset_config(shards), built_root, processes=2, report=lambda s, _: stages.append(s)
     )
-    assert time.perf_counter() - begin < 1
     assert manifest == read_manifest(built_root / "tiny")
     assert not stages
 

@@ -319,16 +319,6 @@ def test_two_readers_at_once_and_a_killed_one_do_not_disturb_each_other(copied_r
     assert not list(copied_root.rglob("*.tmp"))
 
 
-def test_a_stream_opens_quickly_once_the_dataset_is_verified(built_root):
-    open_stream(built_root).close()
-    seconds = []
-    for seed in range(10):
-        begin = time.perf_counter()
-        take(open_stream(built_root, corpus(shuffle_seed=seed)), 1)
-        seconds.append(time.perf_counter() - begin)
-    assert sorted(seconds)[5] < 0.15
-
-
 def test_a_batch_that_cannot_be_shared_out_is_refused(built_root):
     with pytest.raises(ValueError, match=r"step of 6 sequences .* need a multiple of 4"):
         open_stream(built_root, rank=0, ranks=4, sequences=6)
