@@ -15,8 +15,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.capsule import Capsule, pack, unpack
-from analysis.frames import keep, where
+from analysis.tables.capsule import Capsule, pack, unpack
+from analysis.tables.frames import keep, where
 from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.standing import Standing, require_same_data, standing_of

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from analysis.hip_figure import draw, table_rows
+from analysis.benchmarks.hip import draw, table_rows
 from data_pipelines.batch import IGNORED, Batch, join_batches
 from data_pipelines.stream import evaluation_batches, evaluation_sets
 from launch.weights import TrainedRun, load_run

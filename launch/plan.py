@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from analysis.design import USUAL, expectation_lines, measured_noise
-from analysis.table import final, load
+from analysis.planning.expected_precision import USUAL, expectation_lines, measured_noise
+from analysis.tables.run_table import final, load
 from launch.job import Unit
 from models.accounting import Account, account
 from models.backbone import BackboneConfig

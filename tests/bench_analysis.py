@@ -19,14 +19,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
-from analysis.backtest import backtest
-from analysis.fits import Estimator, Fit, observed
-from analysis.laws import CHINCHILLA, GAMMA, KAPLAN, nested_family
-from analysis.nested import choose
-from analysis.profiles import profile
-from analysis.report import write_report
-from analysis.solver import Problem, solve
-from analysis.uncertainty import replicate
+from analysis.fitting.estimator import Estimator, Fit, observed
+from analysis.fitting.solver import Problem, solve
+from analysis.inference.backtest import backtest
+from analysis.inference.bootstrap import replicate
+from analysis.inference.model_selection import choose
+from analysis.inference.profile_likelihood import profile
+from analysis.laws.law import CHINCHILLA, GAMMA, KAPLAN, nested_family
+from analysis.report.__main__ import write_report
 from launch.measurements import Measurement, write_measurements
 from tests.analysis.synthetic_study import Study, write
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from analysis.decode_figure import COPIED, draw, paragraph, ratios, summarise
+from analysis.benchmarks.decode import COPIED, draw, paragraph, ratios, summarise
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone, BackboneConfig, BlockConfig, build_backbone
 from models.channel import SwiGLUConfig

@@ -27,8 +27,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from analysis.frames import floats, groups, keep
-from analysis.growth_figure import SHORTEST, draw, exponents
+from analysis.benchmarks.growth import SHORTEST, draw, exponents
+from analysis.tables.frames import floats, groups, keep
 from kernels.runtime import warm
 from launch.measurements import Measurement, write_measurements
 from models.mixer import Mixer, mixer_kinds

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.advisor import Belief, Terms, advise, half_width, loss_at
-from analysis.fits import Estimator, Fit
-from analysis.forms import bind, log_loss, log_loss_and_jacobian
-from analysis.laws import CHINCHILLA, GAMMA, KAPLAN, Law
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
+from analysis.laws.law import CHINCHILLA, GAMMA, KAPLAN, Law
+from analysis.planning.next_runs import Belief, Terms, advise, half_width, loss_at
 
 SIGMA = 0.004
 LAWS = (CHINCHILLA, KAPLAN, GAMMA)

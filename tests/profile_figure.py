@@ -3,9 +3,9 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis import figures
-from analysis.frames import floats, groups, keep
-from analysis.plates import Plate
+from analysis.figures import panels as figures
+from analysis.figures.point_figures import Plate
+from analysis.tables.frames import floats, groups, keep
 
 TERMS = (
     "products",

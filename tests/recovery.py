@@ -28,13 +28,13 @@ from rich.console import Console
 from rich.progress import track
 from scipy import stats
 
-from analysis.backtest import forecast
-from analysis.bend import bend
-from analysis.fits import Estimator, Fit
-from analysis.laws import CHINCHILLA, nested_family
-from analysis.nested import effect
-from analysis.robust import sandwich
-from analysis.uncertainty import Interval
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.inference.backtest import forecast
+from analysis.inference.bootstrap import Interval
+from analysis.inference.cluster_robust import sandwich
+from analysis.inference.model_selection import effect
+from analysis.inference.shape_robust import bend
+from analysis.laws.law import CHINCHILLA, nested_family
 from launch.measurements import Measurement, write_measurements
 from tests.laws.published import chinchilla_points, kept, references
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.growth_figure import exponents
+from analysis.benchmarks.growth import exponents
 from kernels.selective_scan import selective_scan_reference
 from tests.bench_growth import LATE, _exponent_rows, bound
 from tests.growth_points import FIELDS, Point, take

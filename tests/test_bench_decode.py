@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.decode_figure import draw, paragraph, ratios, summarise
+from analysis.benchmarks.decode import draw, paragraph, ratios, summarise
 from models.generate import Sampling, generate, next_logits
 from tests import bench_decode
 from tests.bench_decode import (

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from analysis.frames import floats, groups, keep
-from analysis.wire_figure import draw
+from analysis.benchmarks.wire import draw
+from analysis.tables.frames import floats, groups, keep
 from launch.measurements import Measurement, write_measurements
 from models.mixer import Pattern, Slot, mixer_class
 from models.mixers.recurrent.mamba2 import Mamba2Config

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.table import Table, load
+from analysis.tables.run_table import Table, load
 from tests.analysis.synthetic_study import Study, write
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"

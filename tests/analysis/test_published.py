@@ -2,8 +2,8 @@
 
 import pytest
 
-from analysis.laws import CHINCHILLA
-from analysis.warps import repeat_around
+from analysis.laws.law import CHINCHILLA
+from analysis.laws.transformed import repeat_around
 from tests.laws.published import (
     DATABLATIONS,
     HEADLINE,

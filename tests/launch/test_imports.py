@@ -27,7 +27,7 @@ def test_the_launcher_loads_neither_deepspeed_nor_streaming() -> None:
 
 
 def test_a_laptop_without_torch_draws_the_figures() -> None:
-    code = "import sys, analysis.report; print('torch' in sys.modules)"
+    code = "import sys, analysis.report.__main__; print('torch' in sys.modules)"
     assert command("-c", code).stdout.strip() == "False"
 
 

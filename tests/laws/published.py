@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.fits import Estimator, Fit
-from analysis.forms import bind, log_loss
-from analysis.frames import floats, keep
-from analysis.laws import CHINCHILLA, Law, Term
-from analysis.solver import Problem, polish, solve
-from analysis.uncertainty import Replicates, replicate
-from analysis.warps import repeat_around
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.fitting.solver import Problem, polish, solve
+from analysis.inference.bootstrap import Replicates, replicate
+from analysis.laws.bound import bind, log_loss
+from analysis.laws.law import CHINCHILLA, Law, Term
+from analysis.laws.transformed import repeat_around
+from analysis.tables.frames import floats, keep
 
 FOLDER = Path(
     os.environ.get("CROSSLADDER_PUBLISHED", Path(__file__).parents[3] / "shared" / "data")

@@ -1,0 +1,299 @@
+"""How fast models decode, with a cache and without: the figure, the ratios, and what they say."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from analysis.figures import panels as figures
+from analysis.figures.point_figures import Plate
+from analysis.tables.frames import floats, groups, keep
+
+COPIED = "copying its cache alone"
+"""The part of a step of attention that makes room for one more token."""
+SPARED = "attention cached less its copying"
+"""Attention whose cache has room to spare: reckoned, not run."""
+Contender = tuple[str, str]
+HYBRID, ATTENTION = ("hybrid", "cached"), ("attention", "cached")
+COMPARISONS: tuple[tuple[Contender, Contender], ...] = (
+    (HYBRID, ATTENTION),
+    (("window", "cached"), ATTENTION),
+    (("recurrence", "cached"), ATTENTION),
+    (HYBRID, ("hybrid", "replayed")),
+    (ATTENTION, ("attention", "replayed")),
+    (HYBRID, ("attention", "uncached")),
+    *(((name, "cached"), (name, "uncached")) for name in ("hybrid", "attention")),
+    *(((name, "cached"), (name, "uncached")) for name in ("window", "recurrence")),
+)
+CLAIM = 51.47
+WORDS = {"cached": "cached", "uncached": "no cache", "replayed": "no cache, token by token"}
+LOOKS = {
+    name: (figures.COLOURS[i], figures.MARKERS[i])
+    for i, name in enumerate(("hybrid", "attention", "window", "recurrence"))
+}
+STYLES = {"cached": "-", "uncached": "--"}
+BARS = (
+    (HYBRID, ("hybrid", "replayed"), "itself without a cache,\nin a loop over the text"),
+    (HYBRID, ("hybrid", "uncached"), "itself without a cache,\nthe text in one pass"),
+    (HYBRID, ("attention", "uncached"), "attention without a cache"),
+    (HYBRID, ATTENTION, "attention with its cache"),
+)
+
+
+def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
+    """Median and quartiles over the rounds of each contender at each context."""
+    keys = ["kind", "model", "mode", "context"]
+    rows = [
+        {
+            **dict(zip(keys, key, strict=True)),
+            **_spread(floats(part, "tokens_per_second"), "tokens_per_second"),
+            "state_bytes": int(floats(part, "state_bytes")[0]),
+        }
+        for key, part in groups(rounds, keys)
+    ]
+    return pd.DataFrame(rows)
+
+
+def ratios(rounds: pd.DataFrame) -> pd.DataFrame:
+    """Speed of one contender over another's, within rounds; those at each context stand together.
+
+    Rows are there for the comparisons and contexts at which both were measured.
+    """
+    rows = []
+    for (kind, context), part in groups(rounds, ["kind", "context"]):
+        compared = {
+            (" ".join(upper), " ".join(lower)): _within_rounds(part, upper, lower)
+            for upper, lower in COMPARISONS
+        }
+        compared[" ".join(HYBRID), SPARED] = _over_spared(part)
+        for (upper, lower), shares in compared.items():
+            if len(shares):
+                named = {"kind": kind, "context": context, "upper": upper, "lower": lower}
+                rows.append({**named, **_spread(shares, "ratio")})
+    return pd.DataFrame(rows)
+
+
+def paragraph(rounds: pd.DataFrame) -> str:
+    """What the comparison shows, in words that follow from the figures."""
+    return " ".join([*_generation_words(rounds), *_step_words(rounds), *_copy_words(rounds)])
+
+
+def draw(rounds: pd.DataFrame, name: str) -> Plate:
+    """Speed against context, and beside it what a generation after a short prompt compares."""
+    data = summarise(rounds)
+    with figures.styled():
+        figure = Figure(figsize=(12.0, 4.9), layout="constrained")
+        speed, post = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        _draw_speed(speed, data)
+        _draw_generation(post, rounds)
+        figure.suptitle(_title(rounds), x=0.01, ha="left", fontsize=11.5)
+    caption = "Marks: medians over rounds taken in turns; bars: quartiles. Random weights."
+    return Plate(name, _title(rounds), caption, figure, data)
+
+
+def _draw_speed(ax: Axes, data: pd.DataFrame) -> None:
+    ends: figures.Labels = {}
+    steps = keep(data, (data["kind"] == "step") & data["mode"].isin(STYLES))
+    for (model, mode), line in groups(steps, ["model", "mode"]):
+        colour, marker = LOOKS[model]
+        middle = floats(line, "tokens_per_second")
+        reach = np.abs(line[["low", "high"]].to_numpy(float).T - middle)
+        ax.errorbar(
+            line["context"], middle, reach, color=colour, fmt=marker, ls=STYLES[mode], ms=4.5,
+            mec=figures.PAPER, mew=0.5, lw=1.5, elinewidth=0.9,
+        )  # fmt: skip
+        ends[f"{model}, {WORDS[mode]}"] = (floats(line, "context")[-1], middle[-1], colour)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    contexts = sorted(int(each) for each in steps["context"].unique())
+    ax.xaxis.set_major_locator(FixedLocator([float(each) for each in contexts]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticklabels([str(each) for each in contexts])
+    ax.set_xlabel("context [tokens]")
+    ax.set_ylabel("decoding [tokens/s]")
+    ax.set_title("One more token at each context")
+    figures.label_ends(ax, ends)
+
+
+def _draw_generation(ax: Axes, rounds: pd.DataFrame) -> None:
+    """How many times as fast as each of four others the cached hybrid generates."""
+    places, labels = [], []
+    for upper, lower, label in BARS:
+        found = _found(rounds, "generation", upper, lower)
+        if found is None:
+            continue
+        place, ratio = len(places), found["ratio"]
+        colour = LOOKS[lower[0]][0]
+        ax.barh(place, ratio - 1, left=1, height=0.5, color=colour, alpha=0.85)
+        ax.plot([found["low"], found["high"]], [place, place], color=figures.INK, lw=1.2)
+        ax.annotate(
+            f"{ratio:.3g}x", (max(ratio, found["high"], 1), place), xytext=(6, 0),
+            textcoords="offset points", va="center",
+        )  # fmt: skip
+        places.append(place)
+        labels.append(label)
+    ax.axvline(1.0, color=figures.FAINT, lw=0.9)
+    ax.axvline(CLAIM, color=figures.FAINT, lw=1.0, ls=":")
+    ax.annotate(
+        "the post's 51x", (CLAIM, 0.02), xycoords=ax.get_xaxis_transform(), rotation=90,
+        xytext=(-4, 0), textcoords="offset points", ha="right", color=figures.FAINT, fontsize=9,
+    )  # fmt: skip
+    ax.set_xscale("log")
+    ax.set_xlim(0.15, 300)
+    ax.xaxis.set_major_locator(FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_yticks(places, labels)
+    ax.set_ylim(len(places) - 0.4, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("speed of the cached hybrid over ... [ratio]")
+    ax.set_axisbelow(True)
+    ax.set_title(f"Generating up to {_generated(rounds)} tokens")
+
+
+def _title(rounds: pd.DataFrame) -> str:
+    found = [_found(rounds, "generation", HYBRID, lower) for _, lower, _ in BARS]
+    looped, passed, _, honest = (None if each is None else each["ratio"] for each in found)
+    if looped is None or passed is None or honest is None:
+        return "Decoding with a cache and without"
+    return (
+        f"Up to {_generated(rounds)} tokens the hybrid's cache is worth {looped:.0f}x over a loop "
+        f"and {passed:.2g}x over one pass; beside attention with its cache it runs at {honest:.2g}x"
+    )
+
+
+def _generation_words(rounds: pd.DataFrame) -> Iterator[str]:
+    found = {lower: _found(rounds, "generation", HYBRID, lower) for _, lower, _ in BARS}
+    looped, passed = found["hybrid", "replayed"], found["hybrid", "uncached"]
+    if looped is None or passed is None:
+        return
+    yield (
+        f"The post's {CLAIM:.0f}x set its hybrid with a cache against the same hybrid without one, "
+        "whose recurrence ran in a loop over the text for each token. With the whole model in that "
+        f"loop, up to {_generated(rounds)} tokens, ours gives {_times(looped)}, about as many as "
+        f"the text has tokens on average{_same_words(rounds)}. If the text is read in one pass, "
+        f"the cache is worth {_times(passed)}."
+    )
+    honest = found[ATTENTION]
+    if honest is not None:
+        yield (
+            "Against attention that has its own cache the hybrid is "
+            f"{'slower' if honest['ratio'] < 1 else 'not slower'} there: {_times(honest)}."
+        )
+
+
+def _generated(rounds: pd.DataFrame) -> int:
+    """Tokens at the end of a generation."""
+    return int(floats(keep(rounds, rounds["kind"] == "generation"), "context")[0])
+
+
+def _same_words(rounds: pd.DataFrame) -> str:
+    found = _found(rounds, "generation", ATTENTION, ("attention", "replayed"))
+    return "" if found is None else f"; attention gains {_times(found)} in the same way"
+
+
+def _step_words(rounds: pd.DataFrame) -> Iterator[str]:
+    line = _line(rounds, " ".join(ATTENTION))
+    if not len(line):
+        return
+    yield f"One more token with caches: hybrid over attention {_crossing_words(line)}."
+    last = int(line["context"].iloc[-1])
+    gains = [
+        f"{_times(found)} for {name}"
+        for name in ("hybrid", "attention")
+        if (found := _found(rounds, "step", (name, "cached"), (name, "uncached"), last))
+    ]
+    if gains:
+        yield f"At {last} tokens a cache is worth {' and '.join(gains)}."
+    data = summarise(rounds)
+    at_last = (data["kind"] == "step") & (data["context"] == last) & (data["mode"] == "cached")
+    held = keep(data, at_last).set_index("model")["state_bytes"]
+    yield (
+        f"The state is then {held['hybrid'] / 1e6:.2f} MB for the hybrid, the same at any context, "
+        f"and {held['attention'] / 1e6:.2f} MB for attention."
+    )
+
+
+def _crossing_words(line: pd.DataFrame) -> str:
+    """From where on the hybrid is faster, where the quartiles are on one side of 1."""
+    contexts = [int(each) for each in line["context"]]
+    shares = floats(line, "ratio")
+    ends = f"{shares[0]:.2f}x at {contexts[0]} tokens, {shares[-1]:.2f}x at {contexts[-1]}"
+    slower = [c for c, high in zip(contexts, floats(line, "high"), strict=True) if high < 1]
+    unclear = [c for c, low in zip(contexts, floats(line, "low"), strict=True) if low <= 1]
+    faster = [c for c in contexts if c > max(unclear, default=0)]
+    close = [c for c in contexts if c > max(slower, default=0) and c not in faster]
+    said = [f"slower up to {max(slower)}"] if slower else ["nowhere slower"]
+    if close:
+        said.append(f"too close to call at {', '.join(map(str, close))}")
+    said.append(f"faster from {faster[0]} on" if faster else "no crossover seen")
+    return f"{ends}: {', '.join(said)}"
+
+
+def _copy_words(rounds: pd.DataFrame) -> Iterator[str]:
+    """What of attention's time a cache with room to spare would save."""
+    line = _line(rounds, SPARED)
+    if not len(line):
+        return
+    last = line["context"].iloc[-1]
+    data = summarise(rounds)
+    steps = keep(data, (data["kind"] == "step") & (data["context"] == last))
+    milliseconds = {
+        key: 1e3 / floats(part, "tokens_per_second")[0]
+        for key, part in groups(steps, ["model", "mode"])
+    }
+    yield (
+        f"Of attention's {milliseconds[ATTENTION]:.2f} ms a token at {last}, "
+        f"{milliseconds['attention', COPIED]:.2f} ms go into copying its cache to append to it; "
+        f"preallocated memory would spare them, and the hybrid over attention would be "
+        f"{_crossing_words(line)} (reckoned, not run). Where they cross belongs to this size, this "
+        f"machine and these programs."
+    )
+
+
+def _line(rounds: pd.DataFrame, lower: str) -> pd.DataFrame:
+    """The cached hybrid's steps over another's, by context."""
+    table = ratios(rounds)
+    mine = (table["kind"] == "step") & (table["upper"] == " ".join(HYBRID))
+    return keep(table, mine & (table["lower"] == lower)).sort_values("context")
+
+
+def _found(
+    rounds: pd.DataFrame, kind: str, upper: Contender, lower: Contender, context: int | None = None
+) -> dict[str, float] | None:
+    part = keep(rounds, rounds["kind"] == kind)
+    if context is not None:
+        part = keep(part, part["context"] == context)
+    shares = _within_rounds(part, upper, lower)
+    return _spread(shares, "ratio") if len(shares) else None
+
+
+def _within_rounds(part: pd.DataFrame, upper: Contender, lower: Contender) -> np.ndarray:
+    return (_speeds(part, upper) / _speeds(part, lower)).dropna().to_numpy(float)
+
+
+def _over_spared(part: pd.DataFrame) -> np.ndarray:
+    seconds = 1 / _speeds(part, ATTENTION) - 1 / _speeds(part, ("attention", COPIED))
+    return (_speeds(part, HYBRID) * seconds).dropna().to_numpy(float)
+
+
+def _speeds(part: pd.DataFrame, contender: Contender) -> pd.Series:
+    """Tokens a second by context and round."""
+    model, mode = contender
+    mine = keep(part, (part["model"] == model) & (part["mode"] == mode))
+    by_turn = mine.set_index(["context", "round"])
+    return cast("pd.Series", by_turn["tokens_per_second"])
+
+
+def _spread(values: np.ndarray, name: str) -> dict[str, float]:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {name: float(middle), "low": float(low), "high": float(high), "rounds": len(values)}
+
+
+def _times(found: dict[str, float]) -> str:
+    return f"{found['ratio']:.3g}x [{found['low']:.3g}, {found['high']:.3g}]"

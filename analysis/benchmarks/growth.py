@@ -1,0 +1,94 @@
+"""How time and memory of mixers grow with the length: exponents, and the figure of both."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from analysis.figures import panels as figures
+from analysis.figures.point_figures import Plate
+from analysis.tables.frames import floats, groups, keep
+
+SHORTEST = 4096
+"""From this length on fixed costs no longer hide the growth."""
+UNITS = {"seconds": 1e6, "bytes": 1e-3}
+"""Of the figure in those of the table: microseconds and kilobytes."""
+
+
+def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
+    """Slopes of log time and log memory on log length of each mixer, with standard errors.
+
+    The errors are those of a straight line through one point a length; NaN for two points.
+
+    Args:
+        points: mixer, length, seconds and bytes of each.
+        shortest: lengths below are left out.
+    """
+    rows = []
+    for (mixer,), line in groups(keep(points, points["length"] >= shortest), ["mixer"]):
+        if len(line) < 2:
+            continue
+        lengths = np.log(floats(line, "length"))
+        found: dict[str, object] = {"mixer": mixer, "longest": int(floats(line, "length")[-1])}
+        for column in ("seconds", "bytes"):
+            slope, error = _slope(lengths, np.log(floats(line, column)))
+            found |= {column: slope, f"{column}_error": error}
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
+def draw(points: pd.DataFrame, name: str) -> Plate:
+    """Time and memory of a token against length, each line with the exponent of the whole.
+
+    A line is level where the whole grows as its length does.
+    """
+    slopes = exponents(points, 0)
+    with figures.styled():
+        figure = Figure(figsize=(13.0, 5.6), layout="constrained")
+        time, memory = figure.subplots(1, 2)
+        _draw(time, points, slopes, "seconds")
+        time.set_ylabel("CPU time of one thread, forward and backward [us / token]")
+        _draw(memory, points, slopes, "bytes")
+        memory.set_ylabel("peak memory above the weights [kB / token]")
+        title = "Growth of one mixer, forward and backward, with the length"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
+    caption = (
+        "One process a point; a level line grows as its length. Numbers are exponents of time and "
+        "memory of the whole over all lengths. A line ends where a point took too long or too much "
+        "memory."
+    )
+    return Plate(name, title, caption, figure, points)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    centred = x - x.mean()
+    slope = float(centred @ y / (centred @ centred))
+    if len(x) < 3:
+        return slope, float("nan")
+    rest = y - y.mean() - slope * centred
+    return slope, float(np.sqrt(rest @ rest / (len(x) - 2) / (centred @ centred)))
+
+
+def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> None:
+    known = {row["mixer"]: row[column] for row in slopes.to_dict("records")}
+    ends: figures.Labels = {}
+    for i, ((mixer,), line) in enumerate(groups(points, ["mixer"])):
+        colour = figures.COLOURS[i % len(figures.COLOURS)]
+        marker = figures.MARKERS[i % len(figures.MARKERS)]
+        x = floats(line, "length")
+        y = UNITS[column] * floats(line, column) / x
+        ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3)
+        said = f"{mixer} {known[mixer]:.2f}" if mixer in known else str(mixer)
+        ends[said] = (x[-1], y[-1], colour)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    lengths = sorted(int(each) for each in points["length"].unique())
+    ax.xaxis.set_major_locator(FixedLocator([float(each) for each in lengths]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
+    ax.set_xlabel("length [tokens]")
+    figures.label_ends(ax, ends)

@@ -1,0 +1,216 @@
+"""How to spend a budget: size and tokens for the lowest loss, or the cheapest way to a loss.
+
+Nothing is assumed about costs: a cost is a function of (parameters, tokens), counted for that
+architecture, in FLOPs or in seconds. With attention, scans or structured products C = 6 N D is
+wrong, and so is every closed form built on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.fitting.estimator import Fit
+from analysis.inference.bootstrap import Interval, Replicates
+from analysis.laws.law import Array
+from analysis.tables.frames import floats
+from analysis.validity.refusal import Refusal
+
+Cost = Callable[[Array, Array], Array]
+"""(parameters, tokens) -> what a run costs, rising in tokens."""
+SIZES = 200
+LOG_TOKENS = (0.0, 80.0)
+BISECTIONS = 60
+FINE = 21
+REFINEMENTS = 3
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a token costs at the sizes that were counted, log-log between them.
+
+    Attributes:
+        parameters: counted sizes, rising.
+        per_token: cost of a token at each.
+    """
+
+    parameters: Array
+    per_token: Array
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, sizes_column: str, column: str) -> "Ladder":
+        """One architecture's ladder table; `column` holds the cost of a token.
+
+        Raises:
+            ValueError: fewer than two sizes were counted.
+        """
+        sizes, place = np.unique(floats(table, sizes_column), return_index=True)
+        if len(sizes) < 2:
+            raise ValueError(
+                f"a ladder of {len(sizes)} size cannot be interpolated; count at least two rungs"
+            )
+        return cls(sizes, floats(table, column)[place])
+
+    def __call__(self, parameters: Array, tokens: Array) -> Array:
+        """The cost of a run.
+
+        Raises:
+            ValueError: a size lies outside the ladder.
+        """
+        low, high = self.parameters[0], self.parameters[-1]
+        sizes = np.asarray(parameters, dtype=np.float64)
+        if sizes.min() < low * (1 - 1e-9) or sizes.max() > high * (1 + 1e-9):
+            raise ValueError(
+                f"sizes from {sizes.min():.3g} to {sizes.max():.3g} were asked for, the ladder "
+                f"counts {low:.3g} to {high:.3g}; count more rungs"
+            )
+        logs = np.interp(np.log(sizes), np.log(self.parameters), np.log(self.per_token))
+        return np.exp(logs) * np.asarray(tokens, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where a budget goes.
+
+    Attributes:
+        parameters: best size, with its interval over bootstrap replicates if they were given.
+        tokens: training tokens at that size.
+        loss: fitted loss there.
+        cost: of training and of the tokens served.
+    """
+
+    parameters: float
+    tokens: float
+    loss: float
+    cost: float
+    size_interval: Interval | Refusal | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is optimised for one group of a fit.
+
+    Attributes:
+        cost: of training.
+        sizes: the smallest and the largest size to consider.
+        serving: cost of one served token at a size; free if not given.
+        served: tokens to be served over the model's life.
+    """
+
+    fit: Fit
+    group: str
+    cost: Cost
+    sizes: tuple[float, float]
+    serving: Callable[[Array], Array] | None = None
+    served: float = 0.0
+
+    def overhead(self, sizes: Array) -> Array:
+        """What serving costs at each size."""
+        if self.serving is None:
+            return np.zeros_like(sizes)
+        return self.serving(sizes) * self.served
+
+
+def allocate(
+    question: Question, budget: float, replicates: Replicates | None = None
+) -> Allocation | Refusal:
+    """Size and tokens with the lowest fitted loss that training and serving within a budget allow.
+
+    Refused where the best size is at the end of the range: the optimum may lie beyond it.
+    """
+    point = _best_size(question, question.fit.theta, budget)
+    if isinstance(point, Refusal):
+        return point
+    size, tokens = point, _tokens_for_budget(question, np.array([point]), budget)[0]
+    loss = _loss(question, question.fit.theta, np.array([size]), np.array([tokens]))[0]
+    interval = None
+    if replicates is not None:
+        found = [_best_size(question, theta, budget) for theta in replicates.theta]
+        logs = np.array([np.nan if isinstance(n, Refusal) else np.log(n) for n in found])
+        interval = replicates.interval(float(np.log(size)), logs)
+        if isinstance(interval, Interval):
+            interval = interval.mapped(lambda value: float(np.exp(value)))
+    return Allocation(float(size), float(tokens), float(loss), budget, interval)
+
+
+def cheapest(question: Question, loss: float) -> Allocation | Refusal:
+    """The size whose training and serving together reach a loss at the least cost.
+
+    With many tokens to serve the best model is smaller and trained longer (Sardana 2401.00448).
+    """
+
+    def total(sizes: Array) -> Array:
+        tokens = _tokens_for_loss(question, sizes, loss)
+        reached = np.isfinite(tokens)
+        spent = question.cost(sizes, np.where(reached, tokens, 1.0)) + question.overhead(sizes)
+        return np.where(reached, np.log(spent), np.inf)
+
+    size = _lowest(total, question.sizes, f"loss {loss:.3g}")
+    if isinstance(size, Refusal):
+        return size
+    tokens = _tokens_for_loss(question, np.array([size]), loss)
+    return Allocation(size, float(tokens[0]), loss, float(np.exp(total(np.array([size]))[0])))
+
+
+def _best_size(question: Question, theta: Array, budget: float) -> float | Refusal:
+    def loss(sizes: Array) -> Array:
+        tokens = _tokens_for_budget(question, sizes, budget)
+        affordable = tokens > 1.0
+        found = _loss(question, theta, sizes, np.maximum(tokens, 1.0))
+        return np.where(affordable, found, np.inf)
+
+    return _lowest(loss, question.sizes, f"a budget of {budget:.3g}")
+
+
+def _lowest(
+    value: Callable[[Array], Array], ends: tuple[float, float], what: str
+) -> float | Refusal:
+    """Where a function of size is lowest between two sizes, unless that is at an end."""
+    sizes = np.geomspace(*ends, SIZES)
+    values = value(sizes)
+    best = int(np.argmin(values))
+    if not np.isfinite(values[best]):
+        return Refusal("R-REACH", f"no size within the range reaches {what}", "ask for less")
+    if best in (0, SIZES - 1):
+        return Refusal(
+            "R-REACH",
+            f"for {what} the best size is at the end of the range, {sizes[best]:.3g}",
+            "widen the range of sizes that are counted",
+        )
+    for _ in range(REFINEMENTS):
+        low, high = sizes[max(best - 1, 0)], sizes[min(best + 1, len(sizes) - 1)]
+        sizes = np.geomspace(low, high, FINE)
+        values = value(sizes)
+        best = int(np.argmin(values))
+    return float(sizes[best])
+
+
+def _loss(question: Question, theta: Array, sizes: Array, tokens: Array) -> Array:
+    terms = question.fit.form.natural(theta, question.group)
+    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
+    by_data = np.exp(terms["B"] - terms["beta"] * np.log(tokens))
+    return np.exp(terms["E"]) + (by_size + by_data) ** np.exp(terms.get("power", 0.0))
+
+
+def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array:
+    """Training tokens that the budget leaves at each size, by bisection on the counted cost."""
+    left = budget - question.overhead(sizes)
+    low, high = (np.full(len(sizes), end) for end in LOG_TOKENS)
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        dear = question.cost(sizes, np.exp(middle)) > left
+        low, high = np.where(dear, low, middle), np.where(dear, middle, high)
+    return np.exp(low)
+
+
+def _tokens_for_loss(question: Question, sizes: Array, loss: float) -> Array:
+    """Tokens to reach a loss at each size; infinite where no number of them does."""
+    low, high = (np.full(len(sizes), end) for end in LOG_TOKENS)
+    theta = question.fit.theta
+    reachable = _loss(question, theta, sizes, np.exp(high)) < loss
+    for _ in range(BISECTIONS):
+        middle = 0.5 * (low + high)
+        short = _loss(question, theta, sizes, np.exp(middle)) > loss
+        low, high = np.where(short, middle, low), np.where(short, high, middle)
+    return np.where(reachable, np.exp(high), np.inf)

@@ -1,0 +1,191 @@
+"""Where the best models of each compute lie: frontiers with bands, best sizes, contours.
+
+Inside the data a band is the bootstrap's; beyond, it grows by what rolling forecasts of the same
+data erred by. At ten times the largest compute it ends: nothing is said there.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.compute_optimal.isoflop import Budget, exponents, grid_bias
+from analysis.effects.multipliers import reach
+from analysis.fitting.estimator import Fit
+from analysis.inference.backtest import BackTest
+from analysis.inference.bootstrap import UNDEFINED_SHARE, Interval, Replicates
+from analysis.laws.bound import log_loss
+from analysis.laws.law import Array, group_of
+from analysis.tables.frames import floats, keep, means
+from analysis.validity.checks import LARGEST_EXTRAPOLATION, RATIO_MARGIN, Raised, exponent_sum
+from analysis.validity.refusal import Refusal
+
+SIZES = 240
+CURVE = 60
+CONTOUR = 60
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One group of a fit: its rows, and what a token of a size costs."""
+
+    rows: pd.DataFrame
+    identity: dict[str, str]
+    cost: Callable[[Array], Array]
+
+
+def arm_of(fit: Fit, group: str, convention: str = "flops") -> Arm:
+    """A group with its FLOPs per token, log-log between sizes and straight beyond them."""
+    rows = fit.rows
+    if fit.law.by:
+        rows = keep(rows, np.array(group_of(rows, fit.law.by)) == group)
+    priced = rows.assign(cost=rows[convention] / rows["tokens"])
+    by_size = means(priced, ["parameters"], ["cost"]).sort_index()
+    logs, costs = np.log(np.asarray(by_size.index, dtype=float)), np.log(floats(by_size, "cost"))
+
+    def cost(sizes: Array) -> Array:
+        x = np.log(sizes)
+        inner = np.interp(x, logs, costs)
+        beyond = np.maximum(x - logs[-1], 0.0) + np.minimum(x - logs[0], 0.0)
+        return np.exp(inner + beyond)
+
+    names = ("architecture", "corpus")
+    return Arm(rows, {name: str(rows[name].iloc[0]) for name in names if name in rows}, cost)
+
+
+def best_sizes(fit: Fit, theta: Array, arm: Arm, compute: Array) -> tuple[Array, Array]:
+    """Ln of the best size at each compute, (replicates, compute), and whether it is an optimum.
+
+    D/N is kept within three times what was run: beyond, a law's tail would choose. A size at that
+    edge is the best one allowed, and no optimum.
+    """
+    rows = arm.rows
+    ratios = floats(rows, "tokens") / floats(rows, "parameters")
+    low, high = ratios.min() / RATIO_MARGIN, ratios.max() * RATIO_MARGIN
+    sizes = floats(rows, "parameters")
+    grid = np.geomspace(sizes.min(), sizes.max() * LARGEST_EXTRAPOLATION, SIZES)
+    tokens = compute[:, None] / arm.cost(grid)
+    inside = (tokens / grid >= low) & (tokens / grid <= high)
+    points = pd.DataFrame({"parameters": np.tile(grid, len(compute)), "tokens": tokens.ravel()})
+    design = fit.form.design(points.assign(flops=np.repeat(compute, SIZES), **arm.identity))
+    first, last = inside.argmax(axis=1), SIZES - 1 - inside[:, ::-1].argmax(axis=1)
+    best, interior = [], []
+    for each in theta:
+        loss = log_loss(design, each[None])[0].reshape(len(compute), SIZES)
+        loss = np.where(inside, loss, np.inf)
+        place = loss.argmin(axis=1)
+        best.append(np.log(grid)[place])
+        interior.append((place > first) & (place < last))
+    return np.array(best), np.array(interior)
+
+
+def frontier_with_band(
+    fit: Fit, replicates: Replicates, group: str, tested: BackTest, rivals: list[Fit]
+) -> pd.DataFrame:
+    """Lowest fitted loss at each compute to the wall, with a band and whether it is in the data.
+
+    Beyond the data the band holds the error of forecasts and how far the rival laws stand apart.
+    """
+    arm = arm_of(fit, group)
+    flops, seen = floats(arm.rows, "flops"), reach(arm.rows)
+    compute = np.geomspace(flops.min(), flops.max() * LARGEST_EXTRAPOLATION, CURVE)
+    logs = best_sizes(fit, fit.theta[None], arm, compute)[0][0]
+    points = pd.DataFrame({"parameters": np.exp(logs), "flops": compute})
+    points = points.assign(tokens=compute / arm.cost(np.exp(logs)), **arm.identity)
+    design = fit.form.design(points)
+    middle = log_loss(design, fit.theta[None])[0]
+    drawn = log_loss(design, replicates.theta)
+    low, high = (np.quantile(drawn, tail, axis=0) for tail in (0.025, 0.975))
+    decades = np.maximum(np.log10(compute / flops.max()), 0.0)
+    logs_of_rivals = [log_loss(each.form.design(points), each.theta[None])[0] for each in rivals]
+    spread = np.where(decades > 0, np.ptp(np.stack([middle, *logs_of_rivals]), axis=0), 0.0)
+    growth = np.hypot(2.0 * tested.rate * decades, spread)
+    return points.assign(
+        loss_nats=np.exp(middle),
+        low=np.exp(middle - np.hypot(replicates.stretch * np.maximum(middle - low, 0), growth)),
+        high=np.exp(middle + np.hypot(replicates.stretch * np.maximum(high - middle, 0), growth)),
+        inside=seen.was_run(np.exp(logs), floats(points, "tokens")) & (decades == 0.0),
+    )
+
+
+def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
+    """N*(C) and D*(C) of the fitted law inside the data's compute, with percentile bands.
+
+    Left out is a compute at which more than one draw of twenty has no optimum.
+    """
+    arm = arm_of(fit, group)
+    flops = floats(arm.rows, "flops")
+    compute = np.geomspace(flops.min(), flops.max(), 24)
+    draws = np.vstack([fit.theta[None], replicates.theta[:100]])
+    drawn, interior = best_sizes(fit, draws, arm, compute)
+    known = interior[0] & (interior.mean(axis=0) >= 1 - UNDEFINED_SHARE)
+    compute, size, drawn = compute[known], drawn[0, known], drawn[1:, known]
+    frame = pd.DataFrame({"flops": compute, "parameters": np.exp(size)}).assign(**arm.identity)
+    tokens = compute / arm.cost(np.exp(size))
+    ends = np.quantile(drawn, [0.025, 0.975], axis=0)
+    for name, end in zip(("low", "high"), ends, strict=True):
+        widened = np.exp(size + replicates.stretch * (end - size))
+        frame[f"parameters_{name}"] = widened
+        other = "high" if name == "low" else "low"
+        frame[f"tokens_{other}"] = compute / arm.cost(widened)
+    return frame.assign(tokens=tokens)
+
+
+def budget_warnings(curves: list[Budget], fit: Fit | None) -> Iterator[Raised]:
+    """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
+
+    The bias of a grid needs the law's own optimum; the sum of exponents is held against what the
+    accountant's cost of a token implies along the same minima.
+    """
+    yield from (each.warning for each in curves if each.warning is not None)
+    if fit is None:
+        return
+    arm = arm_of(fit, fit.form.groups[0])
+    compute = np.array([each.flops for each in curves])
+    logs, interior = best_sizes(fit, fit.theta[None], arm, compute)
+    for each, log, known in zip(curves, logs[0], interior[0], strict=True):
+        p = fit.parameters
+        raised = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
+        if raised is not None:
+            yield raised
+    slopes = exponents(curves)
+    if isinstance(slopes, Refusal):
+        return
+    ends = np.array([compute.min(), compute.max()])
+    size, tokens = slopes["parameters"].estimate, slopes["tokens"].estimate
+    usable = next(each.size for each in curves if isinstance(each.size, Interval))
+    sizes = usable.estimate * (ends / ends[0]) ** size
+    implied = size + float(np.diff(np.log(ends / arm.cost(sizes)))[0] / np.diff(np.log(ends))[0])
+    raised = exponent_sum(size, tokens, implied)
+    if raised is not None:
+        yield raised
+
+
+def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str) -> tuple:
+    """Slope of ln N* in ln C over the data's compute by one way of counting C: value and draws.
+
+    Not a number where a draw has no optimum between the sizes.
+    """
+    arm = arm_of(fit, group, convention)
+    flops = floats(arm.rows, convention)
+    compute = np.exp(np.quantile(np.log(flops), [0.15, 0.85]))
+    span = float(np.log(compute[1] / compute[0]))
+    values = []
+    for theta in (fit.theta[None], replicates.theta[:100]):
+        size, interior = best_sizes(fit, theta, arm, compute)
+        slope = (size[:, 1] - size[:, 0]) / span
+        values.append(np.where(interior.all(axis=1), slope, np.nan))
+    return float(values[0][0]), values[1]
+
+
+def contours(fit: Fit, group: str) -> pd.DataFrame:
+    """Fitted loss over (N, D), not a number where nothing near was run."""
+    arm = arm_of(fit, group)
+    seen = reach(arm.rows)
+    sizes = seen.grid()
+    tokens = np.geomspace(*seen.tokens, CONTOUR)
+    n, d = (each.ravel() for each in np.meshgrid(sizes, tokens))
+    points = pd.DataFrame({"parameters": n, "tokens": d, "flops": seen.cost(n) * d})
+    loss = np.exp(log_loss(fit.form.design(points.assign(**arm.identity)), fit.theta[None])[0])
+    return points.assign(loss_nats=np.where(seen.was_run(n, d), loss, np.nan), **arm.identity)

@@ -1,0 +1,125 @@
+"""How an answer changes with scale, with the way of counting, and with when a loss was read."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from analysis.compute_optimal.frontier import size_exponent
+from analysis.effects.multipliers import reach
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.inference.bootstrap import Interval, Replicates, replicate
+from analysis.laws.law import Array, group_of
+from analysis.tables.frames import floats, groups, keep, where
+from analysis.tables.run_table import FLOP_CONVENTIONS, Table
+from analysis.validity.refusal import Refusal
+
+SIZE_COUNTS = {"parameters": "all parameters", "non_embedding_parameters": "without embeddings"}
+SCALE = 25
+COUNT_COLUMNS = ["parameters counted", "FLOPs counted", "exponent", "low", "high"]
+SCALE_COLUMNS = ["baseline", "other", "parameters", "factor", "low", "high", "refused"]
+
+
+def multipliers_by_scale(
+    fit: Fit, replicates: Replicates, pairs: list[tuple[str, str]]
+) -> pd.DataFrame:
+    """Tokens that the baseline needs over those of the other arm, at each size; refused where not.
+
+    At each size the other arm is taken at the middle of its tokens. A point is refused where the
+    baseline cannot reach that loss in more than one replicate of twenty, or only with tokens that
+    it was not run with.
+    """
+    records = [row for pair in pairs for row in _by_scale(fit, replicates, pair)]
+    return pd.DataFrame(records, columns=pd.Index(SCALE_COLUMNS))
+
+
+def _by_scale(fit: Fit, replicates: Replicates, pair: tuple[str, str]) -> Iterator[tuple]:
+    labels = np.array(group_of(fit.rows, fit.law.by))
+    arms = {name: reach(keep(fit.rows, labels == name)) for name in pair}
+    baseline, other = pair
+    low = max(arm.parameters[0] for arm in arms.values())
+    high = min(arm.parameters[-1] for arm in arms.values())
+    tokens = float(np.exp(np.log(arms[other].tokens).mean()))
+    for size in np.geomspace(low, high, SCALE):
+        point, drawn = (
+            _log_multiplier(fit, theta, pair, (float(size), tokens))
+            for theta in (fit.theta[None], replicates.theta)
+        )
+        needed = float(np.exp(point[0])) * tokens if np.isfinite(point[0]) else np.inf
+        inside = bool(arms[baseline].was_run(np.array([size]), np.array([needed]))[0])
+        interval = replicates.interval(float(point[0]), drawn) if inside else None
+        if isinstance(interval, Interval):
+            ends = np.exp([interval.estimate, interval.low, interval.high])
+            yield (baseline, other, size, *ends, "")
+        else:
+            reason = interval.reason if isinstance(interval, Refusal) else "not run there"
+            yield (baseline, other, size, np.nan, np.nan, np.nan, reason)
+
+
+def _log_multiplier(
+    fit: Fit, theta: Array, pair: tuple[str, str], place: tuple[float, float]
+) -> Array:
+    """Ln of the iso-loss data multiplier; infinite where the baseline's floor lies above."""
+    size, tokens = place
+    base, other = (fit.form.natural(theta, name) for name in pair)
+    loss = (
+        np.exp(other["E"])
+        + np.exp(other["A"] - other["alpha"] * np.log(size))
+        + np.exp(other["B"] - other["beta"] * np.log(tokens))
+    )
+    left = loss - np.exp(base["E"]) - np.exp(base["A"] - base["alpha"] * np.log(size))
+    known = np.where(left > 0, left, 1.0)
+    needed = (base["B"] - np.log(known)) / base["beta"]
+    return np.where(left > 0, needed - np.log(tokens), np.inf)
+
+
+def counting(
+    rows: pd.DataFrame, joint: Fit, count: int, generator: np.random.Generator
+) -> pd.DataFrame:
+    """Exponent of N*(C) of the first arm under each way of counting N and C.
+
+    Args:
+        rows: decayed points of the neutral set.
+        joint: the law whose form is fitted again to the other counts.
+        count: bootstrap replicates.
+        generator: of the bootstrap.
+    """
+    records = []
+    for size_count, words in SIZE_COUNTS.items():
+        counted = rows.assign(parameters=floats(rows, size_count))
+        found = Estimator(delta=joint.delta, starts=6).fit(counted, joint.law)
+        if isinstance(found, Refusal):
+            continue
+        replicates = replicate(found, count, generator)
+        for convention, meaning in FLOP_CONVENTIONS.items():
+            value, drawn = size_exponent(found, replicates, found.form.groups[0], convention)
+            interval = replicates.interval(value, drawn) if np.isfinite(value) else None
+            if isinstance(interval, Interval):
+                records.append((words, meaning, value, interval.low, interval.high))
+    return pd.DataFrame(records, columns=pd.Index(COUNT_COLUMNS))
+
+
+def cooldown(table: Table) -> pd.DataFrame:
+    """Loss of each decayed point beside its trunk's at the same tokens, before decay.
+
+    The trunk's ln L is interpolated in ln D, never beyond its own points.
+    """
+    rows = where(table.rows, "evaluation_set", table.neutral_set)
+    hot = keep(rows, ~rows["decayed"].astype(bool))
+    done = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))
+    records = []
+    for (trunk,), points in groups(done, ["trunk_id"]):
+        line = where(hot, "trunk_id", trunk).sort_values("tokens")
+        if len(line) < 2:
+            continue
+        known, losses = np.log(floats(line, "tokens")), np.log(floats(line, "loss_nats"))
+        for row in points.to_dict("records"):
+            at = np.log(row["tokens"])
+            if known[0] <= at <= known[-1]:
+                before = float(np.exp(np.interp(at, known, losses)))
+                records.append(
+                    (row["architecture"], row["corpus"], row["parameters"], row["tokens"],
+                     before, row["loss_nats"], 100 * np.log(row["loss_nats"] / before))
+                )  # fmt: skip
+    columns = ["architecture", "corpus", "parameters", "tokens", "before", "after", "percent"]
+    return pd.DataFrame(records, columns=pd.Index(columns))

@@ -1,0 +1,129 @@
+"""Hoffmann's three ways to the exponents of N*(C) and D*(C), side by side with what biases each.
+
+Source: Hoffmann et al. 2203.15556, section 3. All three give exponents only where C = 6 N D; with
+another counter use `analysis.compute_optimal.allocation`, which asks the counter itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.compute_optimal.isoflop import budgets, exponents, grid_bias
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.inference.bootstrap import Interval, t_quantile
+from analysis.inference.cluster_robust import sandwich
+from analysis.laws.law import CHINCHILLA, Array
+from analysis.tables.frames import floats, groups
+from analysis.validity.checks import Raised, decay, exponent_sum
+from analysis.validity.refusal import Refusal
+
+GRID = 200
+LEAST_RUNS = 3
+ENDS = 2
+"""The smallest and the largest size win up to the ends of the data: their middle is unknown."""
+
+
+@dataclass(frozen=True)
+class Approach:
+    """What one way says: the exponents with intervals or a refusal, and its reservations."""
+
+    name: str
+    parameters: Interval | Refusal
+    tokens: Interval | Refusal
+    warnings: tuple[Raised, ...]
+
+
+def all_three(rows: pd.DataFrame, estimator: Estimator | None = None) -> tuple[Approach, ...]:
+    """Every approach on the same rows of one arm; unfinished checkpoints serve the first alone."""
+    finished = rows[rows["decayed"].astype(bool)] if "decayed" in rows else rows
+    assert isinstance(finished, pd.DataFrame)
+    law = (estimator or Estimator()).fit(finished.reset_index(drop=True), CHINCHILLA)
+    return envelope(rows), isoflop(finished, law), parametric(law)
+
+
+def envelope(rows: pd.DataFrame) -> Approach:
+    """Approach 1: at each compute the training curve that is lowest, and a line through those.
+
+    Curves are interpolated in ln C inside their own range. Points of one run are one cluster.
+    """
+    name = "1, envelope of training curves"
+    raised = decay(rows)
+    warnings = () if raised is None else (raised,)
+    key = "trunk_id" if "trunk_id" in rows else "run_id"
+    curves = []
+    for _, part in groups(rows, [key, "parameters"]):
+        part = part.sort_values("flops")
+        if len(part) > 1:
+            logs = np.log([floats(part, column) for column in ("flops", "loss_nats")])
+            curves.append((float(np.log(floats(part, "parameters")[0])), *logs))
+    winners = _winners(curves) if len(curves) >= LEAST_RUNS else np.empty((0, 2))
+    if len(np.unique(winners[:, 1])) < LEAST_RUNS + ENDS:
+        refused = Refusal(
+            "R-UNDER",
+            f"{len(curves)} training curves, of which {len(np.unique(winners[:, 1]))} sizes are "
+            f"ever lowest; {LEAST_RUNS + ENDS} are needed",
+            "keep checkpoints of more sizes",
+        )
+        return Approach(name, refused, refused, warnings)
+    slope = _slope_by_size(winners)
+    tokens = Interval(1 - slope.estimate, 1 - slope.high, 1 - slope.low, slope.method)
+    return Approach(name, slope, tokens, warnings)
+
+
+def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
+    """Approach 2: a parabola per budget; warns of the bias that a fitted law implies for it."""
+    name = "2, isoFLOP parabolas"
+    found = budgets(rows)
+    slopes = exponents(found)
+    if isinstance(slopes, Refusal):
+        return Approach(name, slopes, slopes, ())
+    warnings = [each.warning for each in found if each.warning is not None]
+    if isinstance(law, Fit):
+        p = law.parameters
+        total = p["alpha"] + p["beta"]
+        scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
+        for each in found:
+            optimum = scale * (each.flops / 6) ** (p["beta"] / total)
+            raised = grid_bias(each, p["alpha"], p["beta"], optimum)
+            warnings += [raised] if raised is not None else []
+    raised = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
+    warnings += [raised] if raised is not None else []
+    return Approach(name, slopes["parameters"], slopes["tokens"], tuple(warnings))
+
+
+def parametric(law: Fit | Refusal) -> Approach:
+    """Approach 3: beta / (alpha + beta) of the fitted law."""
+    name = "3, parametric law"
+    if isinstance(law, Refusal):
+        return Approach(name, law, law, ())
+    alpha, beta = law.parameters["alpha"], law.parameters["beta"]
+    direction = np.zeros(len(law.theta))
+    direction[law.form.labels.index("alpha")] = -beta / (alpha + beta) ** 2
+    direction[law.form.labels.index("beta")] = alpha / (alpha + beta) ** 2
+    spread = sandwich(law)
+    size = spread.interval(beta / (alpha + beta), direction)
+    tokens = spread.interval(alpha / (alpha + beta), -direction)
+    return Approach(name, size, tokens, ())
+
+
+def _winners(curves: list[tuple[float, Array, Array]]) -> Array:
+    """(ln C, ln N of the lowest curve) where at least two curves can be compared."""
+    ends = [curve[1][[0, -1]] for curve in curves]
+    compute = np.linspace(min(end[0] for end in ends), max(end[1] for end in ends), GRID)
+    losses = np.stack([np.interp(compute, logs, loss, np.inf, np.inf) for _, logs, loss in curves])
+    comparable = np.isfinite(losses).sum(axis=0) >= 2
+    sizes = np.array([size for size, _, _ in curves])[losses.argmin(axis=0)]
+    return np.stack([compute, sizes], axis=1)[comparable]
+
+
+def _slope_by_size(winners: Array) -> Interval:
+    """Slope of ln N on ln C; each size that wins somewhere is one point, at its middle compute."""
+    sizes = np.unique(winners[:, 1])[1:-1]
+    middle = np.array([winners[winners[:, 1] == size, 0].mean() for size in sizes])
+    x = middle - middle.mean()
+    slope = float(x @ sizes / (x @ x))
+    left = sizes - sizes.mean() - slope * x
+    half = t_quantile(len(sizes) - 2) * float(np.sqrt(left @ left / (len(sizes) - 2) / (x @ x)))
+    method = f"regression over the {len(sizes)} sizes that are lowest somewhere"
+    return Interval(slope, slope - half, slope + half, method)

@@ -1,0 +1,317 @@
+"""Many architectures side by side: each arm's loss against the lines that it must beat."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from analysis.effects.learning_rates import mixed_rates
+from analysis.inference.bootstrap import Interval, t_quantile
+from analysis.tables.frames import floats, keep, means, where
+from analysis.tables.run_table import Table
+from analysis.words.sentences import bracketed, with_unit
+
+LEAST_ARMS = 3
+IDENTITY = "identity"
+CONTEXTS = {1_024: "1k", 8_192: "8k", 65_536: "64k"}
+BEATS, TIES, WORSE = "beats", "does not beat", "does not beat, is worse"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where arms are compared: one corpus, one rung and the longest horizon finished there."""
+
+    corpus: str
+    rung: str
+    tokens: float
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One architecture at one place.
+
+    Attributes:
+        seeds: loss of each seed [nats per token].
+        loss: mean over seeds; with an interval only if some arm was run with two seeds.
+        against: line -> difference of loss to it, likewise.
+    """
+
+    architecture: str
+    parameters: float
+    seeds: np.ndarray
+    loss: Interval
+    against: dict[str, Interval]
+    training_flops_per_token: float
+    tokens_per_second: float
+    state_bytes: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All arms of one place, the best first.
+
+    Attributes:
+        lines: name of a line -> its loss [nats per token].
+        pooled_sd: standard deviation between seeds, pooled over the arms; NaN without repeats.
+        freedom: degrees of freedom of it.
+        notes: what was left out, and why.
+    """
+
+    place: Place
+    arms: tuple[ArmResult, ...]
+    lines: dict[str, float]
+    pooled_sd: float
+    freedom: int
+    line_tokens: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def compare_arms(table: Table) -> tuple[Comparison, ...]:
+    """Every place at which arms can be compared; none for a search over learning rates.
+
+    A sweep of two architectures and no baselines is compared pair by pair elsewhere.
+    """
+    many = len(table.levels("architecture")) >= LEAST_ARMS or len(table.baselines) > 0
+    if not many or mixed_rates(table) is not None:
+        return ()
+    rows = where(table.rows, "evaluation_set", table.neutral_set)
+    rows = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))
+    return tuple(_compared(table, place, mine) for place, mine in _places(table, rows))
+
+
+def verdict(difference: Interval) -> str:
+    """Whether an arm beats a line by more than the seed noise; empty without an interval."""
+    if not np.isfinite(difference.low):
+        return ""
+    if difference.high < 0:
+        return BEATS
+    return WORSE if difference.low > 0 else TIES
+
+
+def arms_table(comparisons: tuple[Comparison, ...]) -> pd.DataFrame:
+    """One row per arm and place, in numbers."""
+    return pd.DataFrame(
+        [_record(comparison, arm) for comparison in comparisons for arm in comparison.arms]
+    )
+
+
+def arms_shown(comparisons: tuple[Comparison, ...]) -> pd.DataFrame:
+    """The table as a reader sees it: digits that the intervals support, units in the head."""
+    records = []
+    for comparison in comparisons:
+        for arm in comparison.arms:
+            differences = {
+                f"less {name}": _difference(arm.against[name])
+                for name in comparison.lines
+                if name in arm.against
+            }
+            records.append(
+                {
+                    "corpus": comparison.place.corpus,
+                    "rung": comparison.place.rung,
+                    "architecture": arm.architecture,
+                    "seeds": str(len(arm.seeds)),
+                    "parameters": with_unit(arm.parameters),
+                    "loss [nats per token]": _loss(arm.loss),
+                    **differences,
+                    "training FLOPs a token": with_unit(arm.training_flops_per_token),
+                    "measured tokens/s": _count(arm.tokens_per_second),
+                    **{
+                        f"state at {label} [bytes]": _count(arm.state_bytes.get(context, np.nan))
+                        for context, label in CONTEXTS.items()
+                    },
+                }
+            )
+    shown = pd.DataFrame(records)
+    if len({each.place.corpus for each in comparisons}) < 2:
+        shown = shown.drop(columns="corpus", errors="ignore")
+    return shown
+
+
+def caption(comparison: Comparison) -> str:
+    """How the intervals of one place were made, and what they suppose."""
+    place = comparison.place
+    runs = sum(len(arm.seeds) for arm in comparison.arms)
+    text = f"n = {runs} seeds of {len(comparison.arms)} arms after {with_unit(place.tokens)} tokens"
+    if comparison.freedom:
+        text += (
+            f"; intervals: 95 %, from the standard deviation between seeds pooled over the arms, "
+            f"{comparison.pooled_sd:.2g} nats, and Student's t with {comparison.freedom} pooled "
+            "degrees of freedom. They suppose that seeds scatter alike in every arm, take seeds "
+            "of two arms as independent, and stand each for itself: no correction for their number."
+        )
+    else:
+        text += (
+            "; one seed an arm, so there is no interval and no verdict: differences may be luck."
+        )
+    counted = {tokens for tokens in comparison.line_tokens.values() if tokens != place.tokens}
+    if counted:
+        text += f" N-grams were counted on {', '.join(map(with_unit, sorted(counted)))} tokens."
+    return " ".join([text, *comparison.notes])
+
+
+def arm_lines(comparisons: tuple[Comparison, ...]) -> list[str]:
+    """The arms for a terminal: per place the best one, and which do not beat the lines."""
+    lines = []
+    for comparison in comparisons:
+        place, best = comparison.place, comparison.arms[0]
+        lines.append(
+            f"{place.rung} on {place.corpus}: lowest loss {best.architecture}, "
+            f"{_loss(best.loss)} nats per token, of {len(comparison.arms)} arms"
+            + ("." if comparison.freedom else ", one seed each: no interval, no verdict.")
+        )
+        lines += _line_words(comparison)
+    return lines
+
+
+def _line_words(comparison: Comparison) -> Iterator[str]:
+    others = [arm for arm in comparison.arms if arm.architecture != IDENTITY]
+    for name, loss in comparison.lines.items():
+        judged = {arm.architecture: verdict(arm.against[name]) for arm in others}
+        if not any(judged.values()):
+            above = [arm.architecture for arm in others if arm.against[name].estimate >= 0]
+            yield f"  {name} ({loss:.3f}): {', '.join(above) or 'no arm'} above it."
+            continue
+        losers = [arm for arm, words in judged.items() if words != BEATS]
+        found = f"by all but {', '.join(losers)}" if losers else f"by all {len(others)} arms"
+        if len(losers) == len(others):
+            found = f"by none of {len(others)} arms"
+        yield f"  {name} ({loss:.3f}) beaten by more than the seed noise: {found}."
+
+
+def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Place, pd.DataFrame]]:
+    for corpus in table.levels("corpus"):
+        for rung in table.levels("rung"):
+            mine = where(where(rows, "corpus", corpus), "rung", rung)
+            if len(mine):
+                horizon = float(floats(mine, "horizon_tokens").max())
+                yield Place(corpus, rung, horizon), where(mine, "horizon_tokens", horizon)
+
+
+def _compared(table: Table, place: Place, rows: pd.DataFrame) -> Comparison:
+    seeds = {
+        name: floats(means(mine, ["seed"], ["loss_nats"]), "loss_nats")
+        for name in table.levels("architecture")
+        if len(mine := where(rows, "architecture", name))
+    }
+    sd, freedom = pooled_sd(seeds)
+    models, line_tokens, notes = _models(table, place, rows)
+    lines = ({IDENTITY: float(seeds[IDENTITY].mean())} if IDENTITY in seeds else {}) | models
+    arms = [
+        ArmResult(
+            architecture=name,
+            parameters=float(floats(mine, "parameters")[0]),
+            seeds=losses,
+            loss=_interval(float(losses.mean()), sd * np.sqrt(1 / len(losses)), freedom),
+            against={
+                line: _interval(
+                    float(losses.mean()) - value,
+                    # The seeds of an arm scatter; n-grams are counted and do not.
+                    sd * np.sqrt(1 / len(losses) + (1 / len(seeds[line]) if line in seeds else 0)),
+                    freedom,
+                )
+                for line, value in lines.items()
+                if line != name
+            },
+            training_flops_per_token=float((mine["flops"] / mine["tokens"]).iloc[0]),
+            tokens_per_second=_speed(table.runs, mine),
+            state_bytes=_states(table.ladder, name, place.rung),
+        )
+        for name, losses in seeds.items()
+        for mine in [where(rows, "architecture", name)]
+    ]
+    ordered = tuple(sorted(arms, key=lambda arm: arm.loss.estimate))
+    return Comparison(place, ordered, lines, sd, freedom, line_tokens, notes)
+
+
+def pooled_sd(groups: Mapping[str, np.ndarray]) -> tuple[float, int]:
+    """Standard deviation pooled over groups, and its degrees of freedom; NaN without repeats."""
+    freedom = sum(len(values) - 1 for values in groups.values())
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in groups.values())
+    return (float(np.sqrt(squares / freedom)), freedom) if freedom else (float("nan"), 0)
+
+
+def _models(
+    table: Table, place: Place, rows: pd.DataFrame
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Losses of the n-grams that were measured on what the runs were measured on."""
+    found = where(
+        where(table.baselines, "corpus", place.corpus), "evaluation_set", table.neutral_set
+    )
+    targets = set(floats(rows, "targets"))
+    lines, counted, notes = {}, {}, ()
+    for order, nats, count, tokens in sorted(
+        zip(*(floats(found, c) for c in ("order", "total_nats", "targets", "tokens")), strict=True)
+    ):
+        if targets != {count}:
+            notes = ("N-grams measured on other targets than the runs are not shown.",)
+            continue
+        name = {1: "unigram", 2: "bigram"}.get(int(order), f"{order:.0f}-gram")
+        lines[name], counted[name] = nats / count, tokens
+    return lines, counted, notes
+
+
+def _interval(estimate: float, error: float, freedom: int) -> Interval:
+    half = t_quantile(freedom) * error if freedom else float("nan")
+    method = f"pooled t interval, {freedom} degrees of freedom" if freedom else "one seed"
+    return Interval(estimate, estimate - half, estimate + half, method)
+
+
+def _speed(runs: pd.DataFrame, rows: pd.DataFrame) -> float:
+    mine = keep(runs, runs["run_id"].isin(rows["run_id"]))
+    speeds = floats(mine, "tokens_per_second")
+    known = speeds[np.isfinite(speeds)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
+def _states(ladder: pd.DataFrame, architecture: str, rung: str) -> dict[int, float]:
+    mine = where(where(ladder, "architecture", architecture), "rung", rung)
+    known = dict(zip(floats(mine, "seq_len"), floats(mine, "state_bytes"), strict=True))
+    return {context: known[context] for context in CONTEXTS if context in known}
+
+
+def _record(comparison: Comparison, arm: ArmResult) -> dict[str, object]:
+    place = comparison.place
+    differences: dict[str, object] = {}
+    for name in comparison.lines:
+        found = arm.against.get(name)
+        if found is not None:
+            differences |= {
+                f"minus_{name}_nats": found.estimate,
+                f"minus_{name}_low": found.low,
+                f"minus_{name}_high": found.high,
+                f"verdict_{name}": verdict(found),
+            }
+    return {
+        "corpus": place.corpus,
+        "rung": place.rung,
+        "tokens": place.tokens,
+        "architecture": arm.architecture,
+        "seeds": len(arm.seeds),
+        "parameters": arm.parameters,
+        "loss_nats": arm.loss.estimate,
+        "low": arm.loss.low,
+        "high": arm.loss.high,
+        "own_seed_sd": float(np.std(arm.seeds, ddof=1)) if len(arm.seeds) > 1 else np.nan,
+        "pooled_seed_sd": comparison.pooled_sd,
+        "degrees_of_freedom": comparison.freedom,
+        **differences,
+        "training_flops_per_token": arm.training_flops_per_token,
+        "tokens_per_second_median": arm.tokens_per_second,
+        **{f"state_bytes_{label}": arm.state_bytes.get(c) for c, label in CONTEXTS.items()},
+    }
+
+
+def _loss(interval: Interval) -> str:
+    return bracketed(interval) if np.isfinite(interval.low) else f"{interval.estimate:.4f}"
+
+
+def _difference(interval: Interval) -> str:
+    if not np.isfinite(interval.low):
+        return f"{interval.estimate:+.4f}"
+    return f"{bracketed(interval)} {verdict(interval)}"
+
+
+def _count(value: float) -> str:
+    return with_unit(value) if np.isfinite(value) else ""

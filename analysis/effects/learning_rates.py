@@ -1,0 +1,222 @@
+"""A search over learning rates: the best rate of each cell, how sharp it is, and who tuned what."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from analysis.tables.frames import columns_of, floats, groups, keep, strings, where
+from analysis.tables.run_table import Table
+from analysis.validity.refusal import Refusal
+from analysis.words.sentences import with_unit
+
+CELL = ["architecture", "rung", "corpus", "horizon_tokens"]
+SEARCH = 3
+"""Learning rates in one cell from which a sweep counts as a search over them."""
+TRIAL_COLUMNS = [*CELL, "learning_rate", "loss_nats", "runs", "diverged", "uniform_nats"]
+
+
+def mixed_rates(table: Table) -> Refusal | None:
+    """Why a search over learning rates answers no question about architectures; None if it is none.
+
+    What the sweep was told to try counts, so that its first two points already are not mixed.
+    """
+    counts = [len(np.unique(floats(cell, "learning_rate"))) for _, cell in groups(table.runs, CELL)]
+    tried = max(len(table.rate_factors), *counts, 0)
+    if tried < SEARCH:
+        return None
+    return Refusal(
+        "R-TUNING",
+        f"this sweep is a search that tries {tried} learning rates in each cell: a difference "
+        "between its runs would mix the tuning with the architecture or the size",
+        "give each architecture the rate found here and run a sweep at these rates",
+    )
+
+
+def trials(table: Table) -> pd.DataFrame:
+    """One row per cell and learning rate that has ended, on the neutral set.
+
+    A diverged trial has no loss. Seeds are averaged; a rate at which one seed diverged, diverged.
+    """
+    ended = keep(table.runs, table.runs["status"].isin(["done", "diverged"]))
+    points = where(table.rows, "evaluation_set", table.neutral_set)
+    points = keep(points, points["decayed"].astype(bool) & (points["status"] == "done"))
+    losses = dict(zip(strings(points, "run_id"), floats(points, "loss_nats"), strict=True))
+    records = []
+    for key, runs in groups(ended, [*CELL, "learning_rate"]):
+        diverged = bool((runs["status"] == "diverged").any())
+        found = np.array([losses.get(run, np.nan) for run in strings(runs, "run_id")])
+        if not diverged and not np.isfinite(found).all():
+            continue
+        loss = np.nan if diverged else float(found.mean())
+        uniform = math.log(float(floats(runs, "vocab_size")[0]))
+        records.append((*key, loss, len(runs), diverged, uniform))
+    return pd.DataFrame(records, columns=pd.Index(TRIAL_COLUMNS))
+
+
+def search_table(table: Table) -> pd.DataFrame:
+    """One row per cell of a search: best rate, whether it is bracketed, and how sharp it is.
+
+    `factor` is the best rate over the rule's, which is the middle one of the tried rates unless
+    the sweep lists its factors; `refined_log2` is where a parabola in log2 of the rate, through
+    the best trial and its two neighbours, is lowest. `sensitivity_nats` follows Wortsman et al.
+    2023: the mean over the tried rates of the loss, capped at that of a uniform guess, less the
+    best loss. What needs every trial is missing while a trial is.
+    """
+    found = trials(table)
+    factors = table.rate_factors
+    if not factors and len(found):
+        most = max(len(cell) for _, cell in groups(found, CELL))
+        # Only the place of the 1 counts: the middle.
+        factors = tuple(2.0 ** (place - most // 2) for place in range(most))
+    records = [
+        {**dict(zip(CELL, key, strict=True)), **_searched(cell, factors)}
+        for key, cell in groups(found, CELL)
+    ]
+    return pd.DataFrame(records)
+
+
+def cells_of(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The trials of each panel: a rung, named with its corpus where there are several."""
+    several = len(set(found["corpus"])) > 1
+    horizons = len(set(found["horizon_tokens"])) > len(set(found["rung"]))
+    for (rung, corpus, horizon), rows in groups(found, CELL[1:]):
+        name = f"{rung} on {corpus}" if several else str(rung)
+        yield f"{name}, {with_unit(horizon)} tokens" if horizons else name, rows
+
+
+def search_shown(found: pd.DataFrame) -> pd.DataFrame:
+    """The table of a search as a reader sees it."""
+    if not len(found):
+        return found
+    shown = columns_of(found, ["architecture", "rung"]).copy()
+    if len(set(found["corpus"])) > 1:
+        shown["corpus"] = found["corpus"]
+    shown["trials"] = [
+        f"{done:.0f} of {planned:.0f}"
+        for done, planned in zip(floats(found, "trials"), floats(found, "planned"), strict=True)
+    ]
+    shown["diverged"] = found["diverged"].astype(str)
+    shown["best loss"] = _written(found, "best_loss_nats", "{:.4f}")
+    shown["best rate"] = _written(found, "best_rate", "{:.3g}")
+    shown["factor on the rule"] = _written(found, "factor", "{:.3g}")
+    shown["optimum"] = found["optimum"]
+    shown["refined optimum, log2 of the rate"] = _written(found, "refined_log2", "{:.2f}")
+    shown["refined factor"] = _written(found, "refined_factor", "{:.2f}")
+    shown["sensitivity [nats]"] = _written(found, "sensitivity_nats", "{:.3f}")
+    return shown
+
+
+def search_lines(table: Table) -> list[str]:
+    """What a search found, for a terminal: one line per architecture, then what is open."""
+    found = search_table(table)
+    if not len(found):
+        return ["Learning rates: no trial has ended yet."]
+    lines = ["Learning rates, best factor on the rule by rung:"]
+    for (name,), cells in groups(found, ["architecture"]):
+        lines.append(f"  {name}: {', '.join(_cell_words(row) for row in cells.to_dict('records'))}")
+    return [*lines, equal_trials(found)]
+
+
+def equal_trials(found: pd.DataFrame) -> str:
+    """Whether every arm had the same number of trials."""
+    counts = floats(found, "trials")
+    low, high = int(counts.min()), int(counts.max())
+    open_cells = int(np.sum(strings(found, "optimum") == "not bracketed"))
+    tail = f" {open_cells} of {len(found)} optima lie at the edge of the tried rates."
+    if low == high:
+        return f"Equal tuning: {low} trials in each cell of every arm.{tail}"
+    return f"Tuning is not equal so far: between {low} and {high} trials a cell.{tail}"
+
+
+def tuning_table(tuning: dict) -> pd.DataFrame:
+    """What each architecture's learning rate scale is, and what speaks for it."""
+    records = [
+        {
+            "architecture": name,
+            "learning rate scale": f"{float(entry.get('learning_rate_scale', 1.0)):g}",
+            "evidence": str(entry.get("evidence") or "") or "none stated",
+        }
+        for name, entry in tuning.items()
+    ]
+    return pd.DataFrame(records)
+
+
+def tuning_sentence(tuning: dict) -> str:
+    """Whether the arms were tuned alike; a warning where some were and others were not."""
+    bare = [name for name, entry in tuning.items() if not entry.get("evidence")]
+    scales = {float(entry.get("learning_rate_scale", 1.0)) for entry in tuning.values()}
+    if not tuning:
+        return ""
+    if not bare:
+        return "Every arm's learning rate scale rests on stated evidence."
+    if len(bare) < len(tuning):
+        return (
+            f"Warning: tuning is unequal. No evidence is stated for {', '.join(bare)}, but it is "
+            "for the other arms: a difference between them may be one of tuning."
+        )
+    if len(scales) > 1:
+        return (
+            "Warning: the arms differ in their learning rate scale, and no evidence is stated for "
+            "any of them: a difference between them may be one of tuning."
+        )
+    return (
+        "No arm was tuned by itself: all run at the rung's rate, and no evidence is stated. An arm "
+        "whose best rate lies elsewhere is at a disadvantage."
+    )
+
+
+def _searched(cell: pd.DataFrame, factors: tuple[float, ...]) -> dict[str, object]:
+    cell = cell.sort_values("learning_rate")
+    rates, losses = floats(cell, "learning_rate"), floats(cell, "loss_nats")
+    finite, complete = np.isfinite(losses), len(cell) == len(factors)
+    record: dict[str, object] = {
+        "trials": len(cell),
+        "planned": len(factors),
+        "diverged": int(floats(cell, "diverged").sum()),
+        "best_loss_nats": np.nan,
+        "best_rate": np.nan,
+        "factor": np.nan,
+        "optimum": "every trial diverged" if complete else "trials missing",
+        "refined_log2": np.nan,
+        "refined_factor": np.nan,
+        "sensitivity_nats": np.nan,
+    }
+    if not finite.any():
+        return record
+    best = int(np.nanargmin(losses))
+    record |= {"best_loss_nats": losses[best], "best_rate": rates[best]}
+    if not complete:
+        return record
+    rule = rates[0] / factors[0]
+    capped = np.minimum(np.where(finite, losses, np.inf), floats(cell, "uniform_nats"))
+    interior = 0 < best < len(rates) - 1
+    refined = _vertex(np.log2(rates), losses, best) if interior else np.nan
+    return record | {
+        "factor": rates[best] / rule,
+        "optimum": "interior" if interior else "not bracketed",
+        "refined_log2": refined,
+        "refined_factor": 2.0**refined / rule,
+        "sensitivity_nats": float(np.mean(capped - losses[best])),
+    }
+
+
+def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> float:
+    """Where the parabola through the best point and its neighbours is lowest."""
+    near = slice(best - 1, best + 2)
+    if not np.isfinite(y[near]).all():
+        return math.nan
+    curvature, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
+    return float(x[best] - slope / (2 * curvature)) if curvature > 0 else math.nan
+
+
+def _written(found: pd.DataFrame, column: str, form: str) -> list[str]:
+    return [form.format(value) if np.isfinite(value) else "" for value in floats(found, column)]
+
+
+def _cell_words(row: dict) -> str:
+    if not np.isfinite(row["factor"]):
+        return f"{row['rung']} {row['optimum']}"
+    note = "" if row["optimum"] == "interior" else f" ({row['optimum']})"
+    return f"{row['rung']} {row['factor']:.3g}{note}"

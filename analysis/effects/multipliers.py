@@ -1,0 +1,233 @@
+"""What a difference is worth in tokens or in compute: iso-loss multipliers and frontiers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.fitting.estimator import Fit
+from analysis.inference.bootstrap import Interval, Replicates
+from analysis.laws.law import Array, group_of
+from analysis.tables.frames import floats, keep
+from analysis.validity.refusal import Refusal
+
+SIZES = 60
+LOSSES = 81
+CURVE = 80
+ROUNDING = 1e-3
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """How much more the baseline needs than the other arm to reach one loss.
+
+    Attributes:
+        factor: above 1, the baseline needs more: the other arm is more efficient.
+        size: parameters of both arms, or None where each has its best size.
+    """
+
+    quantity: str
+    baseline: str
+    other: str
+    factor: Interval
+    loss_nats: float
+    size: float | None
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one arm has been run with: sizes, and by size its tokens and FLOPs per token.
+
+    Tokens of a size lie between runs: inside the convex hull of all runs in ln N and ln D. In a
+    design of budgets no size has a second horizon, and the hull is what its parabolas span.
+    """
+
+    parameters: Array
+    fewest_tokens: Array
+    most_tokens: Array
+    flops_per_token: Array
+
+    @property
+    def tokens(self) -> tuple[float, float]:
+        """The fewest and the most tokens of any size."""
+        return float(self.fewest_tokens.min()), float(self.most_tokens.max())
+
+    def was_run(self, sizes: Array, tokens: Array) -> Array:
+        """Whether points lie between runs."""
+        logs, known = np.log(sizes), np.log(self.parameters)
+        low = np.interp(logs, known, np.log(self.fewest_tokens)) - ROUNDING
+        high = np.interp(logs, known, np.log(self.most_tokens)) + ROUNDING
+        return (np.log(tokens) >= low) & (np.log(tokens) <= high)
+
+    def cost(self, sizes: Array) -> Array:
+        """Headline FLOPs per token of a size, log-log between the sizes that were run."""
+        logs = np.interp(np.log(sizes), np.log(self.parameters), np.log(self.flops_per_token))
+        return np.exp(logs)
+
+    def grid(self) -> Array:
+        """Sizes between the smallest and the largest that were run."""
+        return np.geomspace(self.parameters[0], self.parameters[-1], SIZES)
+
+
+def reach(rows: pd.DataFrame) -> Reach:
+    """The range of one arm's runs."""
+    priced = rows.assign(cost=rows["flops"] / rows["tokens"])
+    sizes, place = np.unique(floats(rows, "parameters"), return_inverse=True)
+    tokens, cost = floats(priced, "tokens"), floats(priced, "cost")
+    of_size = [place == index for index in range(len(sizes))]
+    fewest = np.array([tokens[mine].min() for mine in of_size])
+    most = np.array([tokens[mine].max() for mine in of_size])
+    return Reach(
+        sizes,
+        1.0 / _upper_hull(sizes, 1.0 / fewest),
+        _upper_hull(sizes, most),
+        np.array([cost[mine].mean() for mine in of_size]),
+    )
+
+
+def _upper_hull(sizes: Array, values: Array) -> Array:
+    """The least concave curve above values, log-log, at each of the rising sizes."""
+    x, y = np.log(sizes), np.log(values)
+    corners = [0]
+    for right in range(1, len(x)):
+        while len(corners) > 1:
+            left, middle = corners[-2:]
+            chord = (y[right] - y[left]) * (x[middle] - x[left])
+            if (y[middle] - y[left]) * (x[right] - x[left]) > chord:
+                break
+            corners.pop()
+        corners.append(right)
+    return np.exp(np.interp(x, x[corners], y[corners]))
+
+
+def frontier(fit: Fit, group: str) -> pd.DataFrame:
+    """The lowest fitted loss at each compute inside one arm's sizes and tokens."""
+    arm = reach(rows_of(fit, group))
+    sizes = arm.grid()
+    cost = arm.cost(sizes)
+    compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
+    tokens = compute[:, None] / cost
+    terms = fit.form.natural(fit.theta[None], group)
+    loss = np.where(arm.was_run(sizes, tokens), _loss(terms, sizes, tokens), np.inf)
+    best = loss.argmin(axis=1)
+    index = np.arange(CURVE)
+    curve = pd.DataFrame(
+        {
+            "flops": compute,
+            "loss_nats": loss[index, best],
+            "parameters": sizes[best],
+            "tokens": tokens[index, best],
+        }
+    )
+    return keep(curve, np.isfinite(floats(curve, "loss_nats")))
+
+
+def data_multiplier(
+    fit: Fit, replicates: Replicates, baseline: str, other: str
+) -> Multiplier | Refusal:
+    """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
+    arms = {name: reach(rows_of(fit, name)) for name in (baseline, other)}
+    size = float(np.exp(np.log(floats(rows_of(fit, baseline), "parameters")).mean()))
+    bounds = {
+        name: _loss(fit.form.natural(fit.theta[None], name), size, np.array(arm.tokens))[0]
+        for name, arm in arms.items()
+    }
+    low = max(float(each.min()) for each in bounds.values())
+    high = min(float(each.max()) for each in bounds.values())
+    if low >= high:
+        return Refusal(
+            "R-REACH",
+            f"at {size:.3g} parameters {other} and {baseline} reach no common loss",
+            "add horizons so that the arms' losses overlap",
+        )
+    loss = float(np.sqrt(low * high))
+    point, spread = (
+        np.log(tokens_for(fit, theta, baseline, size, loss))
+        - np.log(tokens_for(fit, theta, other, size, loss))
+        for theta in (fit.theta[None], replicates.theta)
+    )
+    interval = replicates.interval(float(point[0]), spread)
+    if isinstance(interval, Refusal):
+        return interval
+    return Multiplier("tokens", baseline, other, interval.mapped(_exp), loss, size)
+
+
+def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
+    """A loss on both arms' frontiers whose compute-optimal points were run by both."""
+    curves = [floats(frontier(fit, name), "loss_nats") for name in (baseline, other)]
+    low, high = max(curve.min() for curve in curves), min(curve.max() for curve in curves)
+    if low >= high:
+        return Refusal(
+            "R-REACH",
+            f"the frontiers of {other} and {baseline} reach no common loss",
+            "add sizes or horizons so that the arms' losses overlap",
+        )
+    losses = np.geomspace(low, high, LOSSES)[np.argsort(np.abs(np.arange(LOSSES) - LOSSES // 2))]
+    for loss in losses:
+        if all(_optimum_is_inside(fit, name, float(loss)) for name in (baseline, other)):
+            break
+    else:
+        return Refusal(
+            "R-REACH",
+            "no loss has both compute-optimal points inside the sizes and tokens that were run",
+            "add horizons around the frontier",
+        )
+    return float(loss)
+
+
+def compute_multiplier(
+    fit: Fit, replicates: Replicates, baseline: str, other: str
+) -> Multiplier | Refusal:
+    """Training FLOPs the baseline needs over those the other arm needs, each at its best size."""
+    loss = common_loss(fit, baseline, other)
+    if isinstance(loss, Refusal):
+        return loss
+    point, spread = (
+        np.log(_flops_for(fit, theta, baseline, loss)) - np.log(_flops_for(fit, theta, other, loss))
+        for theta in (fit.theta[None], replicates.theta)
+    )
+    interval = replicates.interval(float(point[0]), spread)
+    if isinstance(interval, Refusal):
+        return interval
+    return Multiplier("training FLOPs", baseline, other, interval.mapped(_exp), loss, None)
+
+
+def _exp(value: float) -> float:
+    return float(np.exp(value))
+
+
+def rows_of(fit: Fit, group: str) -> pd.DataFrame:
+    """The rows of one group of a fit."""
+    return keep(fit.rows, np.array(group_of(fit.rows, fit.law.by)) == group)
+
+
+def _loss(terms: dict[str, Array], sizes: Array | float, tokens: Array) -> Array:
+    """Fitted loss for one parameter vector; `terms` holds arrays of one element."""
+    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
+    by_data = np.exp(terms["B"] - terms["beta"] * np.log(np.atleast_2d(tokens)))
+    return np.exp(terms["E"]) + by_size + by_data
+
+
+def tokens_for(fit: Fit, theta: Array, group: str, sizes: Array | float, loss: float) -> Array:
+    """Tokens to reach a loss, (replicates,) or (replicates, sizes); infinite where it cannot."""
+    terms = fit.form.natural(theta, group)
+    if isinstance(sizes, np.ndarray):
+        terms = {name: value[:, None] for name, value in terms.items()}
+    left = loss - np.exp(terms["E"]) - np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
+    reachable = left > 0
+    logs = (terms["B"] - np.log(np.where(reachable, left, 1.0))) / terms["beta"]
+    return np.where(reachable, np.exp(np.clip(logs, -700, 700)), np.inf)
+
+
+def _flops_for(fit: Fit, theta: Array, group: str, loss: float) -> Array:
+    arm = reach(rows_of(fit, group))
+    sizes = arm.grid()
+    return (tokens_for(fit, theta, group, sizes, loss) * arm.cost(sizes)).min(axis=1)
+
+
+def _optimum_is_inside(fit: Fit, group: str, loss: float) -> bool:
+    arm = reach(rows_of(fit, group))
+    sizes = arm.grid()
+    tokens = tokens_for(fit, fit.theta[None], group, sizes, loss)[0]
+    best = (tokens * arm.cost(sizes)).argmin()
+    return bool(np.isfinite(tokens[best]) and arm.was_run(sizes, tokens)[best])

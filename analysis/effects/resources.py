@@ -1,0 +1,148 @@
+"""What a difference is worth in parameters, in seconds and in bytes of memory.
+
+Beside the tokens and FLOPs of `analysis.effects.multipliers`: how much more of a resource the
+baseline needs than the other arm to reach one loss that both have reached. Seconds and bytes are
+those that were measured at the sizes that were run, log-log between them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from analysis.effects.multipliers import Multiplier, common_loss, reach, rows_of, tokens_for
+from analysis.fitting.estimator import Fit
+from analysis.inference.bootstrap import Replicates
+from analysis.laws.law import Array
+from analysis.tables.frames import floats, keep
+from analysis.validity.refusal import Refusal
+
+
+@dataclass(frozen=True)
+class Resource:
+    """What is counted, and in which column it was measured.
+
+    Attributes:
+        kind: `rate` for a speed in tokens per second, whose inverse is paid per token; `held` for
+            what a model of a size occupies, however long it is trained.
+    """
+
+    quantity: str
+    column: str
+    kind: Literal["rate", "held"]
+
+
+WALL_CLOCK = Resource("training seconds", "tokens_per_second", "rate")
+TRAINING_MEMORY = Resource("bytes in training", "peak_bytes", "held")
+DECODING_STATE = Resource("bytes of decoding state", "state_bytes", "held")
+
+
+def resource_multiplier(
+    fit: Fit, replicates: Replicates, pair: tuple[str, str], resource: Resource
+) -> Multiplier | Refusal:
+    """A resource the baseline needs over that the other arm needs, each at its cheapest size.
+
+    `pair` is (baseline, other). What is held is taken at the cheapest size that reaches the loss
+    with the most tokens that the arm was run with.
+    """
+    baseline, other = pair
+    prices = {}
+    for name in pair:
+        price = _price(rows_of(fit, name), resource)
+        if isinstance(price, Refusal):
+            return price
+        prices[name] = price
+    loss = common_loss(fit, baseline, other)
+    if isinstance(loss, Refusal):
+        return loss
+    point, spread = (
+        np.log(_least(fit, theta, baseline, (loss, prices[baseline], resource)))
+        - np.log(_least(fit, theta, other, (loss, prices[other], resource)))
+        for theta in (fit.theta[None], replicates.theta)
+    )
+    if not np.isfinite(point[0]):
+        return Refusal(
+            "R-REACH",
+            f"no size that was run reaches {loss:.4g} nats with the tokens that were run",
+            "add horizons",
+        )
+    interval = replicates.interval(float(point[0]), spread)
+    if isinstance(interval, Refusal):
+        return interval
+    factor = interval.mapped(lambda value: float(np.exp(value)))
+    return Multiplier(resource.quantity, baseline, other, factor, loss, None)
+
+
+def parameter_multiplier(
+    fit: Fit, replicates: Replicates, baseline: str, other: str
+) -> Multiplier | Refusal:
+    """Parameters the baseline needs over those the other arm needs, at equal tokens and loss."""
+    rows = {name: rows_of(fit, name) for name in (baseline, other)}
+    tokens = float(np.exp(np.log(floats(rows[baseline], "tokens")).mean()))
+    ends = []
+    for name, mine in rows.items():
+        sizes = np.array([floats(mine, "parameters").min(), floats(mine, "parameters").max()])
+        ends.append(_loss(fit, name, sizes, tokens))
+    low, high = max(end.min() for end in ends), min(end.max() for end in ends)
+    if low >= high:
+        return Refusal(
+            "R-REACH",
+            f"at {tokens:.3g} tokens {other} and {baseline} reach no common loss",
+            "add sizes so that the arms' losses overlap",
+        )
+    loss = float(np.sqrt(low * high))
+    point, spread = (
+        np.log(_size_for(fit, theta, baseline, (tokens, loss)))
+        - np.log(_size_for(fit, theta, other, (tokens, loss)))
+        for theta in (fit.theta[None], replicates.theta)
+    )
+    interval = replicates.interval(float(point[0]), spread)
+    if isinstance(interval, Refusal):
+        return interval
+    factor = interval.mapped(lambda value: float(np.exp(value)))
+    return Multiplier("parameters", baseline, other, factor, loss, None)
+
+
+def _price(rows: pd.DataFrame, resource: Resource) -> tuple[Array, Array] | Refusal:
+    """Sizes that were measured, and the price of a token or of a model at each."""
+    known = keep(rows, rows[resource.column].notna()) if resource.column in rows else rows.iloc[:0]
+    if not len(known):
+        return Refusal(
+            "R-REACH",
+            f"no run has {resource.column}, which {resource.quantity} are counted from",
+            f"add a column {resource.column}",
+        )
+    sizes, place = np.unique(floats(known, "parameters"), return_inverse=True)
+    values = floats(known, resource.column)
+    medians = np.array([np.median(values[place == index]) for index in range(len(sizes))])
+    return sizes, 1.0 / medians if resource.kind == "rate" else medians
+
+
+def _least(
+    fit: Fit, theta: Array, group: str, what: tuple[float, tuple[Array, Array], Resource]
+) -> Array:
+    """The least of a resource that reaches a loss, (replicates,); infinite where nothing does."""
+    loss, (measured, prices), resource = what
+    arm = reach(rows_of(fit, group))
+    sizes = arm.grid()
+    price = np.exp(np.interp(np.log(sizes), np.log(measured), np.log(prices)))
+    tokens = tokens_for(fit, theta, group, sizes, loss)
+    if resource.kind == "rate":
+        return (tokens * price).min(axis=1)
+    most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
+    return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)
+
+
+def _size_for(fit: Fit, theta: Array, group: str, at: tuple[float, float]) -> Array:
+    tokens, loss = at
+    terms = fit.form.natural(theta, group)
+    left = loss - np.exp(terms["E"]) - np.exp(terms["B"] - terms["beta"] * np.log(tokens))
+    logs = (terms["A"] - np.log(np.where(left > 0, left, 1.0))) / terms["alpha"]
+    return np.where(left > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
+
+
+def _loss(fit: Fit, group: str, sizes: Array, tokens: float) -> Array:
+    terms = fit.form.natural(fit.theta, group)
+    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
+    return np.exp(terms["E"]) + by_size + np.exp(terms["B"] - terms["beta"] * np.log(tokens))

@@ -1,0 +1,17 @@
+"""Every figure of a report, in the order of the page."""
+
+from analysis.figures import panels as figures
+from analysis.figures.effect_figures import draw_effects
+from analysis.figures.law_figures import draw_laws
+from analysis.figures.point_figures import Plate, draw_points
+from analysis.study.findings import Findings
+from analysis.study.study import Study
+
+
+def draw(study: Study, found: Findings | None) -> list[Plate]:
+    """The figures that a sweep's points allow; without findings, those of the points alone."""
+    plates = draw_points(study)
+    if found is None:
+        return plates
+    with figures.styled():
+        return [*plates, *draw_effects(study, found), *draw_laws(study, found)]

@@ -1,0 +1,168 @@
+"""The figures about effects and what they are sensitive to: title, caption and data of each."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from analysis.effects.loss_to_loss import Transfer
+from analysis.effects.variance_shares import COMPONENTS, Decomposition
+from analysis.figures import effect_panels as figures_effect
+from analysis.figures import panels as figures
+from analysis.figures.law_figures import fitted_points, panels
+from analysis.figures.point_figures import Plate
+from analysis.fitting.estimator import Fit
+from analysis.study.findings import Findings
+from analysis.study.study import Study
+from analysis.tables.frames import floats, keep, strings, where
+from analysis.words.sentences import bracketed, law_words, with_unit
+
+
+def draw_effects(study: Study, found: Findings) -> Iterator[Plate]:
+    """The figures about effects that a study supports."""
+    shares = {n: each for n, each in found.shares.items() if isinstance(each, Decomposition)}
+    if shares:
+        yield _shares(shares)
+    lines = {n: each for n, each in found.transfers.items() if isinstance(each, Transfer)}
+    if lines:
+        yield _transfer(study, lines)
+    if len(found.by_scale):
+        yield _multipliers(study, found)
+    if len(found.counting):
+        yield _counting(study, found)
+    if len(found.cooldown):
+        yield _cooldown(study, found)
+    if found.advice is not None and found.shown is not None and isinstance(found.shown.fit, Fit):
+        yield _design(found, found.shown.fit)
+
+
+def _shares(found: dict[str, Decomposition]) -> Plate:
+    figure = Figure(figsize=(8.8, 1.6 + 0.75 * len(found)), layout="constrained")
+    figures_effect.plot_shares(figure.add_subplot(), found)
+    name, first = next(iter(found.items()))
+    percent = {n: first.shares[n].mapped(lambda value: 100 * value) for n in COMPONENTS}
+    title = (
+        f"On {name}, corpus explains {bracketed(percent['corpus'])} % and architecture "
+        f"{bracketed(percent['architecture'])} % of the variance at equal N and D"
+    )
+    caption = (
+        f"n = {first.cells} matched cells of {first.sizes} sizes; sums of squares of ln L with a "
+        "level for each cell, main effects averaged over both orders. Bars below: 95 % interval of "
+        "the corpus and the architecture share, bootstrap over sizes. No law is fitted."
+    )
+    records = [
+        {"evaluation_set": n, "component": c, "share": each.shares[c].estimate,
+         "low": each.shares[c].low, "high": each.shares[c].high,
+         "sd_of_ln_loss": each.deviations[c].estimate, "interval": each.shares[c].method}
+        for n, each in found.items()
+        for c in COMPONENTS
+    ]  # fmt: skip
+    return Plate("variance_shares", title, caption, figure, pd.DataFrame(records))
+
+
+def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
+    architectures, corpora = study.table.levels("architecture"), study.table.levels("corpus")
+    figure, axes = panels(list(found), "", "evaluated on ", shared=False)
+    ends = {
+        ax: figures_effect.plot_transfer(ax, each, corpora, architectures)
+        for ax, each in zip(axes, found.values(), strict=True)
+    }
+    for ax, labels in ends.items():
+        figures.label_ends(ax, labels)
+    for place, name in enumerate(architectures):
+        axes[0].plot([], [], figures.MARKERS[place % 6], color=figures.FAINT, label=name)
+    axes[0].legend(frameon=False, fontsize=8.5)
+    name, first = next(iter(found.items()))
+    largest = max(first.shifts, key=lambda key: abs(first.shifts[key].estimate))
+    shift = first.shifts[largest].mapped(lambda value: 100 * float(np.expm1(value)))
+    title = (
+        f"At equal neutral loss, {largest[1]} shifts the loss on {name} most: {bracketed(shift)} %"
+    )
+    caption = (
+        f"n = {len(first.points)} runs at matched cells; colours and fillings: corpora, markers: "
+        "architectures. Shift of a line in ln L that has one slope for all arms, 95 % interval by "
+        "bootstrap over sizes."
+    )
+    data = pd.concat([each.points.assign(evaluation_set=n) for n, each in found.items()])
+    return Plate("loss_to_loss", title, caption, figure, data)
+
+
+def _multipliers(study: Study, found: Findings) -> Plate:
+    figure = Figure(figsize=(6.4, 3.7), layout="constrained")
+    ax = figure.add_subplot()
+    figures.label_ends(ax, figures_effect.plot_multipliers(ax, found.by_scale))
+    known = keep(found.by_scale, found.by_scale["factor"].notna())
+    refused = 1 - len(known) / len(found.by_scale)
+    parts = [
+        f"{name} {floats(rows, 'factor').min():.2g} to {floats(rows, 'factor').max():.2g}"
+        for name in dict.fromkeys(strings(known, "other").tolist())
+        for rows in [where(known, "other", name)]
+    ]
+    title = f"Worth in tokens where not refused: {'; '.join(parts) or 'refused everywhere'}"
+    baseline = str(found.by_scale["baseline"].iloc[0])
+    caption = (
+        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}; baseline "
+        f"{baseline}. Bands: 95 % bootstrap interval. Refused at {refused:.0%} of the places: the "
+        "baseline reaches that loss nowhere that it was run, or not in one replicate of twenty."
+    )
+    return Plate("multipliers_by_size", title, caption, figure, found.by_scale)
+
+
+def _counting(study: Study, found: Findings) -> Plate:
+    rows = found.counting
+    figure = Figure(figsize=(8.8, 1.1 + 0.5 * len(rows)), layout="constrained")
+    figures_effect.plot_counting(figure.add_subplot(), rows)
+    values = floats(rows, "exponent")
+    title = (
+        f"The exponent of the best N runs from {values.min():.2f} to {values.max():.2f} by counting"
+    )
+    caption = (
+        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}, first arm; "
+        "bars: 95 % bootstrap interval. The same runs, counted otherwise."
+    )
+    return Plate("counting", title, caption, figure, rows)
+
+
+def _cooldown(study: Study, found: Findings) -> Plate:
+    rows = found.cooldown
+    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    ax = figure.add_subplot()
+    figures_effect.plot_cooldown(ax, rows, study.table.levels("architecture"))
+    sizes, change = np.log(floats(rows, "parameters")), floats(rows, "percent")
+    slope = float(np.polyfit(sizes, change, 1)[0]) * np.log(10) if np.ptp(sizes) > 0 else 0.0
+    title = (
+        f"Decay of the learning rate changes loss by {np.median(change):+.1f} % (median), "
+        f"{round(slope, 1) + 0.0:+.1f} % more per decade of N"
+    )
+    caption = (
+        f"n = {len(rows)} decayed points beside their trunk at the same tokens, interpolated in ln "
+        "D; no law, no interval. A loss that is read before the decay is biased by this much."
+    )
+    return Plate("cooldown", title, caption, figure, rows)
+
+
+def _design(found: Findings, fit: Fit) -> Plate:
+    assert found.advice is not None
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    identity = {name: found.options[name].iloc[0] for name in ("architecture", "corpus")}
+    done = where(where(fit.rows, "architecture", identity["architecture"]), "corpus",
+                 identity["corpus"])  # fmt: skip
+    advised = found.advice.runs
+    figures_effect.plot_design(figure.add_subplot(), found.options, done, advised)
+    fits = where(advised, "role", "fit")
+    title = "No further run is proposed: " + found.advice.stop
+    if len(fits):
+        after, cost = 100 * float(floats(fits, "half_width")[-1]), floats(fits, "flops").sum()
+        title = (
+            f"{len(fits)} more runs, {with_unit(float(cost))}FLOP in all, take the "
+            f"forecast at ten times the compute from +-{100 * found.advice.half_width:.2g} % to "
+            f"+-{after:.2g} %"
+        )
+    caption = (
+        f"n = {len(done)} runs of {identity['architecture']} on {identity['corpus']} (circles). "
+        f"Local information under {law_words(fit.law)} and a law with an outer exponent, averaged "
+        "over bootstrap draws; half-widths of 95 % intervals are expected, not measured. 'test': a "
+        "large run that no fit may use."
+    )
+    return Plate("design_map", title, caption, figure, pd.concat([advised, found.options]))

@@ -1,0 +1,271 @@
+"""The figures about fitted laws: title from the numbers, caption with n, law and interval."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.compute_optimal.isoflop import Budget
+from analysis.figures import law_panels as figures_law
+from analysis.figures import panels as figures
+from analysis.figures.point_figures import Plate
+from analysis.fitting.estimator import Fit
+from analysis.inference.bootstrap import Interval
+from analysis.study.findings import Findings
+from analysis.study.study import FittedLaw, Study
+from analysis.tables.frames import columns_of, floats, keep, where
+from analysis.validity.refusal import Refusal
+from analysis.words.sentences import law_words, with_unit
+
+
+def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:
+    """The figures about laws that a study supports."""
+    if len(found.frontiers):
+        yield _frontier(study, found)
+    if found.isoflop:
+        yield _isoflop(study, found.isoflop)
+    if len(found.optima) or any(_minima(found.isoflop)["parameters"].notna()):
+        yield _optima(found)
+    if found.shown is not None and isinstance(found.shown.fit, Fit):
+        yield _contours(found, found.shown.fit)
+        yield _backtest(found, found.shown)
+        yield _profiles(found, found.shown)
+        if found.shown.replicates is not None:
+            yield _cloud(found.shown, found.shown.fit)
+    if study.choice.description is not None:
+        yield _family(study)
+
+
+def _frontier(study: Study, found: Findings) -> Plate:
+    rows = where(study.points.rows, "evaluation_set", study.table.neutral_set)
+    corpora = [c for c in study.table.levels("corpus") if c in set(found.frontiers["corpus"])]
+    figure, axes = panels(corpora, f"loss on {study.table.neutral_set} [nats per token]")
+    ends = {}
+    for ax, corpus in zip(axes, corpora, strict=True):
+        ends[ax] = figures_law.plot_frontier(
+            ax, where(rows, "corpus", corpus), where(found.frontiers, "corpus", corpus),
+            study.table.levels("architecture"),
+        )  # fmt: skip
+    for ax, labels in ends.items():
+        figures.label_ends(ax, labels)
+    speed, device = device_speed(study.table.runs)
+    if device:
+        for ax in axes:
+            figures_law.device_hours(ax, speed)
+    edge = floats(rows, "flops").max()
+    inside = keep(found.frontiers, found.frontiers["inside"])
+    wins = inside.sort_values("loss_nats").iloc[0]
+    title = (
+        f"{wins['architecture']} on {wins['corpus']} leads inside the data; answers end at "
+        f"{with_unit(10 * edge)}FLOP"
+    )
+    tested = next(iter(found.tested.values()))
+    caption = (
+        f"n = {len(rows)} decayed points. Lines: fitted frontier, {law_words(study.joint.law)}; "
+        "dashed beyond what was run. Bands: 95 % bootstrap interval, beyond the data widened by "
+        f"{tested.words} and by how far other laws stand apart. Grey: more than ten times the "
+        "largest compute, refused."
+    )
+    if device:
+        caption += (
+            f" Top: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median over "
+            "the runs, each while others shared the machine; beyond the data it is a conversion."
+        )
+    return Plate("frontier", title, caption, figure, found.frontiers)
+
+
+def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
+    """Median training FLOP/s of one device and its name; no name where it is unknown or mixed."""
+    known = keep(runs, runs["flops_per_device_second"].notna() & runs["device"].notna())
+    names = known["device"].unique()
+    if len(names) != 1:
+        return float("nan"), ""
+    return float(np.median(floats(known, "flops_per_device_second"))), str(names[0])
+
+
+def _isoflop(study: Study, curves: dict[str, list[Budget]]) -> Plate:
+    figure, axes = panels(list(curves), f"loss on {study.table.neutral_set} [nats per token]", "")
+    ends = {ax: figures_law.plot_isoflop(ax, mine)
+            for ax, mine in zip(axes, curves.values(), strict=True)}  # fmt: skip
+    for ax, labels in ends.items():
+        figures.label_ends(ax, labels)
+    every = [curve for mine in curves.values() for curve in mine]
+    edges = sum(curve.warning is not None for curve in every)
+    title = f"{len(every) - edges} of {len(every)} isoFLOP curves have a bracketed minimum"
+    points = sum(len(curve.points) for curve in every)
+    caption = (
+        f"n = {points} points in {len(every)} budgets. Parabolas in ln N; bars: 95 % delta-method "
+        "interval of the minimum; hollow stars: fewer than two sizes on one side."
+    )
+    return Plate("isoflop", title, caption, figure, _minima(curves))
+
+
+def _minima(curves: dict[str, list[Budget]]) -> pd.DataFrame:
+    records = []
+    for name, mine in curves.items():
+        for curve in mine:
+            size = curve.size
+            known = isinstance(size, Interval) and curve.warning is None
+            ends = (
+                (size.estimate, size.low, size.high)
+                if isinstance(size, Interval)
+                else (np.nan,) * 3
+            )
+            note = str(curve.warning or (size if isinstance(size, Refusal) else ""))
+            tokens = curve.tokens if known else np.nan
+            records.append((name, curve.flops, *(ends if known else (np.nan,) * 3), tokens, note))
+    names = ["architecture", "flops", "parameters", "low", "high", "tokens", "note"]
+    return pd.DataFrame(records, columns=pd.Index(names))
+
+
+def _optima(found: Findings) -> Plate:
+    figure, axes = panels(["best size N*", "best tokens D*"], "", "", shared=False)
+    minima = _minima(found.isoflop)
+    first = found.optima
+    if len(first):
+        first = where(first, "corpus", first["corpus"].iloc[0])
+    for ax, quantity in zip(axes, ("parameters", "tokens"), strict=True):
+        figures_law.plot_optima(ax, first, minima, quantity)
+    title = f"Best size and tokens by compute: {len(minima)} isoFLOP budgets beside the fitted law"
+    if not len(minima):
+        title = (
+            "Best size and tokens by compute, by the fitted law alone: no isoFLOP budget was run"
+        )
+    caption = (
+        f"n = {len(minima)} budgets. Lines and bands: fitted law, 95 % bootstrap interval, first "
+        "corpus, only where the law has an optimum near what was run. Marks: minima of parabolas."
+    )
+    return Plate("optima", title, caption, figure, pd.concat([first, minima]))
+
+
+def _contours(found: Findings, fit: Fit) -> Plate:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    ax = figure.add_subplot()
+    rows = where(fit.rows, "architecture", found.contours["architecture"].iloc[0])
+    rows = where(rows, "corpus", found.contours["corpus"].iloc[0])
+    figures_law.plot_contours(ax, found.contours, rows)
+    low, high = (f(found.contours["loss_nats"].dropna()) for f in (min, max))
+    arm = f"{rows['architecture'].iloc[0]} on {rows['corpus'].iloc[0]}"
+    title = f"Fitted loss of {arm} runs from {high:.2f} to {low:.2f} nats over what was run"
+    caption = (
+        f"n = {len(rows)} decayed points (circles), {law_words(fit.law)}; no interval drawn (see "
+        "the frontier). White: nothing was run."
+    )
+    return Plate("contours", title, caption, figure, found.contours)
+
+
+def _backtest(found: Findings, shown: FittedLaw) -> Plate:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    errors = [each.errors for each in found.tested.values() if len(each.errors)]
+    frame = pd.concat(errors) if errors else next(iter(found.tested.values())).errors
+    frame = frame.astype({"decades": float, "error": float})
+    tested = {name: each.rate for name, each in found.tested.items()}
+    figures_law.plot_backtest(figure.add_subplot(), frame, tested)
+    assumed = all(each.assumed for each in found.tested.values())
+    best = min(tested, key=lambda name: tested[name])
+    title = f"Forecasts err least under the {best} law: {100 * tested[best]:.1f} % per decade"
+    if assumed:
+        title = "The data are too narrow to test a forecast: 5 % of loss per decade is assumed"
+    caption = (
+        f"n = {len(frame)} forecasts of the largest runs from smaller ones, {shown.part}; grey: "
+        f"interval of two root mean square errors of the {best} law, growing with the decades."
+    )
+    data = frame if len(frame) else pd.DataFrame({"law": list(tested), "rate": tested.values()})
+    return Plate("backtest", title, caption, figure, data)
+
+
+def _profiles(found: Findings, shown: FittedLaw) -> Plate:
+    count = max(len(found.profiles), 1)
+    figure = Figure(figsize=(1.0 + 2.6 * count, 2.9), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, count))
+    cloud = _draws(shown)
+    for ax, each in zip(axes, found.profiles, strict=False):
+        figures_law.plot_profile(ax, each, cloud[each.label].to_numpy(dtype=float))
+    axes[0].set_ylabel("rise of the misfit [squared t]")
+    open_ends = sum(end is None for each in found.profiles for end in (each.low, each.high))
+    title = f"Profiles: {'; '.join(each.words for each in found.profiles)}"
+    if open_ends:
+        title += f" ({open_ends} open ends)"
+    caption = (
+        f"n = {len(shown.fit.rows) if isinstance(shown.fit, Fit) else 0} points, "
+        f"{law_words(shown.law)}. Dashed: where the 95 % profile interval ends; histogram: "
+        f"bootstrap; diamond: the optimum that {_agreeing(shown)} starts agree on."
+    )
+    frames = [pd.DataFrame({"parameter": p.label, "value": p.values, "rise": p.rise})
+              for p in found.profiles]  # fmt: skip
+    return Plate("profiles", title, caption, figure, pd.concat(frames))
+
+
+def _agreeing(shown: FittedLaw) -> str:
+    fit = shown.fit
+    return f"{fit.starts_agreeing} of {fit.starts}" if isinstance(fit, Fit) else "no"
+
+
+def _draws(shown: FittedLaw) -> pd.DataFrame:
+    """The optimum, then the bootstrap's replicates: exponents, and E of the first group."""
+    fit = shown.fit
+    assert isinstance(fit, Fit)
+    assert shown.replicates is not None
+    theta = np.vstack([fit.theta[None], shown.replicates.theta])
+    natural = fit.form.natural(theta, fit.form.groups[0])
+    logs = {"A", "B", "E"}
+    values = {name: np.exp(v) if name in logs else v for name, v in natural.items()}
+    labels = {name: fit.form.labels[fit.form.slots[name, fit.form.groups[0]]] for name in values}
+    return pd.DataFrame({labels[name]: value for name, value in values.items()})
+
+
+def _cloud(shown: FittedLaw, fit: Fit) -> Plate:
+    cloud = _draws(shown)
+    names = [fit.form.labels[fit.form.slots[n, fit.form.groups[0]]] for n in ("alpha", "beta", "E")]
+    figure = Figure(figsize=(8.8, 3.0), layout="constrained")
+    axes = figure.subplots(1, 3)
+    pairs = ((0, 1), (0, 2), (1, 2))
+    for ax, (x, y) in zip(axes, pairs, strict=True):
+        figures_law.plot_cloud(ax, cloud, names[x], names[y])
+    close = {pair: float(np.corrcoef(cloud[names[pair[0]]], cloud[names[pair[1]]])[0, 1])
+             for pair in pairs}  # fmt: skip
+    worst = max(close, key=lambda pair: abs(close[pair]))
+    title = f"{names[worst[0]]} and {names[worst[1]]} trade off: correlation {close[worst]:+.2f}"
+    method = shown.replicates.method if shown.replicates else ""
+    caption = (
+        f"n = {len(cloud) - 1} replicates, {method}; {law_words(shown.law)}, interval: read the "
+        "spread. Diamond: the optimum."
+    )
+    return Plate("trade_offs", title, caption, figure, columns_of(cloud, names))
+
+
+def _family(study: Study) -> Plate:
+    figure = Figure(figsize=(8.8, 2.9), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    differs = dict(zip(study.family["law"], study.family["differs between cells"], strict=True))
+    named = {law: f"{law}: {what}" for law, what in differs.items()}
+    scores = study.choice.table
+    shown = scores.assign(named=[named[law] for law in scores["law"]])
+    figures_law.plot_family(axes, shown)
+    best, forecast = (str(each) for each in (study.choice.description, study.choice.forecast))
+    title = f"Cells differ in {differs[best]} by BIC, in {differs[forecast]} by trunks left out"
+    caption = (
+        f"n = {fitted_points(study)} decayed points; nested Chinchilla laws by least squares, from "
+        "nothing different between cells (M0) to all (Mfull). Bars: one standard error of the "
+        "hold-out, as interval; diamonds: the best. Points of a trunk are not independent."
+    )
+    return Plate("nested_laws", title, caption, figure, study.choice.table)
+
+
+def fitted_points(study: Study) -> int:
+    """Points that a joint law sees: the decayed ones of the neutral set."""
+    return len(where(study.points.rows, "evaluation_set", study.table.neutral_set))
+
+
+def panels(
+    names: Sequence[str], label: str, prefix: str = "trained on ", *, shared: bool = True
+) -> tuple[Figure, Sequence[Axes]]:
+    """A row of panels, one a name."""
+    figure = Figure(figsize=(1.2 + 3.8 * len(names), 3.7), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(names), sharex=shared, sharey=shared))
+    for ax, name in zip(axes, names, strict=True):
+        ax.set_title(f"{prefix}{name}")
+    axes[0].set_ylabel(label)
+    return figure, list(axes)

@@ -1,0 +1,269 @@
+"""The report's figures as files: panels, title and caption, and PNG, SVG and CSV of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.effects.contrasts import Contrast, Detectable
+from analysis.effects.learning_rates import mixed_rates
+from analysis.figures import panels as figures
+from analysis.figures.tooltips import with_titles
+from analysis.fitting.estimator import Fit
+from analysis.inference.bootstrap import Interval
+from analysis.study.study import Study
+from analysis.tables.frames import columns_of, floats, keep, where
+from analysis.words.sentences import bracketed, largest_effect, law_words, with_unit
+
+RESOLUTION = 150
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A figure ready to print: a finding as its title, a caption, the drawing and its data."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+    data: pd.DataFrame
+
+    def save(self, folder: Path) -> str:
+        """Write PNG, SVG and CSV; returns the SVG text."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with figures.styled():
+            self.figure.savefig(folder / f"{self.name}.png", dpi=RESOLUTION)
+            # The layout is settled now; solving it again for the second file costs seconds.
+            self.figure.set_layout_engine("none")
+            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
+        self.data.to_csv(folder / f"{self.name}.csv", index=False, float_format="%.8g")
+        drawn = folder / f"{self.name}.svg"
+        text = with_titles(drawn.read_text())
+        drawn.write_text(text)
+        return text
+
+
+def draw_points(study: Study) -> list[Plate]:
+    """The figures of points and effects; none where points differ in their tuning."""
+    if mixed_rates(study.table) is not None:
+        return []
+    neutral = _neutral(study, study.points.rows)
+    with figures.styled():
+        plates = []
+        if any(isinstance(each, Contrast) for each in _contrasts(study)):
+            plates.append(_effects(study))
+        if len(neutral):
+            plates += [_compute(study), _tokens(study), _parameters(study)]
+        if isinstance(study.joint.fit, Fit):
+            plates.append(_residuals(study, study.joint.fit))
+    return plates
+
+
+def _effects(study: Study) -> Plate:
+    found = [each for each in _contrasts(study) if isinstance(each, Contrast)]
+    floor = _floor(study)
+    figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(found)), layout="constrained")
+    figures.plot_effects(figure.add_subplot(), study.effects, floor)
+    title = (
+        f"On {study.table.neutral_set}: corpus {largest_effect(study.answer.corpus)}, "
+        f"architecture {largest_effect(study.answer.architecture)}"
+    )
+    sizes = len(found[0].by_size)
+    caption = (
+        f"Marks: mean difference of loss with its 95 % t interval over {sizes} sizes; small bars: "
+        f"the {sizes} sizes. n = {len(found[0].pairs)} matched pairs in the first row."
+    )
+    if floor is not None:
+        caption += " Grey: differences too small for this study to find reliably."
+    columns = ("evaluation_set", "factor", "baseline", "other")
+    records = [
+        {name: getattr(each, name) for name in columns}
+        | {"percent": each.percent.estimate, "low": each.percent.low, "high": each.percent.high}
+        | {"pairs": len(each.pairs), "interval": each.percent.method}
+        for each in found
+    ]
+    return Plate("data_against_architecture", title, caption, figure, pd.DataFrame(records))
+
+
+def _compute(study: Study) -> Plate:
+    rows = _neutral(study, study.points.rows)
+    figure, axes = _panels(study, rows)
+    ends = {}
+    for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
+        mine = where(rows, "corpus", corpus)
+        curves = where(study.curves, "corpus", corpus)
+        ends[ax] = figures.plot_loss_against_compute(
+            ax, mine, curves, study.table.levels("architecture")
+        )
+    _label(ends)
+    best = rows.iloc[int(floats(rows, "loss_nats").argmin())].to_dict()
+    arm = f"{best['architecture']} on {best['corpus']}"
+    title = f"Lowest loss: {arm}, {best['loss_nats']:.3f} nats at {with_unit(best['flops'])}FLOP"
+    caption = f"{_points_text(study, rows)} {_law_text(study, 'frontier inside the data')}"
+    return Plate("loss_against_compute", title, caption, figure, _with_curves(study, "frontier"))
+
+
+def _tokens(study: Study) -> Plate:
+    rows = _neutral(study, study.points.rows)
+    trunks = _neutral(study, study.table.rows)
+    trunks = keep(trunks, ~trunks["decayed"].astype(bool))
+    figure, axes = _panels(study, rows)
+    ends = {}
+    for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
+        ends[ax] = figures.plot_loss_against_tokens(
+            ax, where(rows, "corpus", corpus), where(trunks, "corpus", corpus),
+            study.table.levels("architecture"),
+        )  # fmt: skip
+    _label(ends)
+    _key(figure, study)
+    tokens, logs = floats(rows, "tokens"), np.log(floats(rows, "loss_nats"))
+    first, last = tokens.min(), tokens.max()
+    change = 100 * np.expm1(logs[tokens == last].mean() - logs[tokens == first].mean())
+    span = f"{with_unit(first)} to {with_unit(last)}"
+    title = f"From {span} tokens, loss changes by {change:+.0f} % on average"
+    if first == last:
+        title = f"One horizon so far: {with_unit(last)} tokens"
+    caption = (
+        f"{_points_text(study, rows)} Lines join the horizons of one trunk; faint: the trunk "
+        "before its decay. Labels: nominal size, beside the first architecture's lines. No fit "
+        "and no interval is drawn."
+    )
+    data = pd.concat([rows.assign(kind="decayed"), trunks.assign(kind="trunk")])
+    columns = [
+        "kind",
+        "run_id",
+        "trunk_id",
+        "architecture",
+        "corpus",
+        "rung",
+        "tokens",
+        "loss_nats",
+    ]
+    return Plate("loss_against_tokens", title, caption, figure, columns_of(data, columns))
+
+
+def _parameters(study: Study) -> Plate:
+    rows = _neutral(study, study.points.rows)
+    figure, axes = _panels(study, rows)
+    ends = {}
+    for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
+        curves = where(study.curves, "corpus", corpus)
+        ends[ax] = figures.plot_loss_against_parameters(
+            ax, where(rows, "corpus", corpus), curves, study.table.levels("architecture")
+        )
+    _label(ends)
+    _key(figure, study)
+    alpha = study.joint.intervals.get("alpha")
+    exponent, method = "", ""
+    if isinstance(alpha, Interval):
+        exponent = f": exponent {bracketed(alpha)}"
+        method = f" Exponent: 95 % interval, {alpha.method}."
+    sizes = floats(rows, "parameters")
+    span = f"{with_unit(sizes.min())} to {with_unit(sizes.max())}"
+    title = f"Loss from {span} parameters{exponent}"
+    caption = f"{_points_text(study, rows)} {_law_text(study, 'fit per horizon')}{method}"
+    return Plate("loss_against_parameters", title, caption, figure, _with_curves(study, "horizon"))
+
+
+def _residuals(study: Study, fit: Fit) -> Plate:
+    rows = fit.rows.assign(
+        residual=fit.residuals,
+        tokens_per_parameter=fit.rows["tokens"] / fit.rows["parameters"],
+        order=np.arange(1.0, len(fit.rows) + 1),
+    )
+    figure = Figure(figsize=(8.8, 3.1), layout="constrained")
+    axes = figure.subplots(1, 4, sharey=True)
+    labels = {
+        "flops": "training compute C [FLOP]",
+        "parameters": "parameters N",
+        "tokens_per_parameter": "tokens per parameter D/N",
+        "order": "place in the sweep",
+    }
+    for ax, (variable, label) in zip(axes, labels.items(), strict=True):
+        figures.plot_residuals(ax, rows, variable, study.table.levels("architecture"))
+        ax.set_xlabel(label)
+    axes[-1].set_xscale("linear")
+    axes[-1].set_xlim(-0.04 * len(rows), 1.08 * len(rows))
+    axes[-1].xaxis.set_major_locator(MaxNLocator(3))
+    axes[0].set_ylabel("residual of ln L [%]")
+    _key(figure, study)
+    title = f"Residuals have a standard deviation of {100 * fit.sigma:.2g} % of loss"
+    caption = (
+        f"n = {len(rows)} decayed points on {study.table.neutral_set}, {law_words(fit.law)}; band: "
+        "1 % of loss. The "
+        "standard deviation is robust and given without interval."
+    )
+    columns = ["run_id", "architecture", "corpus", "parameters", "tokens", "loss_nats", "residual"]
+    return Plate("residuals", title, caption, figure, columns_of(rows, columns))
+
+
+def _panels(study: Study, rows: pd.DataFrame) -> tuple[Figure, Sequence]:
+    corpora = _corpora(study, rows)
+    figure = Figure(figsize=(1.2 + 3.8 * len(corpora), 3.7), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(corpora), sharex=True, sharey=True))
+    for ax, corpus in zip(axes, corpora, strict=True):
+        ax.set_title(f"trained on {corpus}")
+    axes[0].set_ylabel(f"loss on {study.table.neutral_set} [nats per token]")
+    return figure, axes
+
+
+def _label(ends: dict[Axes, figures.Labels]) -> None:
+    for ax, labels in ends.items():
+        figures.label_ends(ax, labels)
+
+
+def _key(figure: Figure, study: Study) -> None:
+    """One small key above the panels, where lines carry another label than the architecture."""
+    for place, name in enumerate(study.table.levels("architecture")):
+        figure.axes[0].plot(
+            [], [], figures.MARKERS[place % 6], color=figures.COLOURS[place % 6], label=name
+        )
+    figure.legend(loc="outside upper right", ncols=6, frameon=False, handletextpad=0.2)
+
+
+def _floor(study: Study) -> float | None:
+    found = [
+        each.value for each in study.answer.detectable.values() if isinstance(each, Detectable)
+    ]
+    return max(found) if found else None
+
+
+def _contrasts(study: Study) -> list[object]:
+    return [
+        each for factors in study.effects.values() for found in factors.values() for each in found
+    ]
+
+
+def _neutral(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
+    return where(rows, "evaluation_set", study.table.neutral_set)
+
+
+def _corpora(study: Study, rows: pd.DataFrame) -> list[str]:
+    present = set(rows["corpus"])
+    return [name for name in study.table.levels("corpus") if name in present]
+
+
+def _points_text(study: Study, rows: pd.DataFrame) -> str:
+    trunks = rows["trunk_id"].nunique()
+    return f"n = {len(rows)} decayed points of {trunks} trunks on {study.table.neutral_set}."
+
+
+def _law_text(study: Study, line: str) -> str:
+    if isinstance(study.joint.fit, Fit):
+        return f"Lines: {line}, {law_words(study.joint.law)}; no interval drawn (see the table)."
+    if len(study.curves):
+        return f"Lines: {line}, separate laws; no interval drawn (see the table)."
+    return "No law is drawn: too few points yet."
+
+
+def _with_curves(study: Study, kind: str) -> pd.DataFrame:
+    rows = _neutral(study, study.points.rows)
+    columns = ["kind", "architecture", "corpus", "parameters", "tokens", "flops", "loss_nats"]
+    curves = where(study.curves, "kind", kind)
+    parts = (rows.assign(kind="point"), curves)
+    return pd.concat([columns_of(part, columns) for part in parts if len(part)])

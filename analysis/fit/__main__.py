@@ -1,0 +1,212 @@
+"""The command: fit a scaling law to a table of anybody's runs.
+
+python -m analysis.fit runs.csv --law chinchilla
+python -m analysis.fit runs.csv --law chinchilla --by architecture
+python -m analysis.fit runs.csv --columns N=Size,tokens=Tokens:B --at 7e9,1.4e11
+python -m analysis.fit runs.csv --approaches --budget 1e21 --served 1e12
+python -m analysis.fit runs.csv --by architecture --baseline transformer
+
+Reads .csv, .tsv, .parquet or .jsonl; says how each column was read, what was left out, what is
+doubtful about the table, and every parameter with its interval. Ends with 1 if the law is refused.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as Grid
+
+from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
+from analysis.inference.model_selection import Alike, alike, choose
+from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
+from analysis.laws.law import nested_family
+from analysis.tables.external import Foreign, parse_columns, read_foreign
+from analysis.tables.frames import strings, where
+from analysis.validity.checks import check, evaluation
+from analysis.validity.refusal import Refusal
+from analysis.words.sentences import number
+
+
+def main(words: list[str]) -> int:
+    """Run the command; returns the exit code."""
+    options = _parser().parse_args(words)
+    console = Console(soft_wrap=True)
+    try:
+        foreign = read_foreign(options.table, parse_columns(options.columns))
+        sets = list(dict.fromkeys(strings(foreign.rows, "evaluation_set").tolist()))
+        law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
+        for line in _reading(foreign):
+            console.print(line, markup=False)
+        # One yardstick or several is a matter of the table, not of a set.
+        if (raised := evaluation(foreign.rows)) is not None:
+            console.print(str(raised), markup=False)
+        answers = [_answer(console, foreign, name, law, options) for name in sets]
+    except ValueError as error:
+        console.print(f"{options.table}: {error}", markup=False)
+        return 2
+    return 0 if all(answers) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.fit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("table", type=Path, help="a file of runs, one row each")
+    parser.add_argument("--law", default="chinchilla", help=", ".join(sorted(LAWS)))
+    parser.add_argument("--by", nargs="*", default=[], help="columns that arms differ in")
+    parser.add_argument(
+        "--varies", default="", help="parameters that differ, as in A,B; all if none"
+    )
+    parser.add_argument("--delta", type=float, help="where the Huber loss turns linear")
+    parser.add_argument("--columns", default="", help="schema column=column of the file, ...")
+    parser.add_argument("--at", default="", help="parameters,tokens to predict the loss at")
+    parser.add_argument(
+        "--approaches", action="store_true", help="the three ways to N*(C) and D*(C) side by side"
+    )
+    parser.add_argument("--budget", type=float, help="training FLOPs to spend as well as possible")
+    parser.add_argument(
+        "--served", type=float, default=0.0, help="tokens to be served by what the budget trains"
+    )
+    parser.add_argument(
+        "--baseline", help="the arm that others are held against, in tokens, FLOPs and parameters"
+    )
+    parser.add_argument(
+        "--allow", action="store_true", help="predict more than 10x beyond the data"
+    )
+    return parser
+
+
+def _names(text: str) -> frozenset[str] | None:
+    found = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    return found or None
+
+
+def _answer(
+    console: Console, foreign: Foreign, name: str, law: ScalingLaw, options: argparse.Namespace
+) -> bool:
+    """Fit and print one evaluation set; whether the law could be fitted."""
+    rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
+    console.print(f"\n{len(rows)} points on {name}", markup=False)
+    for raised in check(rows):
+        if raised.code != "W-EVAL":
+            console.print(str(raised), markup=False)
+    learnt = law.fit(rows).learnt_
+    if isinstance(learnt, Refusal):
+        console.print(str(learnt), markup=False)
+        return False
+    console.print(_parameters(learnt))
+    for line in _quality(learnt):
+        console.print(line, markup=False)
+    arms = {str(arm) for by in options.by for arm in rows[by]}
+    if len(options.by) == 1 and options.law == "chinchilla" and len(arms) > 1:
+        console.print(_family(rows, tuple(options.by)))
+        console.print(_alike(alike(learnt.fit, learnt.covariance)), markup=False)
+    if options.at:
+        console.print(_prediction(law, rows, options), markup=False)
+    for line in _questions(rows, learnt, options):
+        console.print(line, markup=False)
+    return True
+
+
+def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) -> Iterator[str]:
+    if options.approaches:
+        yield from approaches(rows, tuple(options.by))
+    if options.budget is None and options.baseline is None:
+        return
+    if options.law != "chinchilla":
+        raise ValueError(f"--budget and --baseline ask the chinchilla law, not {options.law}")
+    replicates = bootstrap(learnt.fit)
+    if options.budget is not None:
+        budget = Budget(options.budget, options.served, options.allow)
+        yield from spending(learnt.fit, replicates, budget)
+    if options.baseline is not None:
+        yield from lead(learnt.fit, replicates, options.baseline)
+
+
+def _reading(foreign: Foreign) -> Iterator[str]:
+    for target, source in foreign.sources.items():
+        yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
+    yield from foreign.notes
+    if foreign.ignored:
+        yield f"not used: {', '.join(foreign.ignored)}"
+    if len(foreign.rejected):
+        yield f"{len(foreign.rejected)} values left out, the first: " + ", ".join(
+            f"{key} {value}" for key, value in foreign.rejected.iloc[0].items()
+        )
+
+
+def _parameters(learnt: Learnt) -> Grid:
+    """Exponents as they are; terms at the centre of the data, where they are best known."""
+    grid = Grid(title="the centre is that of the data, where terms are best known")
+    for name in ("parameter", "at N = D = 1", "at the centre", "95 % interval", "by"):
+        grid.add_column(name, no_wrap=True)
+    reported = learnt.fit.parameters
+    for label, interval in learnt.parameters.items():
+        open_floor = label.startswith("E") and "W-E0" in learnt.fit.codes
+        ends = "not identified" if open_floor else f"[{interval.low:.4g}, {interval.high:.4g}]"
+        whole = f"{reported[label]:.5g}" if label in reported else ""
+        method = interval.method.split(", ")[-1].replace("t with", "t,")
+        method = method.replace("degrees of freedom", "dof")
+        # Rich would read the name of an arm in brackets as a style.
+        grid.add_row(escape(label), whole, f"{interval.estimate:.5g}", escape(ends), method)
+    return grid
+
+
+def _quality(learnt: Learnt) -> Iterator[str]:
+    fit = learnt.fit
+    yield (
+        f"objective {fit.objective:.10g} at delta {fit.delta:.3g}; sd of residuals "
+        f"{100 * fit.sigma:.2g} %; {fit.starts_agreeing} of {fit.starts} starts agree; condition "
+        f"{number(fit.condition, 0)}"
+    )
+    for warned in fit.warnings:
+        yield f"{warned.code}: {warned.finding}"
+    if learnt.backtest is not None:
+        yield f"error of forecasts: {learnt.backtest.words}"
+
+
+def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
+    found = choose(rows, nested_family(by))
+    grid = Grid("law", "parameters", "AICc", "BIC", "hold-out error", "status")
+    for record in found.table.to_dict("records"):
+        mark = " (forecast)" * (record["law"] == found.forecast)
+        mark += " (description)" * (record["law"] == found.description)
+        numbers = [number(float(record[key]), 1) for key in ("AICc", "BIC")]
+        error = f"{100 * record['hold_out']:.3g} %"
+        parameters = number(float(record["parameters"]), 0)
+        status = escape(str(record["status"]))
+        grid.add_row(f"{record['law']}{mark}", parameters, *numbers, error, status)
+    return grid
+
+
+def _alike(found: Alike | Refusal) -> str:
+    if isinstance(found, Refusal):
+        return f"whether arms differ: {found}"
+    effects, rest = found.freedom
+    return (
+        f"that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} and "
+        f"{rest:.1f} degrees of freedom, all arms together)"
+    )
+
+
+def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace) -> str:
+    try:
+        size, tokens = (float(part) for part in options.at.split(","))
+    except ValueError:
+        raise ValueError(f"--at {options.at!r} is not of the form parameters,tokens") from None
+    arms = rows[list(options.by)].drop_duplicates() if options.by else pd.DataFrame(index=[0])
+    places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
+    if "flops" in rows:
+        places = places.assign(flops=6.0 * size * tokens)
+    found = law.predict(places, allow=options.allow)
+    return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""What a user asks of a fitted table beyond its parameters, in words.
+
+Where should a budget go, and what is left of it when the model is served? What is one arm's lead
+over another worth? Do the three approaches agree? Costs are those that the table counted, else
+6 N D, which is said.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from analysis.compute_optimal.allocation import Allocation, Ladder, Question, allocate, cheapest
+from analysis.compute_optimal.three_approaches import all_three
+from analysis.effects.multipliers import compute_multiplier, data_multiplier, rows_of
+from analysis.effects.resources import (
+    DECODING_STATE,
+    TRAINING_MEMORY,
+    WALL_CLOCK,
+    parameter_multiplier,
+    resource_multiplier,
+)
+from analysis.fitting.estimator import Fit
+from analysis.inference.backtest import compute_of
+from analysis.inference.bootstrap import Interval, Replicates, replicate
+from analysis.laws.law import Array, group_of
+from analysis.tables.frames import floats, keep
+from analysis.validity.checks import Target, extrapolation
+from analysis.validity.refusal import Refusal
+from analysis.words.sentences import bracketed, multiplier_sentence, with_unit
+
+REPLICATES = 400
+BEYOND = 10.0
+"""How far beyond the sizes that were run 6 N D is asked."""
+SERVING_SHARE = 1 / 3
+"""A served token is a forward pass: a third of a training step's FLOPs (Kaplan 2001.08361, 2.1)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent.
+
+    Attributes:
+        flops: on training.
+        served: tokens to be served by the model afterwards.
+        allow: answer beyond ten times the largest compute all the same.
+    """
+
+    flops: float
+    served: float = 0.0
+    allow: bool = False
+
+
+def bootstrap(fit: Fit, seed: int = 0) -> Replicates:
+    """Replicates of a fit to any table: what it does not tell of its arms is taken as one arm."""
+    missing = {name: "one" for name in ("architecture", "corpus") if name not in fit.rows}
+    rows = fit.rows.assign(**missing)
+    if "trunk_id" not in rows:
+        rows = rows.assign(trunk_id=[str(row) for row in range(len(rows))])
+    return replicate(replace(fit, rows=rows), REPLICATES, np.random.default_rng(seed))
+
+
+def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
+    """The exponents of the best size and tokens, by each of Hoffmann's approaches, per arm."""
+    labels = np.array(group_of(rows, by))
+    priced = rows.assign(flops=compute_of(rows))
+    for arm in dict.fromkeys(labels.tolist()):
+        for found in all_three(keep(priced, labels == arm).reset_index(drop=True)):
+            size, tokens = (_or_why(each) for each in (found.parameters, found.tokens))
+            who = f"{arm}: " if arm else ""
+            told = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
+            yield f"{who}approach {found.name}: {told}"
+            yield from (f"  {raised}" for raised in found.warnings)
+
+
+def spending(fit: Fit, replicates: Replicates, budget: Budget) -> Iterator[str]:
+    """Where a budget goes in each arm, by its own FLOPs and, where known, its own seconds."""
+    for arm in fit.form.groups:
+        who = f"{arm}: " if arm else ""
+        yield from (f"{who}{line}" for line in _spend(fit, arm, replicates, budget))
+
+
+def _spend(fit: Fit, arm: str, replicates: Replicates, budget: Budget) -> Iterator[str]:
+    rows = rows_of(fit, arm)
+    question, counted = _question(fit, arm, rows)
+    best = allocate(question, budget.flops, replicates)
+    yield f"{budget.flops:.3g} FLOPs{counted}: {_allocated(best)}"
+    if isinstance(best, Refusal):
+        return
+    target = Target(best.parameters, best.tokens, budget.flops)
+    doubt = extrapolation(rows.assign(flops=compute_of(rows)), target, allow=budget.allow)
+    if doubt is not None:
+        yield f"  {doubt}"
+    if budget.served:
+        served = replace(
+            question, served=budget.served,
+            serving=lambda sizes: SERVING_SHARE * question.cost(sizes, np.ones_like(sizes)),
+        )  # fmt: skip
+        least = cheapest(served, best.loss)
+        yield (
+            f"the same loss, {with_unit(budget.served)} tokens served: {_allocated(least)}"
+            + ("" if isinstance(least, Refusal) else f", {least.cost:.3g} FLOPs in all")
+        )
+    yield from _by_the_clock(question, rows, best)
+
+
+def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> Iterator[str]:
+    """The best use of the seconds that the best use of the FLOPs takes."""
+    if "tokens_per_second" not in rows:
+        return
+    known = keep(rows, rows["tokens_per_second"].notna())
+    if not len(known):
+        return
+    seconds = known.assign(price=1.0 / known["tokens_per_second"])
+    sizes = np.unique(floats(seconds, "parameters"))
+    if len(sizes) < 2 or not sizes[0] <= best.parameters <= sizes[-1]:
+        yield "seconds: speeds were not measured at sizes around this one"
+        return
+    ladder = Ladder.of(_median_by_size(seconds, "price"), "parameters", "price")
+    time = float(ladder(np.array([best.parameters]), np.array([best.tokens]))[0])
+    clocked = replace(question, cost=ladder, sizes=(float(sizes[0]), float(sizes[-1])))
+    yield f"the same {time:.3g} s at the measured speeds: {_allocated(allocate(clocked, time))}"
+
+
+def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
+    sizes = np.unique(floats(rows, "parameters"))
+    if "flops" in rows and len(sizes) > 1:
+        priced = rows.assign(price=rows["flops"] / rows["tokens"])
+        ladder = Ladder.of(_median_by_size(priced, "price"), "parameters", "price")
+        return Question(fit, arm, ladder, (float(sizes[0]), float(sizes[-1]))), ""
+    ends = (float(sizes[0]) / BEYOND, float(sizes[-1]) * BEYOND)
+    return Question(fit, arm, _six_n_d, ends), " counted as 6 N D"
+
+
+def _six_n_d(parameters: Array, tokens: Array) -> Array:
+    return 6.0 * parameters * tokens
+
+
+def _median_by_size(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    sizes, place = np.unique(floats(rows, "parameters"), return_inverse=True)
+    values = floats(rows, column)
+    medians = [float(np.median(values[place == index])) for index in range(len(sizes))]
+    return pd.DataFrame({"parameters": sizes, column: medians})
+
+
+def _allocated(found: Allocation | Refusal) -> str:
+    if isinstance(found, Refusal):
+        return str(found)
+    spread = ""
+    if isinstance(found.size_interval, Interval):
+        low, high = (with_unit(end) for end in (found.size_interval.low, found.size_interval.high))
+        spread = f" [{low}, {high}]"
+    elif found.size_interval is not None:
+        spread = f" (interval refused, {found.size_interval})"
+    return (
+        f"{with_unit(found.parameters)}{spread} parameters, {with_unit(found.tokens)} tokens "
+        f"({found.tokens / found.parameters:.3g} each), loss {found.loss:.4g} nats"
+    )
+
+
+def lead(fit: Fit, replicates: Replicates, baseline: str) -> Iterator[str]:
+    """What the baseline needs more of to reach the loss of each other arm.
+
+    Raises:
+        ValueError: no arm has the baseline's name.
+    """
+    if baseline not in fit.form.groups:
+        arms = ", ".join(fit.form.groups)
+        raise ValueError(f"--baseline {baseline!r} is none of the arms {arms}")
+    counted = replace(fit, rows=fit.rows.assign(flops=compute_of(fit.rows)))
+    for other in (arm for arm in fit.form.groups if arm != baseline):
+        ways = {
+            "tokens": data_multiplier(counted, replicates, baseline, other),
+            "training FLOPs": compute_multiplier(counted, replicates, baseline, other),
+            "parameters": parameter_multiplier(counted, replicates, baseline, other),
+        }
+        for resource in (WALL_CLOCK, TRAINING_MEMORY, DECODING_STATE):
+            if resource.column in counted.rows:
+                pair = (baseline, other)
+                ways[resource.quantity] = resource_multiplier(counted, replicates, pair, resource)
+        for quantity, found in ways.items():
+            if isinstance(found, Refusal):
+                yield f"{quantity} of {other} over {baseline}: {found}"
+            else:
+                yield multiplier_sentence(found)
+
+
+def _or_why(found: Interval | Refusal) -> str:
+    return str(found) if isinstance(found, Refusal) else bracketed(found)

@@ -1,0 +1,222 @@
+"""Intervals: bootstraps that resample trunks, t intervals over clusters, and ratios of means.
+
+Points of one trunk share their training and their luck, so the trunk is what is resampled. With
+few trunks a case bootstrap draws degenerate designs (a size may be missing), so residuals are
+flipped by trunk instead, and the spread is widened by Student's t for the number of trunks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from analysis.fitting.estimator import Fit, observed
+from analysis.fitting.solver import Problem, solve
+from analysis.laws.bound import log_loss, log_loss_and_jacobian
+from analysis.laws.law import Array, group_of
+from analysis.tables.frames import strings
+from analysis.validity.refusal import Refusal
+
+LEVEL = 0.95
+TRUNKS_FOR_CASES = 8
+UNDEFINED_SHARE = 0.05
+WARM_TOLERANCE = 1e-9
+LEAST_REST = 1e-3
+WEBB = np.sqrt([0.5, 1.0, 1.5])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95 % interval and how that was made."""
+
+    estimate: float
+    low: float
+    high: float
+    method: str
+
+    def mapped(self, function: Callable[[float], float]) -> "Interval":
+        """The interval of an increasing function of the quantity."""
+        return Interval(
+            function(self.estimate), function(self.low), function(self.high), self.method
+        )
+
+    def excludes(self, value: float) -> bool:
+        """Whether the value lies outside the interval."""
+        return not self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Replicates:
+    """Parameter vectors of a bootstrap, warm-started at the fit.
+
+    Attributes:
+        theta: (replicates, parameters); not numbers where a replicate could not be fitted.
+        stretch: factor that widens percentile intervals for the number of clusters.
+        failed: replicates that could not be fitted.
+    """
+
+    theta: Array
+    method: str
+    clusters: int
+    stretch: float
+    failed: int = 0
+
+    def interval(self, estimate: float, values: Array) -> Interval | Refusal:
+        """Percentile interval of a statistic, given its value in each replicate.
+
+        Undefined values (not a number) count as unbounded above; more than 5 % of values that are
+        not finite is a refusal.
+        """
+        undefined = float((~np.isfinite(values)).mean())
+        if undefined > UNDEFINED_SHARE:
+            return Refusal(
+                "R-MULT",
+                f"undefined in {100 * undefined:.0f} % of the bootstrap replicates",
+                "add sizes or horizons, or ask at a loss both arms reach",
+            )
+        ranked = np.where(np.isnan(values), np.inf, values)
+        tail = 0.5 * (1 - LEVEL)
+        low, high = np.quantile(ranked, [tail, 1 - tail], method="inverted_cdf")
+        low, high = (float(estimate + self.stretch * (bound - estimate)) for bound in (low, high))
+        return Interval(estimate, min(low, estimate), max(high, estimate), self.method)
+
+
+def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Replicates:
+    """Refit `count` bootstrap samples, clustered by trunk."""
+    trunks, index = np.unique(strings(fit.rows, "trunk_id"), return_inverse=True)
+    cells = np.array(group_of(fit.rows, ("architecture", "corpus")))
+    smallest = min(len(np.unique(index[cells == cell])) for cell in np.unique(cells))
+    if smallest >= TRUNKS_FOR_CASES:
+        y = observed(fit.rows, fit.law)
+        weights = fit.weights * _case_counts(index, cells, count, generator)
+        method = f"case bootstrap over {len(trunks)} trunks, {count} replicates"
+        return _replicates(fit, (y, weights, count), method, len(trunks))
+    signs = _webb_signs(count, len(trunks), generator)[:, index]
+    fitted = log_loss(fit.form.design(fit.rows), fit.theta[None])[0]
+    y = fitted + signs * _jackknifed_residuals(fit, index)
+    method = (
+        f"wild cluster bootstrap over {len(trunks)} trunks with jackknifed residuals, {count} "
+        "replicates, widened by t"
+    )
+    return _replicates(
+        fit, (y, fit.weights, count), method, len(trunks), t_over_normal(len(trunks) - 1)
+    )
+
+
+def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval | Refusal]:
+    """An interval for every parameter of a fit; coefficients are handled as logarithms."""
+    found: dict[str, Interval | Refusal] = {}
+    for group in fit.form.groups:
+        point = fit.form.natural(fit.theta, group)
+        for name, values in fit.form.natural(replicates.theta, group).items():
+            interval = replicates.interval(float(point[name]), values)
+            if (name, group) not in fit.form.slots:
+                continue
+            if name in fit.law.logs and isinstance(interval, Interval):
+                # An open interval of a logarithm is an unbounded one of the coefficient.
+                with np.errstate(over="ignore"):
+                    interval = interval.mapped(lambda value: float(np.exp(value)))
+            found[fit.form.labels[fit.form.slots[name, group]]] = interval
+    return found
+
+
+def t_interval(values: Array, clusters: str) -> Interval | Refusal:
+    """Mean of one value per cluster with a t interval; `clusters` names them in the plural."""
+    if len(values) < 2:
+        return Refusal(
+            "R-PAIRS",
+            f"matched pairs at {len(values)} {clusters}, an interval needs 2",
+            f"finish runs at more {clusters}",
+        )
+    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = float(np.mean(values))
+    method = f"t interval over {len(values)} {clusters}"
+    return Interval(mean, mean - float(half), mean + float(half), method)
+
+
+def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
+    """Fieller's interval for |mean of numerator / mean of denominator|, paired by cluster."""
+    count = len(numerator)
+    below = t_interval(denominator, "sizes")
+    if isinstance(below, Refusal):
+        return below
+    if not below.excludes(0.0):
+        return Refusal(
+            "R-RATIO",
+            "the interval of the architecture effect includes zero",
+            "add seeds or sizes until the architecture effect has a sign",
+        )
+    x, y = float(np.mean(numerator)), float(np.mean(denominator))
+    covariance = np.cov(numerator, denominator) / count
+    t = t_quantile(count - 1)
+    a = y**2 - t**2 * covariance[1, 1]
+    b = x * y - t**2 * covariance[0, 1]
+    c = x**2 - t**2 * covariance[0, 0]
+    root = np.sqrt(max(b**2 - a * c, 0.0))
+    ends = np.array([(b - root) / a, (b + root) / a])
+    low = 0.0 if ends[0] < 0 < ends[1] else float(np.abs(ends).min())
+    return Interval(
+        abs(x / y), low, float(np.abs(ends).max()), f"Fieller interval over {count} sizes"
+    )
+
+
+def t_quantile(freedom: int) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return float(stats.t.ppf(0.5 + 0.5 * LEVEL, freedom))
+
+
+def t_over_normal(freedom: int) -> float:
+    """How much wider t intervals are than normal ones."""
+    return t_quantile(max(freedom, 1)) / float(stats.norm.ppf(0.5 + 0.5 * LEVEL))
+
+
+def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Generator) -> Array:
+    """Bootstrap counts per row: trunks drawn with replacement inside each cell."""
+    counts = np.zeros((count, int(index.max()) + 1))
+    for cell in np.unique(cells):
+        trunks = np.unique(index[cells == cell])
+        drawn = trunks[generator.integers(len(trunks), size=(count, len(trunks)))]
+        np.add.at(counts, (np.arange(count)[:, None], drawn), 1.0)
+    return counts[:, index]
+
+
+def _jackknifed_residuals(fit: Fit, index: Array) -> Array:
+    """Residuals as if each trunk had been left out of the fit: (I - H_gg)^-1 r_g by trunk.
+
+    A flexible law bends towards each of a few trunks, so plain residuals are too small; scaling
+    by degrees of freedom of points does not mend that, as points of a trunk err together.
+    """
+    jacobian = log_loss_and_jacobian(fit.form.design(fit.rows), fit.theta[None])[1][0]
+    basis = np.linalg.svd(jacobian, full_matrices=False)[0]
+    residuals = fit.residuals.copy()
+    for trunk in np.unique(index):
+        mine = index == trunk
+        rest = np.eye(int(mine.sum())) - basis[mine] @ basis[mine].T
+        values, vectors = np.linalg.eigh(rest)
+        # A direction that only this trunk determines has no residual to enlarge.
+        gains = np.where(values > LEAST_REST, 1.0 / np.maximum(values, LEAST_REST), 1.0)
+        residuals[mine] = vectors @ (gains * (vectors.T @ residuals[mine]))
+    return residuals
+
+
+def _webb_signs(count: int, trunks: int, generator: np.random.Generator) -> Array:
+    """Webb's six-point weights: with few trunks, plus and minus one give too few samples."""
+    size = WEBB[generator.integers(3, size=(count, trunks))]
+    return size * (2.0 * generator.integers(2, size=(count, trunks)) - 1.0)
+
+
+def _replicates(
+    fit: Fit, data: tuple[Array, Array, int], method: str, clusters: int, stretch: float = 1.0
+) -> Replicates:
+    """Refit from the fit itself; what no fit can be had from is counted, and said."""
+    y, weights, count = data
+    problem = Problem(fit.form.design(fit.rows), y, weights, fit.delta)
+    theta, reached = solve(problem, np.tile(fit.theta, (count, 1)), WARM_TOLERANCE)
+    different = np.count_nonzero(np.broadcast_to(weights, (count, len(fit.rows))), axis=1)
+    bad = ~np.isfinite(reached) | (different <= len(fit.theta))
+    theta[bad] = np.nan
+    failed = int(bad.sum())
+    if failed:
+        method += f", {failed} of them could not be fitted"
+    return Replicates(theta, method, clusters, stretch, failed)

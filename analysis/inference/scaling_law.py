@@ -1,0 +1,199 @@
+"""A law as an estimator in the usual form: the constructor stores, `fit` learns, `predict` answers.
+
+What is learnt is one frozen record, so that a fitted law can be passed on without being changed.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.fitting.estimator import Estimator, Fit
+from analysis.inference.backtest import BackTest, Forecast, backtest, compute_of, forecast
+from analysis.inference.bootstrap import LEVEL, Interval
+from analysis.inference.cluster_robust import (
+    Sandwich,
+    parameter_interval,
+    prediction_errors,
+    sandwich,
+)
+from analysis.inference.profile_likelihood import Profile, profile
+from analysis.inference.shape_robust import Bent, bend
+from analysis.laws.bound import AnyLaw
+from analysis.laws.law import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE, Law
+from analysis.laws.multi_power import MULTI_POWER
+from analysis.laws.task_error import TaskError
+from analysis.laws.transformed import REPEAT
+from analysis.tables.frames import floats
+from analysis.validity.checks import Raised, Target, extrapolation
+from analysis.validity.refusal import Refusal
+
+LAWS: dict[str, AnyLaw] = {
+    law.name: law
+    for law in (
+        CHINCHILLA, GAMMA, KAPLAN, GADRE, POWER, REPEAT, RATE, BATCH, MULTI_POWER, TaskError(),
+    )
+}  # fmt: skip
+"""Every law that can be named in a command; loss to loss needs its two columns."""
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a fit found.
+
+    Attributes:
+        parameters: an interval per exponent, and per term at the centre of the data.
+        bent: the law with a bend, for intervals inside the data; None where rows are too few.
+        backtest: rolling forecasts, for tables that have sizes and tokens.
+    """
+
+    fit: Fit
+    covariance: Sandwich
+    bent: Bent | None
+    parameters: dict[str, Interval]
+    backtest: BackTest | None
+
+
+class ScalingLaw:
+    """One law, to be fitted to a table.
+
+    Args:
+        law: a key of LAWS, or a law.
+        by: columns whose combinations are fitted together.
+        varies: parameters that differ between those combinations; all if not given.
+        delta: where the Huber loss turns linear; found from the residuals if not given.
+    """
+
+    def __init__(
+        self,
+        law: str | AnyLaw = "chinchilla",
+        by: tuple[str, ...] = (),
+        varies: frozenset[str] | None = None,
+        delta: float | None = None,
+    ) -> None:
+        self.law, self.by, self.varies, self.delta = law, by, varies, delta
+        self._learnt: Learnt | Refusal | None = None
+
+    def fit(self, table: pd.DataFrame) -> "ScalingLaw":
+        """Learn from rows; a table that cannot determine the law leaves a refusal in `learnt_`.
+
+        Raises:
+            ValueError: no law has this name, or a parameter of `varies` is not one of the law.
+        """
+        law, estimator = self._resolved(), Estimator(delta=self.delta)
+        found = estimator.fit(table.reset_index(drop=True), law)
+        self._learnt = found if isinstance(found, Refusal) else _learn(estimator, found)
+        return self
+
+    @property
+    def learnt_(self) -> Learnt | Refusal:
+        """What was learnt.
+
+        Raises:
+            RuntimeError: nothing was fitted yet.
+        """
+        if self._learnt is None:
+            raise RuntimeError("this law has learnt nothing yet; call fit with a table first")
+        return self._learnt
+
+    def predict(
+        self, table: pd.DataFrame, interval: float = LEVEL, *, allow: bool = False
+    ) -> pd.DataFrame | Refusal:
+        """The target at each row with an interval for a new run: `estimate`, `low`, `high`.
+
+        Inside the data `mean_low` and `mean_high` are the interval of the mean of many runs, which
+        does not take the law's shape for granted. Beyond the largest compute the interval holds
+        the back-test's error and the spread between laws; more than ten times beyond it is
+        refused, unless it is allowed.
+        """
+        learnt = self.learnt_
+        if isinstance(learnt, Refusal):
+            return learnt
+        refusal = None if allow else _too_far(learnt.fit, table)
+        if refusal is not None:
+            return refusal
+        found = _forecast(learnt, Estimator(delta=self.delta), table)
+        return _at_level(found, learnt, table, interval)
+
+    def profile(self, label: str) -> Profile | Refusal:
+        """How the misfit grows with one parameter; open intervals stay open."""
+        learnt = self.learnt_
+        return learnt if isinstance(learnt, Refusal) else profile(learnt.fit, label)
+
+    def _resolved(self) -> AnyLaw:
+        if isinstance(self.law, str) and self.law not in LAWS:
+            raise ValueError(f"unknown law {self.law!r}; known laws: {', '.join(sorted(LAWS))}")
+        law = LAWS[self.law] if isinstance(self.law, str) else self.law
+        if not self.by:
+            return law
+        varies = frozenset(law.parameters) if self.varies is None else self.varies
+        unknown = sorted(varies - set(law.parameters))
+        if unknown:
+            raise ValueError(
+                f"{unknown[0]} cannot vary, the {law.name} law has {', '.join(law.parameters)}"
+            )
+        return replace(law, by=self.by, varies=varies)
+
+
+def _learn(estimator: Estimator, fit: Fit) -> Learnt:
+    covariance = sandwich(fit)
+    intervals = {}
+    for label in fit.form.labels:
+        found = parameter_interval(fit, covariance, label)
+        if label.split(" [")[0] in fit.law.logs:
+            found = found.mapped(lambda value: float(np.exp(value)))
+        intervals[label] = found
+    tested = backtest(estimator, fit.rows, fit.law) if _has_compute(fit) else None
+    return Learnt(fit, covariance, bend(fit), intervals, tested)
+
+
+def _has_compute(fit: Fit) -> bool:
+    known = set(fit.rows.columns)
+    return isinstance(fit.law, Law) and ("flops" in known or {"parameters", "tokens"} <= known)
+
+
+def _too_far(fit: Fit, table: pd.DataFrame) -> Refusal | None:
+    if not _has_compute(fit) or not {"parameters", "tokens"} <= set(table.columns):
+        return None
+    rows = fit.rows.assign(flops=compute_of(fit.rows))
+    for n, d, c in zip(
+        floats(table, "parameters"), floats(table, "tokens"), compute_of(table), strict=True
+    ):
+        found: Raised | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
+        if isinstance(found, Refusal):
+            return found
+    return None
+
+
+def _forecast(learnt: Learnt, estimator: Estimator, table: pd.DataFrame) -> Forecast | None:
+    if learnt.backtest is None:
+        return None
+    return forecast(learnt.fit, estimator, table, learnt.backtest)
+
+
+def _at_level(
+    found: Forecast | None, learnt: Learnt, table: pd.DataFrame, level: float
+) -> pd.DataFrame:
+    """Intervals at any level: the forecast's parts, times the quantile of what they rest on."""
+    log, error, freedom = prediction_errors(learnt.fit, learnt.covariance, table)
+    quantile = stats.t.ppf(0.5 + 0.5 * level, freedom)
+    normal = float(stats.norm.ppf(0.5 + 0.5 * level))
+    rest = np.full(len(table), float(np.std(learnt.fit.residuals)) ** 2)
+    if found is not None:
+        parts = found.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)
+        rest = (parts**2).sum(axis=1)
+    half = np.sqrt((quantile * error) ** 2 + normal**2 * rest)
+    low, high = _mean_interval(learnt.bent, table, level).T
+    columns = {"estimate": np.exp(log), "low": np.exp(log - half), "high": np.exp(log + half)}
+    answer = pd.DataFrame({**columns, "mean_low": low, "mean_high": high}, index=table.index)
+    return answer if found is None else answer.join(found.rows.drop(columns=list(columns)))
+
+
+def _mean_interval(bent: Bent | None, table: pd.DataFrame, level: float) -> np.ndarray:
+    if bent is None:
+        return np.full((len(table), 2), np.nan)
+    log, error, freedom = bent.predict(table)
+    half = error * stats.t.ppf(0.5 + 0.5 * level, freedom)
+    ends = np.exp(np.stack([log - half, log + half], axis=1))
+    return np.where(bent.inside(table)[:, None], ends, np.nan)

@@ -1,0 +1,112 @@
+"""Laws whose variables are themselves functions of parameters: repeated data, loss against loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from analysis.laws.law import CHINCHILLA, Array, Factor, Law, Parts, Term
+from analysis.tables.frames import floats
+
+SIZE, DATA = "parameters", "tokens"
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Effective tokens and parameters when the data repeat.
+
+    D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), and N' likewise from the size U_N that is
+    compute-optimal for U unique tokens. Source: Muennighoff et al. 2305.16264, section 3.
+    """
+
+    parameters: tuple[str, ...] = ("R_D", "R_N")
+    logs: frozenset[str] = frozenset({"R_D", "R_N"})
+    columns: tuple[str, ...] = ("unique_tokens",)
+
+    def prepare(self, rows: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
+        """Logs that are not centred, and the centres."""
+        size, data = np.log(floats(rows, SIZE)), np.log(floats(rows, DATA))
+        unique = np.minimum(np.log(floats(rows, "unique_tokens")), data)
+        shift = np.array([centres[SIZE], centres[DATA]])
+        return {"log N": size, "log D": data, "log U": unique, "centres": shift}
+
+    def apply(self, p: Parts, x: Parts) -> dict[str, tuple[Array, dict[str, Array]]]:
+        """Centred logs of N' and D', with their derivatives."""
+        shift_size, shift_data = x["centres"]
+        data, _, by_rate = _effective(x["log U"], x["log D"], p["R_D"])
+        best, slopes = _optimal_size(p, x["log U"], (shift_size, shift_data))
+        free = best < x["log N"]
+        size, by_best, by_size_rate = _effective(np.minimum(best, x["log N"]), x["log N"], p["R_N"])
+        size_slopes = {name: by_best * free * slope for name, slope in slopes.items()}
+        return {
+            SIZE: (size - shift_size, {**size_slopes, "R_N": by_size_rate}),
+            DATA: (data - shift_data, {"R_D": by_rate}),
+        }
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A loss measured from a floor of its own: ln(L_x - E_x) is the variable."""
+
+    column: str
+    parameters: tuple[str, ...] = ("E_x",)
+    logs: frozenset[str] = frozenset()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The loss that the law reads."""
+        return (self.column,)
+
+    def prepare(self, rows: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
+        """The loss, and the centre."""
+        return {"loss": floats(rows, self.column), "centre": np.array(centres[self.column])}
+
+    def apply(self, p: Parts, x: Parts) -> dict[str, tuple[Array, dict[str, Array]]]:
+        """The centred log of the loss above its floor."""
+        # A floor above a loss is no solution: the misfit there is large, so steps are refused.
+        left = np.maximum(x["loss"] - p["E_x"], 1e-12)
+        return {self.column: (np.log(left) - x["centre"], {"E_x": -1.0 / left})}
+
+
+REPEAT = replace(CHINCHILLA, name="repeat", warp=Repetition())
+
+
+def repeat_around(chinchilla: Mapping[str, float]) -> Law:
+    """The repetition law with its five Chinchilla parameters given, as it was published."""
+    return replace(REPEAT, fixed=tuple(chinchilla.items()))
+
+
+def loss_to_loss(from_column: str, to_column: str) -> Law:
+    """L_y = E_y + K (L_x - E_x)^k. Source: Brandfonbrener et al. 2411.12925."""
+    # The exponent is fitted as it stands: 1 / (L_x - E_x) to the power of -k.
+    term = Term("K", (Factor("minus_k", ((from_column, 1.0),)),))
+    return Law("loss-to-loss", (term,), warp=Offset(from_column), target=to_column)
+
+
+def _effective(unique: Array, total: Array, log_rate: Array) -> tuple[Array, Array, Array]:
+    """Ln of the effective amount, and its derivatives by ln unique and by ln rate."""
+    ratio = np.exp(total - unique)
+    rate = np.exp(log_rate)
+    excess = ratio - 1.0
+    decay = np.exp(-excess / rate)
+    # 1 - exp(-x) would lose every digit at large rates and fake an optimum there.
+    gained = -rate * np.expm1(-excess / rate)
+    by_unique = 1.0 - decay * ratio / (1.0 + gained)
+    return unique + np.log1p(gained), by_unique, (gained - excess * decay) / (1.0 + gained)
+
+
+def _optimal_size(
+    p: Parts, log_unique: Array, shifts: tuple[float, float]
+) -> tuple[Array, dict[str, Array]]:
+    """Ln of the size that is compute-optimal for a number of tokens, with its derivatives."""
+    alpha, beta = p["alpha"], p["beta"]
+    log_a, log_b = p["A"] + alpha * shifts[0], p["B"] + beta * shifts[1]
+    rest = np.log(alpha) + log_a - np.log(beta) - log_b
+    size = (rest + beta * log_unique) / alpha
+    return size, {
+        "A": 1.0 / alpha,
+        "B": -1.0 / alpha,
+        "alpha": (1.0 / alpha + shifts[0] - size) / alpha,
+        "beta": (log_unique - 1.0 / beta - shifts[1]) / alpha,
+    }

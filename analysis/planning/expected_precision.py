@@ -1,0 +1,228 @@
+"""What a grid of runs can tell before it is run: widths to expect, and whether they settle it.
+
+Local information about a law's parameters (Chaloner and Verdinelli 1995, section 2), with a
+covariance in which points of one trunk share the luck of their seed. The law, its exponents and the
+noise are assumed; they stand in `Assumed` and are printed with every answer.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from scipy import special, stats
+
+from analysis.effects.contrasts import Contrast, contrasts, seed_noise
+from analysis.effects.contrasts import Noise as SeedNoise
+from analysis.fitting.estimator import under_determined
+from analysis.inference.bootstrap import t_quantile
+from analysis.laws.bound import Form, bind, log_loss_and_jacobian
+from analysis.laws.law import Array, nested_family
+from analysis.tables.frames import groups, strings, where
+from analysis.tables.run_table import Table
+from analysis.validity.refusal import Refusal
+
+CELL = ("architecture", "corpus")
+TYPICAL = {"corpus": (4.0, 9.0), "architecture": (0.2, 4.0)}
+"""Effects in percent of loss that public runs show: web corpora; recurrence for attention."""
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of ln L.
+
+    Attributes:
+        seed: of seeds.
+        point: of points of a trunk.
+        by_size: of the effect of each factor, between sizes.
+    """
+
+    seed: float = 0.005
+    point: float = 0.002
+    by_size: Mapping[str, float] = field(
+        default_factory=lambda: {"corpus": 0.005, "architecture": 0.005}
+    )
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What a design takes for granted.
+
+    Attributes:
+        shares: of the loss at the centre of the grid that each term makes up.
+        exponents: alpha of N, beta of D.
+    """
+
+    shares: Mapping[str, float]
+    exponents: Mapping[str, float]
+    noise: Noise
+
+    def theta(self, form: Form) -> Array:
+        """The parameter vector of a Chinchilla law in a form's own coordinates."""
+        values = {name: float(np.log(share)) for name, share in self.shares.items()}
+        values |= dict(self.exponents)
+        theta = np.zeros(len(form.labels))
+        for (name, _), slot in form.slots.items():
+            theta[slot] = values[name]
+        return theta
+
+
+USUAL = Assumed({"E": 0.5, "A": 0.25, "B": 0.25}, {"alpha": 0.34, "beta": 0.3}, Noise())
+"""Published exponents, half of the loss a floor, noise as in careful studies."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One line of what to expect.
+
+    Attributes:
+        quantity: `alpha`, `beta`, `corpus` or `architecture`.
+        half_width: of the 95 % interval; percent of loss for an effect.
+        detectable: smallest effect found in four of five repetitions [%]; None for an exponent.
+    """
+
+    quantity: str
+    half_width: float | Refusal
+    detectable: float | None = None
+
+    @property
+    def sentence(self) -> str:
+        """The line in words."""
+        if isinstance(self.half_width, Refusal):
+            return f"{self.quantity}: will be refused ({self.half_width.reason})"
+        if self.detectable is None:
+            return f"{self.quantity}: 95 % interval of about +-{self.half_width:.2g}"
+        text = f"{self.quantity} effect: about +-{self.half_width:.2g} % of loss"
+        low, high = TYPICAL[self.quantity]
+        verdict = "settles effects of the size public runs show"
+        if self.detectable > high:
+            verdict = f"cannot settle even the largest that public runs show ({high:g} %)"
+        elif self.detectable > low:
+            verdict = f"cannot settle the small ones that public runs show ({low:g} %)"
+        return f"{text}, finds {self.detectable:.2g} % in four of five repetitions: {verdict}"
+
+
+def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
+    """Widths that a grid leads to.
+
+    Args:
+        grid: planned points with `architecture`, `corpus`, `rung`, `seed`, `trunk_id`,
+            `parameters` and `tokens`.
+        assumed: law and noise.
+    """
+    found = []
+    widths = exponent_widths(grid, assumed)
+    for name in ("alpha", "beta"):
+        found.append(Expected(name, widths if isinstance(widths, Refusal) else widths[name]))
+    for factor in ("corpus", "architecture"):
+        found.append(_contrast(grid, factor, assumed.noise))
+    return found
+
+
+def exponent_widths(grid: pd.DataFrame, assumed: Assumed) -> dict[str, float] | Refusal:
+    """Half-widths of the exponents under the law that a report fits to all cells at once."""
+    law = nested_family(CELL)["Meab"]
+    refusal = under_determined(grid.assign(loss_nats=1.0), law)
+    if refusal is not None:
+        return refusal
+    form = bind(law, grid)
+    jacobian = log_loss_and_jacobian(form.design(grid), assumed.theta(form)[None])[1][0]
+    covariance = np.linalg.pinv(information(jacobian, strings(grid, "trunk_id"), assumed.noise))
+    trunks = len(np.unique(strings(grid, "trunk_id")))
+    quantile = t_quantile(max(trunks - len(form.labels), 1))
+    deviations = np.sqrt(np.diagonal(covariance))
+    return {
+        name: float(quantile * deviations[form.slots[name, form.groups[0]]])
+        for name in ("alpha", "beta")
+    }
+
+
+def information(jacobian: Array, trunks: Array, noise: Noise) -> Array:
+    """F' S^-1 F, where points of a trunk have covariance seed^2 and variance seed^2 + point^2."""
+    point, seed = noise.point**2, noise.seed**2
+    total = jacobian.T @ jacobian / point
+    _, place = np.unique(trunks, return_inverse=True)
+    for trunk in range(int(place.max()) + 1):
+        mine = jacobian[place == trunk]
+        # Woodbury: the inverse of point^2 I + seed^2 11'.
+        shared = seed / (point * (point + len(mine) * seed))
+        column = mine.sum(axis=0)
+        total = total - shared * np.outer(column, column)
+    return total
+
+
+def _contrast(grid: pd.DataFrame, factor: str, noise: Noise) -> Expected:
+    """What the paired comparison of the first two levels is expected to give, over sizes."""
+    other = {"corpus": "architecture", "architecture": "corpus"}[factor]
+    levels = list(dict.fromkeys(strings(grid, factor).tolist()))
+    if len(levels) < 2:
+        refusal = Refusal("R-FACTOR", f"a single {factor}", f"add a second {factor}")
+        return Expected(factor, refusal)
+    variances = []
+    for _, rows in groups(grid, ["rung"]):
+        sides = [
+            rows.loc[strings(rows, factor) == level, [other, "seed", "tokens"]]
+            for level in levels[:2]
+        ]
+        pairs = sides[0].merge(sides[1], on=[other, "seed", "tokens"])
+        trunks = len(pairs[[other, "seed"]].drop_duplicates())
+        if trunks:
+            luck = 2 * (noise.seed**2 / trunks + noise.point**2 / len(pairs))
+            variances.append(luck + noise.by_size[factor] ** 2)
+    sizes = len(variances)
+    if sizes < 2:
+        reason = f"matched pairs at {sizes} sizes"
+        return Expected(factor, Refusal("R-PAIRS", reason, "plan more sizes"))
+    error = float(np.sqrt(np.mean(variances) / sizes))
+    usual = error * _mean_over_deviation(sizes - 1)
+    smallest = error * (t_quantile(sizes - 1) + float(stats.t.ppf(POWER, sizes - 1)))
+    half = t_quantile(sizes - 1) * usual
+    return Expected(factor, 100 * float(np.expm1(half)), 100 * float(np.expm1(smallest)))
+
+
+def _mean_over_deviation(freedom: int) -> float:
+    """Mean of a sample's standard deviation over the true one."""
+    logs = special.gammaln((freedom + 1) / 2) - special.gammaln(freedom / 2)
+    return float(np.sqrt(2 / freedom) * np.exp(logs))
+
+
+def measured_noise(points: Table) -> Noise | None:
+    """The noise that finished runs of a sweep show, or None while they cannot tell."""
+    rows = where(points.rows, "evaluation_set", points.neutral_set)
+    seeds = seed_noise(rows) if len(rows) else None
+    if not isinstance(seeds, SeedNoise):
+        return None
+    luck = seeds.sd.estimate
+    by_size = {
+        factor: _change_between_sizes(points, factor, luck) for factor in USUAL.noise.by_size
+    }
+    shown = {factor: change for factor, change in by_size.items() if change is not None}
+    if not shown:
+        return None
+    return Noise(luck, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
+
+
+def _change_between_sizes(points: Table, factor: str, luck: float) -> float | None:
+    """Standard deviation of an effect between sizes, without the luck of seeds in it."""
+    scatters = [
+        float(np.std(each.by_size.to_numpy(), ddof=1))
+        for each in contrasts(points, factor, points.neutral_set)
+        if isinstance(each, Contrast) and len(each.by_size) > 2
+    ]
+    return float(np.sqrt(max(max(scatters) ** 2 - 2 * luck**2, 0.0))) if scatters else None
+
+
+def expectation_lines(grid: pd.DataFrame, assumed: Assumed) -> list[str]:
+    """What to expect of a planned grid, for a terminal."""
+    noise = assumed.noise
+    changes = " and ".join(f"{100 * sd:.2g} % of the {x}'s" for x, sd in noise.by_size.items())
+    source = "assumed" if noise == USUAL.noise else "as finished runs show it, law assumed"
+    lines = ["Before it runs, under assumptions (not a measurement):"]
+    lines += [f"  {each.sentence}" for each in expect(grid, assumed)]
+    lines.append(
+        f"  noise {source}: sd of ln L {100 * noise.seed:.2g} % of seeds, {changes} "
+        f"effect between sizes; alpha {assumed.exponents['alpha']:g}, beta "
+        f"{assumed.exponents['beta']:g}, a floor of {assumed.shares['E']:.0%} of the loss"
+    )
+    return lines

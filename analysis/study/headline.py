@@ -1,0 +1,111 @@
+"""The answer in one place: corpus against architecture by name, with all that belongs beside it."""
+
+from dataclasses import dataclass
+
+from analysis.effects.contrasts import Arm, Contrast, Detectable
+from analysis.effects.multipliers import Multiplier
+from analysis.inference.bootstrap import Interval, ratio_interval
+from analysis.study.study import Study
+from analysis.validity.refusal import Refusal
+
+COMPUTE = "training FLOPs"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One corpus contrast against one architecture contrast, on the neutral set, by name.
+
+    Attributes:
+        ratio: of the corpus effect to the architecture effect on ln L, both without sign.
+        multipliers: per factor, what its change is worth in training compute.
+        detectable: per factor, the smallest difference the study finds.
+    """
+
+    evaluation_set: str
+    corpus: Contrast | Refusal
+    architecture: Contrast | Refusal
+    ratio: Interval | Refusal
+    multipliers: dict[str, Multiplier | Refusal]
+    detectable: dict[str, Detectable | Refusal]
+
+
+def headline(study: Study, corpus: str | None = None, architecture: str | None = None) -> Headline:
+    """The named levels against the baselines; where none is named, those with the largest effects.
+
+    Raises:
+        ValueError: a name is no level of the study.
+    """
+    chosen_corpus = _chosen(study.answer.corpus, corpus, "corpus")
+    arms = {_other(arm.contrast): arm for arm in study.answer.arms}
+    chosen = _chosen(study.answer.architecture, architecture, "architecture")
+    return Headline(
+        evaluation_set=study.answer.evaluation_set,
+        corpus=chosen_corpus,
+        architecture=chosen,
+        ratio=ratio_of(chosen_corpus, chosen, arms.get(_other(chosen))),
+        multipliers={
+            "corpus": _multiplier(study, chosen_corpus),
+            "architecture": _multiplier(study, chosen),
+        },
+        detectable=study.answer.detectable,
+    )
+
+
+def _chosen(
+    found: tuple[Contrast | Refusal, ...], name: str | None, factor: str
+) -> Contrast | Refusal:
+    known = [each for each in found if isinstance(each, Contrast)]
+    if name is not None:
+        named = [each for each in known if each.other == name]
+        if not named:
+            others = ", ".join(each.other for each in known) or "none"
+            raise ValueError(
+                f"no contrast of {factor} {name!r} with the baseline; there are {others}"
+            )
+        return named[0]
+    return max(known, key=lambda each: abs(each.effect.estimate)) if known else found[0]
+
+
+def _other(contrast: Contrast | Refusal) -> str:
+    return contrast.other if isinstance(contrast, Contrast) else ""
+
+
+def ratio_of(
+    corpus: Contrast | Refusal, architecture: Contrast | Refusal, arm: Arm | None
+) -> Interval | Refusal:
+    """Fieller's interval at common sizes, unless the architecture effect depends on the corpus."""
+    if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
+        return corpus if isinstance(corpus, Refusal) else architecture  # type: ignore[return-value]
+    crossed = arm.interaction if arm else None
+    half = 0.5 * abs(architecture.effect.estimate)
+    if isinstance(crossed, Interval) and crossed.excludes(0.0) and abs(crossed.estimate) > half:
+        return Refusal(
+            "R-INTERACTION",
+            f"the effect of {architecture.other} differs between corpora by more than half of it",
+            "quote it per corpus",
+        )
+    both = corpus.by_size.index.intersection(architecture.by_size.index)
+    return ratio_interval(
+        corpus.by_size.loc[both].to_numpy(dtype=float),
+        architecture.by_size.loc[both].to_numpy(dtype=float),
+    )
+
+
+def _multiplier(study: Study, contrast: Contrast | Refusal) -> Multiplier | Refusal:
+    """The compute multiplier between the two levels, the other factor at its baseline."""
+    if isinstance(contrast, Refusal):
+        return contrast
+    pair = (contrast.baseline, contrast.other)
+    refusals = [each for each in study.multipliers if isinstance(each, Refusal)]
+    for each in study.multipliers:
+        if isinstance(each, Refusal) or each.quantity != COMPUTE:
+            continue
+        sides = [side.split(" on ") for side in (each.baseline, each.other)]
+        place = 0 if contrast.factor == "architecture" else 1
+        if (sides[0][place], sides[1][place]) == pair and sides[0][1 - place] == sides[1][
+            1 - place
+        ]:
+            return each
+    return refusals[0] if refusals else Refusal(
+        "R-REACH", f"no loss that both {pair[0]} and {pair[1]} reach", "add horizons"
+    )  # fmt: skip

@@ -1,0 +1,339 @@
+"""Tables of others: CSV, TSV, parquet or JSONL with columns never seen before, as one schema.
+
+Nothing is guessed in silence: which column was read as what, what was left out and which rows were
+refused are part of the result, and two columns that could both be meant are an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pandas as pd
+
+from analysis.tables.cells import flags, numbers, texts
+from analysis.tables.files import listed, read_raw
+from analysis.tables.frames import columns_of, floats, keep
+from analysis.tables.schema import LOSS_UNITS, SCALES, SCHEMA, plain, split_unit, target_of
+
+UNNAMED_SET = "unnamed"
+_MEASURES = "loss|nll|cross[ _]?entropy|bpb|bits[ _]per[ _]byte|ppl|perplexity"
+_MEASURE = re.compile(
+    rf"^(?P<set>.*?)[\s_\-./]*\b(?:(?:validation|valid|val|eval|test|heldout)[\s_\-./]*)?"
+    rf"(?P<measure>{_MEASURES})$",
+    re.IGNORECASE,
+)
+_LEAST = {"parameters": 1e3, "non_embedding_parameters": 1e2, "tokens": 1e3, "flops": 1e6}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a column of the schema comes from: a column of the file, in a unit."""
+
+    column: str
+    unit: str
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A table of others in the schema.
+
+    Attributes:
+        rows: one row per (run, checkpoint, evaluation set); only columns that the file has.
+        sources: schema column, or measure and evaluation set, to what it was read from.
+        ignored: columns of the file that no column of the schema stands for.
+        rejected: one line per row that was left out: `source_row`, `column`, `value`, `reason`.
+        notes: what a reader should know about how the file was read.
+    """
+
+    rows: pd.DataFrame
+    sources: dict[str, Source]
+    ignored: tuple[str, ...]
+    rejected: pd.DataFrame
+    notes: tuple[str, ...]
+
+
+def read_foreign(path: Path, columns: Mapping[str, str] | None = None) -> Foreign:
+    """Read a table of runs whose columns were never seen before.
+
+    Args:
+        path: a .csv, .tsv, .parquet or .jsonl file.
+        columns: schema column (or a synonym, such as N) to a column of the file, with `:unit`
+            after it where its name does not say it, as in `{"N": "Size:B"}`.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a loss, or leaves a column ambiguous.
+    """
+    raw = read_raw(path)
+    chosen = {_named(target): _source(raw, column) for target, column in (columns or {}).items()}
+    sources, measures = _match(raw, chosen)
+    if not measures:
+        raise ValueError(
+            f"{path} has no loss that could be recognised among {listed(raw.columns)}; name it "
+            "with --columns loss=<column>"
+        )
+    bad: list[pd.DataFrame] = []
+    identity = pd.DataFrame({"source_row": np.arange(1, len(raw) + 1)}, index=raw.index)
+    for target, source in sources.items():
+        identity[target] = _column(raw, target, source, bad)
+    _check_magnitudes(identity, sources)
+    rows = _long(raw, identity, measures, bad)
+    rejected = _rejected(bad)
+    rows = keep(rows, ~rows["source_row"].isin(rejected["source_row"]))
+    if not len(rows):
+        raise ValueError(f"no row of {path} is usable: {_first_reasons(rejected)}")
+    used = {source.column for source in (*sources.values(), *measures.values())}
+    ignored = tuple(str(name) for name in raw.columns if name not in used)
+    rows, notes = _completed(rows)
+    rows, doubled = _without_duplicates(rows, path)
+    every = pd.concat([rejected, doubled], ignore_index=True)
+    found = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
+    return Foreign(rows.reset_index(drop=True), found, ignored, every, tuple(notes))
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """The mapping behind `--columns N=Size,tokens=Tokens:B`.
+
+    Raises:
+        ValueError: a part is not `name=column`.
+    """
+    found: dict[str, str] = {}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        name, equals, column = part.partition("=")
+        if not equals or not name.strip() or not column.strip():
+            raise ValueError(f"--columns {part!r} is not of the form N=Size or N=Size:B")
+        if name.strip() in found:
+            raise ValueError(f"--columns names {name.strip()} twice; keep one of them")
+        found[name.strip()] = column.strip()
+    return found
+
+
+def _named(target: str) -> str:
+    found = target_of(target)
+    if found is None:
+        raise ValueError(f"--columns {target}: no such column in the schema; {listed(SCHEMA)}")
+    return found[0]
+
+
+def _source(raw: pd.DataFrame, column: str) -> Source:
+    """A column of the file, with the unit after the last colon or in the name."""
+    names = set(raw.columns)
+    if column in names:
+        return Source(column, _unit_in(column))
+    stem, colon, unit = column.rpartition(":")
+    if colon and stem in names and plain(unit) in {*SCALES, *LOSS_UNITS}:
+        return Source(stem, plain(unit))
+    raise ValueError(f"--columns names {column!r}, but the file has {listed(raw.columns)}")
+
+
+def _unit_in(name: str) -> str:
+    for kind in ("count", "loss"):
+        unit = split_unit(name, kind)[1]
+        if unit in (SCALES if kind == "count" else LOSS_UNITS):
+            return unit
+    return ""
+
+
+def _match(
+    raw: pd.DataFrame, chosen: dict[str, Source]
+) -> tuple[dict[str, Source], dict[tuple[str, str], Source]]:
+    """Which column of the file is which column of the schema; losses by set and measure."""
+    candidates: dict[str, list[Source]] = {}
+    measures: dict[tuple[str, str], list[Source]] = {}
+    taken = {source.column for source in chosen.values()}
+    asked = {name for name in chosen if SCHEMA[name].kind == "loss"}
+    for column in (str(name) for name in raw.columns if name not in taken):
+        found = target_of(column)
+        measure = _measure(column)
+        if found is not None and SCHEMA[found[0]].kind != "loss":
+            if found[0] not in chosen:
+                candidates.setdefault(found[0], []).append(Source(column, found[1]))
+        elif measure is not None and not asked:
+            set_name, kind, unit = measure
+            measures.setdefault((set_name, kind), []).append(Source(column, unit))
+    sources = {name: _only(raw, name, found) for name, found in candidates.items()}
+    sources |= {name: source for name, source in chosen.items() if name not in asked}
+    losses = {key: _only(raw, f"{key[1]} on {key[0]}", found) for key, found in measures.items()}
+    losses |= {(_set_in(chosen[name].column), name): chosen[name] for name in sorted(asked)}
+    named = [set_name for set_name, _ in losses if set_name != UNNAMED_SET]
+    if "evaluation_set" in sources and named:
+        raise ValueError(
+            f"both the column {sources['evaluation_set'].column!r} and the names of columns "
+            f"({listed(named)}) say the evaluation set; choose one loss with --columns loss=..."
+        )
+    return sources, losses
+
+
+def _measure(column: str) -> tuple[str, str, str] | None:
+    """Evaluation set, schema column and unit of a loss column, or None."""
+    stem = re.sub(r"[\[(][^\])]*[\])]\s*$", "", column).strip()
+    unit = split_unit(column, "loss")[1] if stem != column else ""
+    if stem == column:
+        for suffix in LOSS_UNITS:
+            if re.search(rf"loss[_ ]{suffix}$", column, re.IGNORECASE):
+                stem, unit = column[: -len(suffix) - 1], suffix
+    if plain(stem) == "l":
+        return UNNAMED_SET, "loss_nats", unit
+    found = _MEASURE.match(stem.strip())
+    if found is None:
+        return None
+    kind = LOSS_UNITS.get(plain(found["measure"]), LOSS_UNITS.get(unit, "nats"))
+    target = "bits_per_byte" if kind == "bpb" else "loss_nats"
+    name = found["set"].strip(" _-./")
+    return ("" if plain(name) == "final" else name) or UNNAMED_SET, target, kind
+
+
+def _set_in(column: str) -> str:
+    found = _measure(column)
+    return found[0] if found else UNNAMED_SET
+
+
+def _only(raw: pd.DataFrame, target: str, found: Sequence[Source]) -> Source:
+    """The single candidate, or the first of several that hold the same; else an error."""
+    first = raw[found[0].column]
+    same = all(raw[other.column].equals(first) for other in found[1:])
+    if len(found) > 1 and not (same and len({source.unit for source in found}) == 1):
+        names = ", ".join(repr(source.column) for source in found)
+        name = target.partition(" ")[0]
+        raise ValueError(
+            f"{target} could be {names}; say which with --columns {name}={found[0].column!r}"
+        )
+    return found[0]
+
+
+def _column(raw: pd.DataFrame, target: str, source: Source, bad: list[pd.DataFrame]) -> pd.Series:
+    cells, kind = cast("pd.Series", raw[source.column]), SCHEMA[target].kind
+    if kind == "text":
+        return texts(cells)
+    if kind == "flag":
+        found = flags(cells)
+    elif kind in ("count", "flops"):
+        if source.unit not in SCALES:
+            raise ValueError(
+                f"column {source.column!r} is in {source.unit!r}, which is no unit of {target}; "
+                f"say one of {listed(filter(None, SCALES))} as --columns {target}=NAME:UNIT"
+            )
+        found = numbers(cells, SCALES[source.unit], positive=True)
+    else:
+        found = numbers(cells, 1.0, positive=False)
+    _collect(bad, found, source.column, target)
+    return found.values
+
+
+def _collect(bad: list[pd.DataFrame], found, column: str, target: str) -> None:  # noqa: ANN001
+    share = len(found.bad) / max(int(found.known), 1)
+    if len(found.bad) > 1 and share > 0.5:
+        example = found.bad["value"].iloc[0]
+        raise ValueError(
+            f"column {column!r} was read as {target}, but most of its cells are not "
+            f"({example!r}: {found.bad['reason'].iloc[0]}); map it with --columns"
+        )
+    if len(found.bad):
+        bad.append(found.bad.assign(column=column))
+
+
+def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, Source]) -> None:
+    """Counts without a unit that are too small to be counts: in millions, or logarithms?"""
+    for name, least in _LEAST.items():
+        if name not in rows or sources[name].unit:
+            continue
+        values = floats(rows, name)
+        values = values[np.isfinite(values)]
+        if len(values) and values.max() < least:
+            column = sources[name].column
+            raise ValueError(
+                f"column {column!r} lies between {values.min():.3g} and {values.max():.3g}, too "
+                f"small for {SCHEMA[name].meaning}; say its unit, as in --columns "
+                f"{name}={column}:B, or export it without logarithm"
+            )
+
+
+def _long(
+    raw: pd.DataFrame,
+    identity: pd.DataFrame,
+    measures: Mapping[tuple[str, str], Source],
+    bad: list[pd.DataFrame],
+) -> pd.DataFrame:
+    """One row per evaluation set: measures of one set stand beside each other."""
+    parts = []
+    for set_name in dict.fromkeys(name for name, _ in measures):
+        part = identity.copy()
+        if "evaluation_set" not in part:
+            part["evaluation_set"] = set_name
+        for (name, target), source in measures.items():
+            if name != set_name:
+                continue
+            found = numbers(cast("pd.Series", raw[source.column]), 1.0, positive=True)
+            _collect(bad, found, source.column, target)
+            part[target] = _in_unit(found.values, source)
+        known = [target for target in ("loss_nats", "bits_per_byte") if target in part]
+        parts.append(keep(part, part[known].notna().any(axis=1)))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _in_unit(values: pd.Series, source: Source) -> pd.Series:
+    kind = LOSS_UNITS.get(source.unit, "nats")
+    if kind == "bits":
+        return values * np.log(2.0)
+    if kind == "ppl":
+        return cast("pd.Series", np.log(values.where(values > 1)))
+    return values
+
+
+def _completed(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Add what follows by definition: a run id per row where there is none, and 6 N D."""
+    notes = []
+    rows = rows.copy()
+    if "run_id" not in rows:
+        rows["run_id"] = "row " + rows["source_row"].astype(str)
+        notes.append("no column names the run: every row counts as a run of its own")
+    if "trunk_id" not in rows:
+        rows["trunk_id"] = rows["run_id"]
+    if {"parameters", "tokens"} <= set(rows) and "flops_six_nd" not in rows:
+        rows["flops_six_nd"] = 6.0 * rows["parameters"] * rows["tokens"]
+    if "flops" not in rows:
+        notes.append("no column holds training FLOPs: they are unknown; 6 N D is flops_six_nd")
+    if "decayed" not in rows:
+        notes.append("nothing says whether schedules had ended: points may be read too early")
+    if UNNAMED_SET in set(rows["evaluation_set"]):
+        notes.append("the evaluation set has no name: losses of other tables do not compare")
+    return columns_of(rows, [name for name in ("source_row", *SCHEMA) if name in rows]), notes
+
+
+def _without_duplicates(rows: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Drop rows that repeat another one; rows of one place that disagree are an error."""
+    place = [n for n in ("run_id", "step", "tokens", "evaluation_set", "seed") if n in rows]
+    if "step" not in rows and "tokens" not in rows:
+        place += [name for name in ("parameters",) if name in rows]
+    content = [name for name in rows if name != "source_row"]
+    repeated = rows.duplicated(content)
+    kept = keep(rows, ~repeated)
+    # Rows of which the place is not fully known cannot be said to be at the same one.
+    clash = kept.duplicated(place, keep=False) & kept[place].notna().all(axis=1)
+    if clash.any():
+        lines = sorted(set(kept.loc[clash, "source_row"].head(4)))
+        raise ValueError(
+            f"{path}: rows {listed(lines)} claim the same {', '.join(place)} but differ; add a "
+            "column that tells them apart (step, seed), or remove all but one"
+        )
+    doubled = keep(rows, repeated)
+    reason = "repeats an earlier row"
+    records = [(int(row), "", "", reason) for row in doubled["source_row"]]
+    return kept, pd.DataFrame(records, columns=pd.Index(_REJECTED))
+
+
+_REJECTED = ["source_row", "column", "value", "reason"]
+
+
+def _rejected(bad: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    if not bad:
+        return pd.DataFrame(columns=pd.Index(_REJECTED))
+    found = columns_of(pd.concat(bad, ignore_index=True), _REJECTED)
+    return found.sort_values(by=["source_row"], kind="stable")
+
+
+def _first_reasons(rejected: pd.DataFrame) -> str:
+    first = rejected.head(3).to_dict("records")
+    return "; ".join(f"row {r['source_row']}, {r['column']}: {r['reason']}" for r in first)

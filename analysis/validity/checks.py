@@ -1,0 +1,304 @@
+"""What to doubt about a table before any law is fitted: the warnings, each with what it takes.
+
+A guard looks at rows in the columns of `analysis.tables.schema` and says what it found, or nothing.
+It never changes a number: what follows from it is written next to the result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.tables.frames import floats, groups, keep, means, strings
+from analysis.validity.refusal import Refusal
+
+MEANINGS = {
+    "W-OPT": ("the optimiser may have missed the optimum", "fit with ten times the starts"),
+    "W-COND": (
+        "some combination of parameters is hardly constrained",
+        "compare predictions, not parameters",
+    ),
+    "W-E0": ("the floor is not identified", "print no floor, and no multiplier near it"),
+    "W-EXTRAP": (
+        "the target lies beyond the data",
+        "use no interval but one that was tested by holding out larger runs",
+    ),
+    "W-EDGE": ("the lowest point of a budget is not bracketed", "drop the budget, or add sizes"),
+    "W-A2BIAS": (
+        "parabolas through such a grid miss the optimum",
+        "take the optimum from the fitted law",
+    ),
+    "W-LR": ("learning rates are not known to be equally good", "call the result untuned"),
+    "W-DECAY": (
+        "some losses were read before the schedule had ended",
+        "exclude them, or model the schedule",
+    ),
+    "W-COUNT": ("the result may depend on how N or C is counted", "show it under both counts"),
+    "W-CLUSTER": ("rows share training, so they are not independent", "resample whole runs"),
+    "W-TOK": ("tokenizers differ", "compare bits per byte, not nats per token"),
+    "W-EVAL": ("the yardstick may favour one corpus", "evaluate on more held-out sets"),
+    "W-REPEAT": ("training data were repeated", "fit a law of repetition, or exclude the rows"),
+    "W-SEED": (
+        "no configuration has two seeds, so the noise is unknown",
+        "read residual scatter as noise, or run second seeds",
+    ),
+    "W-SUM": ("the exponents of N and D do not make up C", "look for a slip in the counting"),
+    "W-UNIT": ("some values look like a slip of units", "check the columns before using them"),
+}
+SMALL_MODEL = 1e8
+COUNT_TOLERANCE = 0.10
+COUNTER_RANGE = (0.5, 2.0)
+ROUGH_RANGE = (0.1, 10.0)
+"""C over 6 N D: without the counter of the architecture only a slip of ten is a slip."""
+LARGEST_EXTRAPOLATION = 10.0
+FREE_EXTRAPOLATION = 3.0
+RATIO_MARGIN = 3.0
+SUM_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Raised:
+    """One reservation: its code, and what was found."""
+
+    code: str
+    finding: str
+
+    def __post_init__(self) -> None:
+        assert self.code in MEANINGS, f"undeclared warning code {self.code}"
+
+    def __str__(self) -> str:
+        meaning, action = MEANINGS[self.code]
+        return f"{self.code}: {meaning} ({self.finding}); {action}"
+
+
+def check(rows: pd.DataFrame) -> tuple[Raised, ...]:
+    """Every reservation that a table's rows call for, in the order of MEANINGS."""
+    guards: tuple[Callable[[pd.DataFrame], Raised | None], ...] = (
+        rates, decay, counting, clusters, tokenizers, evaluation, repetition, seeds, units,
+    )  # fmt: skip
+    return tuple(raised for raised in (guard(rows) for guard in guards) if raised is not None)
+
+
+def rates(rows: pd.DataFrame) -> Raised | None:
+    """W-LR: an arm has no search over its learning rate, or its best rate is at the search's edge.
+
+    A cell that was trained at three rates or more is a search; its best must be bracketed.
+    """
+    unknown, edges = [], []
+    for (name,), arm in groups(rows, ["architecture"]) if "architecture" in rows else ():
+        tuned = _known(arm, "learning_rate_tuned")
+        searched, at_edge = _searches(arm)
+        edges += [f"{name}: {at_edge} of {searched} searches" for _ in range(at_edge > 0)]
+        if not searched and not (len(tuned) == len(arm) and bool(tuned.all())):
+            unknown.append(str(name))
+    if edges:
+        return Raised("W-LR", f"the best rate is the last one tried in {'; '.join(edges)}")
+    if unknown:
+        return Raised("W-LR", f"no search is on record for {', '.join(unknown)}")
+    return None
+
+
+def _searches(arm: pd.DataFrame) -> tuple[int, int]:
+    """Cells with three rates or more, and those of them whose best rate is the last one."""
+    cell = [n for n in ("corpus", "parameters", "tokens", "evaluation_set") if n in arm]
+    if "learning_rate" not in arm or not cell:
+        return 0, 0
+    searched = at_edge = 0
+    for _, part in groups(keep(arm, arm["learning_rate"].notna()), cell):
+        average = means(part, ["learning_rate"], ["loss_nats"]).sort_index()
+        if len(average) >= 3:
+            searched += 1
+            at_edge += int(floats(average, "loss_nats").argmin()) in (0, len(average) - 1)
+    return searched, at_edge
+
+
+def decay(rows: pd.DataFrame) -> Raised | None:
+    """W-DECAY: the schedule was to go on after the point, or decayed and hot points are mixed."""
+    unfinished = np.zeros(len(rows), dtype=bool)
+    if "decayed" in rows:
+        unfinished |= (rows["decayed"].notna() & (rows["decayed"].astype(float) == 0)).to_numpy()
+    for reached, horizon in (("step", "horizon_steps"), ("tokens", "horizon_tokens")):
+        if {reached, horizon} <= set(rows):
+            unfinished |= floats(rows, reached) < 0.999 * floats(rows, horizon)
+    if not unfinished.any():
+        return None
+    mixed = "all" if unfinished.all() else f"{int(unfinished.sum())} of {len(rows)}"
+    return Raised("W-DECAY", f"{mixed} points stand before the end of their schedule")
+
+
+def counting(rows: pd.DataFrame) -> Raised | None:
+    """W-COUNT: N without embeddings for small models, or exact FLOPs far from 6 N D."""
+    if not len(_known(rows, "parameters")):
+        if "non_embedding_parameters" in rows:
+            sizes = floats(rows, "non_embedding_parameters")
+            if np.nanmin(sizes) < SMALL_MODEL:
+                return Raised("W-COUNT", "only N without embeddings is known, below 1e8")
+        return None
+    if not {"flops", "tokens"} <= set(rows):
+        return None
+    ratio = floats(rows, "flops") / (6.0 * floats(rows, "parameters") * floats(rows, "tokens"))
+    ratio = ratio[np.isfinite(ratio)]
+    if not len(ratio) or np.abs(np.log(ratio)).max() <= np.log1p(COUNT_TOLERANCE):
+        return None
+    return Raised("W-COUNT", f"C is {ratio.min():.2f} to {ratio.max():.2f} of 6 N D")
+
+
+def clusters(rows: pd.DataFrame) -> Raised | None:
+    """W-CLUSTER: a run or trunk gives several points of one evaluation set."""
+    owner = "trunk_id" if "trunk_id" in rows else "run_id"
+    if owner not in rows:
+        return None
+    keys = [owner, *(name for name in ("evaluation_set",) if name in rows)]
+    most = max((len(part) for _, part in groups(rows, keys)), default=0)
+    if most < 2:
+        return None
+    return Raised("W-CLUSTER", f"up to {most} points of one {owner[:-3]}")
+
+
+def tokenizers(rows: pd.DataFrame) -> Raised | None:
+    """W-TOK: losses per token of different tokenizers stand in one table."""
+    found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
+    return Raised("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
+
+
+def yardstick(rows: pd.DataFrame) -> str | Refusal:
+    """The column in which losses compare: nats if there is one tokenizer, else bits per byte."""
+    if tokenizers(rows) is None:
+        return "loss_nats"
+    if "bits_per_byte" in rows and bool(rows["bits_per_byte"].notna().all()):
+        return "bits_per_byte"
+    return Refusal(
+        "R-YARDSTICK",
+        f"losses per token of several tokenizers ({_some(_levels(rows, 'tokenizer'))})",
+        "give bits per byte for every row, or compare within one tokenizer",
+    )
+
+
+def evaluation(rows: pd.DataFrame) -> Raised | None:
+    """W-EVAL: a single evaluation set, or one that a corpus was made for."""
+    sets = _levels(rows, "evaluation_set")
+    own = {name.lower() for name in sets} & {name.lower() for name in _levels(rows, "corpus")}
+    if own:
+        return Raised("W-EVAL", f"{_some(sorted(own))} is a training corpus as well")
+    return (
+        Raised("W-EVAL", f"one set: {_some(sets) or 'without a name'}") if len(sets) < 2 else None
+    )
+
+
+def repetition(rows: pd.DataFrame) -> Raised | None:
+    """W-REPEAT: more tokens were seen than there are distinct ones."""
+    if not {"tokens", "unique_tokens"} <= set(rows):
+        return None
+    ratio = floats(rows, "tokens") / floats(rows, "unique_tokens")
+    repeated = ratio > 1.001
+    if not repeated.any():
+        return None
+    return Raised(
+        "W-REPEAT", f"{int(repeated.sum())} rows, up to {ratio[repeated].max():.3g} times"
+    )
+
+
+def seeds(rows: pd.DataFrame) -> Raised | None:
+    """W-SEED: nothing was trained twice."""
+    cell = [n for n in ("architecture", "corpus", "parameters", "tokens") if n in rows]
+    if "seed" in rows and cell:
+        distinct = rows.drop_duplicates([*cell, "seed"])
+        if distinct.duplicated(cell).any():
+            return None
+    return Raised("W-SEED", "no two rows differ by seed alone")
+
+
+def units(rows: pd.DataFrame) -> Raised | None:
+    """W-UNIT: a loss above a uniform guess, hardly any data, or FLOPs far from their count."""
+    found = []
+    if {"loss_nats", "vocab_size"} <= set(rows):
+        worse = floats(rows, "loss_nats") > np.log(floats(rows, "vocab_size"))
+        found += [f"{int(worse.sum())} losses above ln V" for _ in range(bool(worse.any()))]
+    if {"parameters", "tokens"} <= set(rows):
+        few = floats(rows, "tokens") < floats(rows, "parameters") / 100
+        found += [f"{int(few.sum())} rows with D < N/100" for _ in range(bool(few.any()))]
+    off = _off_count(rows)
+    found += [f"{off} rows with FLOPs far from their count" for _ in range(off > 0)]
+    return Raised("W-UNIT", "; ".join(found)) if found else None
+
+
+def _off_count(rows: pd.DataFrame) -> int:
+    """Rows whose C is out of range of the architecture's counter, or of 6 N D without one."""
+    if "flops" not in rows:
+        return 0
+    if "flops_counted" in rows:
+        ratio, (low, high) = floats(rows, "flops") / floats(rows, "flops_counted"), COUNTER_RANGE
+    elif {"parameters", "tokens"} <= set(rows):
+        six_nd = 6.0 * floats(rows, "parameters") * floats(rows, "tokens")
+        ratio, (low, high) = floats(rows, "flops") / six_nd, ROUGH_RANGE
+    else:
+        return 0
+    return int(((ratio < low) | (ratio > high)).sum())
+
+
+def exponent_sum(size_exponent: float, token_exponent: float, implied: float) -> Raised | None:
+    """W-SUM: N*(C) ~ C^a and D*(C) ~ C^b whose a + b is not what the FLOP counter implies.
+
+    Args:
+        size_exponent: a.
+        token_exponent: b.
+        implied: a + b along the counter's frontier: 1 for C = 6 N D.
+    """
+    total = size_exponent + token_exponent
+    if abs(total - implied) <= SUM_TOLERANCE + 1e-12:
+        return None
+    return Raised("W-SUM", f"a + b = {total:.3f}, the counter implies {implied:.3f}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A point at which a law is asked."""
+
+    parameters: float
+    tokens: float
+    flops: float
+
+
+def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Raised | Refusal | None:
+    """How far a target lies beyond the rows: nothing, a warning, or R-EXTRAP.
+
+    Args:
+        rows: the points of the fit.
+        target: where the law is asked.
+        allow: answer beyond ten times the largest compute all the same, with a warning.
+    """
+    factor = target.flops / float(np.nanmax(floats(rows, "flops")))
+    ratios = floats(rows, "tokens") / floats(rows, "parameters")
+    ratio = target.tokens / target.parameters
+    outside = max(float(ratios.min()) / ratio, ratio / float(ratios.max()))
+    findings = []
+    if factor > FREE_EXTRAPOLATION:
+        findings.append(f"{factor:.3g} times the largest compute that was run")
+    if outside > RATIO_MARGIN:
+        findings.append(f"tokens per parameter {outside:.3g} times outside what was run")
+    if not findings:
+        return None
+    if not allow and (factor > LARGEST_EXTRAPOLATION or outside > RATIO_MARGIN):
+        return Refusal(
+            "R-EXTRAP",
+            " and ".join(findings),
+            "run larger models, ask within ten times the compute, or allow it by name",
+        )
+    return Raised("W-EXTRAP", " and ".join(findings))
+
+
+def _known(rows: pd.DataFrame, column: str) -> np.ndarray:
+    if column not in rows:
+        return np.zeros(0)
+    return floats(keep(rows, rows[column].notna()), column)
+
+
+def _levels(rows: pd.DataFrame, column: str) -> list[str]:
+    if column not in rows:
+        return []
+    return sorted(set(strings(keep(rows, rows[column].notna()), column).tolist()))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")

@@ -1,0 +1,231 @@
+"""How findings are put into words: plain sentences, and the digits that an interval supports."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from analysis.effects.contrasts import Answer, Arm, Contrast, Detectable
+from analysis.effects.multipliers import Multiplier
+from analysis.inference.bootstrap import Interval
+from analysis.laws.bound import AnyLaw
+from analysis.validity.refusal import Refusal
+
+if TYPE_CHECKING:
+    from analysis.study.headline import Headline
+
+MOST_DECIMALS = 5
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def with_unit(value: float) -> str:
+    """A count in at most three digits: 9 k, 1.8 M."""
+    for scale, prefix in _PREFIXES:
+        if abs(value) >= 0.9995 * scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.3g}"
+
+
+def decimals(half_width: float) -> int:
+    """Decimals that leave two significant digits of an uncertainty."""
+    if not math.isfinite(half_width) or half_width <= 0:
+        return 2
+    return min(max(0, 1 - math.floor(math.log10(half_width))), MOST_DECIMALS)
+
+
+def number(value: float, places: int) -> str:
+    """A number with fixed decimals; large ones in three digits."""
+    if not math.isfinite(value):
+        return "no limit"
+    return f"{value:.{places}f}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def bracketed(interval: Interval | Refusal) -> str:
+    """An estimate with its interval, rounded to what the interval supports."""
+    if isinstance(interval, Refusal):
+        return f"refused ({interval.code})"
+    places = _places(interval)
+    ends = (interval.estimate, interval.low, interval.high)
+    estimate, low, high = (number(value, places) for value in ends)
+    return f"{estimate} [{low}, {high}]"
+
+
+def exponent_words(interval: Interval | Refusal) -> str:
+    """An exponent with its interval, unless the data cannot tell it from no effect at all."""
+    if isinstance(interval, Interval) and interval.low <= 0:
+        return "not identified"
+    return bracketed(interval)
+
+
+def law_words(law: AnyLaw) -> str:
+    """A law in words, with what its cells share."""
+    if not law.by:
+        return f"{law.name} law"
+    shared = [name for name in ("E", "alpha", "beta") if name not in law.varies]
+    if not shared:
+        return "set of separate Chinchilla laws"
+    return f"Chinchilla law with {' and '.join(shared)} shared"
+
+
+def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Refusal) -> str:
+    """What one change does to the loss, with its interval and how sure the study can be."""
+    if isinstance(contrast, Refusal):
+        return f"Not answered: {contrast.reason}. To answer it, {contrast.remedy}."
+    percent, change = contrast.percent, f"{contrast.other} instead of {contrast.baseline}"
+    change = f"Training on {change}" if contrast.factor == "corpus" else f"Using {change}"
+    places = _places(percent)
+    if not percent.excludes(0.0):
+        low, high = f"{percent.low:+.{places}f}", f"{percent.high:+.{places}f}"
+        found = (
+            f"changes loss by {percent.estimate:+.{places}f} % (95 % interval {low} to {high} %)"
+        )
+        return f"{change} {found}: no difference that this study can tell from zero."
+    verb = "raises" if percent.estimate > 0 else "lowers"
+    size = f"{abs(percent.estimate):.{places}f}"
+    ends = sorted((abs(percent.low), abs(percent.high)))
+    found = (
+        f"{verb} loss by {size} % (95 % interval {ends[0]:.{places}f} to {ends[1]:.{places}f} %)"
+    )
+    doubt = ""
+    if isinstance(detectable, Detectable) and abs(contrast.effect.estimate) < detectable.value:
+        doubt = " That is below the smallest difference this study finds reliably: hold it lightly."
+    return f"{change} {found}.{doubt}"
+
+
+def contrast_note(contrast: Contrast | Refusal) -> str:
+    """How a contrast was made: nats, pairs, matching and the interval's kind."""
+    if isinstance(contrast, Refusal):
+        return ""
+    return (
+        f"{bracketed(contrast.nats)} nats per token; {len(contrast.pairs)} pairs, "
+        f"{contrast.matching}; {contrast.effect.method}."
+    )
+
+
+def short_effect(contrast: Contrast | Refusal) -> str:
+    """A contrast for a figure's title."""
+    if isinstance(contrast, Refusal):
+        return "not answered"
+    places = _places(contrast.percent)
+    ends = contrast.percent
+    return f"{ends.estimate:+.{places}f} % [{ends.low:+.{places}f}, {ends.high:+.{places}f}]"
+
+
+def largest_effect(contrasts: Sequence[Contrast | Refusal]) -> str:
+    """The one effect of a factor, or the largest of several with its level's name."""
+    found = [each for each in contrasts if isinstance(each, Contrast)]
+    if not found:
+        return "not answered"
+    largest = max(found, key=lambda each: abs(each.effect.estimate))
+    text = short_effect(largest)
+    return text if len(contrasts) == 1 else f"at most {text} ({largest.other})"
+
+
+def ratio_sentence(arm: Arm) -> str:
+    """How the two effects compare."""
+    if isinstance(arm.ratio, Refusal):
+        return f"No ratio of the two is given: {arm.ratio.reason}."
+    low, high = arm.ratio.low, arm.ratio.high
+    verdict = "the two are of the same order"
+    if low > 1:
+        verdict = "the data matter more than the architecture here"
+    elif high < 1:
+        verdict = "the architecture matters more than the data here"
+    size = f"The corpus effect is {bracketed(arm.ratio)} times the architecture effect"
+    return f"{size}: {verdict}."
+
+
+def headline_sentence(found: "Headline") -> str:
+    """The named contrasts, their ratio, what each is worth, and what the study could have seen."""
+    corpus, architecture = found.corpus, found.architecture
+    if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
+        missing = corpus if isinstance(corpus, Refusal) else architecture
+        return f"Not answered: {missing.reason}." if isinstance(missing, Refusal) else ""
+    text = (
+        f"On {found.evaluation_set}, {corpus.other} instead of {corpus.baseline} changes loss by "
+        f"{short_effect(corpus)}, {architecture.other} instead of {architecture.baseline} by "
+        f"{short_effect(architecture)}"
+    )
+    if isinstance(found.ratio, Refusal):
+        text += f"; no ratio is quoted, as {found.ratio.reason}"
+    else:
+        text += f"; the first is {bracketed(found.ratio)} times the second, signs aside"
+    worth = [
+        f"{bracketed(each.factor)} times the training compute ({name})"
+        if isinstance(each, Multiplier)
+        else f"refused for the {name} ({each.reason})"
+        for name, each in found.multipliers.items()
+    ]
+    seen = [each.value for each in found.detectable.values() if isinstance(each, Detectable)]
+    finds = f" The study finds {100 * math.expm1(max(seen)):.2g} % reliably." if seen else ""
+    return f"{text}. Baselines need {' and '.join(worth)}.{finds}"
+
+
+def interaction_sentence(arm: Arm) -> str:
+    """Whether one architecture number can stand for all corpora."""
+    first = arm.contrast
+    if isinstance(arm.interaction, Refusal) or isinstance(first, Refusal):
+        return ""
+    percent = arm.interaction.mapped(lambda value: 100 * value)
+    text = f"The architecture effect differs between corpora by {bracketed(percent)} points"
+    large = abs(arm.interaction.estimate) > 0.5 * abs(first.effect.estimate)
+    if large and arm.interaction.excludes(0.0):
+        return f"{text}: quote it per corpus, not as one number."
+    return f"{text}."
+
+
+def detectable_sentence(answer: Answer) -> str:
+    """The smallest difference the study could have seen."""
+    values = [each for each in answer.detectable.values() if isinstance(each, Detectable)]
+    if not values:
+        return "Unknown: there is no contrast to measure it for."
+    parts = [
+        f"{100 * math.expm1(each.value):.2g} % for the {factor} effect"
+        for factor, each in answer.detectable.items()
+        if isinstance(each, Detectable)
+    ]
+    text = f"{capital(' and '.join(parts))} (95 % confidence, 80 % power), from {values[0].basis}."
+    if isinstance(answer.noise, Refusal):
+        return text
+    sd = bracketed(answer.noise.sd.mapped(lambda value: 100 * value))
+    return f"{text} Two seeds differ with a standard deviation of {sd} % of loss."
+
+
+def counting_sentence(arm: Arm) -> str:
+    """Whether the architecture effect survives other ways of counting compute."""
+    found = {name: each for name, each in arm.flops.items() if isinstance(each, Contrast)}
+    if not found:
+        refusal = next(iter(arm.flops.values()))
+        reason = refusal.reason if isinstance(refusal, Refusal) else ""
+        return f"Not answered: {reason}."
+    headline = found.get("flops")
+    text = (
+        f"At equal training FLOPs the architecture effect is {short_effect(headline)} of loss."
+        if headline
+        else "At equal headline FLOPs the arms do not overlap."
+    )
+    if arm.sign_changes:
+        return f"{text} Its sign depends on how compute is counted: no winner should be named."
+    return f"{text} Its sign is the same under every way of counting that could be tried."
+
+
+def multiplier_sentence(multiplier: Multiplier) -> str:
+    """A multiplier in words."""
+    value = multiplier.factor
+    needs = f"{multiplier.baseline} needs {bracketed(value)} times the {multiplier.quantity}"
+    where = "each at its best size"
+    if multiplier.quantity == "parameters":
+        where = "both with the same tokens"
+    if multiplier.size is not None:
+        where = f"both at {with_unit(multiplier.size)} parameters"
+    return f"{needs} of {multiplier.other} to reach {multiplier.loss_nats:.3f} nats, {where}"
+
+
+def _places(interval: Interval) -> int:
+    low, high = interval.low, interval.high
+    half = 0.5 * (high - low) if math.isfinite(high - low) else abs(interval.estimate - low)
+    return decimals(half)
+
+
+def capital(text: str) -> str:
+    """A sentence with its first letter large."""
+    return text[:1].upper() + text[1:]
