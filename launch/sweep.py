@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from analysis.report.__main__ import refresh
+from analysis.report.write import refresh
 from launch.baselines import write_baselines
 from launch.cluster import available_slots, run_units
 from launch.data import build_data

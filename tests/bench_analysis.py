@@ -25,8 +25,8 @@ from analysis.inference.backtest import backtest
 from analysis.inference.bootstrap import replicate
 from analysis.inference.model_selection import choose
 from analysis.inference.profile_likelihood import profile
-from analysis.laws.law import CHINCHILLA, GAMMA, KAPLAN, nested_family
-from analysis.report.__main__ import write_report
+from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN, nested_family
+from analysis.report.write import write_report
 from launch.measurements import Measurement, write_measurements
 from tests.analysis.synthetic_study import Study, write
 

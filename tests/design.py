@@ -18,7 +18,8 @@ import pandas as pd
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
-from analysis.laws.law import CHINCHILLA, GAMMA, KAPLAN, Law
+from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
+from analysis.laws.law import Law
 from analysis.planning.next_runs import Belief, Terms, advise, half_width, loss_at
 
 SIGMA = 0.004

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
 TERMS = (

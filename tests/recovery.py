@@ -30,11 +30,11 @@ from scipy import stats
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import forecast
-from analysis.inference.bootstrap import Interval
 from analysis.inference.cluster_robust import sandwich
+from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import effect
 from analysis.inference.shape_robust import bend
-from analysis.laws.law import CHINCHILLA, nested_family
+from analysis.laws.catalog import CHINCHILLA, nested_family
 from launch.measurements import Measurement, write_measurements
 from tests.laws.published import chinchilla_points, kept, references
 

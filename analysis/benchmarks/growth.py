@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
 SHORTEST = 4096

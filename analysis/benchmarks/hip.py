@@ -11,10 +11,10 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from scipy import stats
 
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
-from analysis.inference.bootstrap import LEVEL
+from analysis.figures.report_figure import Plate
+from analysis.inference.intervals import LEVEL
 from analysis.tables.frames import floats, keep
-from analysis.words.sentences import with_unit
+from analysis.words.numbers import with_unit
 
 WORDS = {
     "row": "row: each query chooses",

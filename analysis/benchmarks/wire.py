@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
 TITLE = "States and windows cost the same at any length; keys, channels and checkpoints grow"

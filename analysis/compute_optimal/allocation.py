@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Interval, Replicates
-from analysis.laws.law import Array
-from analysis.tables.frames import floats
+from analysis.inference.bootstrap import Replicates
+from analysis.inference.intervals import Interval
+from analysis.tables.frames import Array, floats
 from analysis.validity.refusal import Refusal
 
 Cost = Callable[[Array, Array], Array]

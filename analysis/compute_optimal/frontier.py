@@ -11,15 +11,18 @@ import numpy as np
 import pandas as pd
 
 from analysis.compute_optimal.isoflop import Budget, exponents, grid_bias
-from analysis.effects.multipliers import reach
 from analysis.fitting.estimator import Fit
 from analysis.inference.backtest import BackTest
-from analysis.inference.bootstrap import UNDEFINED_SHARE, Interval, Replicates
+from analysis.inference.bootstrap import UNDEFINED_SHARE, Replicates
+from analysis.inference.intervals import Interval
 from analysis.laws.bound import log_loss
-from analysis.laws.law import Array, group_of
-from analysis.tables.frames import floats, keep, means
-from analysis.validity.checks import LARGEST_EXTRAPOLATION, RATIO_MARGIN, Raised, exponent_sum
+from analysis.laws.law import group_of
+from analysis.tables.frames import Array, floats, keep, means
+from analysis.tables.run_region import reach
+from analysis.validity.checks import exponent_sum
+from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION, RATIO_MARGIN
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
 SIZES = 240
 CURVE = 60

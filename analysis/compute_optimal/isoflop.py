@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.inference.bootstrap import Interval, t_quantile
-from analysis.laws.law import Array
-from analysis.tables.frames import floats, groups
-from analysis.validity.checks import Raised
+from analysis.inference.intervals import Interval, t_quantile
+from analysis.tables.frames import Array, floats, groups
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
 SAME_BUDGET = 1.10
 LEAST_R2 = 0.5

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.compute_optimal.frontier import size_exponent
-from analysis.effects.multipliers import reach
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Interval, Replicates, replicate
-from analysis.laws.law import Array, group_of
-from analysis.tables.frames import floats, groups, keep, where
+from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.intervals import Interval
+from analysis.laws.law import group_of
+from analysis.tables.frames import Array, floats, groups, keep, where
+from analysis.tables.run_region import reach
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table
 from analysis.validity.refusal import Refusal
 

@@ -11,12 +11,13 @@ import pandas as pd
 
 from analysis.compute_optimal.isoflop import budgets, exponents, grid_bias
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Interval, t_quantile
 from analysis.inference.cluster_robust import sandwich
-from analysis.laws.law import CHINCHILLA, Array
-from analysis.tables.frames import floats, groups
-from analysis.validity.checks import Raised, decay, exponent_sum
+from analysis.inference.intervals import Interval, t_quantile
+from analysis.laws.catalog import CHINCHILLA
+from analysis.tables.frames import Array, floats, groups
+from analysis.validity.checks import decay, exponent_sum
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
 GRID = 200
 LEAST_RUNS = 3

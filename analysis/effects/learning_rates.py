@@ -1,15 +1,13 @@
 """A search over learning rates: the best rate of each cell, how sharp it is, and who tuned what."""
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 
-from analysis.tables.frames import columns_of, floats, groups, keep, strings, where
+from analysis.tables.frames import floats, groups, keep, strings, where
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import with_unit
 
 CELL = ["architecture", "rung", "corpus", "horizon_tokens"]
 SEARCH = 3
@@ -77,96 +75,6 @@ def search_table(table: Table) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def cells_of(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The trials of each panel: a rung, named with its corpus where there are several."""
-    several = len(set(found["corpus"])) > 1
-    horizons = len(set(found["horizon_tokens"])) > len(set(found["rung"]))
-    for (rung, corpus, horizon), rows in groups(found, CELL[1:]):
-        name = f"{rung} on {corpus}" if several else str(rung)
-        yield f"{name}, {with_unit(horizon)} tokens" if horizons else name, rows
-
-
-def search_shown(found: pd.DataFrame) -> pd.DataFrame:
-    """The table of a search as a reader sees it."""
-    if not len(found):
-        return found
-    shown = columns_of(found, ["architecture", "rung"]).copy()
-    if len(set(found["corpus"])) > 1:
-        shown["corpus"] = found["corpus"]
-    shown["trials"] = [
-        f"{done:.0f} of {planned:.0f}"
-        for done, planned in zip(floats(found, "trials"), floats(found, "planned"), strict=True)
-    ]
-    shown["diverged"] = found["diverged"].astype(str)
-    shown["best loss"] = _written(found, "best_loss_nats", "{:.4f}")
-    shown["best rate"] = _written(found, "best_rate", "{:.3g}")
-    shown["factor on the rule"] = _written(found, "factor", "{:.3g}")
-    shown["optimum"] = found["optimum"]
-    shown["refined optimum, log2 of the rate"] = _written(found, "refined_log2", "{:.2f}")
-    shown["refined factor"] = _written(found, "refined_factor", "{:.2f}")
-    shown["sensitivity [nats]"] = _written(found, "sensitivity_nats", "{:.3f}")
-    return shown
-
-
-def search_lines(table: Table) -> list[str]:
-    """What a search found, for a terminal: one line per architecture, then what is open."""
-    found = search_table(table)
-    if not len(found):
-        return ["Learning rates: no trial has ended yet."]
-    lines = ["Learning rates, best factor on the rule by rung:"]
-    for (name,), cells in groups(found, ["architecture"]):
-        lines.append(f"  {name}: {', '.join(_cell_words(row) for row in cells.to_dict('records'))}")
-    return [*lines, equal_trials(found)]
-
-
-def equal_trials(found: pd.DataFrame) -> str:
-    """Whether every arm had the same number of trials."""
-    counts = floats(found, "trials")
-    low, high = int(counts.min()), int(counts.max())
-    open_cells = int(np.sum(strings(found, "optimum") == "not bracketed"))
-    tail = f" {open_cells} of {len(found)} optima lie at the edge of the tried rates."
-    if low == high:
-        return f"Equal tuning: {low} trials in each cell of every arm.{tail}"
-    return f"Tuning is not equal so far: between {low} and {high} trials a cell.{tail}"
-
-
-def tuning_table(tuning: dict) -> pd.DataFrame:
-    """What each architecture's learning rate scale is, and what speaks for it."""
-    records = [
-        {
-            "architecture": name,
-            "learning rate scale": f"{float(entry.get('learning_rate_scale', 1.0)):g}",
-            "evidence": str(entry.get("evidence") or "") or "none stated",
-        }
-        for name, entry in tuning.items()
-    ]
-    return pd.DataFrame(records)
-
-
-def tuning_sentence(tuning: dict) -> str:
-    """Whether the arms were tuned alike; a warning where some were and others were not."""
-    bare = [name for name, entry in tuning.items() if not entry.get("evidence")]
-    scales = {float(entry.get("learning_rate_scale", 1.0)) for entry in tuning.values()}
-    if not tuning:
-        return ""
-    if not bare:
-        return "Every arm's learning rate scale rests on stated evidence."
-    if len(bare) < len(tuning):
-        return (
-            f"Warning: tuning is unequal. No evidence is stated for {', '.join(bare)}, but it is "
-            "for the other arms: a difference between them may be one of tuning."
-        )
-    if len(scales) > 1:
-        return (
-            "Warning: the arms differ in their learning rate scale, and no evidence is stated for "
-            "any of them: a difference between them may be one of tuning."
-        )
-    return (
-        "No arm was tuned by itself: all run at the rung's rate, and no evidence is stated. An arm "
-        "whose best rate lies elsewhere is at a disadvantage."
-    )
-
-
 def _searched(cell: pd.DataFrame, factors: tuple[float, ...]) -> dict[str, object]:
     cell = cell.sort_values("learning_rate")
     rates, losses = floats(cell, "learning_rate"), floats(cell, "loss_nats")
@@ -209,14 +117,3 @@ def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> float:
         return math.nan
     curvature, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
     return float(x[best] - slope / (2 * curvature)) if curvature > 0 else math.nan
-
-
-def _written(found: pd.DataFrame, column: str, form: str) -> list[str]:
-    return [form.format(value) if np.isfinite(value) else "" for value in floats(found, column)]
-
-
-def _cell_words(row: dict) -> str:
-    if not np.isfinite(row["factor"]):
-        return f"{row['rung']} {row['optimum']}"
-    note = "" if row["optimum"] == "interior" else f" ({row['optimum']})"
-    return f"{row['rung']} {row['factor']:.3g}{note}"

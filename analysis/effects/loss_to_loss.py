@@ -10,9 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.effects.variance_shares import matched_cells, percentiles, size_weights
-from analysis.inference.bootstrap import Interval
-from analysis.laws.law import Array
-from analysis.tables.frames import columns_of, floats, keep, strings
+from analysis.inference.intervals import Interval
+from analysis.tables.frames import Array, columns_of, floats, keep, strings
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from analysis.effects.multipliers import Multiplier, common_loss, reach, rows_of, tokens_for
+from analysis.effects.multipliers import Multiplier, common_loss, rows_of, tokens_for
 from analysis.fitting.estimator import Fit
 from analysis.inference.bootstrap import Replicates
-from analysis.laws.law import Array
-from analysis.tables.frames import floats, keep
+from analysis.tables.frames import Array, floats, keep
+from analysis.tables.run_region import reach
 from analysis.validity.refusal import Refusal
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.inference.bootstrap import Interval
-from analysis.laws.law import Array
-from analysis.tables.frames import floats, keep, strings
+from analysis.inference.intervals import Interval
+from analysis.tables.frames import Array, floats, keep, strings
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 

@@ -3,7 +3,8 @@
 from analysis.figures import panels as figures
 from analysis.figures.effect_figures import draw_effects
 from analysis.figures.law_figures import draw_laws
-from analysis.figures.point_figures import Plate, draw_points
+from analysis.figures.point_figures import draw_points
+from analysis.figures.report_figure import Plate
 from analysis.study.findings import Findings
 from analysis.study.study import Study
 

@@ -11,12 +11,13 @@ from analysis.effects.variance_shares import COMPONENTS, Decomposition
 from analysis.figures import effect_panels as figures_effect
 from analysis.figures import panels as figures
 from analysis.figures.law_figures import fitted_points, panels
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
 from analysis.study.findings import Findings
 from analysis.study.study import Study
 from analysis.tables.frames import floats, keep, strings, where
-from analysis.words.sentences import bracketed, law_words, with_unit
+from analysis.words.numbers import bracketed, with_unit
+from analysis.words.sentences import law_words
 
 
 def draw_effects(study: Study, found: Findings) -> Iterator[Plate]:

@@ -10,14 +10,15 @@ from matplotlib.figure import Figure
 from analysis.compute_optimal.isoflop import Budget
 from analysis.figures import law_panels as figures_law
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Interval
+from analysis.inference.intervals import Interval
 from analysis.study.findings import Findings
 from analysis.study.study import FittedLaw, Study
 from analysis.tables.frames import columns_of, floats, keep, where
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import law_words, with_unit
+from analysis.words.numbers import with_unit
+from analysis.words.sentences import law_words
 
 
 def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:

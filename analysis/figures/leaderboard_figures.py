@@ -8,13 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from analysis.effects.leaderboard import IDENTITY, Comparison, arms_table, caption, verdict
-from analysis.effects.learning_rates import cells_of, equal_trials, search_table, trials
+from analysis.effects.leaderboard import IDENTITY, Comparison, arms_table, verdict
+from analysis.effects.learning_rates import search_table, trials
 from analysis.figures import panels as figures
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, keep, strings, where
 from analysis.tables.run_table import Table
-from analysis.words.sentences import with_unit
+from analysis.words.leaderboard import caption
+from analysis.words.learning_rates import cells_of, equal_trials
+from analysis.words.numbers import with_unit
 
 LINE_STYLES = ("--", ":", "-.")
 MOST_TICKS = 8

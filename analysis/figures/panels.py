@@ -14,7 +14,8 @@ from analysis.effects.contrasts import Contrast
 from analysis.figures.tooltips import mark
 from analysis.tables.frames import floats, where
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import short_effect, with_unit
+from analysis.words.numbers import with_unit
+from analysis.words.sentences import short_effect
 
 # Okabe and Ito's colours, told apart by colour-blind readers; markers repeat the information.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -1,8 +1,6 @@
 """The report's figures as files: panels, title and caption, and PNG, SVG and CSV of each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,42 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.effects.contrasts import Contrast, Detectable
+from analysis.effects.contrasts import Contrast
 from analysis.effects.learning_rates import mixed_rates
+from analysis.effects.seed_noise import Detectable
 from analysis.figures import panels as figures
-from analysis.figures.tooltips import with_titles
+from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Interval
+from analysis.inference.intervals import Interval
 from analysis.study.study import Study
 from analysis.tables.frames import columns_of, floats, keep, where
-from analysis.words.sentences import bracketed, largest_effect, law_words, with_unit
-
-RESOLUTION = 150
-
-
-@dataclass(frozen=True)
-class Plate:
-    """A figure ready to print: a finding as its title, a caption, the drawing and its data."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-    data: pd.DataFrame
-
-    def save(self, folder: Path) -> str:
-        """Write PNG, SVG and CSV; returns the SVG text."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with figures.styled():
-            self.figure.savefig(folder / f"{self.name}.png", dpi=RESOLUTION)
-            # The layout is settled now; solving it again for the second file costs seconds.
-            self.figure.set_layout_engine("none")
-            self.figure.savefig(folder / f"{self.name}.svg", metadata={"Date": None})
-        self.data.to_csv(folder / f"{self.name}.csv", index=False, float_format="%.8g")
-        drawn = folder / f"{self.name}.svg"
-        text = with_titles(drawn.read_text())
-        drawn.write_text(text)
-        return text
+from analysis.words.numbers import bracketed, with_unit
+from analysis.words.sentences import largest_effect, law_words
 
 
 def draw_points(study: Study) -> list[Plate]:

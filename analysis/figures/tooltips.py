@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 import pandas as pd
 
-from analysis.words.sentences import with_unit
+from analysis.words.numbers import with_unit
 
 _MARK = "runs-"
 _PARTS = (

@@ -23,12 +23,12 @@ from rich.table import Table as Grid
 from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import Alike, alike, choose
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
-from analysis.laws.law import nested_family
+from analysis.laws.catalog import nested_family
 from analysis.tables.external import Foreign, parse_columns, read_foreign
 from analysis.tables.frames import strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import number
+from analysis.words.numbers import number
 
 
 def main(words: list[str]) -> int:

@@ -23,12 +23,14 @@ from analysis.effects.resources import (
 )
 from analysis.fitting.estimator import Fit
 from analysis.inference.backtest import compute_of
-from analysis.inference.bootstrap import Interval, Replicates, replicate
-from analysis.laws.law import Array, group_of
-from analysis.tables.frames import floats, keep
-from analysis.validity.checks import Target, extrapolation
+from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.intervals import Interval
+from analysis.laws.law import group_of
+from analysis.tables.frames import Array, floats, keep
+from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import bracketed, multiplier_sentence, with_unit
+from analysis.words.numbers import bracketed, with_unit
+from analysis.words.sentences import multiplier_sentence
 
 REPLICATES = 400
 BEYOND = 10.0

@@ -9,15 +9,11 @@ import pandas as pd
 from analysis.fitting.solver import Problem, polish, solve
 from analysis.fitting.starts import seeds
 from analysis.laws.bound import AnyLaw, Form, bind, log_loss, log_loss_and_jacobian
-from analysis.laws.law import Array, Law, group_of
-from analysis.tables.frames import floats, keep
+from analysis.laws.law import Law, group_of
+from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Warned
 
-WARNINGS = {
-    "W-OPT": "fewer than three starts agree on the optimum",
-    "W-COND": "some combination of parameters is hardly constrained",
-    "W-E0": "the floor E is not identified; it may be zero",
-}
 STARTS_THAT_AGREE = 3
 CONDITION_LIMIT = 1e3
 CORRELATION_LIMIT = 0.99
@@ -25,14 +21,6 @@ LOG_LIKELIHOOD_UNITS = 2.0
 SMALLEST_DELTA = 1e-6
 COARSE_TOLERANCE = 1e-6
 HALF = 0.5 - 1e-12
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A reservation about a fit: its code and what was found."""
-
-    code: str
-    finding: str
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from analysis.laws.bound import Design, log_loss, log_loss_and_slopes
-from analysis.laws.law import Array
+from analysis.tables.frames import Array
 
 MAX_ITERATIONS = 300
 MAX_STEP = 1.5

@@ -8,9 +8,9 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from analysis.laws.bound import Design, Form, bind
-from analysis.laws.law import Array, Law
+from analysis.laws.law import Law
 from analysis.laws.transformed import Offset, Repetition
-from analysis.tables.frames import floats
+from analysis.tables.frames import Array, floats
 
 POWERS = (0.3, 0.5, 1.0)
 GAPS = (0.02, 0.1, 0.3, 1.0)

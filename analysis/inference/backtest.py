@@ -13,8 +13,8 @@ import pandas as pd
 from analysis.fitting.estimator import Estimator, Fit, observed
 from analysis.inference.cluster_robust import prediction_errors, sandwich
 from analysis.laws.bound import AnyLaw, log_loss
-from analysis.laws.law import CHINCHILLA, GAMMA, KAPLAN, Array
-from analysis.tables.frames import floats, keep
+from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
+from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
 
 CUTS = (30.0, 10.0, 3.0)

@@ -5,45 +5,23 @@ few trunks a case bootstrap draws degenerate designs (a size may be missing), so
 flipped by trunk instead, and the spread is widened by Student's t for the number of trunks.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from analysis.fitting.estimator import Fit, observed
 from analysis.fitting.solver import Problem, solve
+from analysis.inference.intervals import LEVEL, Interval, t_over_normal
 from analysis.laws.bound import log_loss, log_loss_and_jacobian
-from analysis.laws.law import Array, group_of
-from analysis.tables.frames import strings
+from analysis.laws.law import group_of
+from analysis.tables.frames import Array, strings
 from analysis.validity.refusal import Refusal
 
-LEVEL = 0.95
 TRUNKS_FOR_CASES = 8
 UNDEFINED_SHARE = 0.05
 WARM_TOLERANCE = 1e-9
 LEAST_REST = 1e-3
 WEBB = np.sqrt([0.5, 1.0, 1.5])
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % interval and how that was made."""
-
-    estimate: float
-    low: float
-    high: float
-    method: str
-
-    def mapped(self, function: Callable[[float], float]) -> "Interval":
-        """The interval of an increasing function of the quantity."""
-        return Interval(
-            function(self.estimate), function(self.low), function(self.high), self.method
-        )
-
-    def excludes(self, value: float) -> bool:
-        """Whether the value lies outside the interval."""
-        return not self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
@@ -119,56 +97,6 @@ def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval 
                     interval = interval.mapped(lambda value: float(np.exp(value)))
             found[fit.form.labels[fit.form.slots[name, group]]] = interval
     return found
-
-
-def t_interval(values: Array, clusters: str) -> Interval | Refusal:
-    """Mean of one value per cluster with a t interval; `clusters` names them in the plural."""
-    if len(values) < 2:
-        return Refusal(
-            "R-PAIRS",
-            f"matched pairs at {len(values)} {clusters}, an interval needs 2",
-            f"finish runs at more {clusters}",
-        )
-    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    mean = float(np.mean(values))
-    method = f"t interval over {len(values)} {clusters}"
-    return Interval(mean, mean - float(half), mean + float(half), method)
-
-
-def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
-    """Fieller's interval for |mean of numerator / mean of denominator|, paired by cluster."""
-    count = len(numerator)
-    below = t_interval(denominator, "sizes")
-    if isinstance(below, Refusal):
-        return below
-    if not below.excludes(0.0):
-        return Refusal(
-            "R-RATIO",
-            "the interval of the architecture effect includes zero",
-            "add seeds or sizes until the architecture effect has a sign",
-        )
-    x, y = float(np.mean(numerator)), float(np.mean(denominator))
-    covariance = np.cov(numerator, denominator) / count
-    t = t_quantile(count - 1)
-    a = y**2 - t**2 * covariance[1, 1]
-    b = x * y - t**2 * covariance[0, 1]
-    c = x**2 - t**2 * covariance[0, 0]
-    root = np.sqrt(max(b**2 - a * c, 0.0))
-    ends = np.array([(b - root) / a, (b + root) / a])
-    low = 0.0 if ends[0] < 0 < ends[1] else float(np.abs(ends).min())
-    return Interval(
-        abs(x / y), low, float(np.abs(ends).max()), f"Fieller interval over {count} sizes"
-    )
-
-
-def t_quantile(freedom: int) -> float:
-    """Two-sided 95 % quantile of Student's t."""
-    return float(stats.t.ppf(0.5 + 0.5 * LEVEL, freedom))
-
-
-def t_over_normal(freedom: int) -> float:
-    """How much wider t intervals are than normal ones."""
-    return t_quantile(max(freedom, 1)) / float(stats.norm.ppf(0.5 + 0.5 * LEVEL))
 
 
 def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Generator) -> Array:

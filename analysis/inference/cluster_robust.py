@@ -14,10 +14,9 @@ import pandas as pd
 from scipy import stats
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import LEVEL, Interval
+from analysis.inference.intervals import LEVEL, Interval
 from analysis.laws.bound import log_loss, log_loss_and_jacobian
-from analysis.laws.law import Array
-from analysis.tables.frames import strings
+from analysis.tables.frames import Array, strings
 
 LEAST_REST = 1e-4
 CLUSTER = "trunk_id"

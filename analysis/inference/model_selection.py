@@ -13,11 +13,11 @@ from scipy import stats
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.fitting.solver import solve
-from analysis.inference.bootstrap import Interval
 from analysis.inference.cluster_robust import Sandwich, cluster_index, sandwich
+from analysis.inference.intervals import Interval
 from analysis.laws.bound import log_loss, log_loss_and_jacobian
-from analysis.laws.law import Array, Law, group_of
-from analysis.tables.frames import floats, keep
+from analysis.laws.law import Law, group_of
+from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
 
 FOLDS = 5

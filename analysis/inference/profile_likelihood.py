@@ -12,10 +12,10 @@ from scipy import stats
 
 from analysis.fitting.estimator import Fit
 from analysis.fitting.solver import Problem, solve
-from analysis.inference.bootstrap import LEVEL
 from analysis.inference.cluster_robust import sandwich
+from analysis.inference.intervals import LEVEL
 from analysis.laws.bound import Design, log_loss_and_jacobian
-from analysis.laws.law import Array
+from analysis.tables.frames import Array
 
 FINER = 17
 """Points between the two that an end of the interval lies between."""

@@ -11,23 +11,25 @@ from scipy import stats
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import BackTest, Forecast, backtest, compute_of, forecast
-from analysis.inference.bootstrap import LEVEL, Interval
 from analysis.inference.cluster_robust import (
     Sandwich,
     parameter_interval,
     prediction_errors,
     sandwich,
 )
+from analysis.inference.intervals import LEVEL, Interval
 from analysis.inference.profile_likelihood import Profile, profile
 from analysis.inference.shape_robust import Bent, bend
 from analysis.laws.bound import AnyLaw
-from analysis.laws.law import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE, Law
+from analysis.laws.catalog import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE
+from analysis.laws.law import Law
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
 from analysis.laws.transformed import REPEAT
 from analysis.tables.frames import floats
-from analysis.validity.checks import Raised, Target, extrapolation
+from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
 LAWS: dict[str, AnyLaw] = {
     law.name: law

@@ -16,7 +16,8 @@ import pandas as pd
 from analysis.fitting.estimator import Fit
 from analysis.inference.cluster_robust import Sandwich, covariance, projection, slopes_at
 from analysis.laws.bound import log_loss
-from analysis.laws.law import Array, Law
+from analysis.laws.law import Law
+from analysis.tables.frames import Array
 
 LEAST_FREEDOM = 6
 """Rows that have to be left over when the law and its bend are fitted."""

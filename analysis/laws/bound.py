@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import Array, Law, group_of
+from analysis.laws.law import Law, group_of
 from analysis.laws.multi_power import MultiPower
 from analysis.laws.task_error import TaskError
+from analysis.tables.frames import Array
 
 AnyLaw = Law | TaskError | MultiPower
 

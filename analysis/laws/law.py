@@ -13,9 +13,8 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
-from analysis.tables.frames import floats
+from analysis.tables.frames import Array, floats
 
-Array = np.ndarray
 Parts = Mapping[str, Array]
 
 
@@ -247,77 +246,3 @@ def group_of(rows: pd.DataFrame, by: tuple[str, ...]) -> list[str]:
     if not by:
         return [""] * len(rows)
     return [" on ".join(str(part) for part in parts) for parts in rows[list(by)].to_numpy()]
-
-
-def _term(coefficient: str, exponent: str | float, **powers: float) -> Term:
-    return Term(coefficient, (Factor(exponent, tuple(powers.items())),))
-
-
-_SIZE = _term("A", "alpha", parameters=1.0)
-_DATA = _term("B", "beta", tokens=1.0)
-CHINCHILLA = Law("chinchilla", (_SIZE, _DATA))
-POWER = Law("power", (_term("K", "gamma", flops=1.0),))
-GAMMA = Law("gamma", (_SIZE, _DATA), power="power")
-"""Busbridge et al. 2502.08606: L = E + (A N^-alpha + B D^-beta)^power."""
-KAPLAN = Law("kaplan", (_SIZE, _term("B", 1.0, tokens=1.0)), power="power")
-"""Kaplan et al. 2001.08361, with a floor: L = E + (A N^-alpha + B / D)^power."""
-GADRE = Law(
-    "gadre",
-    (
-        _term("P", "h", flops=1.0, tokens=-1.0, parameters=1.0),
-        _term("Q", "h", flops=1.0, tokens=1.0, parameters=-1.0),
-    ),
-)
-"""Gadre et al. 2403.08540: L = E + (P M^h + Q M^-h) C^-h with M = D / N."""
-RATE = Law(
-    "rate",
-    (
-        Term(
-            "c",
-            (Factor("p", (("parameters", -1.0),)), Factor("q", (("tokens", -1.0),))),
-        ),
-    ),
-    floor=None,
-    target="learning_rate",
-)
-"""Step-law 2503.04715: best learning rate = c N^p D^q."""
-BATCH = Law("batch", (_term("c", "r", tokens=-1.0),), floor=None, target="batch_tokens")
-"""Step-law 2503.04715: best batch = c D^r, in tokens."""
-
-
-def nested_family(by: tuple[str, ...]) -> dict[str, Law]:
-    """The Chinchilla laws between "no difference" (M0) and "nothing shared" (Mfull)."""
-    varying = {
-        "M0": "",
-        "Ma": "A",
-        "Mb": "B",
-        "Mab": "A B",
-        "Me": "E",
-        "Meab": "A B E",
-        "Mfull": "A B E alpha beta",
-    }
-    return {
-        name: replace(CHINCHILLA, name=name, by=by, varies=frozenset(names.split()))
-        for name, names in varying.items()
-    }
-
-
-def crossed_family(architecture: str, corpus: str) -> dict[str, Law]:
-    """The Chinchilla laws in which size belongs to the architecture and data to the corpus."""
-    both = (architecture, corpus)
-    of_arm, of_data = (architecture,), (corpus,)
-    owners = {
-        "nothing": {},
-        "corpus": {"B": of_data, "E": of_data},
-        "architecture": {"A": of_arm, "B": of_arm},
-        "both": {"A": of_arm, "B": both, "E": of_data},
-        "both, floors": {"A": of_arm, "B": both, "E": both},
-        "exponents": {"A": of_arm, "B": both, "E": both, "alpha": of_arm, "beta": of_data},
-        "everything": dict.fromkeys(("A", "B", "E", "alpha", "beta"), both),
-    }
-    return {
-        name: replace(
-            CHINCHILLA, name=name, by=both, varies=frozenset(own), own=tuple(own.items())
-        )
-        for name, own in owners.items()
-    }  # fmt: skip

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import Array, Parts
+from analysis.laws.law import Parts
+from analysis.tables.frames import Array
 
 RATES = "rates"
 """Column with one array per row: the learning rate of every step up to that row."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import Array, Parts
-from analysis.tables.frames import floats
+from analysis.laws.law import Parts
+from analysis.tables.frames import Array, floats
 
 
 @dataclass(frozen=True)

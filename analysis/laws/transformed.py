@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import CHINCHILLA, Array, Factor, Law, Parts, Term
-from analysis.tables.frames import floats
+from analysis.laws.catalog import CHINCHILLA
+from analysis.laws.law import Factor, Law, Parts, Term
+from analysis.tables.frames import Array, floats
 
 SIZE, DATA = "parameters", "tokens"
 

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from analysis.effects.contrasts import Contrast, contrasts, seed_noise
-from analysis.effects.contrasts import Noise as SeedNoise
+from analysis.effects.contrasts import Contrast, contrasts
+from analysis.effects.seed_noise import Noise as SeedNoise
+from analysis.effects.seed_noise import seed_noise
 from analysis.fitting.estimator import under_determined
-from analysis.inference.bootstrap import t_quantile
+from analysis.inference.intervals import t_quantile
 from analysis.laws.bound import Form, bind, log_loss_and_jacobian
-from analysis.laws.law import Array, nested_family
-from analysis.tables.frames import groups, strings, where
+from analysis.laws.catalog import nested_family
+from analysis.tables.frames import Array, groups, strings, where
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 

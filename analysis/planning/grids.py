@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.compute_optimal.isoflop import token_bias
-from analysis.laws.law import Array
-from analysis.tables.frames import floats, groups, keep
+from analysis.tables.frames import Array, floats, groups, keep
 from analysis.validity.refusal import Refusal
 
 SAME_SIZE = 0.03

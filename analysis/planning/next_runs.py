@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.laws.bound import Form, log_loss, log_loss_and_jacobian
-from analysis.laws.law import Array
-from analysis.tables.frames import floats
+from analysis.tables.frames import Array, floats
 
 PRIOR = 2.0
 """Standard deviation of the weak prior on every parameter, in its own coordinates."""

@@ -4,18 +4,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.effects.leaderboard import arm_lines, arms_shown, arms_table, compare_arms
-from analysis.effects.learning_rates import (
-    mixed_rates,
-    search_lines,
-    search_shown,
-    search_table,
-    tuning_sentence,
-    tuning_table,
-)
+from analysis.effects.leaderboard import arms_table, compare_arms
+from analysis.effects.learning_rates import mixed_rates, search_table
 from analysis.figures.leaderboard_figures import draw_arms, draw_rates
-from analysis.figures.point_figures import Plate
+from analysis.figures.report_figure import Plate
 from analysis.tables.run_table import Table
+from analysis.words.leaderboard import arm_lines, arms_shown
+from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
 
 _ARMS_NOTE = (
     "Differences: the arm's loss less that of the line, negative where the arm is better. An arm "

@@ -22,14 +22,17 @@ from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import RIVALS, BackTest, backtest
 from analysis.inference.bootstrap import Replicates, replicate
 from analysis.inference.profile_likelihood import Profile, profile
-from analysis.laws.law import CHINCHILLA, GAMMA, Law
+from analysis.laws.catalog import CHINCHILLA, GAMMA
+from analysis.laws.law import Law
 from analysis.planning.next_runs import Advice, Belief, Terms, advise, design_map, loss_at
 from analysis.study.headline import Headline, headline
 from analysis.study.study import FittedLaw, Settings, Study
 from analysis.tables.frames import floats, strings, where
 from analysis.tables.run_table import Table
-from analysis.validity.checks import LARGEST_EXTRAPOLATION, Raised, check
+from analysis.validity.checks import check
+from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
 CANDIDATES = 24
 PROPOSALS = 5

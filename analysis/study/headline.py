@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
-from analysis.effects.contrasts import Arm, Contrast, Detectable
+from analysis.effects.answer import Arm
+from analysis.effects.contrasts import Contrast
 from analysis.effects.multipliers import Multiplier
-from analysis.inference.bootstrap import Interval, ratio_interval
+from analysis.effects.seed_noise import Detectable
+from analysis.inference.intervals import Interval, ratio_interval
 from analysis.study.study import Study
 from analysis.validity.refusal import Refusal
 

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.effects.contrasts import Answer, Arm, Contrast, answer, every_set
+from analysis.effects.answer import Answer, Arm, answer
+from analysis.effects.contrasts import Contrast, every_set
 from analysis.effects.learning_rates import mixed_rates
-from analysis.effects.multipliers import (
-    Multiplier,
-    compute_multiplier,
-    data_multiplier,
-    frontier,
-    reach,
-)
+from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Interval, Replicates, parameter_intervals, replicate
+from analysis.inference.bootstrap import Replicates, parameter_intervals, replicate
+from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import Choice, choose
-from analysis.laws.law import CHINCHILLA, POWER, Law, group_of, nested_family
+from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
+from analysis.laws.law import Law, group_of
 from analysis.tables.frames import floats, keep, where
+from analysis.tables.run_region import reach
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table, final
 from analysis.validity.refusal import Refusal
 

@@ -41,3 +41,6 @@ def groups(rows: pd.DataFrame, by: Sequence[str]) -> Iterator[tuple[tuple, pd.Da
     """The rows of each combination of levels, in the order of their first row."""
     for key, part in rows.groupby(list(by), sort=False):
         yield cast("tuple", key), part
+
+
+Array = np.ndarray

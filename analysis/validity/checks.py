@@ -5,71 +5,20 @@ It never changes a number: what follows from it is written next to the result.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from analysis.tables.frames import floats, groups, keep, means, strings
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import Raised
 
-MEANINGS = {
-    "W-OPT": ("the optimiser may have missed the optimum", "fit with ten times the starts"),
-    "W-COND": (
-        "some combination of parameters is hardly constrained",
-        "compare predictions, not parameters",
-    ),
-    "W-E0": ("the floor is not identified", "print no floor, and no multiplier near it"),
-    "W-EXTRAP": (
-        "the target lies beyond the data",
-        "use no interval but one that was tested by holding out larger runs",
-    ),
-    "W-EDGE": ("the lowest point of a budget is not bracketed", "drop the budget, or add sizes"),
-    "W-A2BIAS": (
-        "parabolas through such a grid miss the optimum",
-        "take the optimum from the fitted law",
-    ),
-    "W-LR": ("learning rates are not known to be equally good", "call the result untuned"),
-    "W-DECAY": (
-        "some losses were read before the schedule had ended",
-        "exclude them, or model the schedule",
-    ),
-    "W-COUNT": ("the result may depend on how N or C is counted", "show it under both counts"),
-    "W-CLUSTER": ("rows share training, so they are not independent", "resample whole runs"),
-    "W-TOK": ("tokenizers differ", "compare bits per byte, not nats per token"),
-    "W-EVAL": ("the yardstick may favour one corpus", "evaluate on more held-out sets"),
-    "W-REPEAT": ("training data were repeated", "fit a law of repetition, or exclude the rows"),
-    "W-SEED": (
-        "no configuration has two seeds, so the noise is unknown",
-        "read residual scatter as noise, or run second seeds",
-    ),
-    "W-SUM": ("the exponents of N and D do not make up C", "look for a slip in the counting"),
-    "W-UNIT": ("some values look like a slip of units", "check the columns before using them"),
-}
 SMALL_MODEL = 1e8
 COUNT_TOLERANCE = 0.10
 COUNTER_RANGE = (0.5, 2.0)
 ROUGH_RANGE = (0.1, 10.0)
 """C over 6 N D: without the counter of the architecture only a slip of ten is a slip."""
-LARGEST_EXTRAPOLATION = 10.0
-FREE_EXTRAPOLATION = 3.0
-RATIO_MARGIN = 3.0
 SUM_TOLERANCE = 0.05
-
-
-@dataclass(frozen=True)
-class Raised:
-    """One reservation: its code, and what was found."""
-
-    code: str
-    finding: str
-
-    def __post_init__(self) -> None:
-        assert self.code in MEANINGS, f"undeclared warning code {self.code}"
-
-    def __str__(self) -> str:
-        meaning, action = MEANINGS[self.code]
-        return f"{self.code}: {meaning} ({self.finding}); {action}"
 
 
 def check(rows: pd.DataFrame) -> tuple[Raised, ...]:
@@ -249,43 +198,6 @@ def exponent_sum(size_exponent: float, token_exponent: float, implied: float) ->
     if abs(total - implied) <= SUM_TOLERANCE + 1e-12:
         return None
     return Raised("W-SUM", f"a + b = {total:.3f}, the counter implies {implied:.3f}")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A point at which a law is asked."""
-
-    parameters: float
-    tokens: float
-    flops: float
-
-
-def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Raised | Refusal | None:
-    """How far a target lies beyond the rows: nothing, a warning, or R-EXTRAP.
-
-    Args:
-        rows: the points of the fit.
-        target: where the law is asked.
-        allow: answer beyond ten times the largest compute all the same, with a warning.
-    """
-    factor = target.flops / float(np.nanmax(floats(rows, "flops")))
-    ratios = floats(rows, "tokens") / floats(rows, "parameters")
-    ratio = target.tokens / target.parameters
-    outside = max(float(ratios.min()) / ratio, ratio / float(ratios.max()))
-    findings = []
-    if factor > FREE_EXTRAPOLATION:
-        findings.append(f"{factor:.3g} times the largest compute that was run")
-    if outside > RATIO_MARGIN:
-        findings.append(f"tokens per parameter {outside:.3g} times outside what was run")
-    if not findings:
-        return None
-    if not allow and (factor > LARGEST_EXTRAPOLATION or outside > RATIO_MARGIN):
-        return Refusal(
-            "R-EXTRAP",
-            " and ".join(findings),
-            "run larger models, ask within ten times the compute, or allow it by name",
-        )
-    return Raised("W-EXTRAP", " and ".join(findings))
 
 
 def _known(rows: pd.DataFrame, column: str) -> np.ndarray:

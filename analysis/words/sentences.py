@@ -1,52 +1,17 @@
-"""How findings are put into words: plain sentences, and the digits that an interval supports."""
+"""How findings are put into words: one plain sentence for each."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from analysis.effects.contrasts import Answer, Arm, Contrast, Detectable
+from analysis.effects.answer import Answer, Arm
+from analysis.effects.contrasts import Contrast
 from analysis.effects.multipliers import Multiplier
-from analysis.inference.bootstrap import Interval
+from analysis.effects.seed_noise import Detectable
+from analysis.inference.intervals import Interval
 from analysis.laws.bound import AnyLaw
+from analysis.study.headline import Headline
 from analysis.validity.refusal import Refusal
-
-if TYPE_CHECKING:
-    from analysis.study.headline import Headline
-
-MOST_DECIMALS = 5
-_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-
-
-def with_unit(value: float) -> str:
-    """A count in at most three digits: 9 k, 1.8 M."""
-    for scale, prefix in _PREFIXES:
-        if abs(value) >= 0.9995 * scale:
-            return f"{value / scale:.3g} {prefix}"
-    return f"{value:.3g}"
-
-
-def decimals(half_width: float) -> int:
-    """Decimals that leave two significant digits of an uncertainty."""
-    if not math.isfinite(half_width) or half_width <= 0:
-        return 2
-    return min(max(0, 1 - math.floor(math.log10(half_width))), MOST_DECIMALS)
-
-
-def number(value: float, places: int) -> str:
-    """A number with fixed decimals; large ones in three digits."""
-    if not math.isfinite(value):
-        return "no limit"
-    return f"{value:.{places}f}" if abs(value) < 1e5 else f"{value:.3g}"
-
-
-def bracketed(interval: Interval | Refusal) -> str:
-    """An estimate with its interval, rounded to what the interval supports."""
-    if isinstance(interval, Refusal):
-        return f"refused ({interval.code})"
-    places = _places(interval)
-    ends = (interval.estimate, interval.low, interval.high)
-    estimate, low, high = (number(value, places) for value in ends)
-    return f"{estimate} [{low}, {high}]"
+from analysis.words.numbers import bracketed, capital, decimals_of, with_unit
 
 
 def exponent_words(interval: Interval | Refusal) -> str:
@@ -72,7 +37,7 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
         return f"Not answered: {contrast.reason}. To answer it, {contrast.remedy}."
     percent, change = contrast.percent, f"{contrast.other} instead of {contrast.baseline}"
     change = f"Training on {change}" if contrast.factor == "corpus" else f"Using {change}"
-    places = _places(percent)
+    places = decimals_of(percent)
     if not percent.excludes(0.0):
         low, high = f"{percent.low:+.{places}f}", f"{percent.high:+.{places}f}"
         found = (
@@ -105,7 +70,7 @@ def short_effect(contrast: Contrast | Refusal) -> str:
     """A contrast for a figure's title."""
     if isinstance(contrast, Refusal):
         return "not answered"
-    places = _places(contrast.percent)
+    places = decimals_of(contrast.percent)
     ends = contrast.percent
     return f"{ends.estimate:+.{places}f} % [{ends.low:+.{places}f}, {ends.high:+.{places}f}]"
 
@@ -134,7 +99,7 @@ def ratio_sentence(arm: Arm) -> str:
     return f"{size}: {verdict}."
 
 
-def headline_sentence(found: "Headline") -> str:
+def headline_sentence(found: Headline) -> str:
     """The named contrasts, their ratio, what each is worth, and what the study could have seen."""
     corpus, architecture = found.corpus, found.architecture
     if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
@@ -218,14 +183,3 @@ def multiplier_sentence(multiplier: Multiplier) -> str:
     if multiplier.size is not None:
         where = f"both at {with_unit(multiplier.size)} parameters"
     return f"{needs} of {multiplier.other} to reach {multiplier.loss_nats:.3f} nats, {where}"
-
-
-def _places(interval: Interval) -> int:
-    low, high = interval.low, interval.high
-    half = 0.5 * (high - low) if math.isfinite(high - low) else abs(interval.estimate - low)
-    return decimals(half)
-
-
-def capital(text: str) -> str:
-    """A sentence with its first letter large."""
-    return text[:1].upper() + text[1:]

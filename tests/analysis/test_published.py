@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.laws.law import CHINCHILLA
+from analysis.laws.catalog import CHINCHILLA
 from analysis.laws.transformed import repeat_around
 from tests.laws.published import (
     DATABLATIONS,

@@ -16,7 +16,8 @@ from analysis.fitting.estimator import Estimator, Fit
 from analysis.fitting.solver import Problem, polish, solve
 from analysis.inference.bootstrap import Replicates, replicate
 from analysis.laws.bound import bind, log_loss
-from analysis.laws.law import CHINCHILLA, Law, Term
+from analysis.laws.catalog import CHINCHILLA
+from analysis.laws.law import Law, Term
 from analysis.laws.transformed import repeat_around
 from analysis.tables.frames import floats, keep
 

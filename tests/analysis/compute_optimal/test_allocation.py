@@ -7,7 +7,7 @@ import pytest
 from analysis.compute_optimal.allocation import Allocation, Ladder, Question, allocate, cheapest
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
-from analysis.laws.law import CHINCHILLA
+from analysis.laws.catalog import CHINCHILLA
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as oracle
 

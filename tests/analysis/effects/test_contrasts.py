@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.effects.contrasts import Contrast, Detectable, answer, contrasts, seed_noise
+from analysis.effects.answer import answer
+from analysis.effects.contrasts import Contrast, contrasts
+from analysis.effects.seed_noise import Detectable, seed_noise
 from analysis.tables.run_table import final, load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write

@@ -10,11 +10,12 @@ import pytest
 import yaml
 from scipy import stats
 
-from analysis.effects.leaderboard import arm_lines, caption, compare_arms, pooled_sd, verdict
-from analysis.inference.bootstrap import Interval
-from analysis.report.__main__ import redraw
+from analysis.effects.leaderboard import compare_arms, pooled_sd, verdict
+from analysis.inference.intervals import Interval
 from analysis.report.sections import sections
+from analysis.report.write import redraw
 from analysis.tables.run_table import load
+from analysis.words.leaderboard import arm_lines, caption
 from tests.analysis.synthetic_study import Study, write
 
 ARMS = ("transformer", "mamba", "hybrid", "identity")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.effects.learning_rates import mixed_rates, search_table, trials, tuning_sentence
-from analysis.report.__main__ import redraw
+from analysis.effects.learning_rates import mixed_rates, search_table, trials
+from analysis.report.write import redraw
 from analysis.study.study import Settings, analyse
 from analysis.tables.run_table import load
 from analysis.validity.refusal import Refusal
+from analysis.words.learning_rates import tuning_sentence
 from tests.analysis.synthetic_study import Study, write
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)

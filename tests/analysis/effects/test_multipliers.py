@@ -3,16 +3,11 @@
 import numpy as np
 import pytest
 
-from analysis.effects.multipliers import (
-    Multiplier,
-    compute_multiplier,
-    data_multiplier,
-    frontier,
-    reach,
-)
+from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
-from analysis.laws.law import nested_family
+from analysis.laws.catalog import nested_family
+from analysis.tables.run_region import reach
 from analysis.tables.run_table import final, load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write

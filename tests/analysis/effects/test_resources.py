@@ -13,7 +13,7 @@ from analysis.effects.resources import (
 )
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
-from analysis.laws.law import nested_family
+from analysis.laws.catalog import nested_family
 from analysis.tables.run_table import final, load
 from analysis.validity.refusal import Refusal
 

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.effects.multipliers import reach
 from analysis.fit.__main__ import main
 from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.fitting.estimator import Estimator
-from analysis.laws.law import CHINCHILLA, nested_family
+from analysis.laws.catalog import CHINCHILLA, nested_family
+from analysis.tables.run_region import reach
 from tests.analysis.inference.test_scaling_law import runs
 
 

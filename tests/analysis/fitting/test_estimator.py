@@ -9,7 +9,7 @@ import pytest
 from analysis.fitting.estimator import Estimator, Fit, fit
 from analysis.fitting.solver import Problem, solve
 from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
-from analysis.laws.law import CHINCHILLA, POWER, nested_family
+from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
 from analysis.tables.run_table import final
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as oracle

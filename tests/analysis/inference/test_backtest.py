@@ -5,7 +5,7 @@ import pandas as pd
 
 from analysis.fitting.estimator import Estimator
 from analysis.inference.backtest import ASSUMED_RATE, backtest, forecast
-from analysis.laws.law import CHINCHILLA, POWER
+from analysis.laws.catalog import CHINCHILLA, POWER
 from tests.oracles import fits as slow
 
 LIGHT = Estimator(grid=np.geomspace(0.03, 1.3, 12), starts=4)

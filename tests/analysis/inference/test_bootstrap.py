@@ -5,14 +5,9 @@ import pandas as pd
 import pytest
 
 from analysis.fitting.estimator import Estimator, fit
-from analysis.inference.bootstrap import (
-    Interval,
-    parameter_intervals,
-    ratio_interval,
-    replicate,
-    t_interval,
-)
-from analysis.laws.law import CHINCHILLA
+from analysis.inference.bootstrap import parameter_intervals, replicate
+from analysis.inference.intervals import Interval, ratio_interval, t_interval
+from analysis.laws.catalog import CHINCHILLA
 from analysis.tables.run_table import final
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as oracle

@@ -14,7 +14,7 @@ from analysis.inference.cluster_robust import (
     sandwich,
 )
 from analysis.laws.bound import log_loss_and_jacobian
-from analysis.laws.law import CHINCHILLA
+from analysis.laws.catalog import CHINCHILLA
 from tests.oracles import fits as slow
 from tests.oracles import robust as oracle
 

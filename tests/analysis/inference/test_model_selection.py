@@ -6,10 +6,10 @@ import pytest
 from scipy import stats
 
 from analysis.fitting.estimator import Estimator
-from analysis.inference.bootstrap import Interval
+from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import _folds, alike, choose, effect, hold_out_errors
 from analysis.laws.bound import bind
-from analysis.laws.law import crossed_family, nested_family
+from analysis.laws.catalog import crossed_family, nested_family
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as slow
 

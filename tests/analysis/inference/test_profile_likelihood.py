@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from analysis.fitting.estimator import Estimator
 from analysis.inference.cluster_robust import parameter_interval, sandwich
 from analysis.inference.profile_likelihood import _crossing, _curvature, _walk, profile
-from analysis.laws.law import CHINCHILLA, nested_family
+from analysis.laws.catalog import CHINCHILLA, nested_family
 from tests.oracles import fits as oracle
 
 

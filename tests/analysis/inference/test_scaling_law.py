@@ -10,7 +10,7 @@ from analysis.compute_optimal.three_approaches import all_three, envelope
 from analysis.fit.__main__ import main
 from analysis.fitting.estimator import Estimator
 from analysis.inference.scaling_law import LAWS, ScalingLaw
-from analysis.laws.law import RATE
+from analysis.laws.catalog import RATE
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
 from analysis.laws.transformed import loss_to_loss

@@ -8,7 +8,7 @@ from analysis.fitting.estimator import Estimator
 from analysis.inference.cluster_robust import prediction_errors, sandwich
 from analysis.inference.shape_robust import bend
 from analysis.laws.bound import log_loss
-from analysis.laws.law import CHINCHILLA, POWER
+from analysis.laws.catalog import CHINCHILLA, POWER
 
 SQUARES = Estimator(delta=np.inf)
 

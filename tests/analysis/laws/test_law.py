@@ -8,7 +8,16 @@ import pandas as pd
 import pytest
 
 from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
-from analysis.laws.law import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE, nested_family
+from analysis.laws.catalog import (
+    BATCH,
+    CHINCHILLA,
+    GADRE,
+    GAMMA,
+    KAPLAN,
+    POWER,
+    RATE,
+    nested_family,
+)
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
 from analysis.laws.transformed import REPEAT, loss_to_loss, repeat_around

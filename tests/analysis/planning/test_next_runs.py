@@ -8,9 +8,9 @@ import pytest
 
 from analysis.effects.contrasts import contrasts
 from analysis.fitting.estimator import Estimator
-from analysis.inference.bootstrap import t_quantile
+from analysis.inference.intervals import t_quantile
 from analysis.laws.bound import bind, log_loss
-from analysis.laws.law import CHINCHILLA, GAMMA
+from analysis.laws.catalog import CHINCHILLA, GAMMA
 from analysis.planning.expected_precision import (
     USUAL,
     Noise,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.report.__main__ import redraw, write_report
+from analysis.report.write import redraw, write_report
 from tests.analysis.synthetic_study import Study, write
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.report.__main__ import redraw
+from analysis.report.write import redraw
 from analysis.tables.capsule import pack, unpack
 from analysis.tables.run_table import load
 from tests.analysis.synthetic_study import Study, write

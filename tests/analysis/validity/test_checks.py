@@ -7,19 +7,15 @@ import pytest
 from analysis.compute_optimal.frontier import budget_warnings
 from analysis.compute_optimal.isoflop import Budget, budgets, exponents, grid_bias, token_bias
 from analysis.fitting.estimator import Estimator
-from analysis.laws.law import CHINCHILLA
+from analysis.laws.catalog import CHINCHILLA
 from analysis.study.findings import _first_of
 from analysis.validity.checks import (
-    MEANINGS,
-    Raised,
-    Target,
     check,
     clusters,
     counting,
     decay,
     evaluation,
     exponent_sum,
-    extrapolation,
     rates,
     repetition,
     seeds,
@@ -27,7 +23,9 @@ from analysis.validity.checks import (
     units,
     yardstick,
 )
+from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
+from analysis.validity.warnings import MEANINGS, Raised
 
 LAW = (1.69, 406.4, 410.7, 0.34, 0.28)
 BASE = pd.DataFrame(

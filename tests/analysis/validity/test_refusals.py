@@ -7,16 +7,20 @@ import pandas as pd
 import pytest
 
 from analysis.compute_optimal.isoflop import budgets, exponents
-from analysis.effects.contrasts import answer, contrasts, seed_noise
+from analysis.effects.answer import answer
+from analysis.effects.contrasts import contrasts
+from analysis.effects.seed_noise import seed_noise
 from analysis.effects.variance_shares import decompose
 from analysis.fitting.estimator import Estimator
-from analysis.inference.bootstrap import Replicates, ratio_interval, t_interval
+from analysis.inference.bootstrap import Replicates
+from analysis.inference.intervals import ratio_interval, t_interval
 from analysis.laws.bound import bind, log_loss
-from analysis.laws.law import CHINCHILLA, POWER
+from analysis.laws.catalog import CHINCHILLA, POWER
 from analysis.planning.grids import isoflop
 from analysis.study.headline import ratio_of
 from analysis.tables.run_table import Table
-from analysis.validity.checks import Target, extrapolation, yardstick
+from analysis.validity.checks import yardstick
+from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import CODES, Refusal
 from tests.analysis.validity.test_checks import curve
 

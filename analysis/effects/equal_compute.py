@@ -1,0 +1,59 @@
+"""An architecture effect at equal training FLOPs, interpolated along the baseline's horizons."""
+
+import numpy as np
+import pandas as pd
+
+from analysis.effects.contrasts import Contrast, summarise
+from analysis.tables.frames import keep, where
+from analysis.validity.refusal import Refusal
+
+
+def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> Contrast | Refusal:
+    """The architecture effect where both arms have spent the same FLOPs.
+
+    The baseline's ln L is interpolated in ln FLOPs along its horizons (a parabola through the
+    nearest three, as a chord lies above a convex curve), never beyond them.
+    """
+    levels = (contrast.baseline, contrast.other)
+    keys = ["corpus", "rung", "seed"]
+    pairs = []
+    for place in rows[keys].drop_duplicates().itertuples(index=False):
+        here = keep(rows, (rows[keys] == list(place)).all(axis=1))
+        sides = [where(here, "architecture", level).sort_values(convention) for level in levels]
+        pairs += _interpolated_pairs(sides[0], sides[1], convention)
+    if not pairs:
+        return Refusal(
+            "R-REACH",
+            "no size has both arms at equal FLOPs inside their horizons",
+            "add horizons so that the arms' ranges of FLOPs overlap",
+        )
+    return summarise("architecture", levels, contrast.evaluation_set, pd.DataFrame(pairs))
+
+
+def _interpolated_pairs(
+    baseline: pd.DataFrame, other: pd.DataFrame, convention: str
+) -> list[dict[str, object]]:
+    if len(baseline) < 2:
+        return []
+    known = np.log(baseline[[convention, "loss_nats"]].to_numpy(dtype=np.float64))
+    pairs = []
+    for row in other.to_dict("records"):
+        at = np.log(row[convention])
+        if not known[0, 0] <= at <= known[-1, 0]:
+            continue
+        near = known[np.argsort(np.abs(known[:, 0] - at))[:3]]
+        curve = np.polyfit(near[:, 0] - at, near[:, 1], len(near) - 1)
+        loss = float(np.exp(curve[-1]))
+        pairs.append(
+            {
+                "corpus": row["corpus"],
+                "rung": row["rung"],
+                "seed": row["seed"],
+                "tokens": row["tokens"],
+                "parameters": row["parameters"],
+                "difference": float(np.log(row["loss_nats"] / loss)),
+                "nats": row["loss_nats"] - loss,
+                "same_samples": False,
+            }
+        )
+    return pairs

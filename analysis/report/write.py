@@ -1,0 +1,201 @@
+"""Write a sweep's report: page, figures, tables and numbers, only where something changed."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.effects.contrasts import Contrast
+from analysis.effects.learning_rates import mixed_rates
+from analysis.figures.all_figures import draw
+from analysis.fitting.estimator import Fit
+from analysis.report.answers import answers, laws_table, progress, refusals
+from analysis.report.page import render
+from analysis.report.sections import Section, sections
+from analysis.report.strict_json import plain
+from analysis.study.findings import Findings, find
+from analysis.study.study import Settings, Study, analyse
+from analysis.tables.run_table import Table, load
+from analysis.words.sentences import exponent_words
+from trainer.record import read_json, write_atomically, write_json
+
+MOST_LINES = 30
+
+
+FULL = Settings()
+
+
+QUICK = Settings(replicates=100)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A written report: where it lies, its numbers, and what a terminal shows of it."""
+
+    page: Path
+    numbers: dict
+    lines: tuple[str, ...]
+
+    def text(self) -> str:
+        """The answers and the fitted laws for a terminal, at most 30 lines."""
+        return "\n".join(self.lines)
+
+
+def write_report(sweep: Path, *, plan: Mapping | None = None) -> Report:
+    """Analyse a sweep folder and write its `report/`; a partial sweep gives a partial page.
+
+    `plan` is what was expected before the sweep; the page shows it as it is.
+    """
+    return _write(load(sweep), sweep / "report", dict(plan or {}), FULL)
+
+
+def refresh(sweep: Path) -> Report:
+    """The report as `write_report` would write it, written only if it is not there as such."""
+    table = load(sweep)
+    stored = read_json(sweep / "report" / "report.json")
+    whole = stored.get("settings") == plain(FULL)
+    if whole and stored.get("fingerprint") == fingerprint(table):
+        return Report(sweep / "report" / "index.html", stored, tuple(stored["text"]))
+    return write_report(sweep)
+
+
+def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
+    """Write the report if points or states changed since, with a quarter of the replicates."""
+    table = load(sweep)
+    folder = sweep / "report"
+    stored = read_json(folder / "report.json")
+    if stored.get("fingerprint") == fingerprint(table):
+        return Report(folder / "index.html", stored, tuple(stored["text"]))
+    return _write(table, folder, dict(plan or {}), QUICK)
+
+
+def fingerprint(table: Table) -> str:
+    """A hash of everything that a table holds, and of the code that makes a page of it."""
+    parts = [table.rows.to_json(), table.runs.to_json(), repr(table.exclusions), table.neutral_set]
+    parts += [table.baselines.to_json(), table.ladder.to_json()]
+    parts += [repr(table.tuning), repr(table.rate_factors)]
+    here = Path(__file__).parents[1]
+    parts += [file.read_text() for file in sorted([*here.rglob("*.py"), *here.rglob("*.html")])]
+    return hashlib.sha256("".join(str(part) for part in parts).encode()).hexdigest()[:16]
+
+
+def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report:
+    study = analyse(table, settings)
+    found = None if mixed_rates(table) else find(study, settings)
+    parts, plates = sections(table), draw(study, found)
+    every = [*plates, *(plate for part in parts for plate in part.plates)]
+    drawings = {plate.name: plate.save(folder / "figures") for plate in every}
+    _remove_stale_figures(folder / "figures", set(drawings))
+    _write_tables(study, parts, folder / "tables")
+    lines = _terminal_lines(study, parts, folder, found)
+    numbers = plain(
+        {
+            "fingerprint": fingerprint(table),
+            "sweep": table.name,
+            "progress": progress(table),
+            "settings": settings,
+            "answer": study.answer,
+            "effects": study.effects,
+            "laws": study.laws,
+            "family": study.family,
+            "multipliers": study.multipliers,
+            "headline": found.headline if found else None,
+            "reservations": found.reservations if found else (),
+            "variance_shares": found.shares if found else {},
+            **{part.name: part.numbers for part in parts},
+            "refusals": [
+                {"of": subject, "refusal": each} for subject, each in refusals(study, found)
+            ],
+            "exclusions": table.exclusions,
+            "plan": plan,
+            "text": lines,
+        }
+    )
+    assert isinstance(numbers, dict)
+    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan, found))
+    # Last: it holds the fingerprint that says the report is whole.
+    write_json(folder / "report.json", numbers)
+    return Report(folder / "index.html", numbers, lines)
+
+
+def _remove_stale_figures(folder: Path, drawn: set[str]) -> None:
+    """A figure of an earlier report that this one would not draw must not lie beside it."""
+    for file in folder.glob("*.*"):
+        if file.suffix in (".png", ".svg", ".csv") and file.stem not in drawn:
+            file.unlink()
+
+
+def _write_tables(study: Study, parts: list[Section], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {
+        "laws": laws_table(study),
+        "effects": _effects_table(study),
+        "family": study.family,
+        "alternatives": study.alternatives,
+        "runs": study.table.runs,
+        "points": study.points.rows,
+        **{part.name: part.numbers for part in parts},
+    }
+    for name, frame in tables.items():
+        frame.to_csv(folder / f"{name}.csv", index=False)
+
+
+def _effects_table(study: Study) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "evaluation_set": set_name,
+            "factor": factor,
+            "other": each.other,
+            "baseline": each.baseline,
+            "ln_loss": each.effect.estimate,
+            "low": each.effect.low,
+            "high": each.effect.high,
+            "nats": each.nats.estimate,
+            "pairs": len(each.pairs),
+            "interval": each.effect.method,
+            "matching": each.matching,
+        }
+        for set_name, factors in study.effects.items()
+        for factor, found in factors.items()
+        for each in found
+        if isinstance(each, Contrast)
+    )
+
+
+def _terminal_lines(
+    study: Study, parts: list[Section], folder: Path, found: Findings | None
+) -> tuple[str, ...]:
+    lines = [f"{study.table.name}: {progress(study.table)}", ""]
+    lines += [line for part in parts for line in part.lines]
+    lines += [f"{lead}: {text}" for lead, text, _ in answers(study, found)]
+    codes = ", ".join(each.code for each in found.reservations) if found else ""
+    lines += [f"Reservations, explained on the page: {codes}"] if codes else []
+    lines += _law_lines(study)
+    refused = refusals(study, found)
+    if refused:
+        lines += [
+            "",
+            f"Refused, {len(refused)} in all, each with its remedy on the page; the first:",
+        ]
+        lines.append(f"  {refused[0][0]}: {refused[0][1].reason}")
+    kept = lines[: MOST_LINES - 3]
+    if len(lines) > len(kept):
+        kept.append(f"  and {len(lines) - len(kept)} lines more on the page")
+    return (*kept, "", f"Report: {folder / 'index.html'}")
+
+
+def _law_lines(study: Study) -> list[str]:
+    lines = []
+    for law in study.laws:
+        if isinstance(law.fit, Fit) and law.evaluation_set == study.table.neutral_set:
+            hidden = {"E"} if "W-E0" in law.fit.codes else set()
+            exponents = [
+                f"{name} {exponent_words(law.intervals[name])}"
+                for name in ("alpha", "beta", "gamma", "E")
+                if name in law.intervals and name not in hidden
+            ]
+            lines.append(f"  {law.part}: {', '.join(exponents) or 'no shared parameter'}")
+    title = f"Fitted laws on {study.table.neutral_set}, 95 % intervals:"
+    return ["", title, *lines] if lines else []
