@@ -15,7 +15,7 @@ import torch
 
 from models.backbone import Backbone, BackboneConfig, Block, Source
 from models.mixer import MixFlops
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 
 CONVENTIONS: Mapping[str, str] = {
     "total_parameters": "N: all parameters, tied embeddings once",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.backbone import BackboneConfig, Stack
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 
 ADAM_BYTES = 16
 """Float32 weight, gradient and two moments of each parameter."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.channel import ChannelConfig
-from models.layers import Drawn, Embedding, Linear, RMSNorm
 from models.mixer import MixerConfig, Pattern, Slot
-from models.sequence import ContinuedSequence, DecodingState, Memory, WholeSequence
+from models.parts.layers import Drawn, Embedding, Linear, RMSNorm
+from models.sequences.whole import ContinuedSequence, DecodingState, Memory, WholeSequence
 
 Form = Literal["decoder", "encoder"]
 SELF = {"decoder": Pattern.CAUSAL_SELF, "encoder": Pattern.NONCAUSAL_SELF}

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from models.sequence import WholeSequence
-from models.stacks import put_back, stacks_of
+from models.sequences.documents import put_back, stacks_of
+from models.sequences.whole import WholeSequence
 
 
 def by_document(

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.swiglu import swiglu
-from models.layers import BlockDiagonal, Linear
-from models.monarch_matrix import monarch_multiply
+from models.parts.layers import BlockDiagonal, Linear
+from models.parts.monarch_matrix import monarch_multiply
 
 
 @dataclass(frozen=True)

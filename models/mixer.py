@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.sequence import Memory, WholeSequence
+from models.sequences.whole import Memory, WholeSequence
 
 Coefficients: TypeAlias = Any
 """What a mixer passes from `project` to `mix` and `merge`: private to it."""
@@ -95,7 +95,7 @@ class Mixer(nn.Module, abc.ABC):
 
     Attributes:
         patterns: which of CAB's four it can serve; the slot decides which it does.
-        sharded: in which of them its tokens may be cut over ranks (`models.sharded`).
+        sharded: in which of them its tokens may be cut over ranks (`models.sequences.sharded`).
         no_decay: names of its parameters that weight decay must not touch.
         approximate: why it is no exact function of what a token may see; empty where it is one.
         linear: whether `mix` is linear in the values.

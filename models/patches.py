@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.backbone import BackboneConfig, Stack, initialise
-from models.layers import Embedding, Linear
-from models.sequence import WholeSequence
+from models.parts.layers import Embedding, Linear
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

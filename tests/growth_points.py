@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from models.backbone import initialise
 from models.channel import SwiGLU, SwiGLUConfig
-from models.layers import RMSNorm
 from models.mixer import Pattern, Slot, mixer_class, mixer_kinds
-from models.sequence import WholeSequence
+from models.parts.layers import RMSNorm
+from models.sequences.whole import WholeSequence
 
 D_MODEL = 64
 FIELDS: Mapping[str, Mapping[str, Any]] = {

@@ -35,7 +35,7 @@ from data_pipelines.masking import mask_tokens
 from launch.measurements import Measurement, write_measurements
 from models.activations import ADAM_BYTES, activations
 from models.backbone import Backbone, build_backbone
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from sweeps.ladder import ADMITTED_ERROR, RUNGS, Fitted, Place, fit_architecture, read_architectures
 from trainer.machine import memory_bytes
 

@@ -11,8 +11,8 @@ from torch._dynamo.utils import counters
 
 from models.backbone import build_backbone
 from models.compiled import compile_blocks
-from models.layers import RMSNorm
-from models.sequence import WholeSequence
+from models.parts.layers import RMSNorm
+from models.sequences.whole import WholeSequence
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 from trainer.config import ExecutionConfig
 from trainer.objective import total_nats

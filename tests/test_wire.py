@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from models.mixers.recurrent.mamba2 import Mamba2Config
-from models.prefix import Scheme
+from models.ranks.schemes import Scheme
 from tests import wire as command
 from tests.oracles import wire
 from tests.wire_formulas import RANKS, ROWS, Layer, expected, layers

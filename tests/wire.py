@@ -31,8 +31,8 @@ from launch.measurements import Measurement, write_measurements
 from models.mixer import Pattern, Slot, mixer_class
 from models.mixers.recurrent.mamba2 import Mamba2Config
 from models.mixers.softmax.attention import AttentionConfig
-from models.prefix import ASSUMED, Payload, Scheme, choose
-from models.sharded import ShardedSequence
+from models.ranks.schemes import ASSUMED, Payload, Scheme, choose
+from models.sequences.sharded import ShardedSequence
 from tests.models.conftest import drawn
 from tests.oracles import prefix_messages, wire
 from tests.sequence_parallel.world import on_ranks

@@ -14,7 +14,7 @@ from data_pipelines.batch import Batch
 from models.backbone import Backbone, BackboneConfig
 from models.mixer import mixer_kinds
 from models.mixers.softmax.hip import Hip
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from trainer.objective import token_nats
 from trainer.schema import ConfigError, dump, load, suggest
 

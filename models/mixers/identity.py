@@ -6,9 +6,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from models.layers import Linear
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
+from models.parts.layers import Linear
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

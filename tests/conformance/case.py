@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.mixer import Mixer, MixerConfig, Pattern, Slot, mixer_class, mixer_kinds
-from models.sequence import PADDING, Memory, WholeSequence
+from models.sequences.whole import PADDING, Memory, WholeSequence
 from tests.models.conftest import D_MODEL, drawn, small_config
 
 Rows = tuple[tuple[int, ...], ...]

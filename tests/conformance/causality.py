@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.mixer import Mixer, Pattern
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.conformance.case import (
     CAUSAL,
     EVERY,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from models.layers import Drawn
 from models.mixer import Pattern
-from models.sequence import WholeSequence
+from models.parts.layers import Drawn
+from models.sequences.whole import WholeSequence
 from tests.conformance.case import CAUSAL, EVERY, ONE, Case, gradients, run
 from tests.conformance.property import states
 from tests.conformance.streaming import stream

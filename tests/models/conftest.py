@@ -4,10 +4,10 @@ import dataclasses
 
 import torch
 
-from models.layers import Drawn
 from models.mixer import Mixer, MixerConfig, Pattern, Slot, mixer_class, mixer_kinds
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
+from models.parts.layers import Drawn
+from models.sequences.whole import WholeSequence
 
 D_MODEL = 16
 SMALL = {

@@ -8,7 +8,7 @@ from models.backbone import BackboneConfig, BlockConfig, build_backbone
 from models.channel import NoChannelConfig, SwiGLUConfig
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 
 BLOCKS = {
     "a": BlockConfig(AttentionConfig(n_heads=2), SwiGLUConfig(64)),

@@ -6,7 +6,7 @@ import torch
 
 from models.mixer import Slot
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, build, inputs, packed, whole
 from tests.oracles import mixers as oracle
 

@@ -14,8 +14,8 @@ from models.channel import NoChannelConfig, SwiGLUConfig
 from models.mixer import Mixer, Pattern, Slot
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
-from models.short_convs import ShortConv
+from models.parts.short_convs import ShortConv
+from models.sequences.whole import WholeSequence
 from tests.conformance.case import MIXED, case_of, declared_cases, documents_of
 from tests.conformance.causality import materialized, rounding
 from tests.conformance.streaming import cut

@@ -6,7 +6,7 @@ import torch
 
 from models.mixer import Slot
 from models.mixers.convolution.causal_monarch import CausalMonarchConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import monarch as oracle
 

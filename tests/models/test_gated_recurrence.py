@@ -7,10 +7,10 @@ import torch
 from models.accounting import account
 from models.backbone import BackboneConfig, BlockConfig, build_backbone, undecayed
 from models.channel import NoChannelConfig
-from models.gates import RGLRU
 from models.mixer import Mixer, Slot
 from models.mixers.recurrent.gated_recurrence import GatedRecurrence, GatedRecurrenceConfig
-from models.sequence import WholeSequence
+from models.parts.gates import RGLRU
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import gated_recurrence as oracle
 

@@ -8,7 +8,7 @@ from models.channel import NoChannelConfig, SwiGLUConfig
 from models.generate import Sampling, choose, generate
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from kernels import ssd as kernel
 from kernels.ssd import ssd_reference
 from models.mixer import Pattern, Slot
 from models.mixers.recurrent.hydra import Coefficients, Hydra, HydraConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import ssd as oracle
 

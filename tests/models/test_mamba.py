@@ -10,7 +10,7 @@ from models.accounting import account, total_parameters
 from models.backbone import BackboneConfig, BlockConfig, build_backbone
 from models.channel import NoChannelConfig
 from models.mixers.recurrent.mamba import Mamba, MambaConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed
 from tests.oracles import mixers as oracle
 

@@ -13,7 +13,7 @@ from models.channel import NoChannelConfig
 from models.mixer import Slot
 from models.mixers.recurrent import mamba
 from models.mixers.recurrent.mamba2 import GroupedNorm, Mamba2, Mamba2Config
-from models.sequence import ContinuedSequence, WholeSequence
+from models.sequences.whole import ContinuedSequence, WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import ssd as oracle
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from models.channel import GELUConfig, MonarchMLPConfig
-from models.filters import FilterConfig, ImplicitFilter, fft_flops
 from models.mixer import Pattern, Slot
 from models.mixers.convolution.monarch import MonarchConfig
-from models.sequence import PADDING, ContinuedSequence, WholeSequence
+from models.parts.filters import FilterConfig, ImplicitFilter, fft_flops
+from models.sequences.whole import PADDING, ContinuedSequence, WholeSequence
 from tests.conformance import numerics, packing
 from tests.conformance.case import Case
 from tests.models.conftest import D_MODEL, SMALL, build, inputs, packed, whole

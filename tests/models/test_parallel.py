@@ -14,7 +14,7 @@ from models.mixers.composed.parallel import Parallel, ParallelConfig
 from models.mixers.identity import IdentityConfig
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.conformance import causality, numerics, packing, streaming, training
 from tests.conformance.case import Case
 from tests.models.conftest import D_MODEL, drawn, inputs, packed

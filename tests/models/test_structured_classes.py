@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels.ssd import CHUNK
 from models.mixer import Mixer, Pattern, mixer_class
 from models.mixers.recurrent.mamba2 import scan_flops
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, whole
 from tests.oracles import structured as oracle
 

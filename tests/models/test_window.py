@@ -6,7 +6,7 @@ import torch
 
 from models.mixer import Pattern
 from models.mixers.softmax.window import WindowConfig
-from models.sequence import ContinuedSequence, WholeSequence
+from models.sequences.whole import ContinuedSequence, WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import local_attention as oracle
 

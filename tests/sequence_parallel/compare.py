@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.sharded import ShardedSequence
+from models.sequences.sharded import ShardedSequence
 from tests.sequence_parallel.problem import (
     DTYPES,
     LAYOUTS,

@@ -18,7 +18,7 @@ from types import FunctionType
 import torch
 import torch.distributed as dist
 
-from models.prefix import Scheme
+from models.ranks.schemes import Scheme
 from tests.sequence_parallel.compare import judge
 from tests.sequence_parallel.problem import DTYPES, LAYOUTS, Problem, Solution
 
@@ -85,8 +85,8 @@ class Mutant:
             setattr(owner, name, shipped)
 
 
-EXCHANGE, RELAY = "models.exchange", "models.relay"
-SHARDED, RECURRENCE = "models.sharded", "models.recurrence"
+EXCHANGE, RELAY = "models.ranks.exchange", "models.ranks.state_passing"
+SHARDED, RECURRENCE = "models.sequences.sharded", "models.sequences.recurrence"
 MUTANTS = (
     Mutant(
         "a neighbour's own state is taken for the true one",

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.measurements import Measurement, write_measurements
-from models.prefix import Scheme
+from models.ranks.schemes import Scheme
 from tests.sequence_parallel.compare import TOLERANCES, Verdict, judge_all, save_solutions
 from tests.sequence_parallel.mutants import MUTANTS, Caught, mutant_problems, try_mutants
 from tests.sequence_parallel.problem import DTYPES, problems, refusing_mixers

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.exchange import Carry, Spans, Summary, fetch, swap, swap_back
-from models.prefix import Scheme
-from models.ranks import Gathered, Ranks
-from models.recurrence import LinearScan
-from models.sharded import ShardedSequence
+from models.ranks.communicator import Gathered, Ranks
+from models.ranks.exchange import Carry, Spans, Summary, fetch, swap, swap_back
+from models.ranks.schemes import Scheme
+from models.sequences.recurrence import LinearScan
+from models.sequences.sharded import ShardedSequence
 from tests.oracles.carry import states_before
 from tests.sequence_parallel.world import on_ranks
 

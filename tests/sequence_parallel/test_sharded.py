@@ -18,10 +18,10 @@ from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.recurrent.mamba2 import Mamba2Config
 from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.hip import HipConfig
-from models.prefix import Scheme
-from models.ranks import Sent
-from models.sequence import WholeSequence
-from models.sharded import ShardedSequence, refuse_unsharded
+from models.ranks.communicator import Sent
+from models.ranks.schemes import Scheme
+from models.sequences.sharded import ShardedSequence, refuse_unsharded
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, drawn
 from tests.oracles import prefix_messages
 from tests.sequence_parallel.compare import Verdict, judge_all, save_solutions
@@ -211,7 +211,9 @@ def _refused_rows(group: dist.ProcessGroup) -> int:
 def _refused_lambda(group: dist.ProcessGroup) -> str:
     sequence = ShardedSequence(torch.zeros(1, 4, dtype=torch.int32), group)
     state = torch.zeros(1, 2)
-    refused = _raises(lambda: sequence.recur(lambda _: (state, state)), "models.recurrence")
+    refused = _raises(
+        lambda: sequence.recur(lambda _: (state, state)), "models.sequences.recurrence"
+    )
     return "refused" if refused else "run"
 
 

@@ -8,7 +8,7 @@ import torch
 
 from models.activations import activations, counting
 from models.backbone import BackboneConfig, build_backbone, undecayed
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from sweeps.grammar import Experiment
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 from tests.trainer import study

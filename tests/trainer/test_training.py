@@ -10,7 +10,7 @@ import torch
 import kernels.selective_scan
 from data_pipelines.stream import evaluation_batches
 from models.backbone import build_backbone
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run
 from trainer.checkpoint import SaveFailure
 from trainer.objective import IGNORED, total_nats

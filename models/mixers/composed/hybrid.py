@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
-from models.gates import GATES, Mode, Steps, begins_document, gate_map, recur
-from models.layers import Linear, Rotation, attend_window, rotate, rotation, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.short_convs import ShortConv
+from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
+from models.parts.layers import Linear, Rotation, attend_window, rotate, rotation, widened
+from models.parts.short_convs import ShortConv
+from models.sequences.whole import Memory, WholeSequence
 
 Branches = Literal["both", "window", "recurrence"]
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
+from models.parts.layers import widened
+from models.sequences.whole import Memory, WholeSequence
 
 Merge = Literal["mean", "learned"]
 EPS = 1e-5

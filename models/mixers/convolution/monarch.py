@@ -13,11 +13,11 @@ from typing import ClassVar, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from models.filters import FilterConfig, ImplicitFilter, fft_flops
-from models.layers import Linear
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import PADDING, Memory, WholeSequence
-from models.short_convs import ShortConv
+from models.parts.filters import FilterConfig, ImplicitFilter, fft_flops
+from models.parts.layers import Linear
+from models.parts.short_convs import ShortConv
+from models.sequences.whole import PADDING, Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.precision import without_autocast
-from models.heads import Heads, HeadsConfig
-from models.layers import widened
+from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.recurrence import LinearAttention
-from models.sequence import PADDING, Memory, WholeSequence
-from models.slots import Filling, LowRank, documents_of
-from models.stacks import Stack, stacks_of, tabulate
+from models.parts.layers import widened
+from models.parts.slots import Filling, LowRank, documents_of
+from models.sequences.documents import Stack, stacks_of, tabulate
+from models.sequences.recurrence import LinearAttention
+from models.sequences.whole import PADDING, Memory, WholeSequence
 
 
 @dataclass(frozen=True)

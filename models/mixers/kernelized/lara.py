@@ -24,12 +24,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.precision import without_autocast
-from models.heads import Heads, HeadsConfig
-from models.layers import widened
+from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.slots import SOFTMAX_FLOPS, Filling, LowRank
-from models.stacks import Stack, landmarks_of, stacks_of
+from models.parts.layers import widened
+from models.parts.slots import SOFTMAX_FLOPS, Filling, LowRank
+from models.sequences.documents import Stack, landmarks_of, stacks_of
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

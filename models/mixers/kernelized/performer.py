@@ -26,11 +26,10 @@ from torch import Tensor
 
 from kernels.precision import without_autocast
 from kernels.slot_attention import slot_log_sums
-from models.heads import Heads, HeadsConfig, Projected, rotated
-from models.layers import widened
+from models.bases.heads import Heads, HeadsConfig, Projected, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.slots import (
+from models.parts.layers import widened
+from models.parts.slots import (
     RUNNING_FLOPS,
     SOFTMAX_FLOPS,
     Filling,
@@ -39,7 +38,8 @@ from models.slots import (
     SlotAverages,
     documents_of,
 )
-from models.stacks import stacks_of, tabulate
+from models.sequences.documents import stacks_of, tabulate
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

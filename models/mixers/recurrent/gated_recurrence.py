@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from models.gates import GATES, Mode, Steps, begins_document, recur
-from models.layers import Linear
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.short_convs import ShortConv
+from models.parts.gates import GATES, Mode, Steps, begins_document, recur
+from models.parts.layers import Linear
+from models.parts.short_convs import ShortConv
+from models.sequences.whole import Memory, WholeSequence
 
 CONV_SCALE = 0.1
 """Share of its input's scale that the convolution passes on at the start, as the release has it."""

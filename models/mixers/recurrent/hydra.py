@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.swiglu import silu_gated
-from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.mixers.recurrent.mamba2 import (
     count_heads,
@@ -23,9 +22,10 @@ from models.mixers.recurrent.mamba2 import (
     scan_flops,
     step_biases,
 )
-from models.recurrence import TwoWaySsd
-from models.sequence import Memory, WholeSequence
-from models.short_convs import CentredConv
+from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.short_convs import CentredConv
+from models.sequences.recurrence import TwoWaySsd
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.swiglu import silu_gated
-from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.recurrence import SelectiveScan
-from models.sequence import Memory, WholeSequence
-from models.short_convs import ShortConv
+from models.parts.layers import Linear, widened
+from models.parts.short_convs import ShortConv
+from models.sequences.recurrence import SelectiveScan
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

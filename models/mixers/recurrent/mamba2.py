@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm
 from kernels.ssd import CHUNK
-from models.layers import Linear, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.recurrence import Ssd
-from models.sequence import Memory, WholeSequence
-from models.short_convs import ShortConv
+from models.parts.layers import Linear, widened
+from models.parts.short_convs import ShortConv
+from models.sequences.recurrence import Ssd
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from kernels.long_conv import long_conv
 from kernels.precision import without_autocast
-from models.exchange import Summary
-from models.filters import fft_flops
-from models.layers import Linear, widened
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.recurrence import Recurrence, blanked, ending
-from models.sequence import Memory, WholeSequence
+from models.parts.filters import fft_flops
+from models.parts.layers import Linear, widened
+from models.ranks.exchange import Summary
+from models.sequences.recurrence import Recurrence, blanked, ending
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from kernels.precision import without_autocast
 from kernels.slot_attention import Slots, read_slots, slot_log_sums
-from models.heads import Heads, HeadsConfig, Projected
-from models.layers import Linear, widened
+from models.bases.heads import Heads, HeadsConfig, Projected
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.slots import (
+from models.parts.layers import Linear, widened
+from models.parts.slots import (
     RUNNING_FLOPS,
     Filling,
     LowRank,
@@ -33,7 +32,8 @@ from models.slots import (
     packed,
     unpacked,
 )
-from models.stacks import stacks_of
+from models.sequences.documents import stacks_of
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

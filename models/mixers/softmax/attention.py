@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kernels.packed_attention import packed_attention, serves_one_document
 from kernels.window_attention import window_attention
-from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence, visible_memory
+from models.parts.layers import Linear, RMSNorm, Rotation, rotate, rotation
+from models.sequences.whole import Memory, WholeSequence, visible_memory
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from kernels.hip_selection import (
 )
 from models.mixer import MixFlops, Pattern, register
 from models.mixers.softmax.attention import Attention, AttentionConfig, Coefficients
-from models.sequence import WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from kernels.slot_attention import Slots, slot_averages, slot_log_sums
-from models.heads import Heads, HeadsConfig, Projected, rotated
-from models.layers import Linear, RMSNorm, widened
+from models.bases.heads import Heads, HeadsConfig, Projected, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.sequence import PADDING, Collected, Memory, WholeSequence
-from models.slots import RUNNING_FLOPS, SlotAverages, packed, unpacked
-from models.stacks import Stack, put_back, stacks_of
+from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.slots import RUNNING_FLOPS, SlotAverages, packed, unpacked
+from models.sequences.documents import Stack, put_back, stacks_of
+from models.sequences.whole import PADDING, Collected, Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kernels.precision import without_autocast
-from models.heads import Heads, HeadsConfig
-from models.layers import uniform, widened
+from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
-from models.stacks import Stack, landmarks_of, put_back, stacks_of
+from models.parts.layers import uniform, widened
+from models.sequences.documents import Stack, landmarks_of, put_back, stacks_of
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.window_attention import centred_window_attention
-from models.grouped_heads import GroupedHeads, GroupedHeadsConfig
-from models.layers import attend_window, rotate
+from models.bases.grouped_heads import GroupedHeads, GroupedHeadsConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import Memory, WholeSequence
+from models.parts.layers import attend_window, rotate
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.bases.structured_matrix import Features, Structure, StructuredMixer, UnalignedConfig
 from models.by_document import by_document
-from models.layers import widened
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import WholeSequence
-from models.structured import Features, Structure, StructuredMixer, UnalignedConfig
+from models.parts.layers import widened
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from models.layers import widened
-from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import WholeSequence
-from models.structured import (
+from models.bases.structured_matrix import (
     EntrywiseMixer,
     Features,
     PlaceTable,
     StructuredConfig,
     xavier_normal,
 )
+from models.mixer import MixFlops, Pattern, Slot, register
+from models.parts.layers import widened
+from models.sequences.whole import WholeSequence
 
 HIGHEST = 40.0
 """Exponents above it: 1 / exp(40) is nothing, and the square of exp(40) is still finite."""

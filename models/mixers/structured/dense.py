@@ -10,15 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import WholeSequence
-from models.structured import (
+from models.bases.structured_matrix import (
     EntrywiseMixer,
     Features,
     Structure,
     UnalignedConfig,
     xavier_normal,
 )
+from models.mixer import MixFlops, Pattern, Slot, register
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.precision import without_autocast
-from models.by_document import by_document
-from models.layers import widened
-from models.mixer import MixFlops, Pattern, Slot, register
-from models.recurrence import LinearAttention
-from models.separable import chunk_flops
-from models.sequence import WholeSequence
-from models.structured import (
+from models.bases.separable import chunk_flops
+from models.bases.structured_matrix import (
     Features,
     PlaceTable,
     StructuredConfig,
     StructuredMixer,
     xavier_normal,
 )
+from models.by_document import by_document
+from models.mixer import MixFlops, Pattern, Slot, register
+from models.parts.layers import widened
+from models.sequences.recurrence import LinearAttention
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

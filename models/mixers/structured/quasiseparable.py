@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.ssd import ssd
-from models.layers import Linear, widened
+from models.bases.separable import Recurrence, SeparableMixer
+from models.bases.structured_matrix import Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.separable import Recurrence, SeparableMixer
-from models.sequence import WholeSequence
-from models.structured import Features, PlaceTable, StructuredConfig
+from models.parts.layers import Linear, widened
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

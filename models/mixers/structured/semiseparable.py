@@ -12,11 +12,11 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from models.bases.separable import Recurrence, SeparableMixer
+from models.bases.structured_matrix import Features, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.recurrence import Ssd
-from models.separable import Recurrence, SeparableMixer
-from models.sequence import WholeSequence
-from models.structured import Features, StructuredConfig
+from models.sequences.recurrence import Ssd
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

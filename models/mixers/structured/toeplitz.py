@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.precision import without_autocast
+from models.bases.structured_matrix import EntrywiseMixer, Features, StructuredConfig
 from models.by_document import by_document
-from models.layers import uniform, widened
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import WholeSequence
-from models.structured import EntrywiseMixer, Features, StructuredConfig
+from models.parts.layers import uniform, widened
+from models.sequences.whole import WholeSequence
 
 Taps = Float[Tensor, "B S R H"] | None
 """Forward and reverse taps of each token; the first alone in a causal pattern."""

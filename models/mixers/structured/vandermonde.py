@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.layers import widened
+from models.bases.structured_matrix import EntrywiseMixer, Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.sequence import WholeSequence
-from models.structured import EntrywiseMixer, Features, PlaceTable, StructuredConfig
+from models.parts.layers import widened
+from models.sequences.whole import WholeSequence
 
 TURNS = 1e-3
 """Turns for each place and unit of a token's channel, as the release has it."""

@@ -1,4 +1,4 @@
-"""The prefix over ranks, found in each of the ways of `models.prefix`.
+"""The prefix over ranks, found in each of the ways of `models.ranks.schemes`.
 
 A relay solves c <- keep exp(log) c + added, rank after rank, for the c before each rank's tokens.
 It serves twice: for the states, and then for their gradients, which take the same decays the other
@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from models.prefix import Scheme
-from models.ranks import Gathered, Passing, Ranks
+from models.ranks.communicator import Gathered, Passing, Ranks
+from models.ranks.schemes import Scheme
 
 
 class Decay(NamedTuple):

@@ -1,9 +1,9 @@
 """What the ranks of a process group tell each other about a sequence that they share.
 
 Two things only. `fetch` and `swap` hand pieces of tensors from rank to rank, and their gradients
-back (`_Exchange`); `Carry` passes the state of a recurrence, in a way of `models.prefix`. Every
-rank calls every exchange, also where it has nothing to send, and uses what it returns, because the
-backward pass is an exchange as well.
+back (`_Exchange`); `Carry` passes the state of a recurrence, in a way of `models.ranks.schemes`.
+Every rank calls every exchange, also where it has nothing to send, and uses what it returns,
+because the backward pass is an exchange as well.
 """
 
 import itertools
@@ -15,9 +15,9 @@ from jaxtyping import Bool, Float, Num, Shaped
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from models.prefix import ASSUMED, Payload, Scheme, choose
-from models.ranks import Ranks
-from models.relay import RELAYS, Decay, Relay, masked, real
+from models.ranks.communicator import Ranks
+from models.ranks.schemes import ASSUMED, Payload, Scheme, choose
+from models.ranks.state_passing import RELAYS, Decay, Relay, masked, real
 
 
 class Spans:

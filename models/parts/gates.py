@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kernels.rglru import Steps, rglru
-from models.layers import BlockDiagonal, uniform, widened
-from models.recurrence import LinearScan
-from models.sequence import WholeSequence
+from models.parts.layers import BlockDiagonal, uniform, widened
+from models.sequences.recurrence import LinearScan
+from models.sequences.whole import WholeSequence
 
 Mode = Literal["rglru", "mingru"]
 

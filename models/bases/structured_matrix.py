@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from kernels.precision import without_autocast
 from kernels.swiglu import silu_gated
-from models.layers import Linear, RMSNorm, widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Slot, mixer_kinds
-from models.sequence import PADDING, Memory, WholeSequence, positions_in_documents
-from models.short_convs import CentredConv, ShortConv
+from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.short_convs import CentredConv, ShortConv
+from models.sequences.whole import PADDING, Memory, WholeSequence, positions_in_documents
 
 Structure: TypeAlias = Any
 """What decides a matrix: private to its mixer."""

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from models.bases.structured_matrix import StructuredConfig
 from models.mixer import Mixer, Pattern, Slot, mixer_class, mixer_kinds
-from models.sequence import ContinuedSequence, WholeSequence
-from models.structured import StructuredConfig
+from models.sequences.whole import ContinuedSequence, WholeSequence
 from tests.conformance import causality, numerics, packing, streaming, training
 from tests.conformance.case import Case
 from tests.conformance.property import Property

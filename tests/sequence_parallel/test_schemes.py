@@ -1,4 +1,4 @@
-"""The schemes of `models.prefix`: what they send, and where the choice among them changes."""
+"""The schemes of `models.ranks.schemes`: what they send, and where the choice changes."""
 
 import functools
 import itertools
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from models.prefix import ASSUMED, Link, Payload, Scheme, choose, rounds, seconds
+from models.ranks.schemes import ASSUMED, Link, Payload, Scheme, choose, rounds, seconds
 from tests.oracles import prefix_messages as oracle
 
 RANKS = (1, 2, 3, 4, 5, 8, 13, 16, 64)

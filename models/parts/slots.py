@@ -15,10 +15,10 @@ from torch import Tensor
 
 from kernels.precision import without_autocast
 from kernels.slot_attention import Slots, mix_slots
-from models.layers import widened
-from models.recurrence import Joined
-from models.sequence import WholeSequence
-from models.stacks import Stack, put_back, tabulate
+from models.parts.layers import widened
+from models.sequences.documents import Stack, put_back, tabulate
+from models.sequences.recurrence import Joined
+from models.sequences.whole import WholeSequence
 
 SOFTMAX_FLOPS = 5.0
 """Pointwise work for an entry: largest, difference, exponential, sum, division."""

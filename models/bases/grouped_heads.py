@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.heads import HeadsConfig, Projected
-from models.layers import Linear, RMSNorm, Rotation, rotation
+from models.bases.heads import HeadsConfig, Projected
 from models.mixer import Coefficients, Mixer, Slot
-from models.sequence import WholeSequence
+from models.parts.layers import Linear, RMSNorm, Rotation, rotation
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.monarch_matrix import monarch_entries, monarch_multiply, project_to_monarch
+from models.parts.monarch_matrix import monarch_entries, monarch_multiply, project_to_monarch
 from tests.oracles import monarch as oracle
 
 

@@ -22,9 +22,9 @@ from kernels.precision import without_autocast
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 from kernels.two_way_ssd import two_way_ssd
-from models.exchange import Summary
-from models.layers import widened
-from models.sequence import WholeSequence
+from models.parts.layers import widened
+from models.ranks.exchange import Summary
+from models.sequences.whole import WholeSequence
 
 
 class Recurrence(abc.ABC):

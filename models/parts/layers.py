@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kernels.rms_norm import rms_norm, turned_rms_norm
 from kernels.rotary import turn_halves
 from kernels.window_attention import window_attention
-from models.fewer_passes import linear_in_parts
-from models.sequence import WholeSequence
+from models.parts.linear_in_parts import linear_in_parts
+from models.sequences.whole import WholeSequence
 
 
 @runtime_checkable

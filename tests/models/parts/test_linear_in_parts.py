@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.fewer_passes import linear_in_parts
+from models.parts.linear_in_parts import linear_in_parts
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14}
 

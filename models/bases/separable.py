@@ -12,16 +12,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.ssd import CHUNK
-from models.layers import widened
-from models.mixer import MixFlops, Slot
-from models.sequence import WholeSequence
-from models.structured import (
+from models.bases.structured_matrix import (
     Features,
     PlaceTable,
     StructuredConfig,
     StructuredMixer,
     xavier_normal,
 )
+from models.mixer import MixFlops, Slot
+from models.parts.layers import widened
+from models.sequences.whole import WholeSequence
 
 
 class Recurrence(NamedTuple):

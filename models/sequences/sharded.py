@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from kernels.long_conv import long_conv
 from kernels.online_conv import Taps
-from models.exchange import Carry, Spans, fetch, swap, swap_back
 from models.mixer import Mixer, mixer_class, mixer_kinds
-from models.prefix import Scheme
-from models.ranks import Ranks
-from models.recurrence import Joined, Recurrence
-from models.sequence import (
+from models.ranks.communicator import Ranks
+from models.ranks.exchange import Carry, Spans, fetch, swap, swap_back
+from models.ranks.schemes import Scheme
+from models.sequences.recurrence import Joined, Recurrence
+from models.sequences.whole import (
     PADDING,
     Collected,
     WholeSequence,
@@ -33,7 +33,8 @@ class ShardedSequence(WholeSequence):
         documents: this rank's shard of the ids of whole rows, which are as `WholeSequence` takes
             them and never counted anew. Shards may differ in length, from 1 token on.
         group: the ranks that hold the rows, in order; all of them make a sequence at the same time.
-        scheme: how states go from rank to rank; None for the fastest by `models.prefix.choose`.
+        scheme: how states go from rank to rank; None for the fastest by
+            `models.ranks.schemes.choose`.
 
     Attributes:
         documents: the shard's ids, counted so that 0 goes on with the last token before it.
@@ -113,7 +114,7 @@ class ShardedSequence(WholeSequence):
         if not isinstance(outputs, Recurrence):
             raise ValueError(
                 "a recurrence is asked to run over ranks, but it says only how to run from a "
-                "state; give it the form of models.recurrence.Recurrence"
+                "state; give it the form of models.sequences.recurrence.Recurrence"
             )
         keep, heard, turned = self._going_on(), self.documents == 0, 0
         if outputs.two_way:

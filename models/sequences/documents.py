@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from models.layers import widened
-from models.sequence import PADDING, WholeSequence
+from models.parts.layers import widened
+from models.sequences.whole import PADDING, WholeSequence
 
 
 class Stack(NamedTuple):

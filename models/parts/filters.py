@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.precision import without_autocast
-from models.layers import uniform, widened
+from models.parts.layers import uniform, widened
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 A mixer never asks *why* something precedes its tokens. It calls an exchange, and the sequence
 object answers: nothing precedes (`WholeSequence`), earlier pieces do (`ContinuedSequence`), or the
-tokens of other ranks do (`models.sharded.ShardedSequence`). What each exchange must remember, in
-call order, is the decoding state, so forward, any split and any number of ranks are one piece of
-code.
+tokens of other ranks do (`models.sequences.sharded.ShardedSequence`). What each exchange must
+remember, in call order, is the decoding state, so forward, any split and any number of ranks are
+one piece of code.
 """
 
 from collections.abc import Callable, Mapping
@@ -100,7 +100,8 @@ class WholeSequence:
 
         Args:
             outputs: maps the state before the first token (None for zero) to the outputs and the
-                state after the last token. Over ranks it is a `models.recurrence.Recurrence`.
+                state after the last token. Over ranks it is a
+                `models.sequences.recurrence.Recurrence`.
         """
         return outputs(None)[0]
 

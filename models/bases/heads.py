@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Linear, RMSNorm, Rotation, rotate, rotation
 from models.mixer import MixerConfig, Slot
-from models.sequence import Memory, WholeSequence
+from models.parts.layers import Linear, RMSNorm, Rotation, rotate, rotation
+from models.sequences.whole import Memory, WholeSequence
 
 
 @dataclass(frozen=True)

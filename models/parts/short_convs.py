@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kernels.causal_conv import causal_conv
 from kernels.silu_conv import silu_conv
-from models.layers import uniform
-from models.sequence import WholeSequence
+from models.parts.layers import uniform
+from models.sequences.whole import WholeSequence
 
 
 class ShortConv(nn.Module):
