@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from models.channel import ChannelConfig
 from models.mixer import MixerConfig, Pattern, Slot
 from models.parts.layers import Drawn, Embedding, Linear, RMSNorm
-from models.sequences.whole import ContinuedSequence, DecodingState, Memory, WholeSequence
+from models.sequences.continued import ContinuedSequence, DecodingState, Memory
+from models.sequences.whole import WholeSequence
 
 Form = Literal["decoder", "encoder"]
 SELF = {"decoder": Pattern.CAUSAL_SELF, "encoder": Pattern.NONCAUSAL_SELF}

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.backbone import Backbone
-from models.sequences.whole import DecodingState
+from models.sequences.continued import DecodingState
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 Coefficients: TypeAlias = Any
 """What a mixer passes from `project` to `mix` and `merge`: private to it."""
@@ -204,3 +205,22 @@ def mixer_class(kind: str) -> type[Mixer]:
 
 _mixers: dict[str, type[Mixer]] = {}
 _configs: dict[str, type[MixerConfig]] = {}
+
+
+def refuse_unsharded(backbone: nn.Module) -> None:
+    """Refuse a backbone that cannot run on shards of a sequence.
+
+    Raises:
+        ValueError: a mixer has no sharded form in its place; all of them are named.
+    """
+    found = {
+        f"{path} ({type(module).__name__}): {module.unsharded()}"
+        for path, module in backbone.named_modules()
+        if isinstance(module, Mixer) and module.unsharded()
+    }
+    if found:
+        able = [kind for kind in mixer_kinds() if mixer_class(kind).sharded]
+        raise ValueError(
+            f"the sequence is to be cut over ranks, but {'; '.join(sorted(found))}. Do not cut it, "
+            f"or choose among the mixers with a sharded form: {', '.join(able)}"
+        )

@@ -32,7 +32,8 @@ from models.generate import Sampling, generate, next_logits
 from models.mixer import MixerConfig
 from models.mixers.composed.hybrid import HybridConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequences.whole import DecodingState, WholeSequence
+from models.sequences.continued import DecodingState
+from models.sequences.whole import WholeSequence
 from trainer.record import write_atomically
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,8 @@ from kernels.runtime import use_extension_cache
 from kernels.runtime import warm as warm_kernels
 from models.backbone import Backbone, Source
 from models.compiled import compile_blocks
-from models.sequences.sharded import ShardedSequence, refuse_unsharded
+from models.mixer import refuse_unsharded
+from models.sequences.sharded import ShardedSequence
 from models.sequences.whole import WholeSequence
 from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
 from trainer.machine import keep_freed_memory

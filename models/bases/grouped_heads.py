@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.bases.heads import HeadsConfig, Projected
 from models.mixer import Coefficients, Mixer, Slot
-from models.parts.layers import Linear, RMSNorm, Rotation, rotation
+from models.parts.layers import Linear, RMSNorm
+from models.parts.rotary import Rotation, rotation
 from models.sequences.whole import WholeSequence
 
 

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.mixer import MixerConfig, Slot
-from models.parts.layers import Linear, RMSNorm, Rotation, rotate, rotation
-from models.sequences.whole import Memory, WholeSequence
+from models.parts.layers import Linear, RMSNorm
+from models.parts.rotary import Rotation, rotate, rotation
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

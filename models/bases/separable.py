@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.ssd import CHUNK
 from models.bases.structured_matrix import (
     Features,
@@ -20,7 +21,6 @@ from models.bases.structured_matrix import (
     xavier_normal,
 )
 from models.mixer import MixFlops, Slot
-from models.parts.layers import widened
 from models.sequences.whole import WholeSequence
 
 

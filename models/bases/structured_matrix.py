@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from kernels.swiglu import silu_gated
 from models.mixer import Mixer, MixerConfig, MixFlops, Slot, mixer_kinds
-from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.layers import Linear, RMSNorm
 from models.parts.short_convs import CentredConv, ShortConv
-from models.sequences.whole import PADDING, Memory, WholeSequence, positions_in_documents
+from models.sequences.continued import Memory
+from models.sequences.positions import PADDING, positions_in_documents
+from models.sequences.whole import WholeSequence
 
 Structure: TypeAlias = Any
 """What decides a matrix: private to its mixer."""

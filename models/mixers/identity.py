@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

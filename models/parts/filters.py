@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.precision import without_autocast
-from models.parts.layers import uniform, widened
+from kernels.precision import widened, without_autocast
+from models.parts.layers import uniform
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.rglru import Steps, rglru
-from models.parts.layers import BlockDiagonal, uniform, widened
+from models.parts.layers import BlockDiagonal, uniform
 from models.sequences.recurrence import LinearScan
 from models.sequences.whole import WholeSequence
 

@@ -1,18 +1,15 @@
 """Layers that two mixers or more use, each of which knows its own initial values."""
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.rms_norm import rms_norm, turned_rms_norm
-from kernels.rotary import turn_halves
-from kernels.window_attention import window_attention
 from models.parts.linear_in_parts import linear_in_parts
-from models.sequences.whole import WholeSequence
+from models.parts.rotary import Rotation
 
 
 @runtime_checkable
@@ -155,58 +152,13 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         return rms_norm(x, self.weight, self._eps)
 
-    def turned(self, x: Float[Tensor, "B L H P"], by: "Rotation") -> Float[Tensor, "B L H P"]:
+    def turned(self, x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
         """Normalise each head, and turn it by its angles."""
         return turned_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""
         return torch.ones(self.weight.shape)
-
-
-def attend_window(
-    queries: Float[Tensor, "B L H P"],
-    keys: Float[Tensor, "B L G P"],
-    values: Float[Tensor, "B L G Q"],
-    window: int,
-    sequence: WholeSequence,
-) -> Float[Tensor, "B L H Q"]:
-    """Attend to the last `window` tokens of the document, tokens of earlier pieces included."""
-    before = sequence.halo(keys, window - 1)
-    values_before = sequence.halo(values, window - 1)
-    documents = sequence.documents if sequence.packed else None
-    if before is not None and values_before is not None:
-        ids = sequence.halo_documents(window - 1)
-        assert ids is not None, "what is before the first token has documents"
-        keys, values = torch.cat([before, keys], dim=1), torch.cat([values_before, values], dim=1)
-        documents = torch.cat([ids, sequence.documents], dim=1)
-    return window_attention(queries, keys, values, window, documents)
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines that `rotate` multiplies by, one head's width each."""
-
-    cos: Float[Tensor, "B L 1 P"]
-    sin: Float[Tensor, "B L 1 P"]
-
-
-def rotation(positions: Int[Tensor, "B L"], head_dim: int, theta: float) -> Rotation:
-    """The angles of rotary embeddings, in float32 (Su et al. 2021, section 3.2.2)."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequencies = torch.exp(exponents * (-math.log(theta) / head_dim))
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
-    return Rotation(angles.cos(), angles.sin())
-
-
-def rotate(x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
-    """Turn each pair of channels (p, p + P/2) by its angle."""
-    return turn_halves(x, by.cos, by.sin).to(x.dtype)
-
-
-def widened(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is if it is wider: for decays, states and statistics."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def uniform(shape: torch.Size, bound: float, generator: torch.Generator) -> Tensor:

@@ -4,14 +4,16 @@ Documents of about one length are stacked, none filled up to twice its length, s
 stay linear in the tokens however a row is packed, and no sum runs over two documents.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor
 
-from models.parts.layers import widened
-from models.sequences.whole import PADDING, WholeSequence
+from kernels.precision import widened
+from models.sequences.positions import PADDING
+from models.sequences.whole import WholeSequence
 
 
 class Stack(NamedTuple):
@@ -150,3 +152,20 @@ def _places(ids: Int[Tensor, "B L"]) -> Int[Tensor, "N 4"]:
     end = torch.cat([first[1:], first.new_tensor([ids.numel()])])
     places = torch.stack([first, end - first, row, ids[row, column].to(first.dtype)], dim=1)
     return places[places[:, 3] != PADDING]
+
+
+def by_document(
+    tensors: tuple[Float[Tensor, "B L ..."], ...],
+    sequence: WholeSequence,
+    mix: Callable[..., Float[Tensor, "N T H P"]],
+) -> Float[Tensor, "B L H P"]:
+    """Run `mix` on the features of documents, each from its place 0, with zeros behind its end.
+
+    Args:
+        tensors: features of the tokens; `mix` gets those of N documents of similar lengths.
+        sequence: says which documents there are.
+        mix: what it returns behind a document's end is dropped.
+    """
+    stacks = stacks_of(sequence)
+    parts = [mix(*(stack.take(x) for x in tensors)) for stack in stacks]
+    return put_back(parts, stacks, sequence)

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from kernels.linear_attention import linear_attention
 from kernels.linear_scan import linear_scan
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 from kernels.two_way_ssd import two_way_ssd
-from models.parts.layers import widened
-from models.ranks.exchange import Summary
+from models.ranks.carry import Summary
 from models.sequences.whole import WholeSequence
 
 

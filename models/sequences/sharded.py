@@ -6,24 +6,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.long_conv import long_conv
 from kernels.online_conv import Taps
-from models.mixer import Mixer, mixer_class, mixer_kinds
+from models.ranks.carry import Carry
 from models.ranks.communicator import Ranks
-from models.ranks.exchange import Carry, Spans, fetch, swap, swap_back
+from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
-from models.sequences.recurrence import Joined, Recurrence
-from models.sequences.whole import (
+from models.sequences.positions import (
     PADDING,
-    Collected,
-    WholeSequence,
     picked,
     picked_places,
     positions_in_documents,
     segment_ends,
 )
+from models.sequences.recurrence import Joined, Recurrence
+from models.sequences.whole import Collected, WholeSequence
 
 
 class ShardedSequence(WholeSequence):
@@ -209,25 +208,6 @@ class ShardedSequence(WholeSequence):
         """The tokens of the document of the first one after this shard."""
         after = min(self._end, self.spans.total - 1)
         return self.own_documents() == self._row[:, after : after + 1]
-
-
-def refuse_unsharded(backbone: nn.Module) -> None:
-    """Refuse a backbone that cannot run on shards of a sequence.
-
-    Raises:
-        ValueError: a mixer has no sharded form in its place; all of them are named.
-    """
-    found = {
-        f"{path} ({type(module).__name__}): {module.unsharded()}"
-        for path, module in backbone.named_modules()
-        if isinstance(module, Mixer) and module.unsharded()
-    }
-    if found:
-        able = [kind for kind in mixer_kinds() if mixer_class(kind).sharded]
-        raise ValueError(
-            f"the sequence is to be cut over ranks, but {'; '.join(sorted(found))}. Do not cut it, "
-            f"or choose among the mixers with a sharded form: {', '.join(able)}"
-        )
 
 
 def _spans(documents: Int[Tensor, "B L"], ranks: Ranks) -> Spans:

@@ -7,20 +7,24 @@ remember, in call order, is the decoding state, so forward, any split and any nu
 one piece of code.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels.long_conv import long_conv
-from kernels.online_conv import Block, Taps, extend_blocks
-
-PADDING = -1
-"""Document id of tokens that fill up a row; they stand at its end."""
+from kernels.online_conv import Taps
+from models.sequences.positions import (
+    PADDING,
+    picked,
+    picked_places,
+    positions_in_documents,
+    same_documents,
+    segment_ends,
+)
 
 
 class Collected(NamedTuple):
@@ -151,181 +155,6 @@ class WholeSequence:
         return same & _not_later(same.shape[2], same.shape[3], same.device) if causal else same
 
 
-class Memory(NamedTuple):
-    """The other side of a cross pattern: its features, and the sequence that they belong to."""
-
-    x: Float[Tensor, "B S D"]
-    sequence: WholeSequence
-
-
-@dataclass(frozen=True)
-class DecodingState:
-    """What the tokens seen so far leave behind: enough to go on as if they were still there.
-
-    Attributes:
-        documents: ids of all tokens seen, counted on from piece to piece.
-        position: tokens seen of the last document.
-        layers: for each layer what its exchanges remember, in call order.
-        collected: documents and positions of the tokens that `collect` has returned, by distance.
-    """
-
-    documents: Int[Tensor, "B S"]
-    position: Int[Tensor, "B 1"]
-    layers: tuple[tuple[Tensor, ...], ...]
-    collected: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def bytes(self) -> int:
-        """Bytes held for all rows of the batch, token bookkeeping left out."""
-        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
-
-
-class ContinuedSequence(WholeSequence):
-    """Tokens that earlier pieces precede.
-
-    Args:
-        documents: ids of the piece's documents; 0 continues the document of the last token seen.
-        state: what the earlier pieces left, or None at the very beginning.
-    """
-
-    def __init__(self, documents: Int[Tensor, "B L"], state: DecodingState | None) -> None:
-        super().__init__(documents)
-        self._earlier = state
-        seen = None if state is None else state.documents
-        counted = documents if seen is None else documents + seen[:, -1:]
-        self._all_documents = counted if seen is None else torch.cat([seen, counted], dim=1)
-        self.packed = not documents.is_meta and bool(counted[:, -1].any())
-        self._incoming: list[Tensor] = []
-        self._outgoing: list[Tensor] = []
-        self._finished: list[tuple[Tensor, ...]] = []
-        self._collected = {} if state is None else dict(state.collected)
-
-    def enter_layer(self) -> None:
-        """Say that the exchanges of the next layer follow."""
-        number = len(self._finished)
-        self._incoming = [] if self._earlier is None else list(self._earlier.layers[number])
-        self._outgoing = []
-
-    def leave_layer(self) -> None:
-        """Say that the exchanges of this layer are complete."""
-        self._finished.append(tuple(self._outgoing))
-
-    def state(self) -> DecodingState:
-        """What this piece leaves to the next one."""
-        last = self.positions()[:, -1:] + 1
-        return DecodingState(self._all_documents, last, tuple(self._finished), self._collected)
-
-    def positions(self) -> Int[Tensor, "B L"]:
-        """The place of each token in its document, counted from the document's first piece."""
-        return self.memo("positions", self._positions)
-
-    def own_documents(self) -> Int[Tensor, "B L"]:
-        """The document id of each token, counted from the first piece."""
-        return self._all_documents[:, -self.documents.shape[1] :]
-
-    def gathered_documents(self) -> Int[Tensor, "B S"]:
-        """The document id of every token seen so far, this piece included."""
-        return self._all_documents
-
-    def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Tensor | None:
-        """The `left` inputs before this piece; zeros stand where its document had not begun."""
-        before = self._recall()
-        if before is None:
-            before = x.new_zeros((x.shape[0], left, *x.shape[2:]))
-        # A copy: a view would keep the whole piece alive in the state.
-        self._outgoing.append(torch.cat([before, x], dim=1)[:, x.shape[1] :].clone())
-        others = self.halo_documents(left) != 0
-        return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
-
-    def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
-        """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
-        known = torch.zeros_like(self.documents[:, :1]) if self._earlier is None else self._before()
-        ago = torch.arange(left, 0, -1, device=self.documents.device)
-        return -(ago > known).to(self.documents.dtype)
-
-    def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
-        """The outputs of a recurrence started from the state that the earlier pieces left."""
-        mixed, final = outputs(self._recall())
-        self._outgoing.append(final)
-        return mixed
-
-    def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
-        """The features of every token seen so far, this piece included."""
-        before = self._recall()
-        gathered = x if before is None else torch.cat([before, x], dim=1)
-        self._outgoing.append(gathered)
-        return gathered
-
-    def convolve(
-        self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
-    ) -> Float[Tensor, "B L E"]:
-        """Each channel's sum over the tokens of its document, those of earlier pieces included."""
-        assert reverse is None, "a filter of later tokens needs all of them at once"
-        known, take = self._incoming, self._incoming.pop
-        blocks = [Block(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
-        documents = self.documents if self.packed else None
-        longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None
-        outputs, blocks = extend_blocks(x, taps, blocks, documents, longest)
-        # How many blocks follow: a tensor without elements, because a state holds tensors alone.
-        self._outgoing.append(x.new_empty(len(blocks), 0))
-        self._outgoing.extend(tensor for block in blocks for tensor in block)
-        return outputs
-
-    def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
-        """Features of every `every`-th token of each document seen so far, this piece included."""
-        before = self._recall()
-        if before is None or self._earlier is None:
-            new = super().collect(x, every)
-            # A copy: a view would keep the whole piece alive in the state.
-            new = new._replace(features=new.features.clone())
-        else:
-            new = self._collect_ends(x, every)
-            documents, positions = self._earlier.collected[every]
-            new = Collected(
-                torch.cat([before, new.features], dim=1),
-                torch.cat([documents, new.documents], dim=1),
-                torch.cat([positions, new.positions], dim=1),
-            )
-        self._outgoing.append(new.features)
-        self._collected[every] = (new.documents, new.positions)
-        return new
-
-    def once(self, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
-        before = self._recall()
-        kept = make() if before is None else before
-        self._outgoing.append(kept)
-        return kept
-
-    def _before(self) -> Int[Tensor, "B 1"]:
-        assert self._earlier is not None
-        return self._earlier.position
-
-    def _positions(self) -> Int[Tensor, "B L"]:
-        places = positions_in_documents(self.documents)
-        if self._earlier is None:
-            return places
-        return places + torch.where(self.documents == 0, self._before(), 0)
-
-    def _recall(self) -> Tensor | None:
-        return self._incoming.pop(0) if self._incoming else None
-
-
-def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-    """Count the tokens of each document from 0."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    first = torch.where(begins, index, 0).cummax(dim=1).values
-    return index - first
-
-
-def same_documents(
-    queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]
-) -> Bool[Tensor, "B 1 L S"]:
-    """Mark the keys of each query's own document."""
-    return (queries[:, :, None] == keys[:, None, :])[:, None]
-
-
 def visible_memory(
     queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]
 ) -> Bool[Tensor, "B 1 L S"]:
@@ -336,29 +165,6 @@ def visible_memory(
     """
     same = same_documents(queries, keys) & (keys != PADDING)[:, None, None, :]
     return same | ~same.any(dim=-1, keepdim=True)
-
-
-def segment_ends(
-    documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"], every: int
-) -> Int[Tensor, "B S"]:
-    """Index of each token that ends a whole segment of its document; -1 fills up the rows."""
-    ends = ((positions + 1) % every == 0) & (documents != PADDING)
-    counts = ends.sum(dim=1)
-    index = torch.argsort((~ends).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
-    filled = torch.arange(index.shape[1], device=index.device) < counts[:, None]
-    return torch.where(filled, index, -1)
-
-
-def picked(x: Num[Tensor, "B L *rest"], index: Int[Tensor, "B S"]) -> Num[Tensor, "B S *rest"]:
-    """The features of some tokens of each row; of any token at -1."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(min=0)]
-
-
-def picked_places(
-    index: Int[Tensor, "B S"], documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"]
-) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Documents and positions of some tokens of each row; `PADDING` at -1."""
-    return picked(documents, index).masked_fill(index < 0, PADDING), picked(positions, index)
 
 
 def _not_later(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "L S"]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from models.mixer import Mixer, MixerConfig, Pattern, Slot, mixer_class, mixer_kinds
-from models.sequences.whole import PADDING, Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.positions import PADDING
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, drawn, small_config
 
 Rows = tuple[tuple[int, ...], ...]

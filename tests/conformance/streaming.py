@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from models.mixer import Mixer, Pattern
-from models.sequences.whole import ContinuedSequence, DecodingState
+from models.sequences.continued import ContinuedSequence, DecodingState
 from tests.conformance.case import CAUSAL, LENGTH, LONG_LENGTH, Batch, Case, Rows, assert_close, run
 from tests.conformance.property import states
 

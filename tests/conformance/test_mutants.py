@@ -8,7 +8,8 @@ import torch
 
 from models.mixer import MixFlops, Pattern
 from models.mixers.softmax.attention import Attention, AttentionConfig
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 from tests.conformance.case import Case
 from tests.conformance.property import Reason
 from tests.conformance.suite import PROPERTIES

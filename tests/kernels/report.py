@@ -34,7 +34,8 @@ from kernels.hip_selection import Search, tree_search
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
-from models.sequences.whole import WholeSequence, segment_ends
+from models.sequences.positions import segment_ends
+from models.sequences.whole import WholeSequence
 from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.mixer import Mixer, Pattern
 from models.mixers.softmax.probsparse import sampled_keys
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, build, inputs
 from tests.oracles import cab as oracle
 

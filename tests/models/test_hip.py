@@ -10,7 +10,8 @@ from models.channel import NoChannelConfig
 from models.mixers.softmax import hip
 from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.hip import Hip, HipConfig
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.kernels.largest_tensor import LargestTensor
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import hip as oracle

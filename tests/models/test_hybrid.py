@@ -10,7 +10,8 @@ from models.channel import NoChannelConfig
 from models.mixer import Mixer, MixerConfig, Pattern, Slot
 from models.mixers.composed.hybrid import HybridConfig
 from models.mixers.softmax.attention import AttentionConfig
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.conformance import causality, numerics, packing, streaming, training
 from tests.conformance.case import Case
 from tests.models.conftest import D_MODEL, build, drawn, inputs, packed, small_config, whole

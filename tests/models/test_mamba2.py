@@ -9,11 +9,13 @@ import torch
 from kernels import ssd as kernel
 from models.accounting import account, total_parameters
 from models.backbone import BackboneConfig, BlockConfig, build_backbone, undecayed
+from models.bases.ssm import GroupedNorm
 from models.channel import NoChannelConfig
 from models.mixer import Slot
 from models.mixers.recurrent import mamba
-from models.mixers.recurrent.mamba2 import GroupedNorm, Mamba2, Mamba2Config
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.mixers.recurrent.mamba2 import Mamba2, Mamba2Config
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import ssd as oracle
 

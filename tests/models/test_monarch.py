@@ -8,7 +8,9 @@ from models.channel import GELUConfig, MonarchMLPConfig
 from models.mixer import Pattern, Slot
 from models.mixers.convolution.monarch import MonarchConfig
 from models.parts.filters import FilterConfig, ImplicitFilter, fft_flops
-from models.sequences.whole import PADDING, ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.positions import PADDING
+from models.sequences.whole import WholeSequence
 from tests.conformance import numerics, packing
 from tests.conformance.case import Case
 from tests.models.conftest import D_MODEL, SMALL, build, inputs, packed, whole

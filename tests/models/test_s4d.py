@@ -9,7 +9,8 @@ import torch
 from models.mixer import Pattern, Slot
 from models.mixers.recurrent.s4d import S4DConfig, final_state, impulse_response, run_diagonal
 from models.parts.filters import fft_flops
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, build, inputs, packed, whole
 from tests.oracles import s4d as oracle
 

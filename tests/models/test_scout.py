@@ -9,7 +9,8 @@ from models.channel import NoChannelConfig
 from models.mixer import Pattern
 from models.mixers.softmax.scout import ScoutConfig
 from models.mixers.softmax.window import WindowConfig
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.conformance import causality, numerics, packing, streaming, training
 from tests.conformance.case import Case
 from tests.models.conftest import build, inputs, packed, small_config, whole

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.ssd import CHUNK
+from models.bases.ssm import scan_flops
 from models.mixer import Mixer, Pattern, mixer_class
-from models.mixers.recurrent.mamba2 import scan_flops
 from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, whole
 from tests.oracles import structured as oracle

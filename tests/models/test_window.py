@@ -6,7 +6,8 @@ import torch
 
 from models.mixer import Pattern
 from models.mixers.softmax.window import WindowConfig
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.models.conftest import build, inputs, packed, whole
 from tests.oracles import local_attention as oracle
 

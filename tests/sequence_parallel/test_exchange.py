@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.ranks.carry import Carry, Summary
 from models.ranks.communicator import Gathered, Ranks
-from models.ranks.exchange import Carry, Spans, Summary, fetch, swap, swap_back
+from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
 from models.sequences.recurrence import LinearScan
 from models.sequences.sharded import ShardedSequence

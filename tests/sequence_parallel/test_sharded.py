@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from models.backbone import BackboneConfig, BlockConfig, build_backbone
 from models.channel import NoChannelConfig
-from models.mixer import Mixer, MixerConfig, Pattern, Slot
+from models.mixer import Mixer, MixerConfig, Pattern, Slot, refuse_unsharded
 from models.mixers.composed.parallel import ParallelConfig
 from models.mixers.recurrent.hydra import HydraConfig
 from models.mixers.recurrent.mamba import MambaConfig
@@ -20,7 +20,7 @@ from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.hip import HipConfig
 from models.ranks.communicator import Sent
 from models.ranks.schemes import Scheme
-from models.sequences.sharded import ShardedSequence, refuse_unsharded
+from models.sequences.sharded import ShardedSequence
 from models.sequences.whole import WholeSequence
 from tests.models.conftest import D_MODEL, drawn
 from tests.oracles import prefix_messages

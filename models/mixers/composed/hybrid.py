@@ -13,12 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.rms_norm import rms_norm
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
-from models.parts.layers import Linear, Rotation, attend_window, rotate, rotation, widened
+from models.parts.layers import Linear
+from models.parts.rotary import Rotation, rotate, rotation
 from models.parts.short_convs import ShortConv
-from models.sequences.whole import Memory, WholeSequence
+from models.parts.window import attend_window
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 Branches = Literal["both", "window", "recurrence"]
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 Merge = Literal["mean", "learned"]
 EPS = 1e-5

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.bases.structured_matrix import Features, Structure, StructuredMixer, UnalignedConfig
-from models.by_document import by_document
 from models.mixer import MixFlops, Pattern, Slot, register
 from models.parts.layers import uniform
+from models.sequences.documents import by_document
 from models.sequences.whole import WholeSequence
 
 

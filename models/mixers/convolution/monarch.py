@@ -17,7 +17,9 @@ from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.filters import FilterConfig, ImplicitFilter, fft_flops
 from models.parts.layers import Linear
 from models.parts.short_convs import ShortConv
-from models.sequences.whole import PADDING, Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.positions import PADDING
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

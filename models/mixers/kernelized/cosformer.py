@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
 from models.parts.slots import Filling, LowRank, documents_of
+from models.sequences.continued import Memory
 from models.sequences.documents import Stack, stacks_of, tabulate
+from models.sequences.positions import PADDING
 from models.sequences.recurrence import LinearAttention
-from models.sequences.whole import PADDING, Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

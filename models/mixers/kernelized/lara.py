@@ -23,13 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
 from models.parts.slots import SOFTMAX_FLOPS, Filling, LowRank
+from models.sequences.continued import Memory
 from models.sequences.documents import Stack, landmarks_of, stacks_of
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

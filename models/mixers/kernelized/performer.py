@@ -24,11 +24,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from kernels.slot_attention import slot_log_sums
 from models.bases.heads import Heads, HeadsConfig, Projected, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
 from models.parts.slots import (
     RUNNING_FLOPS,
     SOFTMAX_FLOPS,
@@ -38,8 +37,9 @@ from models.parts.slots import (
     SlotAverages,
     documents_of,
 )
+from models.sequences.continued import Memory
 from models.sequences.documents import stacks_of, tabulate
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, recur
 from models.parts.layers import Linear
 from models.parts.short_convs import ShortConv
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 CONV_SCALE = 0.1
 """Share of its input's scale that the convolution passes on at the start, as the release has it."""

@@ -13,19 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.swiglu import silu_gated
+from models.bases.ssm import count_heads, require_positive, require_range, scan_flops, step_biases
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.mixers.recurrent.mamba2 import (
-    count_heads,
-    require_positive,
-    require_range,
-    scan_flops,
-    step_biases,
-)
-from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.layers import Linear, RMSNorm
 from models.parts.short_convs import CentredConv
+from models.sequences.continued import Memory
 from models.sequences.recurrence import TwoWaySsd
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.swiglu import silu_gated
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.parts.layers import Linear, widened
+from models.parts.layers import Linear
 from models.parts.short_convs import ShortConv
+from models.sequences.continued import Memory
 from models.sequences.recurrence import SelectiveScan
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from kernels.long_conv import long_conv
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.filters import fft_flops
-from models.parts.layers import Linear, widened
-from models.ranks.exchange import Summary
+from models.parts.layers import Linear
+from models.ranks.carry import Summary
+from models.sequences.continued import Memory
 from models.sequences.recurrence import Recurrence, blanked, ending
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from kernels.slot_attention import Slots, read_slots, slot_log_sums
 from models.bases.heads import Heads, HeadsConfig, Projected
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import Linear, widened
+from models.parts.layers import Linear
 from models.parts.slots import (
     RUNNING_FLOPS,
     Filling,
@@ -32,8 +32,9 @@ from models.parts.slots import (
     packed,
     unpacked,
 )
+from models.sequences.continued import Memory
 from models.sequences.documents import stacks_of
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

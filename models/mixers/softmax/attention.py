@@ -14,8 +14,10 @@ from torch import Tensor
 from kernels.packed_attention import packed_attention, serves_one_document
 from kernels.window_attention import window_attention
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
-from models.parts.layers import Linear, RMSNorm, Rotation, rotate, rotation
-from models.sequences.whole import Memory, WholeSequence, visible_memory
+from models.parts.layers import Linear, RMSNorm
+from models.parts.rotary import Rotation, rotate, rotation
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence, visible_memory
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from kernels.precision import widened
 from kernels.slot_attention import Slots, slot_averages, slot_log_sums
 from models.bases.heads import Heads, HeadsConfig, Projected, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import Linear, RMSNorm, widened
+from models.parts.layers import Linear, RMSNorm
 from models.parts.slots import RUNNING_FLOPS, SlotAverages, packed, unpacked
+from models.sequences.continued import Memory
 from models.sequences.documents import Stack, put_back, stacks_of
-from models.sequences.whole import PADDING, Collected, Memory, WholeSequence
+from models.sequences.positions import PADDING
+from models.sequences.whole import Collected, WholeSequence
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import uniform, widened
+from models.parts.layers import uniform
+from models.sequences.continued import Memory
 from models.sequences.documents import Stack, landmarks_of, put_back, stacks_of
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
+from models.sequences.continued import Memory
 from models.sequences.documents import Stack, put_back, stacks_of
-from models.sequences.whole import Memory, WholeSequence
+from models.sequences.whole import WholeSequence
 
 # 2^32 over the golden ratio: multiples of it are spread evenly modulo 2^32 (Knuth, section 6.4).
 GOLDEN = 2654435769

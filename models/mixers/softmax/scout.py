@@ -14,10 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.checkpoint_attention import Places, Segments, checkpoint_attention
+from kernels.precision import widened
 from models.bases.grouped_heads import GroupedHeads, GroupedHeadsConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import rotate, widened
-from models.sequences.whole import Collected, Memory, WholeSequence
+from models.parts.rotary import rotate
+from models.sequences.continued import Memory
+from models.sequences.whole import Collected, WholeSequence
 
 POOLING_FLOPS = {"last": 0, "mean": 4, "learned": 6}
 """Of a key or value channel: the weighted sums of keys and values, the products for the weights."""

@@ -13,8 +13,10 @@ from torch import Tensor
 from kernels.window_attention import centred_window_attention
 from models.bases.grouped_heads import GroupedHeads, GroupedHeadsConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import attend_window, rotate
-from models.sequences.whole import Memory, WholeSequence
+from models.parts.rotary import rotate
+from models.parts.window import attend_window
+from models.sequences.continued import Memory
+from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from models.bases.structured_matrix import Features, Structure, StructuredMixer, UnalignedConfig
-from models.by_document import by_document
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
+from models.sequences.documents import by_document
 from models.sequences.whole import WholeSequence
 
 

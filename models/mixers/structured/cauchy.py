@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
+from kernels.precision import widened
 from models.bases.structured_matrix import (
     EntrywiseMixer,
     Features,
@@ -25,7 +26,6 @@ from models.bases.structured_matrix import (
     xavier_normal,
 )
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
 from models.sequences.whole import WholeSequence
 
 HIGHEST = 40.0

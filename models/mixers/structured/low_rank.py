@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.separable import chunk_flops
 from models.bases.structured_matrix import (
     Features,
@@ -21,9 +21,8 @@ from models.bases.structured_matrix import (
     StructuredMixer,
     xavier_normal,
 )
-from models.by_document import by_document
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
+from models.sequences.documents import by_document
 from models.sequences.recurrence import LinearAttention
 from models.sequences.whole import WholeSequence
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kernels.precision import widened
 from kernels.ssd import ssd
 from models.bases.separable import Recurrence, SeparableMixer
 from models.bases.structured_matrix import Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import Linear, widened
+from models.parts.layers import Linear
 from models.sequences.whole import WholeSequence
 
 

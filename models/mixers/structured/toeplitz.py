@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kernels.precision import without_autocast
+from kernels.precision import widened, without_autocast
 from models.bases.structured_matrix import EntrywiseMixer, Features, StructuredConfig
-from models.by_document import by_document
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import uniform, widened
+from models.parts.layers import uniform
+from models.sequences.documents import by_document
 from models.sequences.whole import WholeSequence
 
 Taps = Float[Tensor, "B S R H"] | None

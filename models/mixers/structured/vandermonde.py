@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.precision import widened
 from models.bases.structured_matrix import EntrywiseMixer, Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
-from models.parts.layers import widened
 from models.sequences.whole import WholeSequence
 
 TURNS = 1e-3

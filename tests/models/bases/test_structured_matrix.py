@@ -6,7 +6,8 @@ import torch
 
 from models.bases.structured_matrix import StructuredConfig
 from models.mixer import Mixer, Pattern, Slot, mixer_class, mixer_kinds
-from models.sequences.whole import ContinuedSequence, WholeSequence
+from models.sequences.continued import ContinuedSequence
+from models.sequences.whole import WholeSequence
 from tests.conformance import causality, numerics, packing, streaming, training
 from tests.conformance.case import Case
 from tests.conformance.property import Property

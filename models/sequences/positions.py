@@ -1,0 +1,47 @@
+"""Positions and document ids of tokens, and picking one token of each row."""
+
+import torch
+from jaxtyping import Bool, Int, Num
+from torch import Tensor
+
+PADDING = -1
+"""Document id of tokens that fill up a row; they stand at its end."""
+
+
+def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+    """Count the tokens of each document from 0."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(begins, index, 0).cummax(dim=1).values
+    return index - first
+
+
+def same_documents(
+    queries: Int[Tensor, "B L"], keys: Int[Tensor, "B S"]
+) -> Bool[Tensor, "B 1 L S"]:
+    """Mark the keys of each query's own document."""
+    return (queries[:, :, None] == keys[:, None, :])[:, None]
+
+
+def segment_ends(
+    documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"], every: int
+) -> Int[Tensor, "B S"]:
+    """Index of each token that ends a whole segment of its document; -1 fills up the rows."""
+    ends = ((positions + 1) % every == 0) & (documents != PADDING)
+    counts = ends.sum(dim=1)
+    index = torch.argsort((~ends).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
+    filled = torch.arange(index.shape[1], device=index.device) < counts[:, None]
+    return torch.where(filled, index, -1)
+
+
+def picked(x: Num[Tensor, "B L *rest"], index: Int[Tensor, "B S"]) -> Num[Tensor, "B S *rest"]:
+    """The features of some tokens of each row; of any token at -1."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(min=0)]
+
+
+def picked_places(
+    index: Int[Tensor, "B S"], documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"]
+) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
+    """Documents and positions of some tokens of each row; `PADDING` at -1."""
+    return picked(documents, index).masked_fill(index < 0, PADDING), picked(positions, index)
