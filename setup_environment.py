@@ -68,7 +68,8 @@ def missing() -> str:
 
 def fingerprint() -> str:
     """What the environment is made from: a change of it calls for another set-up."""
-    parts = [LOCK, ROOT / "pyproject.toml", Path(__file__), *sorted(ROOT.glob("kernels/native/*"))]
+    sources = sorted([*ROOT.glob("kernels/**/*.cpp"), *ROOT.glob("kernels/**/*.h")])
+    parts = [LOCK, ROOT / "pyproject.toml", Path(__file__), *sources]
     digest = hashlib.sha256(str(ROOT).encode() + sys.version.encode())
     for part in parts:
         digest.update(part.read_bytes())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.swiglu import swiglu
+from kernels.rowwise.swiglu import swiglu
 from models.parts.layers import BlockDiagonal, Linear
 from models.parts.monarch_matrix import monarch_multiply
 

@@ -8,7 +8,7 @@ it is unless the mixer says that it is plain torch.
 
 import torch
 
-from kernels.runtime import warm
+from kernels.dispatch import warm
 from models.backbone import Backbone
 from models.mixer import Mixer
 

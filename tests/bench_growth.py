@@ -29,7 +29,7 @@ from rich.table import Table
 
 from analysis.benchmarks.growth import SHORTEST, draw, exponents
 from analysis.tables.frames import floats, groups, keep
-from kernels.runtime import warm
+from kernels.dispatch import warm
 from launch.measurements import Measurement, write_measurements
 from models.mixer import Mixer, mixer_kinds
 from tests.growth_points import CONTROL, FIELDS, Point, build, take

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.benchmarks.growth import exponents
-from kernels.selective_scan import selective_scan_reference
+from kernels.scans.selective_scan import selective_scan_reference
 from tests.bench_growth import LATE, _exponent_rows, bound
 from tests.growth_points import FIELDS, Point, take
 from tests.kernels.parallel_scan import parallel_selective_scan

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.runtime import describe as describe_kernels
+from kernels.dispatch import describe as describe_kernels
 
 # Options of glibc's malloc.h: tensors up to 32 MiB, the most that it allows, lie in the heap, and
 # what lies free at its end is not given back.

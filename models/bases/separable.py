@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.precision import widened
-from kernels.ssd import CHUNK
+from kernels.scans.ssd import CHUNK
 from models.bases.structured_matrix import (
     Features,
     PlaceTable,

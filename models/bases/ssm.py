@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm
-from kernels.ssd import CHUNK
+from kernels.rowwise.rms_norm import rms_norm
+from kernels.scans.ssd import CHUNK
 from models.mixer import MixFlops
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.precision import widened, without_autocast
-from kernels.swiglu import silu_gated
+from kernels.rowwise.swiglu import silu_gated
 from models.mixer import Mixer, MixerConfig, MixFlops, Slot, mixer_kinds
 from models.parts.layers import Linear, RMSNorm
 from models.parts.short_convs import CentredConv, ShortConv

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from kernels.precision import widened
-from kernels.rglru import Steps, rglru
+from kernels.scans.rglru import Steps, rglru
 from models.parts.layers import BlockDiagonal, uniform
 from models.sequences.recurrence import LinearScan
 from models.sequences.whole import WholeSequence

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_norm, turned_rms_norm
+from kernels.rowwise.rms_norm import rms_norm, turned_rms_norm
 from models.parts.linear_in_parts import linear_in_parts
 from models.parts.rotary import Rotation
 

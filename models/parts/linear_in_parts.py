@@ -2,8 +2,8 @@
 
 Autograd would write and read a tensor for every operation of them, and lay tensors side by side,
 which beside the matrix products of a few hundred channels costs a CPU a good part of its time.
-Nothing is approximated. What is worth a kernel has one: `kernels.rms_norm`, `rotary`, `swiglu`,
-`rglru`.
+Nothing is approximated. What is worth a kernel has one: `kernels.rowwise.rms_norm`, `rotary`,
+`swiglu`, `rglru`.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.rotary import turn_halves
+from kernels.rowwise.rotary import turn_halves
 
 
 class Rotation(NamedTuple):

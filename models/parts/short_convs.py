@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.causal_conv import causal_conv
-from kernels.silu_conv import silu_conv
+from kernels.convolution.causal_conv import causal_conv
+from kernels.convolution.silu_conv import silu_conv
 from models.parts.layers import uniform
 from models.sequences.whole import WholeSequence
 

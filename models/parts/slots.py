@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.attention.slot_attention import Slots, mix_slots
 from kernels.precision import widened, without_autocast
-from kernels.slot_attention import Slots, mix_slots
 from models.sequences.documents import Stack, put_back, tabulate
 from models.sequences.recurrence import Joined
 from models.sequences.whole import WholeSequence

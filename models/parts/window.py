@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.window_attention import window_attention
+from kernels.attention.window_attention import window_attention
 from models.sequences.whole import WholeSequence
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.online_conv import Block, Taps, extend_blocks
+from kernels.convolution.online_conv import Block, Taps, extend_blocks
 from models.sequences.positions import positions_in_documents
 from models.sequences.whole import Collected, WholeSequence
 

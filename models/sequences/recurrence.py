@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kernels.linear_attention import linear_attention
-from kernels.linear_scan import linear_scan
 from kernels.precision import widened, without_autocast
-from kernels.selective_scan import selective_scan
-from kernels.ssd import ssd
-from kernels.two_way_ssd import two_way_ssd
+from kernels.scans.linear_attention import linear_attention
+from kernels.scans.linear_scan import linear_scan
+from kernels.scans.selective_scan import selective_scan
+from kernels.scans.ssd import ssd
+from kernels.scans.two_way_ssd import two_way_ssd
 from models.ranks.carry import Summary
 from models.sequences.whole import WholeSequence
 

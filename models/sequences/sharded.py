@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.long_conv import long_conv
-from kernels.online_conv import Taps
+from kernels.convolution.long_conv import long_conv
+from kernels.convolution.online_conv import Taps
 from models.ranks.carry import Carry
 from models.ranks.communicator import Ranks
 from models.ranks.exchange import Spans, fetch, swap, swap_back

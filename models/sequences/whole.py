@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.long_conv import long_conv
-from kernels.online_conv import Taps
+from kernels.convolution.long_conv import long_conv
+from kernels.convolution.online_conv import Taps
 from models.sequences.positions import (
     PADDING,
     picked,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.runtime import Path, path_of
+from kernels.dispatch import Path, path_of
 
 needs_kernel = pytest.mark.skipif(
     path_of(torch.zeros(1)) is not Path.NATIVE, reason="no C++ compiler and ninja here"

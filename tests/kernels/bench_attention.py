@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels.packed_attention import packed_attention
-from kernels.runtime import warm
-from kernels.window_attention import window_attention, window_attention_reference
+from kernels.attention.packed_attention import packed_attention
+from kernels.attention.window_attention import window_attention, window_attention_reference
+from kernels.dispatch import warm
 from tests.kernels.timing import interleave, median, ratio
 
 ROUNDS = 12

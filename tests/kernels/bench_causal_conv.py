@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from kernels.causal_conv import causal_conv, causal_conv_reference
+from kernels.convolution.causal_conv import causal_conv, causal_conv_reference
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 SIZES = {"tiny": (8, 256, 48, 4), "large": (2, 1024, 512, 4), "wide taps": (2, 1024, 512, 7)}

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from kernels.linear_scan import linear_scan, linear_scan_reference
+from kernels.scans.linear_scan import linear_scan, linear_scan_reference
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 SIZES = {"tiny": (8, 256, 48), "ragged": (8, 256, 40), "large": (4, 1024, 512)}

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from kernels.long_conv import long_conv
-from kernels.online_conv import extend_blocks
+from kernels.convolution.long_conv import long_conv
+from kernels.convolution.online_conv import extend_blocks
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 SIZES = {

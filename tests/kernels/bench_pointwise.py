@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from kernels.rglru import rglru, rglru_reference
-from kernels.rms_norm import rms_norm, rms_norm_reference
-from kernels.rotary import turn_halves
-from kernels.runtime import warm
-from kernels.swiglu import swiglu
-from tests.kernels.test_rotary import one_by_one as turned_one_by_one
+from kernels.dispatch import warm
+from kernels.rowwise.rms_norm import rms_norm, rms_norm_reference
+from kernels.rowwise.rotary import turn_halves
+from kernels.rowwise.swiglu import swiglu
+from kernels.scans.rglru import rglru, rglru_reference
+from tests.kernels.rowwise.test_rotary import one_by_one as turned_one_by_one
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 TOKENS = 2048

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from kernels.selective_scan import selective_scan
+from kernels.scans.selective_scan import selective_scan
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 SIZES = {"tiny": (8, 256, 48, 16), "ragged": (8, 256, 24, 16), "large": (2, 1024, 512, 16)}

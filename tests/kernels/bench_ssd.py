@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from kernels.ssd import CHUNK, ssd
+from kernels.scans.ssd import CHUNK, ssd
 from tests.kernels.timing import ROUNDS, interleave, median, ratio
 
 SIZES = {

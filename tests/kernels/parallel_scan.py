@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def parallel_selective_scan(values, dt, A, B, C):
-    """What `kernels.selective_scan` gives without an initial state, one document a row."""
+    """What `kernels.scans.selective_scan` gives without an initial state, one document a row."""
     x, steps, enter, leave = (tensor.transpose(0, 1) for tensor in (values, dt, B, C))
     decays = torch.exp(steps[..., None] * A)
     added = (steps * x)[..., None] * enter[:, :, None]

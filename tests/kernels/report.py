@@ -27,10 +27,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from kernels.block_sparse_attention import Reach, block_sparse_attention, query_blocks
-from kernels.gpu.compiled import CHIPS, Chip, Compiled, compile_launch, roofline_seconds
-from kernels.gpu.launch import Launch, recording
-from kernels.hip_selection import Search, tree_search
+from kernels.ahead_of_time import CHIPS, Chip, Compiled, compile_launch, roofline_seconds
+from kernels.attention.block_sparse_attention import Reach, block_sparse_attention, query_blocks
+from kernels.attention.hip_selection import Search, tree_search
+from kernels.triton_launch import Launch, recording
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
@@ -45,7 +45,7 @@ LEAST_OCCUPANCY = {False: 0.5, True: 0.125}
 """Of kernels without and with products of matrices."""
 
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
-    ("kernels.gpu.selective_scan:_backward_kernel", "occupancy"): (
+    ("kernels.scans.selective_scan_triton:_backward_kernel", "occupancy"): (
         "0.25 at 110 registers: three shifted tiles of steps and two sums stay live over the loop "
         "of state entries. 16 channels a program reach 0.5 at 64 registers, but double the parts "
         "of the gradients of B and C, from 4 to 8 bytes a channel and token"
@@ -198,7 +198,9 @@ def traffic(places: Mapping[str, Sequence[Launch]]) -> list[str]:
     """
     rows = []
     for place, launches in places.items():
-        ours = [x for x in launches if name_of(x).startswith("kernels.gpu.selective_scan:")]
+        ours = [
+            x for x in launches if name_of(x).startswith("kernels.scans.selective_scan_triton:")
+        ]
         if not ours or "mamba" not in place:
             continue
         kept = next(x for x in ours if x.kernel.fn.__name__ == "_output_kernel")
@@ -230,7 +232,7 @@ def line_table(lines: Sequence[Line]) -> Table:
         compiled, launch = line.compiled, line.launch
         by_bytes, by_flops = roofline_seconds(launch, compiled, line.chip)
         table.add_row(
-            line.name.removeprefix("kernels.gpu."),
+            line.name.removeprefix("kernels."),
             line.place,
             line.chip.name,
             "x".join(map(str, launch.grid)),

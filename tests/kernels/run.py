@@ -27,7 +27,7 @@ from rich.table import Table
 from launch.measurements import Measurement, write_measurements
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = Path(__file__).parent / "gpu"
+TESTS = Path(__file__).parent / "triton"
 PROCESSES = 2
 
 PROPERTIES = {

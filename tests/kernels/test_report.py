@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from kernels.block_sparse_attention import query_blocks
-from kernels.gpu.compiled import CHIPS, Compiled, occupancy_of, roofline_seconds
-from kernels.gpu.launch import interpreting, recording
-from kernels.hip_selection import Search, tree_search
-from kernels.interval_attention import Intervals, Own, interval_attention
+from kernels.ahead_of_time import CHIPS, Compiled, occupancy_of, roofline_seconds
+from kernels.attention.block_sparse_attention import query_blocks
+from kernels.attention.hip_selection import Search, tree_search
+from kernels.attention.interval_attention import Intervals, Own, interval_attention
+from kernels.triton_launch import interpreting, recording
 from tests.kernels.report import (
     EXCEPTIONS,
     Line,

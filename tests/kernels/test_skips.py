@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.selective_scan import selective_scan, selective_scan_reference
-from kernels.ssd import ssd, ssd_reference
-from tests.kernels import test_selective_scan, test_ssd
+from kernels.scans.selective_scan import selective_scan, selective_scan_reference
+from kernels.scans.ssd import ssd, ssd_reference
 from tests.kernels.agreement import assert_agrees, needs_kernel
+from tests.kernels.scans import test_selective_scan, test_ssd
 from tests.oracles import selective_scan as selective_scan_oracle
 from tests.oracles import ssd as ssd_oracle
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import ssd as kernel
-from kernels.ssd import ssd_reference
+from kernels.scans import ssd as kernel
+from kernels.scans.ssd import ssd_reference
 from models.mixer import Pattern, Slot
 from models.mixers.recurrent.hydra import Coefficients, Hydra, HydraConfig
 from models.sequences.whole import WholeSequence

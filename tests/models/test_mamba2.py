@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels import ssd as kernel
+from kernels.scans import ssd as kernel
 from models.accounting import account, total_parameters
 from models.backbone import BackboneConfig, BlockConfig, build_backbone, undecayed
 from models.bases.ssm import GroupedNorm

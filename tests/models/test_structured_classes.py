@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels.ssd import CHUNK
+from kernels.scans.ssd import CHUNK
 from models.bases.ssm import scan_flops
 from models.mixer import Mixer, Pattern, mixer_class
 from models.sequences.whole import WholeSequence

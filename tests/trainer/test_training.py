@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import kernels.selective_scan
+import kernels.scans.selective_scan
 from data_pipelines.stream import evaluation_batches
 from models.backbone import build_backbone
 from models.sequences.whole import WholeSequence
@@ -195,8 +195,8 @@ def test_a_cpu_step_of_mamba_calls_no_reference(
     def refuse(*_: object) -> None:
         raise AssertionError("the reference was called")
 
-    monkeypatch.setattr(kernels.selective_scan, "selective_scan_reference", refuse)
-    monkeypatch.setattr("kernels.causal_conv.causal_conv_reference", refuse)
+    monkeypatch.setattr(kernels.scans.selective_scan, "selective_scan_reference", refuse)
+    monkeypatch.setattr("kernels.convolution.causal_conv.causal_conv_reference", refuse)
     assert run(make(root, MAMBA), tmp_path / "run").state == "done"
 
 

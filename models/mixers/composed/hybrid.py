@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.precision import widened
-from kernels.rms_norm import rms_norm
+from kernels.rowwise.rms_norm import rms_norm
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
 from models.parts.layers import Linear

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.precision import widened
-from kernels.swiglu import silu_gated
+from kernels.rowwise.swiglu import silu_gated
 from models.bases.ssm import count_heads, require_positive, require_range, scan_flops, step_biases
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
-from kernels.long_conv import long_conv
+from kernels.convolution.long_conv import long_conv
 from kernels.precision import widened, without_autocast
 from models.mixer import Coefficients, Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.filters import fft_flops

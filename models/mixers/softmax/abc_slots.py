@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kernels.attention.slot_attention import Slots, read_slots, slot_log_sums
 from kernels.precision import widened, without_autocast
-from kernels.slot_attention import Slots, read_slots, slot_log_sums
 from models.bases.heads import Heads, HeadsConfig, Projected
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kernels.packed_attention import packed_attention, serves_one_document
-from kernels.window_attention import window_attention
+from kernels.attention.packed_attention import packed_attention, serves_one_document
+from kernels.attention.window_attention import window_attention
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
 from models.parts.rotary import Rotation, rotate, rotation

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.block_sparse_attention import (
+from kernels.attention.block_sparse_attention import (
     QueryBlocks,
     Reach,
     block_sparse_attention,
     query_blocks,
 )
-from kernels.hip_selection import (
+from kernels.attention.hip_selection import (
     Region,
     Search,
     Stage,

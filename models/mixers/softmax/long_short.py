@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor
 
+from kernels.attention.slot_attention import Slots, slot_averages, slot_log_sums
 from kernels.precision import widened
-from kernels.slot_attention import Slots, slot_averages, slot_log_sums
 from models.bases.heads import Heads, HeadsConfig, Projected, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm

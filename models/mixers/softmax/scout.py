@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kernels.checkpoint_attention import Places, Segments, checkpoint_attention
+from kernels.attention.checkpoint_attention import Places, Segments, checkpoint_attention
 from kernels.precision import widened
 from models.bases.grouped_heads import GroupedHeads, GroupedHeadsConfig
 from models.mixer import MixFlops, Pattern, Slot, register

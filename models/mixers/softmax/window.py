@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.window_attention import centred_window_attention
+from kernels.attention.window_attention import centred_window_attention
 from models.bases.grouped_heads import GroupedHeads, GroupedHeadsConfig
 from models.mixer import MixFlops, Pattern, Slot, register
 from models.parts.rotary import rotate

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.precision import widened
-from kernels.ssd import ssd
+from kernels.scans.ssd import ssd
 from models.bases.separable import Recurrence, SeparableMixer
 from models.bases.structured_matrix import Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register

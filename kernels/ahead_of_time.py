@@ -1,0 +1,137 @@
+"""What the compilers make of a kernel for a GPU that is not there: registers, spills, occupancy.
+
+Sources: NVIDIA, CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute
+Capability" for what a multiprocessor holds; NVIDIA's data sheets of the A100 80 GB SXM, the H100
+SXM and the B200 for bandwidths and dense peaks.
+"""
+
+import functools
+import math
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton_launch import Launch
+
+REGISTERS = 65_536
+WARP = 32
+RESERVED_SHARED = 1_024
+"""Bytes of shared memory that the system takes for each block."""
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A generation of GPU.
+
+    Attributes:
+        capability: 80 for sm_80.
+        warps, blocks: what one multiprocessor can hold.
+        shared: bytes of shared memory of a multiprocessor.
+        shared_per_block: bytes that one block may take of it.
+        bandwidth: bytes per second of its memory.
+        vector_peak: float32 FLOP per second of its ordinary cores.
+        tensor_peak: dense bf16 FLOP per second of its tensor cores.
+    """
+
+    name: str
+    capability: int
+    warps: int
+    blocks: int
+    shared: int
+    shared_per_block: int
+    bandwidth: float
+    vector_peak: float
+    tensor_peak: float
+
+
+CHIPS = (
+    Chip("A100", 80, 64, 32, 164 * 1024, 163 * 1024, 2.039e12, 19.5e12, 312e12),
+    Chip("H100", 90, 64, 32, 228 * 1024, 227 * 1024, 3.35e12, 67e12, 989e12),
+    Chip("B200", 100, 64, 32, 228 * 1024, 227 * 1024, 8.0e12, 75e12, 2250e12),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as the compilers left it.
+
+    Attributes:
+        registers: of one thread.
+        spills: bytes of registers that one thread stores to and loads from memory.
+        local: bytes of a thread's stack, which lies in memory.
+        shared: bytes of shared memory of one block.
+        occupancy: share of a multiprocessor's warps that can be there at once.
+        dots: whether it multiplies matrices.
+    """
+
+    registers: int
+    spills: int
+    local: int
+    shared: int
+    occupancy: float
+    dots: bool
+
+
+def compile_launch(launch: Launch, chip: Chip) -> Compiled:
+    """Compile the kernel as it would be started, for a chip that need not be there."""
+    names = launch.kernel.arg_names
+    index = {name: (names.index(name),) for name in names}
+    signature = {name: launch.types.get(name, "constexpr") for name in names}
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=signature,
+        constexprs={index[name]: value for name, value in launch.constants.items()},
+        attrs={index[name]: [["tt.divisibility", 16]] for name in launch.divisible},
+    )
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    target = GPUTarget("cuda", chip.capability, WARP)
+    kernel = triton.compile(source, target=target, options=options)
+    registers, spills, local = _assemble(kernel.asm["ptx"])
+    shared = int(kernel.metadata.shared)
+    occupancy = occupancy_of(chip, registers, shared, launch.num_warps)
+    dots = "tt.dot" in kernel.asm["ttir"]
+    return Compiled(registers, spills, local, shared, occupancy, dots)
+
+
+def roofline_seconds(launch: Launch, compiled: Compiled, chip: Chip) -> tuple[float, float]:
+    """Seconds that its bytes take at the memory's bandwidth, and its FLOPs at the cores' peak."""
+    peak = chip.tensor_peak if compiled.dots else chip.vector_peak
+    return launch.bytes / chip.bandwidth, launch.flops / peak
+
+
+def occupancy_of(chip: Chip, registers: int, shared: int, warps: int) -> float:
+    """Share of a multiprocessor's warps that blocks of this appetite fill."""
+    per_warp = math.ceil(registers * WARP / 256) * 256
+    by_registers = REGISTERS // (per_warp * warps)
+    by_shared = chip.shared // (shared + RESERVED_SHARED)
+    return warps * min(chip.blocks, chip.warps // warps, by_registers, by_shared) / chip.warps
+
+
+def _assemble(ptx: str) -> tuple[int, int, int]:
+    """Registers, spilled bytes and stack bytes that the assembler reports."""
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    assert target is not None
+    program = _assembler(
+        "ptxas-blackwell" if target[1] >= "sm_100" and len(target[1]) > 5 else "ptxas"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [program, "-v", f"--gpu-name={target[1]}", str(file), "-o", f"{file}.cubin"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", answer)
+    spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", answer)
+    assert registers, answer
+    assert spilled, answer
+    return int(registers[1]), int(spilled[2]) + int(spilled[3]), int(spilled[1])
+
+
+@functools.cache
+def _assembler(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)

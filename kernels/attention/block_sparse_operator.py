@@ -1,0 +1,104 @@
+"""Block-sparse attention as an operator: what the Triton kernels are given, and its gradients.
+
+Query blocks and their lists stand in one row after another: rows of the batch first, then heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+
+from kernels.dispatch import define_operator
+
+
+class Sizes(NamedTuple):
+    """Rows of the batch, heads of queries and of keys, and what a list stands for."""
+
+    B: int
+    H: int
+    G: int
+    key_block: int
+    n_sink: int
+    window: int
+
+
+def attend_to_lists(
+    queries: Float[Tensor, "M R P"],
+    keys: Float[Tensor, "X P"],
+    values: Float[Tensor, "X Q"],
+    kept: Int[Tensor, "M K"],
+    places: tuple[Int[Tensor, "M R"], Int[Tensor, " M"]],
+    sizes: Sizes,
+) -> Float[Tensor, "M R Q"]:
+    """Attend with the queries of each block, on tensors that `path_of` sends to Triton.
+
+    Bit for bit the same on every run, gradients too. What is not finite stays in its document.
+
+    Args:
+        queries: rows of one block are neighbours in their document, or its last one again.
+        keys: key t of a document is row `begins + G t`.
+        values: one for each key.
+        kept: distinct key blocks on each list; -1 is none.
+        places: place of each query in its document, and `begins`.
+        sizes: M is B H query blocks of each.
+    """
+    tensors = (x.contiguous() for x in (queries, keys, values))
+    positions, begins = places
+    # Kernels divide by the number of query blocks of a row and of entries: none at all need one.
+    lists = kept if kept.shape[1] else kept.new_full((len(kept), 1), -1)
+    where = (lists.int().contiguous(), positions.int().contiguous(), begins.contiguous())
+    return _Listed.apply(*tensors, *where, sizes)
+
+
+class _Listed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        positions: Tensor,
+        begins: Tensor,
+        sizes: Sizes,
+    ) -> Tensor:
+        inputs = (queries, keys, values, kept, positions, begins)
+        outputs, logs = _forward(*inputs, *sizes)
+        ctx.save_for_backward(*inputs, outputs, logs)
+        ctx.sizes = sizes  # pyright: ignore[reportAttributeAccessIssue]
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        sizes = ctx.sizes  # pyright: ignore[reportAttributeAccessIssue]
+        gradients = _backward(d_outputs.contiguous(), *ctx.saved_tensors, *sizes)
+        return (*gradients, None, None, None, None)
+
+
+def _forward_shapes(q: Tensor, _k: Tensor, v: Tensor, *_others: object) -> tuple[Tensor, Tensor]:
+    M, R, _ = q.shape
+    return v.new_empty(M, R, v.shape[1]), q.new_empty(M, R, dtype=torch.float32)
+
+
+def _backward_shapes(
+    _d_outputs: Tensor, q: Tensor, k: Tensor, v: Tensor, *_others: object
+) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in (q, k, v))
+
+
+_INPUTS = "Tensor queries, Tensor keys, Tensor values, Tensor kept, Tensor positions, Tensor begins"
+_SIZES = "int B, int H, int G, int key_block, int n_sink, int window"
+_forward = define_operator(
+    f"block_sparse_attention_forward({_INPUTS}, {_SIZES}) -> (Tensor, Tensor)",
+    _forward_shapes,
+    "kernels.attention.block_sparse_attention_triton:forward",
+)
+_backward = define_operator(
+    f"block_sparse_attention_backward(Tensor d_outputs, {_INPUTS}, Tensor outputs, Tensor logs, "
+    f"{_SIZES}) -> (Tensor, Tensor, Tensor)",
+    _backward_shapes,
+    "kernels.attention.block_sparse_attention_backward_triton:backward",
+)

@@ -1,0 +1,358 @@
+"""Which key blocks a query block should read, found without a score of every key.
+
+Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (the tree); Lee et al. 2025, "InfiniteHiP",
+section 3.1 (the stages). Changed against the papers: a range is represented by its centre and ties
+go to the earlier range, so a search is a function of its inputs; query rows that choose together
+all vote; each query head chooses for itself; documents are searched apart.
+A GPU scores the ranges of a round by a Triton kernel, which stores no key; torch sorts the scores
+and keeps tables of places. By count, a layer of 16 heads at 8 x 2,048 tokens, 512 kept keys of 64
+channels in bf16, two rounds, moves 0.10 TB, most of it these tables, and starts some 4,000 kernels
+(0.58 TB and 22,000 where torch gathers the keys). Nothing of that was timed on a GPU.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kernels.attention.block_sparse_attention import QueryBlocks, in_one_list, take, tiles
+from kernels.dispatch import define_operator, uses_triton
+from kernels.precision import without_autocast
+
+TABLES = 16
+"""Numbers of float32 that a round is taken to hold for a key: some eight tables of places."""
+
+
+class Search(NamedTuple):
+    """What a search keeps, and how it judges a range of keys.
+
+    Attributes:
+        kept: key blocks on each list.
+        key_block: keys of a block.
+        longest: keys of the longest document at hand, or more.
+        exact: judge a range by all of its keys, which takes a score of every key: for tests.
+    """
+
+    kept: int
+    key_block: int
+    longest: int
+    exact: bool
+
+
+class Stage(NamedTuple):
+    """One pruning: chunks of as many key blocks, of which so many are kept."""
+
+    chunk: int
+    keep: int
+
+
+class Region(NamedTuple):
+    """Keys that stages search: none of the sinks, and none that every served row has in its window.
+
+    Attributes:
+        n_sink: keys at the document's beginning.
+        window: last keys that a row sees anyway.
+        served: rows from a block's first one on that its list serves at least.
+    """
+
+    n_sink: int
+    window: int
+    served: int
+
+
+Judge: TypeAlias = Callable[[Int[Tensor, "M J"], Int[Tensor, "M J"]], Float[Tensor, "M J"]]
+"""Maps the beginnings and ends of ranges of keys to scores; a range may be empty."""
+
+
+@torch.no_grad()
+def tree_search(
+    queries: Float[Tensor, "B L H P"],
+    keys: Float[Tensor, "B S G P"],
+    blocks: QueryBlocks,
+    search: Search,
+) -> Int[Tensor, "B H N K"]:
+    """List `search.kept` key blocks for each query block by halving as many ranges at once.
+
+    All keys up to the block's last row are searched. A list holds every block where they are no
+    more than it may keep; -1 fills it up. Takes about 2 kept log2(blocks / kept) scores of blocks.
+    """
+    rounds = _halvings(math.ceil(search.longest / search.key_block), search.kept)
+    judged = search.longest if search.exact else 2 * search.kept * search.key_block
+    parts = _cut(queries, keys, blocks, judged * _held(queries))
+    lists = [_descend(tile, search, rounds) for tile in parts]
+    return torch.cat(lists).view(queries.shape[0], queries.shape[2], -1, search.kept)
+
+
+@torch.no_grad()
+def staged_search(
+    queries: Float[Tensor, "B L H P"],
+    keys: Float[Tensor, "B S G P"],
+    blocks: QueryBlocks,
+    search: Search,
+    stages: tuple[Stage, ...],
+    region: Region,
+) -> Int[Tensor, "B H N K"]:
+    """List `search.kept` key blocks for each query block by pruning ever shorter chunks.
+
+    The first stage judges every chunk of the region, so work grows with queries times keys, divided
+    by the length of its chunks.
+
+    Args:
+        queries: those of the last L of the S tokens.
+        keys: one for each token.
+        blocks: which queries choose together.
+        search: what is kept.
+        stages: in order; a chunk is whole chunks of the next stage, the last one's is one block.
+        region: what is searched.
+    """
+    judged = search.longest if search.exact else max(_candidates(search, stages))
+    parts = _cut(queries, keys, blocks, judged * _held(queries))
+    lists = [_prune(tile, search, stages, region) for tile in parts]
+    return torch.cat(lists).view(queries.shape[0], queries.shape[2], -1, search.kept)
+
+
+def tree_keys_scored(positions: Int[Tensor, " L"], kept: int, key_block: int) -> Int[Tensor, " L"]:
+    """Count the keys that the tree search scores at most for a row at each place."""
+    n_blocks = positions // key_block + 1
+    ratio = (n_blocks + kept - 1) // kept
+    # The bit length of ratio - 1 is the number of halvings that bring it to one.
+    rounds = torch.frexp((ratio - 1).double()).exponent
+    return 2 * kept * key_block * rounds.to(positions.dtype)
+
+
+def staged_keys_scored(
+    positions: Int[Tensor, " L"], key_block: int, stages: tuple[Stage, ...], region: Region
+) -> Int[Tensor, " L"]:
+    """Count the keys that the staged search scores at most for a row at each place."""
+    low = region.n_sink
+    last = torch.minimum(positions, positions + region.served - 1 - region.window)
+    scored = torch.zeros_like(positions)
+    survivors = torch.zeros_like(positions)
+    for number, (chunk, keep) in enumerate(stages):
+        length = chunk * key_block
+        there = (torch.div(last, length, rounding_mode="floor") - low // length + 1).clamp(min=0)
+        there = torch.where(last >= low, there, 0)
+        ratio = stages[number - 1].chunk // chunk
+        chunks = there if number == 0 else torch.minimum(there, survivors * ratio)
+        scored += chunks * max(1, 2 * math.ceil(math.log2(length)))
+        survivors = chunks.clamp(max=keep)
+    return scored
+
+
+@torch.no_grad()
+def recall_at_k(
+    queries: Float[Tensor, "B L H P"],
+    keys: Float[Tensor, "B S G P"],
+    kept: Int[Tensor, "B H N K"],
+    blocks: QueryBlocks,
+    key_block: int,
+) -> Float[Tensor, "B H L"]:
+    """Share of each query's best keys that are on its list, as many keys as a list has room for.
+
+    Takes a score of every key.
+    """
+    B, L, H, _ = queries.shape
+    parts = list(_cut(queries, keys, blocks, keys.shape[1] * keys.shape[3]))
+    lists = kept.flatten(0, 2).split([len(tile.queries) for tile in parts])
+    shares = [
+        _found(tile, own, keys.shape[1], key_block) for tile, own in zip(parts, lists, strict=True)
+    ]
+    rows = torch.cat(shares).view(B, H, -1)
+    return torch.gather(rows, 2, blocks.places[:, None].expand(B, H, L))
+
+
+class _Tile(NamedTuple):
+    """A few query blocks of single heads; key t of one is row `begins + stride * t` of `keys`."""
+
+    queries: Float[Tensor, "M R P"]
+    keys: Float[Tensor, "X P"]
+    positions: Int[Tensor, "M R"]
+    begins: Int[Tensor, " M"]
+    stride: int
+
+
+def _held(queries: Tensor) -> int:
+    """Numbers held for each key that a search judges: its channels, or tables of places."""
+    return TABLES if uses_triton(queries) else queries.shape[3]
+
+
+def _cut(queries: Tensor, keys: Tensor, blocks: QueryBlocks, each: int) -> Iterator[_Tile]:
+    """Tiles of as many query blocks as may hold so many numbers each."""
+    listed, where = in_one_list(queries, keys, blocks)
+    flat = keys.reshape(-1, keys.shape[-1])
+    for part in tiles(len(listed), each, keys.device):
+        yield _Tile(listed[part], flat, where.positions[part], where.begins[part], where.stride)
+
+
+def _descend(tile: _Tile, search: Search, rounds: int) -> Int[Tensor, "M K"]:
+    """The tree: split every range, keep the best halves, until all hold one block."""
+    n_blocks = tile.positions[:, -1:] // search.key_block + 1
+    number = torch.arange(search.kept, device=n_blocks.device)
+    few = n_blocks <= search.kept
+    begin = torch.where(few, number.minimum(n_blocks), number * n_blocks // search.kept)
+    after = number + 1
+    end = torch.where(few, after.minimum(n_blocks), after * n_blocks // search.kept)
+    judge = _every_key(tile, search.longest) if search.exact else _centre(tile, search.key_block)
+    for _ in range(rounds):
+        middle = (begin + end + 1) // 2
+        begins = torch.stack([begin, middle], dim=2).flatten(1)
+        ends = torch.stack([middle, end], dim=2).flatten(1)
+        scores = judge(begins * search.key_block, ends * search.key_block)
+        best = _strongest(scores, begins < ends, search.kept)
+        begin, end = torch.gather(begins, 1, best), torch.gather(ends, 1, best)
+    return torch.where(begin < end, begin, -1)
+
+
+def _prune(
+    tile: _Tile, search: Search, stages: tuple[Stage, ...], region: Region
+) -> Int[Tensor, "M K"]:
+    """The stages: judge every chunk, keep the best, cut them up for the next stage."""
+    last = tile.positions[:, -1:]
+    served = torch.maximum(last, tile.positions[:, :1] + region.served - 1)
+    high = torch.minimum(last, served - region.window) + 1
+    before = stages[0].chunk
+    chunks = torch.arange(math.ceil(search.longest / (before * search.key_block)))
+    chunks = chunks.to(last.device).expand(len(last), -1)
+    inside = torch.ones_like(chunks, dtype=torch.bool)
+    exact = _every_key(tile, search.longest) if search.exact else None
+    for chunk, keep in stages:
+        length = chunk * search.key_block
+        pieces = torch.arange(before // chunk, device=last.device)
+        chunks = (chunks[:, :, None] * (before // chunk) + pieces).flatten(1)
+        begins = (chunks * length).clamp(min=region.n_sink)
+        ends = ((chunks + 1) * length).minimum(high).maximum(begins)
+        judge = exact or _halving(tile, length)
+        best = _strongest(judge(begins, ends), begins < ends, keep)
+        chunks = torch.gather(chunks, 1, best)
+        inside, before = torch.gather(begins < ends, 1, best), chunk
+    # No block that exists comes later than the number of them.
+    kept = torch.where(inside, chunks, -1)[:, : search.kept]
+    return F.pad(kept, (0, search.kept - kept.shape[1]), value=-1)
+
+
+def _strongest(
+    scores: Float[Tensor, "M J"], exists: Bool[Tensor, "M J"], kept: int
+) -> Int[Tensor, "M K"]:
+    """Index of the best ranges in order, the earlier of equals; those that exist come first."""
+    ordered = scores.masked_fill(~exists, -torch.inf).sort(dim=1, descending=True, stable=True)
+    return ordered.indices[:, :kept].sort(dim=1).values
+
+
+def _best_scores(tile: _Tile, firsts: Int[Tensor, "M J"], width: int = 1) -> Float[Tensor, "M J"]:
+    """The largest product of any of `width` keys from each place on with a row that may see it."""
+    if uses_triton(tile.queries):
+        tensors = (tile.queries, tile.keys, tile.positions.int(), tile.begins, firsts.int())
+        return _scores(*(x.contiguous() for x in tensors), tile.stride, width)
+    places = (firsts[:, :, None] + torch.arange(width, device=firsts.device)).flatten(1)
+    address = tile.begins[:, None] + tile.stride * places.clamp(min=0).minimum(
+        tile.positions[:, -1:]
+    )
+    keys = take(tile.keys, address)
+    with without_autocast(keys):
+        scores = tile.queries.to(keys.dtype) @ keys.mT
+    hidden = places[:, None] > tile.positions[:, :, None]
+    best = scores.masked_fill(hidden, -torch.inf).amax(dim=1)
+    return best.unflatten(1, (-1, width)).amax(dim=2)
+
+
+def _centre(tile: _Tile, key_block: int) -> Judge:
+    """Judge ranges of whole blocks by the keys of the central one."""
+
+    def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
+        centre = (begins // key_block + ends // key_block - 1) // 2
+        return _best_scores(tile, centre * key_block, key_block)
+
+    return judge
+
+
+def _halving(tile: _Tile, length: int) -> Judge:
+    """Judge ranges of at most `length` keys by the key that halving them by centres ends at."""
+
+    def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
+        if length == 1:
+            return _best_scores(tile, begins)
+        scores = torch.full_like(begins, -torch.inf, dtype=tile.queries.dtype)
+        for _ in range(_halvings(length, 1)):
+            middle = (begins + ends + 1) // 2
+            left = _best_scores(tile, (begins + middle - 1) // 2)
+            right = _best_scores(tile, (middle + ends - 1) // 2)
+            later = (right > left) & (middle < ends)
+            begins, ends = torch.where(later, middle, begins), torch.where(later, ends, middle)
+            scores = torch.where(later, right, left)
+        return scores
+
+    return judge
+
+
+def _every_key(tile: _Tile, longest: int) -> Judge:
+    """Judge ordered ranges by all of their keys."""
+    places = torch.arange(longest, device=tile.positions.device).expand(len(tile.positions), -1)
+    scores = _best_scores(tile, places)
+
+    def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
+        after = torch.searchsorted(begins.contiguous(), places.contiguous(), right=True)
+        owner = (after - 1).clamp(min=0)
+        inside = (after > 0) & (places < torch.gather(ends, 1, owner))
+        best = torch.full_like(begins, -torch.inf, dtype=scores.dtype)
+        return best.scatter_reduce(1, owner, scores.masked_fill(~inside, -torch.inf), "amax")
+
+    return judge
+
+
+def _found(
+    tile: _Tile, lists: Int[Tensor, "M K"], longest: int, key_block: int
+) -> Float[Tensor, "M R"]:
+    """Share of each row's best keys, as many as its list has room for, that are on the list."""
+    places = torch.arange(longest, device=lists.device)
+    address = tile.begins[:, None] + tile.stride * places.minimum(tile.positions[:, -1:])
+    keys = take(tile.keys, address)
+    rows = tile.positions[:, :, None]
+    with without_autocast(keys):
+        scores = tile.queries.to(keys.dtype) @ keys.mT
+    scores = scores.masked_fill(places > rows, -torch.inf)
+    best = scores.topk(min(longest, lists.shape[1] * key_block), dim=2).indices
+    seen = best <= rows
+    n_blocks = math.ceil(longest / key_block)
+    # One column more takes the entries that are none.
+    on_list = torch.zeros(len(lists), n_blocks + 1, dtype=torch.bool, device=lists.device)
+    on_list.scatter_(1, torch.where(lists < 0, n_blocks, lists).long(), value=True)
+    found = torch.gather(on_list, 1, (best // key_block).flatten(1)).view(best.shape) & seen
+    return found.sum(dim=2) / seen.sum(dim=2)
+
+
+def _halvings(length: int, parts: int) -> int:
+    """Halvings that bring `length`, cut into `parts`, to lengths of one."""
+    return max(0, math.ceil(length / parts) - 1).bit_length()
+
+
+def _candidates(search: Search, stages: tuple[Stage, ...]) -> list[int]:
+    """Chunks that each stage judges at most."""
+    counts = [math.ceil(search.longest / (stages[0].chunk * search.key_block))]
+    for before, stage in itertools.pairwise(stages):
+        counts.append(min(counts[-1], before.keep) * (before.chunk // stage.chunk))
+    return counts
+
+
+def _scores_shape(
+    q: Tensor,
+    _k: Tensor,
+    _positions: Tensor,
+    _begins: Tensor,
+    firsts: Tensor,
+    _stride: int,
+    _width: int,
+) -> Tensor:
+    return q.new_empty(firsts.shape, dtype=torch.float32)
+
+
+_scores = define_operator(
+    "hip_scores(Tensor queries, Tensor keys, Tensor positions, Tensor begins, Tensor firsts, "
+    "int stride, int width) -> Tensor",
+    _scores_shape,
+    "kernels.attention.hip_scores_triton:forward",
+)

@@ -1,0 +1,119 @@
+"""The long convolution piece by piece: what decoding keeps, and how it grows by the next tokens."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kernels.convolution.long_conv import DIRECT, fast_size, long_conv
+from kernels.precision import without_autocast
+
+Taps = Callable[[int], Tensor]
+"""Gives the first so many taps of a filter, (E, K), or fewer where it ends."""
+
+
+class Block(NamedTuple):
+    """Inputs that follow one another, and what they add to the outputs right after them.
+
+    Attributes:
+        ahead: as many outputs as are known, in float32 or wider.
+    """
+
+    values: Float[Tensor, "B U E"]
+    ahead: Float[Tensor, "B A E"]
+
+
+def extend_blocks(
+    values: Float[Tensor, "B L E"],
+    taps: Taps,
+    blocks: list[Block],
+    documents: Int[Tensor, "B L"] | None = None,
+    longest: int | None = None,
+) -> tuple[Float[Tensor, "B L E"], list[Block]]:
+    """Convolve the tokens that follow those of the blocks; return the outputs and the blocks then.
+
+    This is the relaxed tiling of Oncescu et al. 2024, "Flash Inference", section 3, for pieces of
+    any length. A block lives until as many tokens have followed as it holds; then it and they
+    become one. So every token enters at most log2 T blocks, each by one FFT of twice the block's
+    length: work and memory traffic are O(log^2 T) a token. No tensor is written to twice, so
+    several continuations may start from the same blocks.
+
+    Args:
+        values: the next inputs.
+        taps: the filter.
+        blocks: earlier inputs, the oldest first.
+        documents: documents of the next inputs; 0 goes on with that of the blocks' last input.
+        longest: tokens seen of the longest document that is open after the last input, older ones
+            being dropped; all are kept if not given.
+    """
+    L = values.shape[1]
+    blocks = _cover(blocks, L, taps)
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    outputs = long_conv(wide, taps(L), documents)
+    carried = torch.zeros_like(outputs)
+    for block, age in zip(blocks, _ages(blocks), strict=True):
+        carried = carried + block.ahead[:, age : age + L]
+    if documents is not None:
+        carried = carried.masked_fill((documents != 0)[:, :, None], 0.0)
+        values = values.masked_fill((documents != documents[:, -1:])[:, :, None], 0.0)
+        blocks = _forget(blocks, documents[:, -1] != 0)
+    blocks = _drop([*blocks, Block(values, outputs[:, :0])], longest)
+    return (outputs + carried).to(values.dtype), _cover(blocks, 1, taps)
+
+
+def following(
+    values: Float[Tensor, "B U E"], filter: Float[Tensor, "E K"], count: int
+) -> Float[Tensor, "B A E"]:
+    """Compute what inputs add to the `count` outputs after the last of them, in float32 or wider.
+
+    Source: Agarwal et al. 2024, "FutureFill". A circular FFT of U + count points is enough: what
+    wraps around falls on the first U outputs, which nobody reads.
+    """
+    U = values.shape[1]
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    if wide.dtype is torch.float64 or U + count <= DIRECT:
+        return long_conv(F.pad(wide, (0, 0, 0, count)), filter)[:, U:]
+    with without_autocast(values):
+        n = fast_size(U + count)
+        spectrum = torch.fft.rfft(wide.transpose(1, 2), n=n)
+        spectrum = spectrum * torch.fft.rfft(filter[:, : U + count].float(), n=n)
+        return torch.fft.irfft(spectrum, n=n)[..., U : U + count].transpose(1, 2)
+
+
+def _cover(blocks: list[Block], count: int, taps: Taps) -> list[Block]:
+    """Join blocks, where need be, until all of them know what they add to the next outputs."""
+    for i, (block, age) in enumerate(zip(blocks, _ages(blocks), strict=True)):
+        if block.ahead.shape[1] < age + count:
+            joined = torch.cat([later.values for later in blocks[i:]], dim=1)
+            U = joined.shape[1]
+            known = max(U, count)
+            return [*blocks[:i], Block(joined, following(joined, taps(U + known), known))]
+    return blocks
+
+
+def _drop(blocks: list[Block], longest: int | None) -> list[Block]:
+    """Leave out what lies before the longest open document."""
+    if longest is None:
+        return blocks
+    blocks = [b for b, age in zip(blocks, _ages(blocks), strict=True) if age < longest]
+    last = blocks[-1].values
+    # A copy: a view would keep the whole piece alive.
+    newest = last[:, max(0, last.shape[1] - longest) :].clone()
+    return [*blocks[:-1], blocks[-1]._replace(values=newest)]
+
+
+def _forget(blocks: list[Block], changed: Bool[Tensor, "B"]) -> list[Block]:
+    """Empty the rows that have gone on to another document."""
+    if not bool(changed.any()):
+        return blocks
+    away = changed[:, None, None]
+    return [Block(b.values.masked_fill(away, 0.0), b.ahead.masked_fill(away, 0.0)) for b in blocks]
+
+
+def _ages(blocks: list[Block]) -> list[int]:
+    """How many inputs have followed each block."""
+    sizes = [block.values.shape[1] for block in blocks]
+    return [sum(sizes[i + 1 :]) for i in range(len(sizes))]

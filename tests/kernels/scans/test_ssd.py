@@ -1,0 +1,398 @@
+"""The chunked SSD against float64 loops, in outputs, states and every gradient."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.dispatch import Path
+from kernels.scans import ssd as module
+from kernels.scans.selective_scan import selective_scan_reference
+from kernels.scans.ssd import ssd, ssd_reference
+from kernels.scans.two_way_ssd import two_way_ssd
+from tests.kernels.agreement import assert_agrees, ragged_documents
+from tests.oracles import ssd as oracle
+
+INPUTS = oracle.NAMES
+
+
+def make_inputs(length, heads=4, width=5, groups=2, states=3, batch=2, dt=(1e-3, 0.1), A=16.0):
+    generator = np.random.default_rng(length * 1000 + heads)
+    return {
+        "values": generator.normal(size=(batch, length, heads, width)),
+        "dt": np.exp(generator.uniform(*np.log(dt), size=(batch, length, heads))),
+        "A": -generator.uniform(0.05, A, size=heads),
+        "B": generator.normal(size=(batch, length, groups, states)),
+        "C": generator.normal(size=(batch, length, groups, states)),
+        "initial": generator.normal(size=(batch, heads, width, states)),
+    }
+
+
+def make_documents(ragged, batch, length):
+    if not ragged:
+        return np.zeros((batch, length), dtype=np.int32)
+    return ragged_documents(batch, length, np.random.default_rng(length))
+
+
+def rounded(inputs, dtype):
+    """The inputs as tensors, and as float64 arrays of what the tensors hold."""
+    tensors = {name: torch.tensor(x, dtype=dtype) for name, x in inputs.items()}
+    return tensors, {name: x.double().numpy() for name, x in tensors.items()}
+
+
+def weights(inputs, length):
+    generator = np.random.default_rng(length + 1)
+    d_outputs = generator.normal(size=inputs["values"].shape).astype(np.float32)
+    d_final = generator.normal(size=inputs["initial"].shape).astype(np.float32)
+    return d_outputs, d_final
+
+
+def differentiate(scan, tensors, documents, d_outputs, d_final):
+    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    result = scan(**leaves, documents=documents)
+    weighted = (result.outputs * torch.as_tensor(d_outputs)).sum()
+    weighted = weighted + (result.final * torch.as_tensor(d_final)).sum()
+    return result, dict(zip(INPUTS, torch.autograd.grad(weighted, leaves.values()), strict=True))
+
+
+def assert_matches_oracle(scan, inputs, documents, dtype):
+    tensors, exact = rounded(inputs, dtype)
+    d_outputs, d_final = weights(exact, documents.shape[1])
+    outputs, states = oracle.scan(exact, documents)
+    wide = (x.astype(np.float64) for x in (d_outputs, d_final))
+    expected = oracle.gradients(exact, documents, *wide)
+    ids = torch.from_numpy(documents)
+    result, gradients = differentiate(scan, tensors, ids, d_outputs, d_final)
+    assert_agrees(result.outputs, outputs, "outputs", dtype)
+    assert_agrees(result.final, states[:, -1], "outputs", result.final.dtype)
+    for name in INPUTS:
+        assert_agrees(gradients[name], expected[name], "gradients", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 197])
+def test_chunks_match_the_loop_in_outputs_and_every_gradient(length, ragged, dtype):
+    assert_matches_oracle(ssd, make_inputs(length), make_documents(ragged, 2, length), dtype)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_reference_matches_the_loop(ragged):
+    documents = make_documents(ragged, 2, 33)
+    assert_matches_oracle(ssd_reference, make_inputs(33), documents, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("heads", "width", "groups", "states"),
+    [(1, 1, 1, 1), (4, 3, 4, 5), (6, 2, 2, 16), (4, 7, 1, 3), (3, 16, 1, 33)],
+)
+def test_any_heads_groups_widths_and_states_work(heads, width, groups, states):
+    inputs = make_inputs(70, heads, width, groups, states, batch=3)
+    assert_matches_oracle(ssd, inputs, make_documents(True, 3, 70), torch.float32)
+
+
+def test_oracle_gradients_match_finite_differences():
+    inputs = make_inputs(6, heads=2)
+    documents = make_documents(True, 2, 6)
+    d_outputs, d_final = (x.astype(np.float64) for x in weights(inputs, 6))
+
+    def objective(changed):
+        outputs, states = oracle.scan(changed, documents)
+        return (outputs * d_outputs).sum() + (states[:, -1] * d_final).sum()
+
+    expected = oracle.gradients(inputs, documents, d_outputs, d_final)
+    generator = np.random.default_rng(0)
+    for name in INPUTS:
+        direction = generator.normal(size=inputs[name].shape)
+        up, down = (
+            objective({**inputs, name: inputs[name] + step * direction}) for step in (1e-5, -1e-5)
+        )
+        assert (up - down) / 2e-5 == pytest.approx((expected[name] * direction).sum(), rel=1e-6)
+
+
+def test_chunk_length_does_not_matter(monkeypatch):
+    inputs, _ = rounded(make_inputs(150), torch.float64)
+    documents = torch.from_numpy(make_documents(True, 2, 150))
+    d_outputs, d_final = weights(inputs, 150)
+    runs = []
+    for chunk in (150, 1, 7, 16, 64):
+        monkeypatch.setattr(module, "CHUNK", chunk)
+        runs.append(differentiate(ssd, inputs, documents, d_outputs, d_final))
+    for result, gradients in runs[1:]:
+        pairs = [*zip(result, runs[0][0], strict=True)]
+        pairs += [(gradients[name], runs[0][1][name]) for name in INPUTS]
+        assert all((x - y).norm() <= 1e-12 * y.norm() for x, y in pairs)
+
+
+@pytest.mark.parametrize(("heads", "width", "groups"), [(7, 64, 1), (12, 60, 2), (2, 300, 1)])
+def test_heads_of_several_tasks_share_what_they_share(heads, width, groups):
+    inputs = make_inputs(70, heads, width, groups)
+    assert_matches_oracle(ssd, inputs, make_documents(True, 2, 70), torch.float32)
+
+
+def test_the_number_of_threads_does_not_matter():
+    inputs, _ = rounded(make_inputs(150, heads=12, width=60, groups=2), torch.float32)
+    documents = torch.from_numpy(make_documents(True, 2, 150))
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(differentiate(ssd, inputs, documents, *weights(inputs, 150)))
+    finally:
+        torch.set_num_threads(before)
+    for result, gradients in runs[1:]:
+        pairs = [*zip(result, runs[0][0], strict=True)]
+        pairs += [(gradients[name], runs[0][1][name]) for name in INPUTS]
+        assert all(torch.equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_compiler_chunks_match_the_loop(monkeypatch, ragged, dtype):
+    monkeypatch.setattr(module, "path_of", lambda _: Path.REFERENCE)
+    assert_matches_oracle(ssd, make_inputs(100), make_documents(ragged, 2, 100), dtype)
+
+
+def test_strong_decays_and_long_steps_match_the_loop():
+    inputs = make_inputs(300, dt=(0.1, 20.0))
+    inputs["A"][:] = -16.0
+    assert_matches_oracle(ssd, inputs, make_documents(False, 2, 300), torch.float32)
+
+
+def test_long_strongly_decaying_sequences_stay_finite():
+    inputs, _ = rounded(
+        make_inputs(4096, heads=2, width=4, groups=1, dt=(1e-2, 20.0)), torch.float32
+    )
+    inputs["A"][:] = -16.0
+    documents = torch.zeros(2, 4096, dtype=torch.int32)
+    result, gradients = differentiate(ssd, inputs, documents, *weights(inputs, 4096))
+    assert all(x.isfinite().all() for x in (*result, *gradients.values()))
+
+
+def test_gradients_pass_torchs_own_check():
+    inputs, _ = rounded(make_inputs(9, heads=2, width=2, groups=1, states=2), torch.float64)
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    documents = torch.from_numpy(make_documents(True, 2, 9))
+    assert torch.autograd.gradcheck(lambda *x: tuple(ssd(*x, documents)), leaves)
+
+
+def test_log_decay_gradient_obeys_its_identity():
+    inputs, _ = rounded(make_inputs(90, groups=4), torch.float64)
+    documents = torch.zeros(2, 90, dtype=torch.int32)
+    d_outputs, d_final = weights(inputs, 90)
+    result, gradients = differentiate(ssd, inputs, documents, d_outputs, d_final)
+    outer = (inputs["C"] * gradients["C"] - inputs["B"] * gradients["B"]).sum(-1)
+    at_end = (result.final * torch.as_tensor(d_final)).sum((2, 3))
+    by_log = outer.flip(1).cumsum(1).flip(1) + at_end[:, None]
+    wanted = (by_log * inputs["dt"]).sum((0, 1))
+    assert torch.allclose(gradients["A"], wanted, rtol=1e-9)
+
+
+def test_equal_rates_and_steps_make_mambas_scan_the_same():
+    inputs, _ = rounded(make_inputs(70, groups=1), torch.float64)
+    documents = torch.from_numpy(make_documents(True, 2, 70))
+    _, _, H, P = inputs["values"].shape
+    tied = {
+        "values": inputs["values"].flatten(2),
+        "dt": inputs["dt"].repeat_interleave(P, dim=2),
+        "A": inputs["A"].repeat_interleave(P)[:, None].expand(H * P, 3),
+        "B": inputs["B"][:, :, 0],
+        "C": inputs["C"][:, :, 0],
+        "initial": inputs["initial"].flatten(1, 2),
+    }
+    wanted = selective_scan_reference(**tied, documents=documents)
+    got = ssd(**inputs, documents=documents)
+    assert torch.allclose(got.outputs.flatten(2), wanted.outputs, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(got.final.flatten(1, 2), wanted.final, rtol=1e-10, atol=1e-12)
+
+
+def test_without_decay_it_is_cumulative_linear_attention():
+    inputs, _ = rounded(make_inputs(100, groups=4), torch.float64)
+    inputs["A"][:] = 0.0
+    v, k, q = inputs["values"] * inputs["dt"][..., None], inputs["B"], inputs["C"]
+    sums = torch.einsum("blhp,blhn->blhpn", v, k).cumsum(1) + inputs["initial"][:, None]
+    wanted = torch.einsum("blhpn,blhn->blhp", sums, q)
+    assert torch.allclose(ssd(**inputs).outputs, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_immense_decay_leaves_each_token_alone():
+    inputs, _ = rounded(make_inputs(100, groups=4), torch.float64)
+    inputs["A"][:] = -1e9
+    each = inputs["dt"] * (inputs["B"] * inputs["C"]).sum(-1)
+    wanted = each[..., None] * inputs["values"]
+    assert torch.allclose(ssd(**inputs).outputs, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_step_of_zero_leaves_the_state_as_it_is():
+    inputs, _ = rounded(make_inputs(150), torch.float32)
+    inputs["dt"][:] = 0.0
+    assert torch.equal(ssd(**inputs).final, inputs["initial"])
+
+
+def test_matrix_read_off_equals_the_entries():
+    inputs, exact = rounded(make_inputs(90, batch=1, width=90), torch.float64)
+    documents = make_documents(True, 1, 90)
+    inputs["values"] = torch.eye(90).double()[None, :, None].expand(1, 90, 4, 90)
+    ids = torch.from_numpy(documents)
+    got = ssd(**{**inputs, "initial": None}, documents=ids).outputs[0].permute(1, 0, 2)
+    parts = (exact["dt"][0], exact["A"], exact["B"][0], exact["C"][0])
+    wanted = oracle.matrix(*parts, documents[0])
+    assert np.abs(got.numpy() - wanted).max() < 1e-12 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("lengths", [(1,), (70,), (20, 1, 1, 40), (5, 30)])
+def test_two_way_scan_gives_both_triangles_of_a_quasiseparable_matrix(lengths):
+    L, padding = 70, 70 - sum(lengths)
+    ids = np.repeat([*range(len(lengths)), -1], [*lengths, padding]).astype(np.int32)[None]
+    generator = np.random.default_rng(3)
+    dt = generator.uniform(0.01, 0.5, size=(1, L, 2, 4))
+    A = -generator.uniform(0.1, 4.0, size=4)
+    B, C = generator.normal(size=(2, 1, L, 2, 2, 3))
+    units = torch.eye(L).double()[None, :, None].expand(1, L, 4, L)
+    tensors = (torch.from_numpy(x) for x in (dt, A, B, C, ids))
+    got = two_way_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
+    wanted = oracle.quasiseparable(dt[0], A, B[0], C[0], np.zeros((L, 4)), ids[0])
+    assert np.abs(got - wanted).max() < 1e-12 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("cut", [1, 40, 64, 120])
+def test_a_split_with_the_state_carried_equals_the_whole(cut, ragged):
+    inputs, _ = rounded(make_inputs(150), torch.float32)
+    documents = torch.from_numpy(make_documents(ragged, 2, 150))
+    d_outputs, d_final = weights(inputs, 150)
+
+    def in_two_pieces(values, dt, A, B, C, initial, documents):
+        first = ssd(
+            values[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], initial, documents[:, :cut]
+        )
+        ids = documents[:, cut:] - documents[:, cut - 1 : cut]
+        second = ssd(values[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], first.final, ids)
+        return second._replace(outputs=torch.cat([first.outputs, second.outputs], dim=1))
+
+    whole, expected = differentiate(ssd, inputs, documents, d_outputs, d_final)
+    split, gradients = differentiate(in_two_pieces, inputs, documents, d_outputs, d_final)
+    assert_agrees(split.outputs, whole.outputs, "outputs")
+    assert_agrees(split.final, whole.final, "outputs")
+    for name in INPUTS:
+        assert_agrees(gradients[name], expected[name], "gradients")
+
+
+def test_first_token_of_another_document_ignores_the_initial_state():
+    inputs, _ = rounded(make_inputs(70), torch.float32)
+    documents = torch.full((2, 70), 3).int()
+    with_state = ssd(**inputs, documents=documents)
+    without = ssd(**{**inputs, "initial": None}, documents=documents)
+    assert torch.equal(with_state.outputs, without.outputs)
+    assert torch.equal(with_state.final, without.final)
+
+
+def test_huge_steps_in_one_document_leave_the_other_untouched():
+    documents = torch.tensor([[0] * 41 + [1] * 60]).int()
+    inputs, _ = rounded(make_inputs(101, batch=1), torch.float32)
+    loud = {name: x.clone() for name, x in inputs.items()}
+    for name in ("values", "dt", "B", "C"):
+        loud[name][:, :41] *= 1e5
+    quiet, beside = (ssd(**x, documents=documents) for x in (inputs, loud))
+    assert torch.equal(quiet.outputs[:, 41:], beside.outputs[:, 41:])
+    assert torch.equal(quiet.final, beside.final)
+
+
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_nan_in_one_document_leaves_the_other_untouched(poisoned):
+    documents = torch.tensor([[0] * 41 + [1] * 60]).int()
+    clean, _ = rounded(make_inputs(101, batch=1), torch.float32)
+    inside = documents[0] == poisoned
+    dirty = {name: x.clone() for name, x in clean.items()}
+    for name in ("values", "dt", "B", "C"):
+        dirty[name][:, inside] = float("nan")
+    if poisoned == 0:
+        dirty["initial"][:] = float("nan")
+    d_outputs, d_final = weights(clean, 101)
+    expected, expected_gradients = differentiate(ssd, clean, documents, d_outputs, d_final)
+    result, gradients = differentiate(ssd, dirty, documents, d_outputs, d_final)
+    assert torch.equal(result.outputs[:, ~inside], expected.outputs[:, ~inside])
+    assert result.outputs[:, inside].isnan().all()
+    assert result.final.isnan().all() if poisoned else torch.equal(result.final, expected.final)
+    for name in ("values", "dt", "B", "C") if poisoned == 0 else ():
+        assert torch.equal(gradients[name][:, ~inside], expected_gradients[name][:, ~inside])
+
+
+def test_a_nan_state_spoils_the_document_that_goes_on_with_it_alone():
+    documents = torch.tensor([[0] * 41 + [1] * 60, [1] * 101]).int()
+    inputs, _ = rounded(make_inputs(101), torch.float32)
+    wanted = ssd(**inputs, documents=documents).outputs
+    inputs["initial"][:] = float("nan")
+    outputs = ssd(**inputs, documents=documents).outputs
+    assert outputs[0, :41].isnan().all()
+    assert torch.equal(outputs[0, 41:], wanted[0, 41:])
+    assert torch.equal(outputs[1], wanted[1])
+
+
+def test_bfloat16_values_give_float32_states_and_bfloat16_outputs():
+    inputs, exact = rounded(make_inputs(100), torch.bfloat16)
+    documents = make_documents(True, 2, 100)
+    outputs, states = oracle.scan(exact, documents)
+    result = ssd(**inputs, documents=torch.from_numpy(documents))
+    assert result.outputs.dtype is torch.bfloat16
+    assert result.final.dtype is torch.float32
+    assert_agrees(result.outputs, outputs, "outputs", torch.bfloat16)
+    assert_agrees(result.final, states[:, -1], "outputs", torch.float32)
+    assert_matches_oracle(ssd, make_inputs(100), documents, torch.bfloat16)
+
+
+def test_autocast_changes_nothing():
+    inputs, _ = rounded(make_inputs(100), torch.float32)
+    documents = torch.from_numpy(make_documents(True, 2, 100))
+    arguments = (inputs, documents, *weights(inputs, 100))
+    plain, plain_gradients = differentiate(ssd, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        result, gradients = differentiate(ssd, *arguments)
+    assert torch.equal(result.outputs, plain.outputs)
+    assert all(torch.equal(gradients[name], plain_gradients[name]) for name in INPUTS)
+
+
+def test_backward_keeps_nothing_but_its_inputs():
+    inputs, _ = rounded(make_inputs(1000, groups=1), torch.float32)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    kept = []
+
+    def pack(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        ssd(**leaves)
+    assert sum(kept) == sum(x.numel() for x in inputs.values())
+
+
+def test_gradient_of_the_final_state_alone_reaches_the_inputs():
+    inputs, exact = rounded(make_inputs(79), torch.float32)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    ssd(**leaves).final.sum().backward()
+    ones, documents = np.ones(exact["initial"].shape), make_documents(False, 2, 79)
+    expected = oracle.gradients(exact, documents, np.zeros(exact["values"].shape), ones)
+    for name in ("values", "dt", "A", "B", "initial"):
+        assert_agrees(leaves[name].grad, expected[name], "gradients")
+    assert not leaves["C"].grad.any()
+
+
+def test_meta_tensors_give_shapes_forward_and_backward():
+    inputs, _ = rounded(make_inputs(70), torch.float32)
+    leaves = {name: x.to("meta").requires_grad_() for name, x in inputs.items()}
+    result = ssd(**leaves)
+    (result.outputs.sum() + result.final.sum()).backward()
+    assert result.outputs.shape == (2, 70, 4, 5)
+    assert result.final.shape == (2, 4, 5, 3)
+    assert all(x.grad is not None and x.grad.is_meta for x in leaves.values())
+
+
+def test_no_tokens_and_wrong_shapes_are_refused():
+    inputs, _ = rounded(make_inputs(9), torch.float32)
+    sequences = ("values", "dt", "B", "C")
+    empty = {name: x[:, :0] if name in sequences else x for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="at least 1"):
+        ssd(**empty)
+    with pytest.raises(ValueError, match="divide"):
+        ssd(**{**inputs, "B": inputs["B"][:, :, [0, 0, 0]], "C": inputs["C"][:, :, [0, 0, 0]]})
+    with pytest.raises((ValueError, TypeError)):
+        ssd(**{**inputs, "B": inputs["B"][:, :-1]})
