@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipelines.batch import Batch
-from kernels.dispatch import use_extension_cache
 from kernels.dispatch import warm as warm_kernels
+from kernels.extension_cache import use_extension_cache
 from models.backbone import Backbone, Source
 from models.compiled import compile_blocks
 from models.mixer import refuse_unsharded

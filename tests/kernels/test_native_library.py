@@ -12,21 +12,21 @@ import warnings
 import pytest
 import torch
 
-from kernels import dispatch
+from kernels import dispatch, extension_cache, native_library
 from kernels.dispatch import Path, path_of
 from kernels.scans.selective_scan import selective_scan, selective_scan_reference
 
 needs_compiler = pytest.mark.skipif(
-    dispatch._compiler() is None or dispatch._ninja() is None, reason="no C++ compiler and ninja"
+    bool(native_library.missing_tools()), reason="no C++ compiler and ninja"
 )
 
 # A process with an environment of its own, whose library is one small file.
 LOADER = """
 import ctypes, pathlib, sys
 sys.prefix = sys.argv[1]
-from kernels import dispatch
-dispatch.SOURCES = pathlib.Path(sys.argv[1]) / "sources"
-library = dispatch.native_library()
+from kernels import native_library as module
+module.SOURCES = pathlib.Path(sys.argv[1]) / "sources"
+library = module.native_library()
 assert ctypes.CDLL(str(library)).crossladder_probe() == 7
 print(library)
 """
@@ -49,7 +49,8 @@ class Environment:
         probe = 'extern "C" int crossladder_probe() { return 7; }\n'
         (folder / "sources" / "probe.cpp").write_text(probe)
         self.compiler = folder / "noting-c++"
-        self.compiler.write_text(COMPILER.format(folder=folder, compiler=dispatch._compiler()))
+        compiler = native_library._compiler()
+        self.compiler.write_text(COMPILER.format(folder=folder, compiler=compiler))
         self.compiler.chmod(0o755)
         self.let_compilations_last(0)
 
@@ -117,7 +118,7 @@ def test_a_damaged_library_is_built_again(environment):
     library = environment.load()
     library.write_bytes(library.read_bytes()[:1000])
     assert environment.load() == library
-    assert dispatch.is_published(library)
+    assert native_library.is_published(library)
     assert environment.compilations() == 2
 
 
@@ -138,8 +139,8 @@ def test_provenance_names_the_compiler_and_its_flags():
 
 @pytest.fixture
 def bare_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch.shutil, "which", lambda *_, **__: None)
-    monkeypatch.setattr(dispatch.sys, "prefix", str(tmp_path))
+    monkeypatch.setattr(native_library.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(native_library.sys, "prefix", str(tmp_path))
     monkeypatch.setattr(dispatch, "_native", None)
 
 
@@ -172,22 +173,22 @@ def abandoned_lock(monkeypatch, tmp_path):
 
 
 def test_an_abandoned_lock_of_another_builder_is_removed(abandoned_lock):
-    dispatch.use_extension_cache()
+    extension_cache.use_extension_cache()
     assert not abandoned_lock.exists()
 
 
 def test_a_lock_is_kept_while_another_process_may_build(abandoned_lock):
     with (abandoned_lock.parents[1] / "users.flock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        dispatch.use_extension_cache()
+        extension_cache.use_extension_cache()
         assert abandoned_lock.exists()
 
 
 def test_extensions_of_other_packages_go_to_the_cache_of_this_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "restored when the test ends")
     del os.environ["TORCH_EXTENSIONS_DIR"]
-    monkeypatch.setattr(dispatch.sys, "prefix", str(tmp_path))
-    dispatch.use_extension_cache()
+    monkeypatch.setattr(native_library.sys, "prefix", str(tmp_path))
+    extension_cache.use_extension_cache()
     folder = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"])
     assert folder.is_dir()
     assert folder.is_relative_to(tmp_path / "crossladder_cache")
