@@ -18,6 +18,9 @@ from streaming import MDSWriter
 
 from data_pipelines.batch import mix
 from data_pipelines.config import DatasetConfig
+from data_pipelines.durable import hold_lock, open_stage, sync, write_durably
+from data_pipelines.fault_points import fault_point
+from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
 from data_pipelines.installed import LOCK, Installed, survey, write_raw
 from data_pipelines.manifest import (
     INDEX,
@@ -44,7 +47,6 @@ from data_pipelines.packing import (
     scatter,
 )
 from data_pipelines.sources import SOURCE, Input, files_of, list_inputs
-from data_pipelines.stages import hold_lock, open_stage, sync, write_durably
 from data_pipelines.tokenizers import (
     SAVED,
     Tokenizer,
@@ -52,9 +54,8 @@ from data_pipelines.tokenizers import (
     read_given_tokenizer,
     train_bpe,
 )
-from data_pipelines.verify import COMPRESSION, HASHES, SHARD_BYTES, columns, missing_file
+from data_pipelines.verify import missing_file
 from data_pipelines.workers import Workers, open_workers
-from kernels.faults import fault_point
 
 BUCKET_BYTES = 256 << 20
 BPE_BYTES = 8_000_000

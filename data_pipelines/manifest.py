@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_pipelines.stages import write_durably
+from data_pipelines.durable import write_durably
 
 MANIFEST = "MANIFEST.json"
 INDEX = "index.json"

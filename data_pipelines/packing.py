@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.config import DatasetConfig
+from data_pipelines.durable import open_stage
+from data_pipelines.fault_points import fault_point
+from data_pipelines.format import token_dtype
 from data_pipelines.sources import Input, read_input
-from data_pipelines.stages import open_stage
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
-from kernels.faults import fault_point
 
 SPLITS = ("train", "validation")
 SCATTERED, PACKED = ".scattered", ".packed"
@@ -171,11 +172,6 @@ def read_facts(folder: Path) -> DomainFacts:
     stored = json.loads((folder / FACTS).read_text())
     train, validation = (Packed(**stored.pop(split)) for split in SPLITS)
     return DomainFacts(**stored, train=train, validation=validation)
-
-
-def token_dtype(size: int) -> str:
-    """The narrowest type that holds `size` different numbers."""
-    return "uint16" if size <= 1 << 16 else "uint32"
 
 
 def count_blocks(tokens: int, block_tokens: int) -> int:

@@ -7,8 +7,6 @@ Where a sequence is longer than a block, what is ordered are groups of blocks th
 in one shard of a domain; the few blocks at the end of a shard that make no group are left out.
 """
 
-import contextlib
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,10 @@ from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
 from data_pipelines import manifest as manifests
-from data_pipelines.batch import Batch, cut_blocks, join_batches, join_blocks, mix
+from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
-from data_pipelines.manifest import Manifest, read_manifest, rebuild
-from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.manifest import Manifest
+from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.verify import verify_streams
 
 SAMPLING_GRANULARITY = 64
@@ -80,7 +78,7 @@ class TokenStream:
         self.config, self.rank, self.step = config, rank, first_step
         self._groups_per_step = batch_sequences // config.pieces
         self._groups_per_rank = self._groups_per_step // ranks
-        self._folder, self._manifest = _open(config, root, expected_root_hash)
+        self._folder, self._manifest = open_dataset(config, root, expected_root_hash)
         self._blocks: _Blocks | None = _Blocks(self._folder, self._manifest, config)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -154,9 +152,9 @@ class _Blocks(StreamingDataset):
             number, place = self.spanner[int(group)]
             shard = self.shards[number]
             for block in range(place * joined, (place + 1) * joined):
-                with _blamed(shard, block):
+                with located_errors(shard, block):
                     rows.append(shard[block])
-        return _batch(rows, self._config, self._manifest)
+        return batch_of(rows, self._config, self._manifest)
 
     def count(self, groups: int) -> dict[str, Realised]:
         """What the first groups of the order hold of each domain."""
@@ -221,98 +219,6 @@ class _Blocks(StreamingDataset):
         return self._orders[epoch]
 
 
-def certificate(samples: np.ndarray) -> int:
-    """A sum modulo 2^64 that is equal for equal multisets of sample ids, in any order."""
-    return int(mix(samples, 0).sum(dtype=np.uint64))
-
-
-def evaluation_sets(root: Path, dataset: str) -> list[str]:
-    """Names of the evaluation sets of a dataset: its domains."""
-    return read_manifest(root / dataset).domains
-
-
-def evaluation_batches(
-    config: DataConfig,
-    root: Path,
-    domain: str,
-    *,
-    split: str = "validation",
-    batch_sequences: int,
-    max_blocks: int,
-) -> Iterator[Batch]:
-    """The first blocks of a held-out set, in their order, cut or joined into sequences.
-
-    Raises:
-        ValueError: the config does not fit the dataset, or the blocks make no whole sequence.
-        RuntimeError: the dataset is not what its manifest says.
-    """
-    folder, manifest = _open(config, root, None)
-    described, joined = manifest.stream(domain, split), config.joined_blocks
-    verify_streams(folder, manifest, [described])
-    read = _whole_groups(config, described, max_blocks) * joined
-    blocks = itertools.islice(_in_order(_open_shards(folder, described)), read)
-    waiting: list[Batch] = []
-    while rows := list(itertools.islice(blocks, batch_sequences * joined)):
-        waiting.append(_batch(rows, config, manifest))
-        *whole, rest = join_batches(waiting).split(batch_sequences)
-        yield from whole
-        waiting = [rest]
-    yield from waiting
-
-
-def check_evaluation(config: DataConfig, root: Path, max_blocks: int) -> None:
-    """Make sure that the first blocks of every held-out set make a sequence.
-
-    Raises:
-        ValueError: those of one do not.
-    """
-    manifest = read_manifest(root / config.dataset)
-    for domain in manifest.domains:
-        _whole_groups(config, manifest.stream(domain, "validation"), max_blocks)
-
-
-def _open(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
-    """The dataset of a corpus, if it fits."""
-    folder = root / config.dataset
-    manifest = read_manifest(folder)
-    if expected is not None and manifest.root_hash != expected:
-        raise RuntimeError(
-            f"dataset {folder} has the root hash {manifest.root_hash[:16]}, but "
-            f"{expected[:16]} was registered; restore the registered one"
-        )
-    if config.block_tokens != manifest.block_tokens:
-        raise ValueError(
-            f"corpus.block_tokens is {config.block_tokens}, but dataset {folder} has blocks of "
-            f"{manifest.block_tokens}; set it to that"
-        )
-    built = manifest.config["tokenizer"]
-    if (config.tokenizer.kind, config.tokenizer.vocab_size) != (built["kind"], built["vocab_size"]):
-        raise ValueError(
-            f"corpus.tokenizer is {config.tokenizer.kind} of {config.tokenizer.vocab_size} ids, "
-            f"but dataset {folder} was built with {built['kind']} of {built['vocab_size']}; "
-            "set it to that"
-        )
-    fingerprint = load_tokenizer(config.tokenizer, folder).fingerprint
-    if fingerprint != manifest.tokenizer_fingerprint:
-        raise RuntimeError(
-            f"the tokenizer in {folder} is not the one its blocks were made with; {rebuild(folder)}"
-        )
-    return folder, manifest
-
-
-def _whole_groups(config: DataConfig, described: manifests.Stream, max_blocks: int) -> int:
-    """Groups of joined blocks among the first blocks of a set."""
-    joined = config.joined_blocks
-    groups = min(max_blocks, described.blocks) // joined
-    if joined > 1 and not groups:
-        raise ValueError(
-            f"{described.folder} of dataset {config.dataset} has {described.blocks} blocks, of "
-            f"which evaluation reads {max_blocks}, but corpus.seq_len {config.seq_len} takes "
-            f"{joined} for one sequence; raise evaluation.blocks_per_set, or build a longer set"
-        )
-    return groups
-
-
 def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
     """Leading blocks of a domain that hold its share of `unique_bytes`."""
     if config.unique_bytes is None:
@@ -330,7 +236,7 @@ def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
 
 def _long_enough(folder: Path, config: DataConfig, described: manifests.Stream) -> list[MDSReader]:
     """The shards of a domain that hold its share of `unique_bytes` and a group of joined blocks."""
-    shards = _leading(_open_shards(folder, described), _unique_blocks(config, described))
+    shards = _leading(open_shards(folder, described), _unique_blocks(config, described))
     kept = [shard for shard in shards if shard.samples >= config.joined_blocks]
     if not kept:
         raise ValueError(
@@ -347,42 +253,3 @@ def _leading(shards: list[MDSReader], blocks: int) -> list[MDSReader]:
         shard.samples = min(shard.samples, blocks)
         blocks -= shard.samples
     return [shard for shard in shards if shard.samples]
-
-
-def _open_shards(folder: Path, described: manifests.Stream) -> list[MDSReader]:
-    """Readers of the shards of one stream, by StreamingDataset's own way."""
-    stream = Stream(local=str(folder / described.folder), split="")
-    return stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)  # type: ignore[return-value]
-
-
-def _in_order(shards: list[MDSReader]) -> Iterator[dict]:
-    for shard in shards:
-        for place in range(shard.samples):
-            with _blamed(shard, place):
-                row = shard[place]
-            yield row
-
-
-def _batch(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
-    tokens = np.stack([row["tokens"] for row in rows])
-    if int(tokens.max()) >= manifest.vocab_size:
-        raise RuntimeError(
-            f"dataset {config.dataset} holds the token {tokens.max()}, but its tokenizer has "
-            f"{manifest.vocab_size} ids; verify it, or build it again"
-        )
-    documents = np.stack([row["documents"] for row in rows])
-    samples = np.array([row["sample"] for row in rows], np.uint64)
-    longer = join_blocks(tokens, documents, samples, config.joined_blocks)
-    return cut_blocks(*longer, config.seq_len)
-
-
-@contextlib.contextmanager
-def _blamed(shard: MDSReader, place: int) -> Iterator[None]:
-    """Name the shard and the sample in whatever goes wrong while one is read."""
-    try:
-        yield
-    except (ValueError, IndexError, OSError) as error:
-        raise RuntimeError(
-            f"shard {shard.dirname}/{shard.raw_data.basename} cannot be read at sample {place}: "
-            f"{error}; it was changed since it was verified, start again to have it checked"
-        ) from error

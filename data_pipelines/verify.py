@@ -18,26 +18,13 @@ from pathlib import Path
 import zstandard
 
 from data_pipelines.config import NAME
+from data_pipelines.durable import hold_lock, sync
+from data_pipelines.fault_points import fault_point
+from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
 from data_pipelines.manifest import INDEX, Manifest, Shard, Stream, read_manifest, rebuild
-from data_pipelines.packing import token_dtype
-from data_pipelines.stages import hold_lock, sync
-from kernels.faults import fault_point
 
-COMPRESSION = "zstd:3"
-HASHES = ("sha256",)
-SHARD_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES_PER_SHARD = 4096
-
-
-def columns(block_tokens: int, vocab_size: int) -> dict[str, str]:
-    """The columns of a block, all of a fixed shape: no other encoding is ever read."""
-    length = block_tokens + 1
-    return {
-        "tokens": f"ndarray:{token_dtype(vocab_size)}:{length}",
-        "documents": f"ndarray:{token_dtype(length)}:{length}",
-        "sample": "uint64",
-    }
 
 
 def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) -> None:

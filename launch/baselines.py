@@ -58,8 +58,9 @@ def write_baselines(
 
 
 def _count(run_plain: dict, evaluation_plain: dict, orders: list[int], root: str) -> list[dict]:
+    from data_pipelines.evaluation_sets import evaluation_batches, evaluation_sets
     from data_pipelines.ngram import NGram
-    from data_pipelines.stream import TokenStream, evaluation_batches, evaluation_sets
+    from data_pipelines.stream import TokenStream
     from data_pipelines.tokenizers import vocabulary_size
 
     run, evaluation = load(RunConfig, run_plain), load(EvaluationConfig, evaluation_plain)

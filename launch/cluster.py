@@ -10,7 +10,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
-from kernels.faults import fault_point
+from data_pipelines.fault_points import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.slurm import QueuedJob, QueueExecutor, held_jobs

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from analysis.benchmarks.hip import draw, table_rows
 from data_pipelines.batch import IGNORED, Batch, join_batches
-from data_pipelines.stream import evaluation_batches, evaluation_sets
+from data_pipelines.evaluation_sets import evaluation_batches, evaluation_sets
 from launch.weights import TrainedRun, load_run
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig

@@ -19,7 +19,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 from torch import distributed as dist
 
-from kernels.faults import fault_point
+from data_pipelines.fault_points import fault_point
 from trainer.manifest import (
     FORMAT,
     MANIFEST,

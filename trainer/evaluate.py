@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data_pipelines.batch import Batch, target_bytes
-from data_pipelines.stream import check_evaluation, evaluation_batches, evaluation_sets
+from data_pipelines.evaluation_sets import check_evaluation, evaluation_batches, evaluation_sets
 from data_pipelines.tokenizers import load_tokenizer
 from trainer.config import EvaluationConfig, RunConfig
 from trainer.engine import Engine

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipelines.batch import Batch
-from data_pipelines.build import read_manifest as read_dataset
+from data_pipelines.fault_points import fault_point
+from data_pipelines.manifest import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
-from kernels.faults import fault_point
 from models.accounting import Account, account
 from models.backbone import build_backbone
 from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish

@@ -3,8 +3,8 @@
 import time
 from pathlib import Path
 
-from data_pipelines.stream import certificate
-from kernels.faults import fault_point
+from data_pipelines.fault_points import fault_point
+from data_pipelines.shards import certificate
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import prepare_process
 from trainer.optimizer import learning_rate, plan_run

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-import kernels.faults
+import data_pipelines.fault_points
 from data_pipelines.build import build_dataset
 from data_pipelines.config import DataConfig, DatasetConfig, SourceConfig, TokenizerConfig
 
@@ -65,7 +65,7 @@ def die_at(fault, action):
     child = os.fork()
     if child == 0:
         os.environ["CROSSLADDER_FAULT"] = fault
-        importlib.reload(kernels.faults)
+        importlib.reload(data_pipelines.fault_points)
         action()
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

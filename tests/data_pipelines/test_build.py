@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import kernels.faults
-from data_pipelines.build import build_dataset, read_manifest
+import data_pipelines.fault_points
+from data_pipelines.build import build_dataset
 from data_pipelines.config import SourceConfig, TokenizerConfig
-from data_pipelines.packing import read_in_order, token_dtype
+from data_pipelines.format import token_dtype
+from data_pipelines.manifest import read_manifest
+from data_pipelines.packing import read_in_order
 from data_pipelines.verify import verify_dataset, verify_streams
 from tests.data_pipelines.conftest import (
     DOMAINS,
@@ -57,11 +59,11 @@ def faults(monkeypatch):
 
     def ask(text):
         monkeypatch.setenv("CROSSLADDER_FAULT", text)
-        importlib.reload(kernels.faults)
+        importlib.reload(data_pipelines.fault_points)
 
     yield ask
     monkeypatch.delenv("CROSSLADDER_FAULT", raising=False)
-    importlib.reload(kernels.faults)
+    importlib.reload(data_pipelines.fault_points)
 
 
 @pytest.mark.parametrize("domain_bytes", [None, 20_000])

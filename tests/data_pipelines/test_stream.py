@@ -13,14 +13,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.batch import IGNORED, mix, target_bytes
-from data_pipelines.build import read_manifest
-from data_pipelines.stream import (
-    TokenStream,
-    certificate,
-    check_evaluation,
-    evaluation_batches,
-    evaluation_sets,
-)
+from data_pipelines.evaluation_sets import check_evaluation, evaluation_batches, evaluation_sets
+from data_pipelines.manifest import read_manifest
+from data_pipelines.shards import certificate
+from data_pipelines.stream import TokenStream
 from data_pipelines.tokenizers import ByteTokenizer
 from tests.data_pipelines.conftest import DOMAINS, corpus
 from tests.oracles.packing import pack_documents

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from data_pipelines.build import read_manifest
+from data_pipelines.manifest import read_manifest
 from data_pipelines.stream import TokenStream
 from data_pipelines.verify import verify_dataset
 from tests.data_pipelines.conftest import corpus, die_at

@@ -26,7 +26,7 @@ def content(step: int, name: str, size: int) -> bytes:
 
 def write_files(folder: Path, step: int, size: int) -> None:
     """Put down files of known content, passing a fault point in the middle of one."""
-    from kernels.faults import fault_point
+    from data_pipelines.fault_points import fault_point
 
     for name in FILES:
         file = folder / name

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 
-import kernels.faults
+import data_pipelines.fault_points
 from tests.trainer.study import rebind_faults
 
 PRELOADED = ("deepspeed", "streaming", "tests.trainer.ranks")
@@ -62,7 +62,7 @@ def _act(place: tuple[int, int, int], action: Callable[[], object], fault: str) 
     os.environ |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(port)
     os.environ["CROSSLADDER_FAULT"] = fault
-    importlib.reload(kernels.faults)
+    importlib.reload(data_pipelines.fault_points)
     rebind_faults()
     action()
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import kernels.faults
+import data_pipelines.fault_points
 from data_pipelines.build import build_dataset
 from data_pipelines.config import DatasetConfig, SourceConfig
 from sweeps.grammar import Experiment
@@ -84,7 +84,7 @@ def in_child(action: Callable[[], object], fault: str = "") -> int:
     child = os.fork()
     if child == 0:
         os.environ["CROSSLADDER_FAULT"] = fault
-        importlib.reload(kernels.faults)
+        importlib.reload(data_pipelines.fault_points)
         rebind_faults()
         code = 1
         try:
@@ -102,7 +102,7 @@ def rebind_faults() -> None:
     import trainer.train
 
     for module in (trainer.checkpoint, trainer.session, trainer.train):
-        module.fault_point = kernels.faults.fault_point  # type: ignore[attr-defined]
+        module.fault_point = data_pipelines.fault_points.fault_point  # type: ignore[attr-defined]
 
 
 def exact(stored: StoredRun) -> tuple[list[tuple], list[tuple], str]:

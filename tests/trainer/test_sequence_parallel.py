@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import trainer.session
-from data_pipelines.stream import TokenStream, certificate
+from data_pipelines.shards import certificate
+from data_pipelines.stream import TokenStream
 from models.backbone import BackboneConfig
 from models.mixers.recurrent.mamba2 import Mamba2
 from sweeps.grammar import Experiment

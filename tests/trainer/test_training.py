@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels.scans.selective_scan
-from data_pipelines.stream import evaluation_batches
+from data_pipelines.evaluation_sets import evaluation_batches
 from models.backbone import build_backbone
 from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run

@@ -1,0 +1,82 @@
+"""Open the verified shards of a dataset, turn blocks into batches, and certify what was read."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from streaming import Stream
+from streaming.base.format.mds import MDSReader
+from streaming.base.world import World
+
+from data_pipelines import manifest as manifests
+from data_pipelines.batch import Batch, cut_blocks, join_blocks, mix
+from data_pipelines.config import DataConfig
+from data_pipelines.manifest import Manifest, read_manifest, rebuild
+from data_pipelines.tokenizers import load_tokenizer
+
+
+def certificate(samples: np.ndarray) -> int:
+    """A sum modulo 2^64 that is equal for equal multisets of sample ids, in any order."""
+    return int(mix(samples, 0).sum(dtype=np.uint64))
+
+
+def open_dataset(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
+    """The dataset of a corpus, if it fits."""
+    folder = root / config.dataset
+    manifest = read_manifest(folder)
+    if expected is not None and manifest.root_hash != expected:
+        raise RuntimeError(
+            f"dataset {folder} has the root hash {manifest.root_hash[:16]}, but "
+            f"{expected[:16]} was registered; restore the registered one"
+        )
+    if config.block_tokens != manifest.block_tokens:
+        raise ValueError(
+            f"corpus.block_tokens is {config.block_tokens}, but dataset {folder} has blocks of "
+            f"{manifest.block_tokens}; set it to that"
+        )
+    built = manifest.config["tokenizer"]
+    if (config.tokenizer.kind, config.tokenizer.vocab_size) != (built["kind"], built["vocab_size"]):
+        raise ValueError(
+            f"corpus.tokenizer is {config.tokenizer.kind} of {config.tokenizer.vocab_size} ids, "
+            f"but dataset {folder} was built with {built['kind']} of {built['vocab_size']}; "
+            "set it to that"
+        )
+    fingerprint = load_tokenizer(config.tokenizer, folder).fingerprint
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise RuntimeError(
+            f"the tokenizer in {folder} is not the one its blocks were made with; {rebuild(folder)}"
+        )
+    return folder, manifest
+
+
+def open_shards(folder: Path, described: manifests.Stream) -> list[MDSReader]:
+    """Readers of the shards of one stream, by StreamingDataset's own way."""
+    stream = Stream(local=str(folder / described.folder), split="")
+    return stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)  # type: ignore[return-value]
+
+
+def batch_of(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
+    """Make a batch of decompressed blocks, cut or joined to the sequence length."""
+    tokens = np.stack([row["tokens"] for row in rows])
+    if int(tokens.max()) >= manifest.vocab_size:
+        raise RuntimeError(
+            f"dataset {config.dataset} holds the token {tokens.max()}, but its tokenizer has "
+            f"{manifest.vocab_size} ids; verify it, or build it again"
+        )
+    documents = np.stack([row["documents"] for row in rows])
+    samples = np.array([row["sample"] for row in rows], np.uint64)
+    longer = join_blocks(tokens, documents, samples, config.joined_blocks)
+    return cut_blocks(*longer, config.seq_len)
+
+
+@contextlib.contextmanager
+def located_errors(shard: MDSReader, place: int) -> Iterator[None]:
+    """Name the shard and the sample in whatever goes wrong while one is read."""
+    try:
+        yield
+    except (ValueError, IndexError, OSError) as error:
+        raise RuntimeError(
+            f"shard {shard.dirname}/{shard.raw_data.basename} cannot be read at sample {place}: "
+            f"{error}; it was changed since it was verified, start again to have it checked"
+        ) from error
