@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 .PHONY: bench growth laws recovery decode faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
-hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/evaluate.py runs/hip
+hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/swap.py runs/hip
 test:  setup ; $(BIN)/python -m tests.run
 check: setup ; $(BIN)/python -m tests.check
 ladder: setup ; $(BIN)/python launch/ladder.py

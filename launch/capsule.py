@@ -19,7 +19,7 @@ from analysis.tables.capsule import Capsule, pack, unpack
 from analysis.tables.frames import keep, where
 from launch.data import build_data
 from launch.job import TrainJob, Unit
-from launch.standing import Standing, require_same_data, standing_of
+from launch.run_status import Standing, require_same_data, standing_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.config import evaluation_id
 from trainer.preemption import ExitCode

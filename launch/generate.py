@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipelines.tokenizers import Tokenizer
-from launch.weights import TrainedRun, load_run
+from launch.trained_run import TrainedRun, load_run
 from models.generate import Piece, Sampling, generate
 from trainer.preemption import ExitCode
 from trainer.schema import ConfigError

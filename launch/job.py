@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import submitit
 
 from launch.journal import Journal
-from launch.standing import Standing, standing_of
+from launch.run_status import Standing, standing_of
 from sweeps.grammar import Experiment
 
 if TYPE_CHECKING:

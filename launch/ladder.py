@@ -17,7 +17,7 @@ from rich.table import Table
 from launch.measurements import Measurement, write_measurements
 from models.accounting import Account, account
 from models.backbone import BackboneConfig
-from sweeps.ladder import (
+from sweeps.sizing import (
     ADMITTED_ERROR,
     RUNGS,
     ArchitectureConfig,

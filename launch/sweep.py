@@ -22,9 +22,9 @@ from launch.job import Unit
 from launch.journal import Journal
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
-from launch.standing import Standing, require_same_data, standing_of
+from launch.run_status import Standing, require_same_data, standing_of
 from sweeps.grammar import Sweep, read_sweep_file
-from sweeps.ladder import read_architectures
+from sweeps.sizing import read_architectures
 from trainer.preemption import ExitCode
 from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump

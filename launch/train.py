@@ -16,7 +16,7 @@ from launch.cluster import run_units
 from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
-from launch.standing import Standing, standing_of
+from launch.run_status import Standing, standing_of
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once

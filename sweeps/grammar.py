@@ -12,7 +12,7 @@ import torch
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
-from sweeps.ladder import (
+from sweeps.sizing import (
     ADMITTED_ERROR,
     ArchitectureConfig,
     Fitted,
@@ -21,7 +21,7 @@ from sweeps.ladder import (
     fit_architecture,
     read_architectures,
 )
-from sweeps.ladder import nominal_parameters as count_nominal
+from sweeps.sizing import nominal_parameters as count_nominal
 from trainer.config import (
     FORMS,
     BudgetConfig,

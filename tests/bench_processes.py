@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweeps.ladder import RUNGS
+from sweeps.sizing import RUNGS
 from tests.bench_models import (
     RATE,
     THREADS,

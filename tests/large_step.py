@@ -36,7 +36,14 @@ from launch.measurements import Measurement, write_measurements
 from models.activations import ADAM_BYTES, activations
 from models.backbone import Backbone, build_backbone
 from models.sequences.whole import WholeSequence
-from sweeps.ladder import ADMITTED_ERROR, RUNGS, Fitted, Place, fit_architecture, read_architectures
+from sweeps.sizing import (
+    ADMITTED_ERROR,
+    RUNGS,
+    Fitted,
+    Place,
+    fit_architecture,
+    read_architectures,
+)
 from trainer.machine import memory_bytes
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from models.backbone import build_backbone
 from models.compiled import compile_blocks
 from models.parts.layers import RMSNorm
 from models.sequences.whole import WholeSequence
-from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
 from trainer.config import ExecutionConfig
 from trainer.objective import total_nats
 

@@ -36,7 +36,7 @@ from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
 from models.sequences.positions import segment_ends
 from models.sequences.whole import WholeSequence
-from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
 
 ROOT = Path(__file__).parent.parent.parent
 RUNG_NAMES = ("360M", "1.3B", "3B")

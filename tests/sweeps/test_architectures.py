@@ -10,7 +10,7 @@ from models.activations import activations, counting
 from models.backbone import BackboneConfig, build_backbone, undecayed
 from models.sequences.whole import WholeSequence
 from sweeps.grammar import Experiment
-from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
 from tests.trainer import study
 from trainer.engine import Engine, prepare_process
 from trainer.objective import total_nats

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sweeps.grammar import Experiment
-from sweeps.ladder import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
 from tests.trainer.ranks import on_ranks
 from tests.trainer.study import build_tiny, make, run
 from trainer.record import read_run

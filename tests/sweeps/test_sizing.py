@@ -3,7 +3,7 @@
 import pytest
 
 from models.accounting import total_parameters
-from sweeps.ladder import (
+from sweeps.sizing import (
     RUNGS,
     Place,
     find_rung,

@@ -1,6 +1,6 @@
 """The command: a trained run's loss with HiP attention in place of its own, without training.
 
-python launch/evaluate.py runs/hip --swap attention=hip [--k 8 64] [--selection row block recent]
+python launch/swap.py runs/hip --swap attention=hip [--k 8 64] [--selection row block recent]
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.table import Table
 from analysis.benchmarks.hip import draw, table_rows
 from data_pipelines.batch import IGNORED, Batch, join_batches
 from data_pipelines.evaluation_sets import evaluation_batches, evaluation_sets
-from launch.weights import TrainedRun, load_run
+from launch.trained_run import TrainedRun, load_run
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
 from trainer.preemption import ExitCode
@@ -31,8 +31,8 @@ SAME = 1e-5
 """Nats per token of a sequence; single tokens differ by float32's rounding."""
 EXAMPLES = """
 examples:
-  python launch/evaluate.py runs/hip --swap attention=hip        the run that `make hip` trains
-  python launch/evaluate.py runs/scaling/<id> --swap attention=hip --k 8 32 256 --selection row
+  python launch/swap.py runs/hip --swap attention=hip        the run that `make hip` trains
+  python launch/swap.py runs/scaling/<id> --swap attention=hip --k 8 32 256 --selection row
 
 selections: row lets each query choose its keys; block lets 32 queries choose together, as HiP is
 published, so that a token's loss knows something of later ones; recent is the control:
@@ -234,7 +234,7 @@ def _positive(word: str) -> int:
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/evaluate.py",
+        prog="launch/swap.py",
         description="Evaluate a trained run with HiP attention in place of its own.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

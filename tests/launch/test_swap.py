@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.evaluate import main, only_run
+from launch.swap import main, only_run
 from tests.launch.command import command
 from tests.trainer.study import build_tiny, make, run
 from trainer.schema import ConfigError
@@ -39,7 +39,7 @@ def swaps(sweep: Path, data: Path) -> Path:
 
 
 def evaluated(folder: Path, data: Path, *words: str):
-    return command("launch/evaluate.py", str(folder), "--data", str(data), *FIELDS, *words)
+    return command("launch/swap.py", str(folder), "--data", str(data), *FIELDS, *words)
 
 
 def report(swaps: Path) -> dict:

@@ -1,0 +1,33 @@
+"""The hashes that name a run, its trunk and its evaluations."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+from trainer.schema import dump
+from trainer.config import EvaluationConfig
+from trainer.config import RunConfig
+
+def run_id(config: RunConfig) -> str:
+    """The name of a run's folder: a hash of all its choices."""
+    return _digest(dump(config))
+
+
+def trunk_id(config: RunConfig) -> str:
+    """What the horizons of one trunk share: a hash of all choices but budget and decay."""
+    choices = dump(config)
+    del choices["budget"]
+    del choices["schedule"]["decay_fraction"], choices["schedule"]["final_share"]
+    return "trunk-" + _digest(choices)
+
+
+def evaluation_id(config: EvaluationConfig) -> str:
+    """What makes two evaluations comparable: a hash of what was read, not of when."""
+    choices = dump(config)
+    del choices["milestones"], choices["batch_sequences"]
+    return _digest(choices)
+
+
+def _digest(choices: Mapping[str, Any]) -> str:
+    text = json.dumps(choices, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
