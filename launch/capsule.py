@@ -21,8 +21,8 @@ from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.run_status import Standing, require_same_data, standing_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
-from trainer.config import evaluation_id
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
+from trainer.ids import evaluation_id
 from trainer.record import StoredRun, read_run
 from trainer.schema import ConfigError
 

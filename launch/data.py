@@ -9,7 +9,7 @@ from rich.console import Console
 
 from data_pipelines.config import DatasetConfig
 from data_pipelines.manifest import MANIFEST, read_manifest
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 from trainer.schema import dump, load
 
 

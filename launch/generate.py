@@ -14,7 +14,7 @@ from rich.markup import escape
 from data_pipelines.tokenizers import Tokenizer
 from launch.trained_run import TrainedRun, load_run
 from models.generate import Piece, Sampling, generate
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 from trainer.schema import ConfigError
 
 REPLACEMENT = "\ufffd"

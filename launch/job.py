@@ -155,7 +155,7 @@ class TrainJob:
 
 
 def _fork_of(experiment: Experiment) -> int:
-    from trainer.optimizer import decay_begins
+    from trainer.schedule import decay_begins
 
     return decay_begins(experiment.run)
 

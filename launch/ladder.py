@@ -17,18 +17,10 @@ from rich.table import Table
 from launch.measurements import Measurement, write_measurements
 from models.accounting import Account, account
 from models.backbone import BackboneConfig
-from sweeps.sizing import (
-    ADMITTED_ERROR,
-    RUNGS,
-    ArchitectureConfig,
-    Place,
-    Rung,
-    find_rung,
-    fit_architecture,
-    nominal_parameters,
-    read_architectures,
-)
-from trainer.preemption import ExitCode
+from sweeps.architecture import ArchitectureConfig, read_architectures
+from sweeps.rungs import RUNGS, Rung, find_rung
+from sweeps.sizing import ADMITTED_ERROR, Place, fit_architecture, nominal_parameters
+from trainer.exit_codes import ExitCode
 from trainer.schema import ConfigError, suggest
 
 ROOT = Path(__file__).parent.parent

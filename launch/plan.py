@@ -15,8 +15,8 @@ from models.accounting import Account, account
 from models.backbone import BackboneConfig
 from sweeps.grammar import Experiment, Sweep, trunks_of
 from trainer.machine import gemm_peak_flops
-from trainer.optimizer import decay_begins
 from trainer.record import read_rows
+from trainer.schedule import decay_begins
 
 STEP_OVERHEAD_SECONDS = 0.02
 """What a step of a tiny model costs beside its products: launch of small operations, optimizer."""

@@ -4,7 +4,8 @@ from enum import Enum
 from pathlib import Path
 
 from sweeps.grammar import Experiment
-from trainer.config import RunConfig, evaluation_id, run_id
+from trainer.config import RunConfig
+from trainer.ids import evaluation_id, run_id
 from trainer.record import read_json, read_run
 from trainer.schema import ConfigError, load
 

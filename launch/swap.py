@@ -20,7 +20,7 @@ from data_pipelines.evaluation_sets import evaluation_batches, evaluation_sets
 from launch.trained_run import TrainedRun, load_run
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 from trainer.record import write_json
 from trainer.schema import ConfigError, read_yaml
 from trainer.swap import Measured, measure, swapped

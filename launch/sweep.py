@@ -23,9 +23,9 @@ from launch.journal import Journal
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import Standing, require_same_data, standing_of
+from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
-from sweeps.sizing import read_architectures
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump
 

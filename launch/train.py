@@ -20,7 +20,7 @@ from launch.run_status import Standing, standing_of
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 from trainer.record import read_json, read_run
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
 

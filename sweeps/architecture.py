@@ -1,10 +1,9 @@
-"""Architectures as YAML names them: which blocks, which parts, which sizes follow from the width."""
+"""Architectures as YAML names them: their blocks, parts, and what follows from the width."""
 
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
-from trainer.schema import load
-from trainer.schema import read_yaml
+
+from trainer.schema import load, read_yaml
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 

@@ -11,16 +11,10 @@ import torch
 
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
+from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
-from sweeps.sizing import (
-    ADMITTED_ERROR,
-    ArchitectureConfig,
-    Fitted,
-    Place,
-    find_rung,
-    fit_architecture,
-    read_architectures,
-)
+from sweeps.rungs import find_rung
+from sweeps.sizing import ADMITTED_ERROR, Fitted, Place, fit_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
 from trainer.config import (
     FORMS,
@@ -30,10 +24,9 @@ from trainer.config import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
-    run_id,
-    trunk_id,
 )
-from trainer.optimizer import decay_begins
+from trainer.ids import run_id, trunk_id
+from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
 
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from trainer.schema import ConfigError
-from trainer.schema import suggest
+
+from trainer.schema import ConfigError, suggest
+
 
 @dataclass(frozen=True)
 class Rung:

@@ -3,70 +3,21 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.accounting import total_parameters
 from models.backbone import BackboneConfig
 from models.channel import channel_kinds
 from models.mixer import mixer_kinds
-from trainer.schema import ConfigError, load, merge, read_yaml, suggest
+from sweeps.architecture import ArchitectureConfig
+from sweeps.rungs import Rung
+from trainer.schema import ConfigError, load, merge
 
 ADMITTED_ERROR = 0.01
 """A rung is admitted only if every architecture comes this close to its parameters."""
 NARROW = 512
 """Below this width steps are fine, and an architecture's `narrow` keys apply."""
-ARCHITECTURES = Path(__file__).parent / "architectures"
-
-
-@dataclass(frozen=True)
-class Rung:
-    """A named size: the Transformer's shape, and at nano sizes its parameters at 257 ids.
-
-    Attributes:
-        parameters: nominal size with a vocabulary of 257; None counts the published shape.
-    """
-
-    name: str
-    d_model: int
-    n_layers: int
-    n_heads: int
-    parameters: int | None = None
-
-
-@dataclass(frozen=True)
-class ArchitectureConfig:
-    """An architecture without a size.
-
-    Attributes:
-        blocks: blocks by name, as in a backbone; `n_heads`, `d_hidden` and `max_len` that a kind
-            needs and that are left out are filled in from the rung and the context.
-        pattern: as in a backbone.
-        layers_ratio: layers per layer of the Transformer.
-        hidden_ratio: published inner width of channel mixers over d_model.
-        d_model_step: legal step of d_model from 512 on; below, it is 4.
-        narrow: keys over the blocks where d_model is below 512: published sizes that make no
-            sense there, such as a state larger than the width.
-        narrow_options: keys over `narrow` that are tried in turn where no shape reaches a rung
-            without them: a state in place of an inner width, where an architecture has none.
-        learned_positions: whether absolute places up to the context are learned.
-        learning_rate_scale: the architecture's factor on the rung's learning rate.
-        learning_rate_evidence: the sweep that the factor was read off, and its rungs.
-        model: other keys of the backbone.
-    """
-
-    blocks: dict[str, dict]
-    pattern: str
-    layers_ratio: float = 1.0
-    hidden_ratio: float = 8 / 3
-    d_model_step: int = 16
-    narrow: dict = field(default_factory=dict)
-    narrow_options: tuple[dict, ...] = ()
-    learned_positions: bool = False
-    learning_rate_scale: float = 1.0
-    learning_rate_evidence: str = ""
-    model: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,27 +40,6 @@ class Place:
     rung: Rung
     vocab_size: int
     seq_len: int
-
-
-RUNGS: Mapping[str, Rung] = {
-    rung.name: rung
-    for rung in (
-        # Nano sizes are counts that both first architectures reach within 1 %.
-        Rung("10k", 16, 2, 2, 9_780),
-        Rung("20k", 24, 2, 2, 19_540),
-        Rung("31k", 32, 2, 2, 31_330),
-        Rung("68k", 48, 2, 2, 68_180),
-        Rung("97k", 48, 3, 2, 97_460),
-        Rung("160k", 64, 3, 4, 161_080),
-        Rung("460k", 96, 4, 4, 459_900),
-        Rung("1M", 128, 5, 4, 1_022_760),
-        Rung("125M", 768, 12, 12),
-        Rung("360M", 1024, 24, 16),
-        Rung("760M", 1536, 24, 12),
-        Rung("1.3B", 2048, 24, 16),
-        Rung("3B", 2560, 32, 20),
-    )
-}
 
 
 def nominal_parameters(rung: Rung, vocab_size: int, tied: bool = True) -> int:
@@ -172,28 +102,6 @@ def _closest(name: str, architecture: ArchitectureConfig, place: Place) -> Fitte
             f"{name} has no legal shape near rung {place.rung.name}: {sizing.problem}"
         )
     return Fitted(sizing.backbone(best), sizing.count(best), sizing.count(best) / target - 1)
-
-
-def find_rung(name: str) -> Rung:
-    """The rung of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in RUNGS:
-        raise ConfigError(f"unknown rung {name!r}; {suggest(name, list(RUNGS))}")
-    return RUNGS[name]
-
-
-def read_architectures() -> dict[str, ArchitectureConfig]:
-    """The named architectures that the project ships, one YAML file each."""
-    if not _architectures:
-        for path in sorted(ARCHITECTURES.glob("*.yaml")):
-            _architectures[path.stem] = load(ArchitectureConfig, read_yaml(path), path.stem)
-    return _architectures
-
-
-_architectures: dict[str, ArchitectureConfig] = {}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from launch.measurements import Measurement, write_measurements
-from sweeps.sizing import Rung
+from sweeps.rungs import Rung
 from tests.bench_models import THREADS, Size, Task
 from tests.bench_processes import CONTENDERS, Child, prepare_threads, serve, serve_costs
 from tests.bench_rows import (

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from launch.measurements import Measurement, write_measurements
 from models.accounting import account
-from sweeps.sizing import Rung
+from sweeps.rungs import Rung
 from tests.bench import ROOT, gemm_flops
 from tests.bench_models import THREADS, Built, Size, Task, bare, compiled
 from tests.bench_peers import llama, plain, plain_compiled, their_mamba, their_mamba2

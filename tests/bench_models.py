@@ -16,7 +16,9 @@ from data_pipelines.config import DataConfig, TokenizerConfig
 from models.backbone import Backbone, BackboneConfig, build_backbone
 from models.compiled import compile_blocks
 from models.sequences.whole import WholeSequence
-from sweeps.sizing import Place, Rung, fit_architecture, read_architectures
+from sweeps.architecture import read_architectures
+from sweeps.rungs import Rung
+from sweeps.sizing import Place, fit_architecture
 from trainer.config import (
     BudgetConfig,
     ExecutionConfig,

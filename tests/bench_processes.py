@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sweeps.sizing import RUNGS
+from sweeps.rungs import RUNGS
 from tests.bench_models import (
     RATE,
     THREADS,
@@ -25,10 +25,11 @@ from tests.bench_models import (
     random_batch,
 )
 from tests.bench_peers import llama, their_mamba
-from trainer.checkpoint import Draft, SaveFailure, SoloGroup, publish
+from trainer.checkpoint import Draft, SaveFailure, publish
 from trainer.config import ExecutionConfig
 from trainer.engine import Engine, prepare_process
 from trainer.machine import keep_freed_memory
+from trainer.parallel import SoloGroup
 from trainer.record import open_record
 
 CONTENDERS: dict[tuple[str, str], Callable[[Task], Built]] = {

@@ -36,14 +36,9 @@ from launch.measurements import Measurement, write_measurements
 from models.activations import ADAM_BYTES, activations
 from models.backbone import Backbone, build_backbone
 from models.sequences.whole import WholeSequence
-from sweeps.sizing import (
-    ADMITTED_ERROR,
-    RUNGS,
-    Fitted,
-    Place,
-    fit_architecture,
-    read_architectures,
-)
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import ADMITTED_ERROR, Fitted, Place, fit_architecture
 from trainer.machine import memory_bytes
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,9 @@ from models.backbone import build_backbone
 from models.compiled import compile_blocks
 from models.parts.layers import RMSNorm
 from models.sequences.whole import WholeSequence
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 from trainer.config import ExecutionConfig
 from trainer.objective import total_nats
 

@@ -15,7 +15,9 @@ from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.scout import ScoutConfig
 from models.mixers.softmax.window import WindowConfig
 from models.ranks.schemes import Payload, Scheme
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 from tests.oracles import prefix_messages, wire
 from tests.sequence_parallel.problem import ARCHITECTURES
 

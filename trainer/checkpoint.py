@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
-from torch import distributed as dist
 
 from data_pipelines.fault_points import fault_point
 from trainer.manifest import (
@@ -36,6 +35,7 @@ from trainer.manifest import (
     manifest_text,
     step_name,
 )
+from trainer.parallel import RankGroup
 from trainer.record import RunRecord
 
 FAULT_POINTS = (
@@ -63,41 +63,6 @@ T = TypeVar("T")
 
 class SupersededError(RuntimeError):
     """A later incarnation owns the run; this process must end and write nothing more."""
-
-
-class SoloGroup:
-    """A process that saves alone."""
-
-    rank = 0
-    ranks = 1
-
-    def gather(self, value: T) -> list[T]:
-        """The value, as the only one."""
-        return [value]
-
-
-class DistributedGroup:
-    """All ranks of a torch process group.
-
-    Hand in a gloo group made for nothing else, with a longer timeout than the group that trains:
-    a rank whose write failed waits in it while its peers may still be inside a collective of the
-    other.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | int) -> None:
-        assert isinstance(group, dist.ProcessGroup), "this process is not in the group"
-        self._group = group
-        self.rank = dist.get_rank(group)
-        self.ranks = dist.get_world_size(group)
-
-    def gather(self, value: T) -> list[T]:
-        """The values of all ranks in their order, on every rank."""
-        values = [value] * self.ranks
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
-
-RankGroup = SoloGroup | DistributedGroup
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,13 @@
 change a number only by rounding. `EvaluationConfig` says what is measured of a checkpoint.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from data_pipelines.config import DataConfig
 from models.backbone import BackboneConfig
-from trainer.schema import dump
 
 
 @dataclass(frozen=True)
@@ -295,31 +292,6 @@ def _check_shards(run: RunConfig, execution: ExecutionConfig) -> None:
 
 def _describe(form: str, encoder: bool) -> str:
     return f"a {form} with an encoder" if encoder else f"a lone {form}"
-
-
-def run_id(config: RunConfig) -> str:
-    """The name of a run's folder: a hash of all its choices."""
-    return _digest(dump(config))
-
-
-def trunk_id(config: RunConfig) -> str:
-    """What the horizons of one trunk share: a hash of all choices but budget and decay."""
-    choices = dump(config)
-    del choices["budget"]
-    del choices["schedule"]["decay_fraction"], choices["schedule"]["final_share"]
-    return "trunk-" + _digest(choices)
-
-
-def evaluation_id(config: EvaluationConfig) -> str:
-    """What makes two evaluations comparable: a hash of what was read, not of when."""
-    choices = dump(config)
-    del choices["milestones"], choices["batch_sequences"]
-    return _digest(choices)
-
-
-def _digest(choices: Mapping[str, Any]) -> str:
-    text = json.dumps(choices, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _require_positive(config: object, *names: str) -> None:

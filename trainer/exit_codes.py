@@ -2,6 +2,7 @@
 
 import enum
 
+
 class ExitCode(enum.IntEnum):
     """Why a process ended, for whoever started it; the launcher decides by it what happens next."""
 

@@ -7,10 +7,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
@@ -101,11 +99,12 @@ class Heartbeat:
             f"{self._deadlines[beat.phase]:g} s; stacks: {self._stacks}"
         )
         with contextlib.suppress(OSError):
-            _dump_stacks(self._stacks, message)
+            dump_stacks(self._stacks, message)
         self._report(message)
 
 
-def _dump_stacks(file: Path, title: str) -> None:
+def dump_stacks(file: Path, title: str) -> None:
+    """Write where every thread of this process stands, under a title."""
     with file.open("w") as opened:
         opened.write(f"{title}\n")
         opened.flush()

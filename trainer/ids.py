@@ -4,9 +4,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
+
+from trainer.config import EvaluationConfig, RunConfig
 from trainer.schema import dump
-from trainer.config import EvaluationConfig
-from trainer.config import RunConfig
+
 
 def run_id(config: RunConfig) -> str:
     """The name of a run's folder: a hash of all its choices."""

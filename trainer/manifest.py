@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from trainer.preemption import ExitCode
+from trainer.exit_codes import ExitCode
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"

@@ -1,11 +1,9 @@
 """The optimizer's groups, the learning rate, and what happens after a step: pure functions."""
 
-from dataclasses import dataclass
-
 import torch
 
 from models.backbone import Backbone, undecayed
-from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
+from trainer.config import RunConfig
 
 
 def adamw(
@@ -25,87 +23,4 @@ def adamw(
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         fused=True,
-    )
-
-
-def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, constant, linear decay."""
-    options, schedule = config.optimizer, config.schedule
-    peak = options.learning_rate * options.learning_rate_scale
-    warmup = max(schedule.warmup_tokens // options.batch_tokens, 1)
-    rate = peak * min((step + 1) / warmup, 1.0)
-    decay = config.steps - decay_begins(config)
-    if decay:
-        left = min((config.steps - step) / (decay + 1), 1.0)
-        rate *= schedule.final_share + (1 - schedule.final_share) * left
-    return rate
-
-
-def decay_begins(config: RunConfig) -> int:
-    """The first step of the decay; the number of steps if there is none."""
-    return config.steps - round(config.schedule.decay_fraction * config.steps)
-
-
-@dataclass(frozen=True)
-class Events:
-    """What happens when `step` steps are done.
-
-    Attributes:
-        save: whether a checkpoint is published.
-        pin: whether that checkpoint is kept for branches.
-        evaluate: whether all sets are evaluated.
-    """
-
-    save: bool
-    pin: bool
-    evaluate: bool
-
-
-@dataclass(frozen=True)
-class Plan:
-    """When a run saves and evaluates, in steps done.
-
-    Attributes:
-        last: steps of the run.
-        forks: steps whose checkpoints other horizons start from.
-        milestones: steps after which all sets are evaluated.
-        save_every: steps between checkpoints, or None.
-    """
-
-    last: int
-    forks: frozenset[int]
-    milestones: frozenset[int]
-    save_every: int | None
-
-    def events(self, step: int) -> Events:
-        """What happens when `step` steps are done."""
-        evaluate = step in self.milestones
-        periodic = self.save_every is not None and step % self.save_every == 0
-        save = step in self.forks or step == self.last or periodic
-        return Events(save=save, pin=step in self.forks, evaluate=evaluate)
-
-
-def plan_run(
-    config: RunConfig,
-    execution: ExecutionConfig,
-    evaluation: EvaluationConfig,
-    forks: frozenset[int] = frozenset(),
-) -> Plan:
-    """When a run saves and evaluates.
-
-    Args:
-        config: the run.
-        execution: how often it saves.
-        evaluation: where all runs of the study are evaluated; a run's end is added.
-        forks: for a trunk, the steps at which its horizons begin to decay.
-    """
-    batch = config.optimizer.batch_tokens
-    milestones = {tokens // batch for tokens in evaluation.milestones}
-    ends = set() if forks else {config.steps}
-    save_every = execution.save_every_tokens
-    return Plan(
-        last=config.steps,
-        forks=forks,
-        milestones=frozenset({m for m in milestones if 0 < m <= config.steps} | ends),
-        save_every=None if save_every is None else max(save_every // batch, 1),
     )

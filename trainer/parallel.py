@@ -8,15 +8,50 @@ import datetime
 import functools
 import os
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from trainer.checkpoint import DistributedGroup, RankGroup, SoloGroup
-
+T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)
 """How long a collective waits for a rank that does not come."""
+
+
+class SoloGroup:
+    """A process that saves alone."""
+
+    rank = 0
+    ranks = 1
+
+    def gather(self, value: T) -> list[T]:
+        """The value, as the only one."""
+        return [value]
+
+
+class DistributedGroup:
+    """All ranks of a torch process group.
+
+    Hand in a gloo group made for nothing else, with a longer timeout than the group that trains:
+    a rank whose write failed waits in it while its peers may still be inside a collective of the
+    other.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | int) -> None:
+        assert isinstance(group, dist.ProcessGroup), "this process is not in the group"
+        self._group = group
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in their order, on every rank."""
+        values = [value] * self.ranks
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+RankGroup = SoloGroup | DistributedGroup
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The learning rate at each step, and what happens after which step."""
 
 from dataclasses import dataclass
-from trainer.config import EvaluationConfig
-from trainer.config import ExecutionConfig
-from trainer.config import RunConfig
+
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
+
 
 def learning_rate(config: RunConfig, step: int) -> float:
     """The rate of a step, counted from 0: linear warm-up, constant, linear decay."""

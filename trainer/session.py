@@ -14,21 +14,15 @@ from data_pipelines.stream import TokenStream
 from models.accounting import Account, account
 from models.backbone import build_backbone
 from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
-from trainer.config import (
-    EvaluationConfig,
-    ExecutionConfig,
-    RunConfig,
-    evaluation_id,
-    run_id,
-    trunk_id,
-)
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine, StepResult
 from trainer.evaluate import Evaluator
+from trainer.heartbeat import Heartbeat
+from trainer.ids import evaluation_id, run_id, trunk_id
 from trainer.machine import gemm_peak_flops, memory_bytes, provenance
 from trainer.manifest import CheckpointError, Found, inspect
-from trainer.optimizer import decay_begins
-from trainer.preemption import Heartbeat
 from trainer.record import Row, RunRecord, read_run
+from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, dump
 from trainer.shared_stream import shared_batches
 

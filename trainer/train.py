@@ -7,8 +7,8 @@ from data_pipelines.fault_points import fault_point
 from data_pipelines.shards import certificate
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import prepare_process
-from trainer.optimizer import learning_rate, plan_run
 from trainer.preemption import StopSignal
+from trainer.schedule import learning_rate, plan_run
 from trainer.session import Lineage, Outcome, Session
 
 GRACE_SECONDS = 60.0

@@ -46,7 +46,8 @@ def write_files(folder: Path, step: int, size: int) -> None:
 def run_task(task: dict) -> list[str]:
     """Open the record and save each step of the task, collecting after each."""
     os.environ["CROSSLADDER_FAULT"] = task["fault"]
-    from trainer.checkpoint import Draft, SaveFailure, SoloGroup, collect, publish
+    from trainer.checkpoint import Draft, SaveFailure, collect, publish
+    from trainer.parallel import SoloGroup
     from trainer.record import open_record
 
     said = []

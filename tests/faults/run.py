@@ -27,8 +27,8 @@ from tests.faults.incarnations import Incarnations
 from tests.launch.command import ROOT, command, start
 from tests.trainer.study import read_exact
 from trainer.checkpoint import FAULT_POINTS
-from trainer.optimizer import decay_begins
 from trainer.record import read_json, read_rows
+from trainer.schedule import decay_begins
 
 SMOKE = ("launch/sweep.py", "sweeps/smoke.yaml")
 KILLS = 3

@@ -13,8 +13,8 @@ from sweeps.grammar import trunks_of
 from tests.faults.incarnations import Incarnations
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact
 from trainer.checkpoint import FAULT_POINTS
-from trainer.optimizer import decay_begins
 from trainer.record import read_run
+from trainer.schedule import decay_begins
 
 KILLED = -signal.SIGKILL
 STEPS = tuple(sorted(random.Random(11).sample(range(8, 22), 3)))

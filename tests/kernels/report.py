@@ -36,7 +36,9 @@ from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
 from models.sequences.positions import segment_ends
 from models.sequences.whole import WholeSequence
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 
 ROOT = Path(__file__).parent.parent.parent
 RUNG_NAMES = ("360M", "1.3B", "3B")

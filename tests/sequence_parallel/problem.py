@@ -25,7 +25,9 @@ from models.ranks.schemes import Scheme
 from models.sequences.positions import PADDING
 from models.sequences.recurrence import Recurrence
 from models.sequences.whole import WholeSequence
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 from tests.conformance.case import CROSS, Rows, case_of, declared_cases, documents_of
 from tests.models.conftest import D_MODEL, drawn
 

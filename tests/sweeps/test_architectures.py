@@ -9,8 +9,10 @@ import torch
 from models.activations import activations, counting
 from models.backbone import BackboneConfig, build_backbone, undecayed
 from models.sequences.whole import WholeSequence
+from sweeps.architecture import read_architectures
 from sweeps.grammar import Experiment
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 from tests.trainer import study
 from trainer.engine import Engine, prepare_process
 from trainer.objective import total_nats

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sweeps.grammar import read_sweep_file, trunks_of
-from trainer.config import run_id
+from trainer.ids import run_id
 from trainer.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -3,14 +3,9 @@
 import pytest
 
 from models.accounting import total_parameters
-from sweeps.sizing import (
-    RUNGS,
-    Place,
-    find_rung,
-    fit_architecture,
-    nominal_parameters,
-    read_architectures,
-)
+from sweeps.architecture import read_architectures
+from sweeps.rungs import RUNGS, find_rung
+from sweeps.sizing import Place, fit_architecture, nominal_parameters
 from trainer.schema import ConfigError
 
 TOO_SMALL = {("10k", "m2_bert"), ("20k", "m2_bert")}

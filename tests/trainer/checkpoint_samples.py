@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.checkpoint import Draft, SoloGroup, publish
+from trainer.checkpoint import Draft, publish
 from trainer.manifest import MANIFEST, manifest_text
+from trainer.parallel import SoloGroup
 
 SOLO = SoloGroup()
 FILES = ("model.safetensors", "deepspeed/state/model.pt", "deepspeed/state/optimizer.pt")

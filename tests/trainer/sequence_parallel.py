@@ -18,8 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sweeps.architecture import read_architectures
 from sweeps.grammar import Experiment
-from sweeps.sizing import RUNGS, Place, fit_architecture, read_architectures
+from sweeps.rungs import RUNGS
+from sweeps.sizing import Place, fit_architecture
 from tests.trainer.ranks import on_ranks
 from tests.trainer.study import build_tiny, make, run
 from trainer.record import read_run

@@ -20,17 +20,10 @@ from tests.trainer.checkpoint_samples import (
     truncate,
     write_files,
 )
-from trainer.checkpoint import (
-    DistributedGroup,
-    SaveFailure,
-    SupersededError,
-    collect,
-    newest,
-    publish,
-    require_room,
-)
+from trainer.checkpoint import SaveFailure, SupersededError, collect, newest, publish, require_room
+from trainer.exit_codes import ExitCode
 from trainer.manifest import MANIFEST, CheckpointError, verify
-from trainer.preemption import ExitCode
+from trainer.parallel import DistributedGroup
 from trainer.record import open_record, write_json
 
 

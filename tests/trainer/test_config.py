@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.trainer.conftest import PLAIN
-from trainer.config import ExecutionConfig, RunConfig, run_id, trunk_id
+from trainer.config import ExecutionConfig, RunConfig
+from trainer.ids import run_id, trunk_id
 from trainer.schema import ConfigError, dump, load, merge, read_overrides, read_yaml
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
-from trainer.optimizer import decay_begins, learning_rate, plan_run
+from trainer.schedule import decay_begins, learning_rate, plan_run
 from trainer.schema import load
 
 

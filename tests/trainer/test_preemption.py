@@ -10,7 +10,9 @@ import time
 import pytest
 
 from trainer import preemption
-from trainer.preemption import STOP_SIGNALS, ExitCode, Heartbeat, StopSignal
+from trainer.exit_codes import ExitCode
+from trainer.heartbeat import Heartbeat
+from trainer.preemption import STOP_SIGNALS, StopSignal
 
 PREAMBLE = """
 import ctypes, os, sys, time

@@ -14,8 +14,8 @@ from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run
 from trainer.checkpoint import SaveFailure
 from trainer.objective import IGNORED, total_nats
-from trainer.optimizer import decay_begins
 from trainer.record import read_run
+from trainer.schedule import decay_begins
 from trainer.schema import ConfigError
 from trainer.session import Lineage
 
