@@ -12,16 +12,16 @@ test:  setup ; $(BIN)/python -m tests.run
 check: setup ; $(BIN)/python -m tests.check
 ladder: setup ; $(BIN)/python launch/ladder.py
 conformance: setup ; $(BIN)/python -m tests.conformance.run
-large: setup ; $(BIN)/python -m tests.large_step
-kernels: setup ; $(BIN)/python -m tests.kernels.run && $(BIN)/python -m tests.kernels.report
+large: setup ; $(BIN)/python -m tests.benchmarks.memory.large_step
+kernels: setup ; $(BIN)/python -m tests.kernels.run && $(BIN)/python -m tests.benchmarks.kernels.report
 sequence-parallel: setup ; $(BIN)/python -m tests.sequence_parallel.run
-wire: setup ; $(BIN)/python -m tests.wire
-long-context: setup ; $(BIN)/python -m tests.long_context
-growth: setup ; $(BIN)/python -m tests.bench_growth
-bench: setup ; $(BIN)/python -m tests.bench && $(BIN)/python -m tests.bench_architectures && $(BIN)/python -m tests.bench_profile
+wire: setup ; $(BIN)/python -m tests.benchmarks.wire.wire
+long-context: setup ; $(BIN)/python -m tests.benchmarks.memory.long_context
+growth: setup ; $(BIN)/python -m tests.benchmarks.growth.bench_growth
+bench: setup ; $(BIN)/python -m tests.benchmarks.training.bench && $(BIN)/python -m tests.benchmarks.training.bench_architectures && $(BIN)/python -m tests.benchmarks.training.bench_profile
 laws: setup ; $(BIN)/python -m tests.laws --out reports
-recovery: setup ; $(BIN)/python -m tests.recovery
-decode: setup ; $(BIN)/python -m tests.bench_decode
+recovery: setup ; $(BIN)/python -m tests.benchmarks.statistics.recovery
+decode: setup ; $(BIN)/python -m tests.benchmarks.decode.bench_decode
 faults: setup ; $(BIN)/python -m tests.faults.run
 slurm: setup ; $(BIN)/python -m tests.cluster.run
 lock:  setup ; $(BIN)/python setup_environment.py --lock

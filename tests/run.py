@@ -11,16 +11,19 @@ from tests.check import check
 ROOT = Path(__file__).parent.parent
 TYPED = ("--jaxtyping-packages=models,kernels,beartype.beartype",)
 # What compiles or interprets Triton's source cannot have it rewritten by the shape checks.
-TRITON = "tests/kernels/test_report.py"
+TRITON = "tests/benchmarks/kernels/test_report.py"
 PYTEST = ("pytest", "-q", "--durations=8")
 STAGES = (
     (
         "models and kernels, shapes checked",
-        (*PYTEST, *TYPED, "tests/models", "tests/kernels", f"--ignore={TRITON}"),
+        (*PYTEST, *TYPED, "tests/models", "tests/kernels"),
     ),
     ("Triton kernels, interpreted", ("tests.kernels.run",)),
     ("Triton kernels, compiled", (*PYTEST, TRITON)),
-    ("everything else", (*PYTEST, "tests", "--ignore=tests/models", "--ignore=tests/kernels")),
+    (
+        "everything else",
+        (*PYTEST, "tests", "--ignore=tests/models", "--ignore=tests/kernels", f"--ignore={TRITON}"),
+    ),
 )
 
 

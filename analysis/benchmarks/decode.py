@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
@@ -32,7 +32,7 @@ COMPARISONS: tuple[tuple[Contender, Contender], ...] = (
 CLAIM = 51.47
 WORDS = {"cached": "cached", "uncached": "no cache", "replayed": "no cache, token by token"}
 LOOKS = {
-    name: (figures.COLOURS[i], figures.MARKERS[i])
+    name: (panels.COLOURS[i], panels.MARKERS[i])
     for i, name in enumerate(("hybrid", "attention", "window", "recurrence"))
 }
 STYLES = {"cached": "-", "uncached": "--"}
@@ -85,7 +85,7 @@ def paragraph(rounds: pd.DataFrame) -> str:
 def draw(rounds: pd.DataFrame, name: str) -> Plate:
     """Speed against context, and beside it what a generation after a short prompt compares."""
     data = summarise(rounds)
-    with figures.styled():
+    with panels.styled():
         figure = Figure(figsize=(12.0, 4.9), layout="constrained")
         speed, post = figure.subplots(1, 2, width_ratios=(1.5, 1))
         _draw_speed(speed, data)
@@ -96,7 +96,7 @@ def draw(rounds: pd.DataFrame, name: str) -> Plate:
 
 
 def _draw_speed(ax: Axes, data: pd.DataFrame) -> None:
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     steps = keep(data, (data["kind"] == "step") & data["mode"].isin(STYLES))
     for (model, mode), line in groups(steps, ["model", "mode"]):
         colour, marker = LOOKS[model]
@@ -104,7 +104,7 @@ def _draw_speed(ax: Axes, data: pd.DataFrame) -> None:
         reach = np.abs(line[["low", "high"]].to_numpy(float).T - middle)
         ax.errorbar(
             line["context"], middle, reach, color=colour, fmt=marker, ls=STYLES[mode], ms=4.5,
-            mec=figures.PAPER, mew=0.5, lw=1.5, elinewidth=0.9,
+            mec=panels.PAPER, mew=0.5, lw=1.5, elinewidth=0.9,
         )  # fmt: skip
         ends[f"{model}, {WORDS[mode]}"] = (floats(line, "context")[-1], middle[-1], colour)
     ax.set_xscale("log")
@@ -117,7 +117,7 @@ def _draw_speed(ax: Axes, data: pd.DataFrame) -> None:
     ax.set_xlabel("context [tokens]")
     ax.set_ylabel("decoding [tokens/s]")
     ax.set_title("One more token at each context")
-    figures.label_ends(ax, ends)
+    panels.label_ends(ax, ends)
 
 
 def _draw_generation(ax: Axes, rounds: pd.DataFrame) -> None:
@@ -130,18 +130,18 @@ def _draw_generation(ax: Axes, rounds: pd.DataFrame) -> None:
         place, ratio = len(places), found["ratio"]
         colour = LOOKS[lower[0]][0]
         ax.barh(place, ratio - 1, left=1, height=0.5, color=colour, alpha=0.85)
-        ax.plot([found["low"], found["high"]], [place, place], color=figures.INK, lw=1.2)
+        ax.plot([found["low"], found["high"]], [place, place], color=panels.INK, lw=1.2)
         ax.annotate(
             f"{ratio:.3g}x", (max(ratio, found["high"], 1), place), xytext=(6, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
         places.append(place)
         labels.append(label)
-    ax.axvline(1.0, color=figures.FAINT, lw=0.9)
-    ax.axvline(CLAIM, color=figures.FAINT, lw=1.0, ls=":")
+    ax.axvline(1.0, color=panels.FAINT, lw=0.9)
+    ax.axvline(CLAIM, color=panels.FAINT, lw=1.0, ls=":")
     ax.annotate(
         "the post's 51x", (CLAIM, 0.02), xycoords=ax.get_xaxis_transform(), rotation=90,
-        xytext=(-4, 0), textcoords="offset points", ha="right", color=figures.FAINT, fontsize=9,
+        xytext=(-4, 0), textcoords="offset points", ha="right", color=panels.FAINT, fontsize=9,
     )  # fmt: skip
     ax.set_xscale("log")
     ax.set_xlim(0.15, 300)

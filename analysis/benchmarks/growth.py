@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
@@ -44,7 +44,7 @@ def draw(points: pd.DataFrame, name: str) -> Plate:
     A line is level where the whole grows as its length does.
     """
     slopes = exponents(points, 0)
-    with figures.styled():
+    with panels.styled():
         figure = Figure(figsize=(13.0, 5.6), layout="constrained")
         time, memory = figure.subplots(1, 2)
         _draw(time, points, slopes, "seconds")
@@ -72,10 +72,10 @@ def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> None:
     known = {row["mixer"]: row[column] for row in slopes.to_dict("records")}
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     for i, ((mixer,), line) in enumerate(groups(points, ["mixer"])):
-        colour = figures.COLOURS[i % len(figures.COLOURS)]
-        marker = figures.MARKERS[i % len(figures.MARKERS)]
+        colour = panels.COLOURS[i % len(panels.COLOURS)]
+        marker = panels.MARKERS[i % len(panels.MARKERS)]
         x = floats(line, "length")
         y = UNITS[column] * floats(line, column) / x
         ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3)
@@ -91,4 +91,4 @@ def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> 
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
     ax.set_xlabel("length [tokens]")
-    figures.label_ends(ax, ends)
+    panels.label_ends(ax, ends)

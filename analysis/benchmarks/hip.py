@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from scipy import stats
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.inference.intervals import LEVEL
 from analysis.tables.frames import floats, keep
@@ -21,13 +21,13 @@ WORDS = {
     "block": "block: 32 queries choose together",
     "recent": "recent: the last keys, 2 searched",
 }
-LOOKS = {name: (figures.COLOURS[i], figures.MARKERS[i]) for i, name in enumerate(WORDS)}
+LOOKS = {name: (panels.COLOURS[i], panels.MARKERS[i]) for i, name in enumerate(WORDS)}
 
 
 def draw(report: Mapping[str, Any]) -> Plate:
     """Loss minus dense against keys kept, what searches found of the best keys, and their cost."""
     data = _frame(report)
-    with figures.styled():
+    with panels.styled():
         figure = Figure(figsize=(11.4, 4.3), layout="constrained")
         loss, recall, cost = figure.subplots(1, 3)
         _draw_loss(loss, data)
@@ -83,12 +83,12 @@ def _frame(report: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _draw_loss(ax: Axes, data: pd.DataFrame) -> None:
-    ax.axhline(0.0, color=figures.FAINT, lw=0.9)
+    ax.axhline(0.0, color=panels.FAINT, lw=0.9)
     for name, mine in data.groupby("selection", sort=False):
         colour, marker = LOOKS[str(name)]
         ax.errorbar(
             mine["k"], mine["minus_dense_nats"], mine["half_width_nats"], color=colour,
-            fmt=f"{marker}-", ms=4.5, mec=figures.PAPER, mew=0.5, lw=1.4, elinewidth=0.9,
+            fmt=f"{marker}-", ms=4.5, mec=panels.PAPER, mew=0.5, lw=1.4, elinewidth=0.9,
         )  # fmt: skip
     _name_lines(ax, data)
     ax.set_ylabel("loss minus dense [nats/token]")
@@ -106,11 +106,11 @@ def _draw_recall(ax: Axes, data: pd.DataFrame) -> None:
         )  # fmt: skip
     if len(searched):
         chance = searched.drop_duplicates("k")
-        ax.plot(chance["k"], chance["chance_recall"], "--", color=figures.FAINT, lw=1.2)
+        ax.plot(chance["k"], chance["chance_recall"], "--", color=panels.FAINT, lw=1.2)
         last = chance.iloc[-1]
         ax.annotate(
             "by chance", (last["k"], last["chance_recall"]), xytext=(7, 0),
-            textcoords="offset points", color=figures.FAINT, va="center", fontsize=9,
+            textcoords="offset points", color=panels.FAINT, va="center", fontsize=9,
         )  # fmt: skip
     ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -119,7 +119,7 @@ def _draw_recall(ax: Axes, data: pd.DataFrame) -> None:
 
 
 def _draw_cost(ax: Axes, data: pd.DataFrame, dense: float) -> None:
-    ax.axhline(dense, color=figures.FAINT, lw=1.2, ls="--")
+    ax.axhline(dense, color=panels.FAINT, lw=1.2, ls="--")
     # A list that holds every key is not searched for; recent hardly searches.
     searched = data.dropna(subset=["recall"])
     for place, (name, mine) in enumerate(searched.groupby("selection", sort=False)):
@@ -131,7 +131,7 @@ def _draw_cost(ax: Axes, data: pd.DataFrame, dense: float) -> None:
         )  # fmt: skip
     ax.annotate(
         f"dense scores {dense:.1f}", (0.03, dense), xycoords=ax.get_yaxis_transform(),
-        xytext=(0, 4), textcoords="offset points", color=figures.FAINT, fontsize=9,
+        xytext=(0, 4), textcoords="offset points", color=panels.FAINT, fontsize=9,
     )  # fmt: skip
     ax.set_ylim(bottom=0)
     ax.set_ylabel("keys scored by a query's search")
@@ -141,7 +141,7 @@ def _draw_cost(ax: Axes, data: pd.DataFrame, dense: float) -> None:
 def _line(ax: Axes, rows: pd.DataFrame, column: str, name: str) -> None:
     colour, marker = LOOKS[name]
     ax.plot(
-        rows["k"], rows[column], f"{marker}-", color=colour, ms=4.5, mec=figures.PAPER, mew=0.5,
+        rows["k"], rows[column], f"{marker}-", color=colour, ms=4.5, mec=panels.PAPER, mew=0.5,
         lw=1.4,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, groups, keep
 
@@ -32,7 +32,7 @@ def draw(points: pd.DataFrame, name: str, titles: Mapping[str, str]) -> Plate:
         "size": ("length [tokens]", "sent by a rank for one layer, one way [bytes]"),
         "time": ("ranks", "time of the states' way, there and back [s]"),
     }
-    with figures.styled():
+    with panels.styled():
         figure = Figure(figsize=(16.5, 5.6), layout="constrained")
         axes = figure.subplots(1, 3)
         for ax, (panel, (across, up)) in zip(axes, labels.items(), strict=True):
@@ -54,14 +54,14 @@ def _one_of_each(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def _draw(ax: Axes, points: pd.DataFrame) -> None:
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     for i, ((line,), these) in enumerate(groups(points, ["line"])):
-        colour = figures.COLOURS[i % len(figures.COLOURS)]
-        marker = figures.MARKERS[(i + i // len(figures.COLOURS)) % len(figures.MARKERS)]
-        dashed = "--" if i >= len(figures.COLOURS) else "-"
+        colour = panels.COLOURS[i % len(panels.COLOURS)]
+        marker = panels.MARKERS[(i + i // len(panels.COLOURS)) % len(panels.MARKERS)]
+        dashed = "--" if i >= len(panels.COLOURS) else "-"
         x, y = floats(these, "x"), floats(these, "y")
         ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3, ls=dashed)
         ends[str(line)] = (x[-1], y[-1], colour)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    figures.label_ends(ax, ends)
+    panels.label_ends(ax, ends)

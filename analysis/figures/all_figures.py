@@ -1,6 +1,6 @@
 """Every figure of a report, in the order of the page."""
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.effect_figures import draw_effects
 from analysis.figures.law_figures import draw_laws
 from analysis.figures.point_figures import draw_points
@@ -14,5 +14,5 @@ def draw(study: Study, found: Findings | None) -> list[Plate]:
     plates = draw_points(study)
     if found is None:
         return plates
-    with figures.styled():
+    with panels.styled():
         return [*plates, *draw_effects(study, found), *draw_laws(study, found)]

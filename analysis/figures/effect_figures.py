@@ -8,9 +8,8 @@ from matplotlib.figure import Figure
 
 from analysis.effects.loss_to_loss import Transfer
 from analysis.effects.variance_shares import COMPONENTS, Decomposition
-from analysis.figures import effect_panels as figures_effect
-from analysis.figures import panels as figures
-from analysis.figures.law_figures import fitted_points, panels
+from analysis.figures import effect_panels, panels
+from analysis.figures.law_figures import fitted_points, panel_row
 from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
 from analysis.study.findings import Findings
@@ -40,7 +39,7 @@ def draw_effects(study: Study, found: Findings) -> Iterator[Plate]:
 
 def _shares(found: dict[str, Decomposition]) -> Plate:
     figure = Figure(figsize=(8.8, 1.6 + 0.75 * len(found)), layout="constrained")
-    figures_effect.plot_shares(figure.add_subplot(), found)
+    effect_panels.plot_shares(figure.add_subplot(), found)
     name, first = next(iter(found.items()))
     percent = {n: first.shares[n].mapped(lambda value: 100 * value) for n in COMPONENTS}
     title = (
@@ -64,15 +63,15 @@ def _shares(found: dict[str, Decomposition]) -> Plate:
 
 def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
     architectures, corpora = study.table.levels("architecture"), study.table.levels("corpus")
-    figure, axes = panels(list(found), "", "evaluated on ", shared=False)
+    figure, axes = panel_row(list(found), "", "evaluated on ", shared=False)
     ends = {
-        ax: figures_effect.plot_transfer(ax, each, corpora, architectures)
+        ax: effect_panels.plot_transfer(ax, each, corpora, architectures)
         for ax, each in zip(axes, found.values(), strict=True)
     }
     for ax, labels in ends.items():
-        figures.label_ends(ax, labels)
+        panels.label_ends(ax, labels)
     for place, name in enumerate(architectures):
-        axes[0].plot([], [], figures.MARKERS[place % 6], color=figures.FAINT, label=name)
+        axes[0].plot([], [], panels.MARKERS[place % 6], color=panels.FAINT, label=name)
     axes[0].legend(frameon=False, fontsize=8.5)
     name, first = next(iter(found.items()))
     largest = max(first.shifts, key=lambda key: abs(first.shifts[key].estimate))
@@ -92,7 +91,7 @@ def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
 def _multipliers(study: Study, found: Findings) -> Plate:
     figure = Figure(figsize=(6.4, 3.7), layout="constrained")
     ax = figure.add_subplot()
-    figures.label_ends(ax, figures_effect.plot_multipliers(ax, found.by_scale))
+    panels.label_ends(ax, effect_panels.plot_multipliers(ax, found.by_scale))
     known = keep(found.by_scale, found.by_scale["factor"].notna())
     refused = 1 - len(known) / len(found.by_scale)
     parts = [
@@ -113,7 +112,7 @@ def _multipliers(study: Study, found: Findings) -> Plate:
 def _counting(study: Study, found: Findings) -> Plate:
     rows = found.counting
     figure = Figure(figsize=(8.8, 1.1 + 0.5 * len(rows)), layout="constrained")
-    figures_effect.plot_counting(figure.add_subplot(), rows)
+    effect_panels.plot_counting(figure.add_subplot(), rows)
     values = floats(rows, "exponent")
     title = (
         f"The exponent of the best N runs from {values.min():.2f} to {values.max():.2f} by counting"
@@ -129,7 +128,7 @@ def _cooldown(study: Study, found: Findings) -> Plate:
     rows = found.cooldown
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     ax = figure.add_subplot()
-    figures_effect.plot_cooldown(ax, rows, study.table.levels("architecture"))
+    effect_panels.plot_cooldown(ax, rows, study.table.levels("architecture"))
     sizes, change = np.log(floats(rows, "parameters")), floats(rows, "percent")
     slope = float(np.polyfit(sizes, change, 1)[0]) * np.log(10) if np.ptp(sizes) > 0 else 0.0
     title = (
@@ -150,7 +149,7 @@ def _design(found: Findings, fit: Fit) -> Plate:
     done = where(where(fit.rows, "architecture", identity["architecture"]), "corpus",
                  identity["corpus"])  # fmt: skip
     advised = found.advice.runs
-    figures_effect.plot_design(figure.add_subplot(), found.options, done, advised)
+    effect_panels.plot_design(figure.add_subplot(), found.options, done, advised)
     fits = where(advised, "role", "fit")
     title = "No further run is proposed: " + found.advice.stop
     if len(fits):

@@ -11,7 +11,7 @@ from matplotlib.tri import Triangulation
 
 from analysis.effects.loss_to_loss import Transfer
 from analysis.effects.variance_shares import COMPONENTS, Decomposition
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.panels import (
     COLOURS,
     FAINT,
@@ -60,9 +60,9 @@ def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
 
 def plot_transfer(
     ax: Axes, found: Transfer, corpora: Sequence[str], architectures: Sequence[str]
-) -> figures.Labels:
+) -> panels.Labels:
     """Loss on one set against the neutral loss: colour and filling are the corpus."""
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     markers = {name: marker for name, _, marker in looks(architectures)}
     fills = dict(zip(corpora, cycle(FILLS), strict=False))
     for corpus, colour, _ in looks(corpora):
@@ -81,10 +81,10 @@ def plot_transfer(
     return ends
 
 
-def plot_multipliers(ax: Axes, rows: pd.DataFrame) -> figures.Labels:
+def plot_multipliers(ax: Axes, rows: pd.DataFrame) -> panels.Labels:
     """Multipliers with bands against N; hatched where every pair is refused, a line at 1."""
     ax.axhline(1.0, color=FAINT, lw=1.0)
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     others = list(dict.fromkeys(strings(rows, "other").tolist()))
     for name, colour, marker in looks(others):
         mine = where(rows, "other", name)
@@ -154,6 +154,6 @@ def plot_design(ax: Axes, options: pd.DataFrame, done: pd.DataFrame, advised: pd
             ", ".join(names), (x, y), ha="center", va="center", fontsize=9, color=INK,
             bbox={"boxstyle": "round,pad=0.25", "fc": PAPER, "ec": INK, "lw": 0.8},
         )  # fmt: skip
-    figures.figure_of(ax).colorbar(drawn, ax=ax, label="log10 of gain per sqrt(FLOP), best = 0")
+    panels.figure_of(ax).colorbar(drawn, ax=ax, label="log10 of gain per sqrt(FLOP), best = 0")
     size_and_tokens(ax)
     ax.grid(visible=False)

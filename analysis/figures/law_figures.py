@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.compute_optimal.isoflop import Budget
-from analysis.figures import law_panels as figures_law
-from analysis.figures import panels as figures
+from analysis.figures import law_panels, panels
 from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
 from analysis.inference.intervals import Interval
@@ -42,19 +41,19 @@ def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:
 def _frontier(study: Study, found: Findings) -> Plate:
     rows = where(study.points.rows, "evaluation_set", study.table.neutral_set)
     corpora = [c for c in study.table.levels("corpus") if c in set(found.frontiers["corpus"])]
-    figure, axes = panels(corpora, f"loss on {study.table.neutral_set} [nats per token]")
+    figure, axes = panel_row(corpora, f"loss on {study.table.neutral_set} [nats per token]")
     ends = {}
     for ax, corpus in zip(axes, corpora, strict=True):
-        ends[ax] = figures_law.plot_frontier(
+        ends[ax] = law_panels.plot_frontier(
             ax, where(rows, "corpus", corpus), where(found.frontiers, "corpus", corpus),
             study.table.levels("architecture"),
         )  # fmt: skip
     for ax, labels in ends.items():
-        figures.label_ends(ax, labels)
+        panels.label_ends(ax, labels)
     speed, device = device_speed(study.table.runs)
     if device:
         for ax in axes:
-            figures_law.device_hours(ax, speed)
+            law_panels.device_hours(ax, speed)
     edge = floats(rows, "flops").max()
     inside = keep(found.frontiers, found.frontiers["inside"])
     wins = inside.sort_values("loss_nats").iloc[0]
@@ -87,11 +86,13 @@ def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
 
 
 def _isoflop(study: Study, curves: dict[str, list[Budget]]) -> Plate:
-    figure, axes = panels(list(curves), f"loss on {study.table.neutral_set} [nats per token]", "")
-    ends = {ax: figures_law.plot_isoflop(ax, mine)
+    figure, axes = panel_row(
+        list(curves), f"loss on {study.table.neutral_set} [nats per token]", ""
+    )
+    ends = {ax: law_panels.plot_isoflop(ax, mine)
             for ax, mine in zip(axes, curves.values(), strict=True)}  # fmt: skip
     for ax, labels in ends.items():
-        figures.label_ends(ax, labels)
+        panels.label_ends(ax, labels)
     every = [curve for mine in curves.values() for curve in mine]
     edges = sum(curve.warning is not None for curve in every)
     title = f"{len(every) - edges} of {len(every)} isoFLOP curves have a bracketed minimum"
@@ -122,13 +123,13 @@ def _minima(curves: dict[str, list[Budget]]) -> pd.DataFrame:
 
 
 def _optima(found: Findings) -> Plate:
-    figure, axes = panels(["best size N*", "best tokens D*"], "", "", shared=False)
+    figure, axes = panel_row(["best size N*", "best tokens D*"], "", "", shared=False)
     minima = _minima(found.isoflop)
     first = found.optima
     if len(first):
         first = where(first, "corpus", first["corpus"].iloc[0])
     for ax, quantity in zip(axes, ("parameters", "tokens"), strict=True):
-        figures_law.plot_optima(ax, first, minima, quantity)
+        law_panels.plot_optima(ax, first, minima, quantity)
     title = f"Best size and tokens by compute: {len(minima)} isoFLOP budgets beside the fitted law"
     if not len(minima):
         title = (
@@ -146,7 +147,7 @@ def _contours(found: Findings, fit: Fit) -> Plate:
     ax = figure.add_subplot()
     rows = where(fit.rows, "architecture", found.contours["architecture"].iloc[0])
     rows = where(rows, "corpus", found.contours["corpus"].iloc[0])
-    figures_law.plot_contours(ax, found.contours, rows)
+    law_panels.plot_contours(ax, found.contours, rows)
     low, high = (f(found.contours["loss_nats"].dropna()) for f in (min, max))
     arm = f"{rows['architecture'].iloc[0]} on {rows['corpus'].iloc[0]}"
     title = f"Fitted loss of {arm} runs from {high:.2f} to {low:.2f} nats over what was run"
@@ -163,7 +164,7 @@ def _backtest(found: Findings, shown: FittedLaw) -> Plate:
     frame = pd.concat(errors) if errors else next(iter(found.tested.values())).errors
     frame = frame.astype({"decades": float, "error": float})
     tested = {name: each.rate for name, each in found.tested.items()}
-    figures_law.plot_backtest(figure.add_subplot(), frame, tested)
+    law_panels.plot_backtest(figure.add_subplot(), frame, tested)
     assumed = all(each.assumed for each in found.tested.values())
     best = min(tested, key=lambda name: tested[name])
     title = f"Forecasts err least under the {best} law: {100 * tested[best]:.1f} % per decade"
@@ -183,7 +184,7 @@ def _profiles(found: Findings, shown: FittedLaw) -> Plate:
     axes = np.atleast_1d(figure.subplots(1, count))
     cloud = _draws(shown)
     for ax, each in zip(axes, found.profiles, strict=False):
-        figures_law.plot_profile(ax, each, cloud[each.label].to_numpy(dtype=float))
+        law_panels.plot_profile(ax, each, cloud[each.label].to_numpy(dtype=float))
     axes[0].set_ylabel("rise of the misfit [squared t]")
     open_ends = sum(end is None for each in found.profiles for end in (each.low, each.high))
     title = f"Profiles: {'; '.join(each.words for each in found.profiles)}"
@@ -224,7 +225,7 @@ def _cloud(shown: FittedLaw, fit: Fit) -> Plate:
     axes = figure.subplots(1, 3)
     pairs = ((0, 1), (0, 2), (1, 2))
     for ax, (x, y) in zip(axes, pairs, strict=True):
-        figures_law.plot_cloud(ax, cloud, names[x], names[y])
+        law_panels.plot_cloud(ax, cloud, names[x], names[y])
     close = {pair: float(np.corrcoef(cloud[names[pair[0]]], cloud[names[pair[1]]])[0, 1])
              for pair in pairs}  # fmt: skip
     worst = max(close, key=lambda pair: abs(close[pair]))
@@ -244,7 +245,7 @@ def _family(study: Study) -> Plate:
     named = {law: f"{law}: {what}" for law, what in differs.items()}
     scores = study.choice.table
     shown = scores.assign(named=[named[law] for law in scores["law"]])
-    figures_law.plot_family(axes, shown)
+    law_panels.plot_family(axes, shown)
     best, forecast = (str(each) for each in (study.choice.description, study.choice.forecast))
     title = f"Cells differ in {differs[best]} by BIC, in {differs[forecast]} by trunks left out"
     caption = (
@@ -260,7 +261,7 @@ def fitted_points(study: Study) -> int:
     return len(where(study.points.rows, "evaluation_set", study.table.neutral_set))
 
 
-def panels(
+def panel_row(
     names: Sequence[str], label: str, prefix: str = "trained on ", *, shared: bool = True
 ) -> tuple[Figure, Sequence[Axes]]:
     """A row of panels, one a name."""

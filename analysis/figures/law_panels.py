@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from analysis.compute_optimal.isoflop import Budget
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.panels import (
     COLOURS,
     FAINT,
@@ -26,13 +26,13 @@ from analysis.validity.refusal import Refusal
 
 def plot_frontier(
     ax: Axes, rows: pd.DataFrame, frontier: pd.DataFrame, architectures: Sequence[str]
-) -> figures.Labels:
+) -> panels.Labels:
     """Points, the fitted frontier solid inside and dashed outside the data, band and wall."""
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     ax.set_xscale("log")
     for name, colour, marker in looks(architectures):
         mine = where(rows, "architecture", name)
-        figures.plot_runs(ax, mine, ("flops", "loss_nats"), marker, colour)
+        panels.plot_runs(ax, mine, ("flops", "loss_nats"), marker, colour)
         line = where(frontier, "architecture", name).sort_values("flops")
         if not len(line):
             continue
@@ -40,7 +40,7 @@ def plot_frontier(
         ax.fill_between(line["flops"], line["low"], line["high"], color=colour, alpha=0.13, lw=0)
         ax.plot(line["flops"], line["loss_nats"], color=colour, lw=1.3, ls=(0, (4, 2)))
         ax.plot(line["flops"][inside], line["loss_nats"][inside], color=colour, lw=2.2)
-        ends[name] = (*figures.last(line, "flops"), colour)
+        ends[name] = (*panels.last(line, "flops"), colour)
     if len(frontier):
         wall = float(floats(frontier, "flops").max())
         ax.set_xlim(right=wall * 2.2)
@@ -69,14 +69,14 @@ def device_hours(ax: Axes, speed: float) -> None:
     top.set_xlabel("device-hours", fontsize=8)
 
 
-def plot_isoflop(ax: Axes, curves: Sequence[Budget]) -> figures.Labels:
+def plot_isoflop(ax: Axes, curves: Sequence[Budget]) -> panels.Labels:
     """One colour a budget; minima with their intervals, hollow where at an edge."""
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     ax.set_xscale("log")
     for place, curve in enumerate(curves):
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         sizes = floats(curve.points, "parameters")
-        figures.plot_runs(ax, curve.points, ("parameters", "loss_nats"), marker, colour)
+        panels.plot_runs(ax, curve.points, ("parameters", "loss_nats"), marker, colour)
         grid = np.geomspace(sizes.min(), sizes.max(), 60)
         ax.plot(grid, curve.loss(grid), color=colour, lw=1.2)
         label = f"{curve.flops:.1e} FLOP"
@@ -126,8 +126,8 @@ def plot_contours(ax: Axes, surface: pd.DataFrame, rows: pd.DataFrame) -> None:
     ax.clabel(lines, fontsize=8, fmt="%.2f")
     ax.plot(rows["parameters"], rows["tokens"], "o", color=PAPER, mec=INK, ms=5.5, mew=1.1)
     ax.grid(visible=False)
-    figures.figure_of(ax).colorbar(filled, ax=ax, label="loss [nats per token]")
-    figures.size_and_tokens(ax)
+    panels.figure_of(ax).colorbar(filled, ax=ax, label="loss [nats per token]")
+    panels.size_and_tokens(ax)
 
 
 def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) -> None:

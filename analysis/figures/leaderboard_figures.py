@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from analysis.effects.leaderboard import IDENTITY, Comparison, arms_table, verdict
 from analysis.effects.learning_rates import search_table, trials
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.tables.frames import floats, keep, strings, where
 from analysis.tables.run_table import Table
@@ -29,7 +29,7 @@ def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[Pla
     if not comparisons:
         return []
     heights = [1.1 + 0.3 * len(each.arms) for each in comparisons]
-    with figures.styled():
+    with panels.styled():
         figure = Figure(figsize=(8.8, sum(heights)), layout="constrained")
         axes = np.atleast_1d(figure.subplots(len(comparisons), 1, height_ratios=heights))
         for ax, comparison in zip(axes, comparisons, strict=True):
@@ -47,17 +47,17 @@ def draw_rates(table: Table) -> list[Plate]:
     found = trials(table)
     if not len(found):
         return []
-    panels = list(cells_of(found))
-    with figures.styled():
-        figure = Figure(figsize=(1.6 + 4.3 * len(panels), 4.4), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, len(panels)))
+    cells = list(cells_of(found))
+    with panels.styled():
+        figure = Figure(figsize=(1.6 + 4.3 * len(cells), 4.4), layout="constrained")
+        axes = np.atleast_1d(figure.subplots(1, len(cells)))
         ends = {}
-        for ax, (name, rows) in zip(axes, panels, strict=True):
+        for ax, (name, rows) in zip(axes, cells, strict=True):
             ax.set_title(name)
             ends[ax] = plot_rates(ax, rows, table.levels("architecture"))
         axes[0].set_ylabel(f"loss on {table.neutral_set} [nats per token]")
         for ax, labels in ends.items():
-            figures.label_ends(ax, labels)
+            panels.label_ends(ax, labels)
     summary = search_table(table)
     repeats = int(floats(found, "runs").max())
     seeds = "One run a point: no interval" if repeats == 1 else f"Means of up to {repeats} seeds"
@@ -75,27 +75,27 @@ def plot_arms(ax: Axes, comparison: Comparison) -> None:
     ax.set_title(_place_words(comparison), pad=4 + 11 * len(comparison.lines))
     names = [arm.architecture for arm in comparison.arms]
     for place, arm in enumerate(comparison.arms):
-        colour = figures.FAINT if arm.architecture == IDENTITY else figures.COLOURS[0]
+        colour = panels.FAINT if arm.architecture == IDENTITY else panels.COLOURS[0]
         seeds = np.full(len(arm.seeds), place + 0.27)
         ax.plot(arm.seeds, seeds, "|", color=colour, ms=6, mew=1.1, alpha=0.8)
         if np.isfinite(arm.loss.low):
             ends = [arm.loss.low, arm.loss.high]
             ax.plot(ends, [place, place], color=colour, lw=2.4, solid_capstyle="butt")
-        ax.plot(arm.loss.estimate, place, "o", color=colour, ms=6.5, mec=figures.PAPER, mew=0.8)
+        ax.plot(arm.loss.estimate, place, "o", color=colour, ms=6.5, mec=panels.PAPER, mew=0.8)
     _plot_lines(ax, comparison.lines)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", visible=False)
 
 
-def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> figures.Labels:
+def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> panels.Labels:
     """One line per architecture over log2 of the learning rate, its best trial ringed."""
-    ends: figures.Labels = {}
+    ends: panels.Labels = {}
     for place, name in enumerate(architectures):
         mine = where(rows, "architecture", name).sort_values("learning_rate")
-        colour = figures.COLOURS[place % 6]
+        colour = panels.COLOURS[place % 6]
         # Beyond six arms a colour comes again, with another marker.
-        marker = figures.MARKERS[(place + place // 6) % 6]
+        marker = panels.MARKERS[(place + place // 6) % 6]
         diverged = floats(keep(mine, mine["diverged"].astype(bool)), "learning_rate")
         # An empty line that is not clipped has no bounds, and breaks the layout.
         if len(diverged):
@@ -107,7 +107,7 @@ def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> figure
         if not len(line):
             continue
         x, y = floats(line, "learning_rate"), floats(line, "loss_nats")
-        ax.plot(x, y, marker + "-", color=colour, lw=1.5, ms=4.5, mec=figures.PAPER, mew=0.5)
+        ax.plot(x, y, marker + "-", color=colour, lw=1.5, ms=4.5, mec=panels.PAPER, mew=0.5)
         best = int(y.argmin())
         ax.plot(x[best], y[best], "o", ms=10, mfc="none", mec=colour, mew=1.3)
         ends[name] = (float(x[-1]), float(y[-1]), colour)
@@ -122,7 +122,7 @@ def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> figure
 def _plot_lines(ax: Axes, lines: Mapping[str, float]) -> None:
     """Vertical lines with their names on top, one above the other where they would overlap."""
     for place, loss in enumerate(sorted(lines.values())):
-        ax.axvline(loss, color=figures.INK, lw=1.0, ls=LINE_STYLES[place % 3], zorder=1)
+        ax.axvline(loss, color=panels.INK, lw=1.0, ls=LINE_STYLES[place % 3], zorder=1)
     left, right = ax.get_xlim()
     before, height = -np.inf, 0
     for name, loss in sorted(lines.items(), key=lambda item: item[1]):

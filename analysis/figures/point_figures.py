@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis.effects.contrasts import Contrast
 from analysis.effects.learning_rates import mixed_rates
 from analysis.effects.seed_noise import Detectable
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
 from analysis.inference.intervals import Interval
@@ -26,7 +26,7 @@ def draw_points(study: Study) -> list[Plate]:
     if mixed_rates(study.table) is not None:
         return []
     neutral = _neutral(study, study.points.rows)
-    with figures.styled():
+    with panels.styled():
         plates = []
         if any(isinstance(each, Contrast) for each in _contrasts(study)):
             plates.append(_effects(study))
@@ -41,7 +41,7 @@ def _effects(study: Study) -> Plate:
     found = [each for each in _contrasts(study) if isinstance(each, Contrast)]
     floor = _floor(study)
     figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(found)), layout="constrained")
-    figures.plot_effects(figure.add_subplot(), study.effects, floor)
+    panels.plot_effects(figure.add_subplot(), study.effects, floor)
     title = (
         f"On {study.table.neutral_set}: corpus {largest_effect(study.answer.corpus)}, "
         f"architecture {largest_effect(study.answer.architecture)}"
@@ -70,7 +70,7 @@ def _compute(study: Study) -> Plate:
     for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
         mine = where(rows, "corpus", corpus)
         curves = where(study.curves, "corpus", corpus)
-        ends[ax] = figures.plot_loss_against_compute(
+        ends[ax] = panels.plot_loss_against_compute(
             ax, mine, curves, study.table.levels("architecture")
         )
     _label(ends)
@@ -88,7 +88,7 @@ def _tokens(study: Study) -> Plate:
     figure, axes = _panels(study, rows)
     ends = {}
     for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
-        ends[ax] = figures.plot_loss_against_tokens(
+        ends[ax] = panels.plot_loss_against_tokens(
             ax, where(rows, "corpus", corpus), where(trunks, "corpus", corpus),
             study.table.levels("architecture"),
         )  # fmt: skip
@@ -126,7 +126,7 @@ def _parameters(study: Study) -> Plate:
     ends = {}
     for ax, corpus in zip(axes, _corpora(study, rows), strict=True):
         curves = where(study.curves, "corpus", corpus)
-        ends[ax] = figures.plot_loss_against_parameters(
+        ends[ax] = panels.plot_loss_against_parameters(
             ax, where(rows, "corpus", corpus), curves, study.table.levels("architecture")
         )
     _label(ends)
@@ -158,7 +158,7 @@ def _residuals(study: Study, fit: Fit) -> Plate:
         "order": "place in the sweep",
     }
     for ax, (variable, label) in zip(axes, labels.items(), strict=True):
-        figures.plot_residuals(ax, rows, variable, study.table.levels("architecture"))
+        panels.plot_residuals(ax, rows, variable, study.table.levels("architecture"))
         ax.set_xlabel(label)
     axes[-1].set_xscale("linear")
     axes[-1].set_xlim(-0.04 * len(rows), 1.08 * len(rows))
@@ -185,16 +185,16 @@ def _panels(study: Study, rows: pd.DataFrame) -> tuple[Figure, Sequence]:
     return figure, axes
 
 
-def _label(ends: dict[Axes, figures.Labels]) -> None:
+def _label(ends: dict[Axes, panels.Labels]) -> None:
     for ax, labels in ends.items():
-        figures.label_ends(ax, labels)
+        panels.label_ends(ax, labels)
 
 
 def _key(figure: Figure, study: Study) -> None:
     """One small key above the panels, where lines carry another label than the architecture."""
     for place, name in enumerate(study.table.levels("architecture")):
         figure.axes[0].plot(
-            [], [], figures.MARKERS[place % 6], color=figures.COLOURS[place % 6], label=name
+            [], [], panels.MARKERS[place % 6], color=panels.COLOURS[place % 6], label=name
         )
     figure.legend(loc="outside upper right", ncols=6, frameon=False, handletextpad=0.2)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.tooltips import with_titles
 
 RESOLUTION = 150
@@ -25,7 +25,7 @@ class Plate:
     def save(self, folder: Path) -> str:
         """Write PNG, SVG and CSV; returns the SVG text."""
         folder.mkdir(parents=True, exist_ok=True)
-        with figures.styled():
+        with panels.styled():
             self.figure.savefig(folder / f"{self.name}.png", dpi=RESOLUTION)
             # The layout is settled now; solving it again for the second file costs seconds.
             self.figure.set_layout_engine("none")

@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from analysis.effects.contrasts import Contrast
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
 from analysis.report.answers import answers, laws_table, progress, refusals
@@ -28,10 +28,10 @@ PAGE_SCALE = 1.53
 """Pixels per point of a drawing: the widest fills the page, and all have letters of one size."""
 # Colours that follow the reader's light or dark page in the inlined drawings.
 _PAGE_COLOURS = {
-    figures.INK: "var(--ink)",
-    figures.FAINT: "var(--faint)",
-    figures.RULE: "var(--rule)",
-    figures.PAPER: "var(--paper)",
+    panels.INK: "var(--ink)",
+    panels.FAINT: "var(--faint)",
+    panels.RULE: "var(--rule)",
+    panels.PAPER: "var(--paper)",
 }
 
 

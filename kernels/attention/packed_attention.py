@@ -58,8 +58,8 @@ def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "
 
     In float32 on a CPU with AVX-512 it took 0.68, 0.55, 0.66, 0.80 and 0.83 of the time of torch's
     fused attention, forward and back at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of 64;
-    on the same one limited to AVX2 0.97, 0.86, 1.10, 1.29 and 1.42
-    (`python tests/kernels/bench_attention.py`). Going back, threads share rows and key heads,
+    on the same one limited to AVX2 0.97, 0.86, 1.10, 1.29 and 1.42 (`python
+    tests/benchmarks/kernels/bench_attention.py`). Going back, threads share rows and key heads,
     torch's rows and query heads: where key heads are too few for the threads, torch's serves.
     """
     if queries.device.type != "cpu" or keys.shape[1] > MOST_KEYS:

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.compute_optimal.frontier import frontier_with_band
 from analysis.compute_optimal.isoflop import budgets
-from analysis.figures import law_panels as figures_law
-from analysis.figures import panels as figures
+from analysis.figures import law_panels, panels
 from analysis.figures.all_figures import draw
 from analysis.figures.law_figures import device_speed
 from analysis.inference.backtest import BackTest
@@ -77,11 +76,11 @@ def test_isoflop_curves_show_minima_and_hollow_edges():
     rows = pd.concat(curve(3.0, centre, 6)[0].assign(flops=flops) for centre, flops in
                      ((1.0, 1e20), (2.6, 1e21)))  # fmt: skip
     ax = Figure().add_subplot()
-    figures_law.plot_isoflop(ax, budgets(rows))
+    law_panels.plot_isoflop(ax, budgets(rows))
     stars = [line for line in ax.lines if line.get_marker() == "*"]
     faces = [line.get_markerfacecolor() for line in stars]
     assert len(stars) == 2
-    assert (faces[0] != figures.PAPER, faces[1] == figures.PAPER) == (True, True)
+    assert (faces[0] != panels.PAPER, faces[1] == panels.PAPER) == (True, True)
 
 
 def test_each_figure_is_saved_with_its_data(plates, tmp_path):
@@ -103,7 +102,7 @@ def test_no_two_labels_of_line_ends_overlap():
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set(xlim=(1, 100), ylim=(1, 2))
-    figures.label_ends(ax, {name: (90.0, 1.5 + 1e-4 * place, "#000000") for place, name in
+    panels.label_ends(ax, {name: (90.0, 1.5 + 1e-4 * place, "#000000") for place, name in
                             enumerate("abcd")})  # fmt: skip
     heights = sorted(text.get_position()[1] for text in ax.texts)
     assert min(np.diff(heights)) > 0.05
@@ -136,7 +135,7 @@ def test_frontiers_are_drawn_inside_the_data_only(learnt):
     rows = learnt.points.rows
     rows = rows[(rows["evaluation_set"] == "prose") & (rows["corpus"] == "web")]
     curves = learnt.curves[learnt.curves["corpus"] == "web"]
-    figures.plot_loss_against_compute(ax, rows, curves, ["transformer", "mamba"])
+    panels.plot_loss_against_compute(ax, rows, curves, ["transformer", "mamba"])
     for line in (each for each in ax.lines if each.get_linestyle() == "-"):
         compute = np.asarray(line.get_xdata(), dtype=float)
         assert compute.min() >= 0.99 * rows["flops"].min()
@@ -161,7 +160,7 @@ def test_the_frontier_has_device_hours_on_top_where_the_speed_of_one_device_is_k
     assert device_speed(learnt.table.runs)[1] == ""
     ax = Figure().add_subplot()
     ax.set(xscale="log", xlim=(3.6e12, 3.6e15))
-    figures_law.device_hours(ax, 1e9)
+    law_panels.device_hours(ax, 1e9)
     (top,) = ax.child_axes
     np.testing.assert_allclose(top.get_xticks(), [1.0, 10.0, 100.0, 1000.0])
     np.testing.assert_allclose(top._functions[0](3.6e12), 1.0)

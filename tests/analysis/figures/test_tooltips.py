@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis.figures import panels as figures
+from analysis.figures import panels
 from analysis.figures.tooltips import with_titles
 
 ROWS = pd.DataFrame(
@@ -23,8 +23,8 @@ def drawn(tmp_path):
     def draw(rows, limits=None):
         figure = Figure()
         ax = figure.subplots()
-        with figures.styled():
-            figures.plot_runs(ax, rows, ("tokens", "loss_nats"), "o-", "#000000")
+        with panels.styled():
+            panels.plot_runs(ax, rows, ("tokens", "loss_nats"), "o-", "#000000")
             ax.set_xlim(limits)
             figure.savefig(tmp_path / "a.svg")
         return with_titles((tmp_path / "a.svg").read_text())

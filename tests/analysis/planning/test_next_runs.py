@@ -33,7 +33,7 @@ from analysis.planning.next_runs import (
 )
 from analysis.tables.run_table import Table, final, load
 from analysis.validity.refusal import Refusal
-from tests import design as demonstration
+from tests.benchmarks.statistics import design as demonstration
 
 TRUTH = {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69}
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.scans.selective_scan import selective_scan
-from tests.kernels.test_skips import assert_adds_the_values
+from tests.kernels.scans.test_skips import assert_adds_the_values
 from tests.kernels.triton.cases import (
     DEVICE,
     Case,
