@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from models.ranks.communicator import Ranks
+from models.ranks.communicator import Communicator
 from models.ranks.schemes import ASSUMED, Payload, Scheme, choose
 from models.ranks.state_passing import RELAYS, Decay, Relay, masked, real
 
@@ -45,7 +45,7 @@ class Carry:
         self,
         keep: Bool[Tensor, "R B"],
         turned: int,
-        ranks: Ranks,
+        ranks: Communicator,
         scheme: Scheme | None = None,
     ) -> None:
         self.keep, self.turned, self.ranks, self.scheme = keep, turned, ranks, scheme

@@ -22,7 +22,7 @@ class Sent(NamedTuple):
     to: tuple[int, ...]
 
 
-class Ranks:
+class Communicator:
     """The ranks of a group, in order, and a record of what this one sent.
 
     Attributes:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Num
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from models.ranks.communicator import Ranks
+from models.ranks.communicator import Communicator
 
 
 class Spans:
@@ -42,7 +42,7 @@ def fetch(
     x: Num[Tensor, "B L *rest"],
     spans: Spans,
     wanted: list[tuple[int, int]],
-    ranks: Ranks,
+    ranks: Communicator,
     what: str,
 ) -> Num[Tensor, "B W *rest"]:
     """Give each rank the stretch that it wants of a tensor whose shares the ranks hold.
@@ -67,7 +67,7 @@ def fetch(
 
 
 def swap(
-    x: Float[Tensor, "B L E"], spans: Spans, ranks: Ranks, what: str
+    x: Float[Tensor, "B L E"], spans: Spans, ranks: Communicator, what: str
 ) -> Float[Tensor, "B T F"]:
     """Give up a share of the length with all channels for all of the length with some channels."""
     pieces = x.split(shares(x.shape[2], ranks.size), dim=2)
@@ -77,7 +77,7 @@ def swap(
 
 
 def swap_back(
-    x: Float[Tensor, "B T F"], channels: int, spans: Spans, ranks: Ranks, what: str
+    x: Float[Tensor, "B T F"], channels: int, spans: Spans, ranks: Communicator, what: str
 ) -> Float[Tensor, "B L E"]:
     """Undo `swap`."""
     begin, end = spans.each[ranks.rank]
@@ -97,7 +97,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, ranks: Ranks, shapes: list[torch.Size], what: str, *pieces: Tensor
+        ctx: FunctionCtx, ranks: Communicator, shapes: list[torch.Size], what: str, *pieces: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.ranks, ctx.what = ranks, what  # pyright: ignore[reportAttributeAccessIssue]
         ctx.sizes = [piece.shape for piece in pieces]  # pyright: ignore[reportAttributeAccessIssue]

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from models.ranks.communicator import Gathered, Passing, Ranks
+from models.ranks.communicator import Communicator, Gathered, Passing
 from models.ranks.schemes import Scheme
 
 
@@ -75,7 +75,9 @@ class Relay(abc.ABC):
         ranks: who takes part.
     """
 
-    def __init__(self, keep: Bool[Tensor, "R B"], turned: int, decay: Decay, ranks: Ranks) -> None:
+    def __init__(
+        self, keep: Bool[Tensor, "R B"], turned: int, decay: Decay, ranks: Communicator
+    ) -> None:
         B, rank = keep.shape[1], ranks.rank
         earlier, later = list(range(rank)), list(range(rank + 1, ranks.size))
         forward = Way(slice(0, B - turned), earlier, later)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.convolution.long_conv import long_conv
 from kernels.convolution.online_conv import Taps
 from models.ranks.carry import Carry
-from models.ranks.communicator import Ranks
+from models.ranks.communicator import Communicator
 from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
 from models.sequences.positions import (
@@ -49,7 +49,7 @@ class ShardedSequence(WholeSequence):
         group: dist.ProcessGroup,
         scheme: Scheme | None = None,
     ) -> None:
-        self.ranks, self.scheme = Ranks(group), scheme
+        self.ranks, self.scheme = Communicator(group), scheme
         self.spans = _spans(documents, self.ranks)
         self._row = _whole_rows(documents, self.spans, self.ranks)
         begin, end = self.spans.each[self.ranks.rank]
@@ -210,7 +210,7 @@ class ShardedSequence(WholeSequence):
         return self.own_documents() == self._row[:, after : after + 1]
 
 
-def _spans(documents: Int[Tensor, "B L"], ranks: Ranks) -> Spans:
+def _spans(documents: Int[Tensor, "B L"], ranks: Communicator) -> Spans:
     shape = documents.new_tensor(documents.shape, dtype=torch.int64)
     shapes = torch.stack(ranks.gather(shape, "lengths").wait()).tolist()
     if len({rows for rows, _ in shapes}) > 1 or min(length for _, length in shapes) < 1:
@@ -221,7 +221,9 @@ def _spans(documents: Int[Tensor, "B L"], ranks: Ranks) -> Spans:
     return Spans(length for _, length in shapes)
 
 
-def _whole_rows(documents: Int[Tensor, "B L"], spans: Spans, ranks: Ranks) -> Int[Tensor, "B T"]:
+def _whole_rows(
+    documents: Int[Tensor, "B L"], spans: Spans, ranks: Communicator
+) -> Int[Tensor, "B T"]:
     longest = max(b - a for a, b in spans.each)
     filled = F.pad(documents, (0, longest - documents.shape[1]))
     everyones = ranks.gather(filled, "documents").wait()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.ranks.carry import Carry, Summary
-from models.ranks.communicator import Gathered, Ranks
+from models.ranks.communicator import Communicator, Gathered
 from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
 from models.sequences.recurrence import LinearScan
@@ -96,7 +96,7 @@ def _carry_error(form: str, turned: int, scheme: Scheme, group: dist.ProcessGrou
     wanted = _gradients(loss, every[rank])
 
     mine = [x.detach().requires_grad_() for x in inputs[rank]]
-    carry = Carry(torch.tensor(KEEP), turned, Ranks(group), scheme)
+    carry = Carry(torch.tensor(KEEP), turned, Communicator(group), scheme)
     before = carry.before(carry.publish(Summary(*mine)))
     found = _gradients((weights[rank] * before).real.sum(), mine)
     pairs = [(before, expected[rank]), *zip(found, wanted, strict=True)]
@@ -107,7 +107,7 @@ def _carry_error(form: str, turned: int, scheme: Scheme, group: dist.ProcessGrou
 
 def _crossing_error(scheme: Scheme, group: dist.ProcessGroup) -> float:
     """What two states lose by being taken in the other order than they were told in."""
-    rank, ranks = dist.get_rank(group), Ranks(group)
+    rank, ranks = dist.get_rank(group), Communicator(group)
     states = [_random(seed, "plain", 2, 3)[rank] for seed in (20, 21)]
     carries = [Carry(torch.tensor(KEEP), 1, ranks, scheme) for _ in range(4)]
     alone = [c.before(c.publish(Summary(x))) for c, x in zip(carries[:2], states, strict=True)]
@@ -143,7 +143,7 @@ def _log(parts: list[Tensor]) -> Tensor:
 
 def _fetch_error(group: dist.ProcessGroup) -> float:
     """Stretches of all kinds, empty and as long as several shares; gradients are the adjoint."""
-    spans, ranks, total = Spans(LENGTHS), Ranks(group), sum(LENGTHS)
+    spans, ranks, total = Spans(LENGTHS), Communicator(group), sum(LENGTHS)
     x = torch.randn(2, total, 3, generator=_generator(7), dtype=torch.float64)
     begin, end = spans.each[ranks.rank]
     worst = 0.0
@@ -161,7 +161,7 @@ def _fetch_error(group: dist.ProcessGroup) -> float:
 
 
 def _swap_error(group: dist.ProcessGroup) -> float:
-    spans, ranks = Spans(LENGTHS), Ranks(group)
+    spans, ranks = Spans(LENGTHS), Communicator(group)
     x = torch.randn(2, sum(LENGTHS), 7, generator=_generator(8), dtype=torch.float64)
     begin, end = spans.each[ranks.rank]
     rows = swap(x[:, begin:end], spans, ranks, "test")
@@ -190,9 +190,9 @@ def _events(group: dist.ProcessGroup) -> list[str]:
     sequence = ShardedSequence(documents, group, Scheme.GATHER)
     scan = _Watched(-torch.rand(1, 4, 3), torch.randn(1, 4, 3, requires_grad=True), None)
     events = scan.events = []
-    gather, wait = Ranks.gather, Gathered.wait
+    gather, wait = Communicator.gather, Gathered.wait
 
-    def sent(self: Ranks, x: Tensor, what: str) -> Gathered:
+    def sent(self: Communicator, x: Tensor, what: str) -> Gathered:
         events.append(f"{what} sent")
         return gather(self, x, what)
 
@@ -201,7 +201,7 @@ def _events(group: dist.ProcessGroup) -> list[str]:
         return wait(self)
 
     # This process ends with the test.
-    Ranks.gather, Gathered.wait = sent, waited
+    Communicator.gather, Gathered.wait = sent, waited
     sequence.recur(scan).sum().backward()
     return events
 
@@ -219,7 +219,7 @@ def _is_freed(scheme: Scheme, group: dist.ProcessGroup) -> bool:
     """Whether no cycle keeps a state, once outputs and loss are gone."""
     gc.disable()
     state = torch.randn(2, 3, requires_grad=True)
-    carry = Carry(torch.ones(2, 2, dtype=torch.bool), 0, Ranks(group), scheme)
+    carry = Carry(torch.ones(2, 2, dtype=torch.bool), 0, Communicator(group), scheme)
     summary = Summary(state, -torch.rand(2, 3))
     before = carry.before(carry.publish(summary))
     before.sum().backward()
