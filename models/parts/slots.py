@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.attention.slot_attention import Slots, mix_slots
 from kernels.precision import widened, without_autocast
-from models.sequences.documents import Stack, put_back, tabulate
+from models.sequences.documents import DocumentRows, put_back, tabulate
 from models.sequences.recurrence import Joined
 from models.sequences.whole import WholeSequence
 
@@ -37,7 +37,7 @@ class Filling(NamedTuple):
     """
 
     sequence: WholeSequence
-    stacks: list[Stack]
+    stacks: list[DocumentRows]
     shares: Callable[[], list[Float[Tensor, "N S H C"]]]
 
     def fill(self, x: Float[Tensor, "B S H P"]) -> Float[Tensor, "B D H C P"]:
@@ -64,7 +64,7 @@ class LowRank(NamedTuple):
 
     filling: Filling
     weights: list[Float[Tensor, "N T H C"]]
-    stacks: list[Stack]
+    stacks: list[DocumentRows]
 
     def mix(
         self, values: Float[Tensor, "B S H P"], sequence: WholeSequence

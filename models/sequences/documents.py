@@ -16,7 +16,7 @@ from models.sequences.positions import PADDING
 from models.sequences.whole import WholeSequence
 
 
-class Stack(NamedTuple):
+class DocumentRows(NamedTuple):
     """Some documents, filled up at their ends; without `index` each is a whole row.
 
     Attributes:
@@ -59,10 +59,10 @@ class Stack(NamedTuple):
         return found.masked_fill(missing.view(-1, *[1] * (found.ndim - 1)), 0.0)
 
 
-def stacks_of(sequence: WholeSequence) -> list[Stack]:
+def documents_by_length(sequence: WholeSequence) -> list[DocumentRows]:
     """Cut a batch into its documents, padding left out."""
     if not sequence.packed:
-        return [Stack()]
+        return [DocumentRows()]
     places = sequence.memo("documents", lambda: _places(sequence.own_documents()))
     first, length, rows, ids = places.unbind(dim=1)
     # Lengths in a stack lie between one power of two and the next.
@@ -74,12 +74,12 @@ def stacks_of(sequence: WholeSequence) -> list[Stack]:
         offset = torch.arange(int(n.max()), device=n.device)
         present = offset < n
         index = begin + torch.where(present, offset, 0)
-        stacks.append(Stack(index, present, rows[chosen], ids[chosen]))
+        stacks.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
     return stacks
 
 
 def put_back(
-    parts: list[Tensor], stacks: list[Stack], sequence: WholeSequence
+    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B L *rest"]:
     """Put features of documents (N, T, *rest) back to where they stand, with zeros in padding."""
     if stacks[0].index is None:
@@ -94,7 +94,7 @@ def put_back(
 
 
 def tabulate(
-    parts: list[Tensor], stacks: list[Stack], sequence: WholeSequence
+    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B D *rest"]:
     """Put what belongs to whole documents (N, *rest) into a table by row and id."""
     if stacks[0].rows is None:
@@ -120,7 +120,7 @@ class Landmarks(NamedTuple):
     present: Bool[Tensor, "N C"] | None
 
 
-def landmarks_of(x: Float[Tensor, "N T H P"], stack: Stack, count: int) -> Landmarks:
+def landmarks_of(x: Float[Tensor, "N T H P"], stack: DocumentRows, count: int) -> Landmarks:
     """Cut each document into `count` segments, equal up to one token, and average them in float32.
 
     Segment c of n tokens begins at token floor(c n / count).
@@ -166,6 +166,6 @@ def by_document(
         sequence: says which documents there are.
         mix: what it returns behind a document's end is dropped.
     """
-    stacks = stacks_of(sequence)
+    stacks = documents_by_length(sequence)
     parts = [mix(*(stack.take(x) for x in tensors)) for stack in stacks]
     return put_back(parts, stacks, sequence)

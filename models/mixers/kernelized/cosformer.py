@@ -25,7 +25,7 @@ from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.slots import Filling, LowRank, documents_of
 from models.sequences.continued import Memory
-from models.sequences.documents import Stack, stacks_of, tabulate
+from models.sequences.documents import DocumentRows, documents_by_length, tabulate
 from models.sequences.positions import PADDING
 from models.sequences.recurrence import LinearAttention
 from models.sequences.whole import WholeSequence
@@ -159,7 +159,7 @@ def _low_rank(
     other: WholeSequence,
     sequence: WholeSequence,
 ) -> LowRank:
-    filled, reading = stacks_of(other), stacks_of(sequence)
+    filled, reading = documents_by_length(other), documents_by_length(sequence)
     shares = functools.cache(lambda: _cut(keys(), filled))
 
     def totals() -> Tensor:
@@ -174,7 +174,7 @@ def _low_rank(
     return LowRank(Filling(other, filled, shares), weights, reading)
 
 
-def _cut(x: Tensor, stacks: list[Stack]) -> list[Tensor]:
+def _cut(x: Tensor, stacks: list[DocumentRows]) -> list[Tensor]:
     return [stack.take(x) for stack in stacks]
 
 

@@ -28,7 +28,7 @@ from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.slots import SOFTMAX_FLOPS, Filling, LowRank
 from models.sequences.continued import Memory
-from models.sequences.documents import Stack, landmarks_of, stacks_of
+from models.sequences.documents import DocumentRows, documents_by_length, landmarks_of
 from models.sequences.whole import WholeSequence
 
 
@@ -69,7 +69,7 @@ class LARA(Mixer):
         """Values are the value heads; queries, keys and their means decide."""
         del memory
         queries, keys, values = self.heads(x)
-        stacks, shares, weights = stacks_of(sequence), [], []
+        stacks, shares, weights = documents_by_length(sequence), [], []
         for stack in stacks:
             share, weight = self._importance(stack, stack.take(queries), stack.take(keys))
             shares.append(share)
@@ -104,7 +104,7 @@ class LARA(Mixer):
         return MixFlops(H * needed, H * needed, H * elementwise)
 
     def _importance(
-        self, stack: Stack, queries: Tensor, keys: Tensor
+        self, stack: DocumentRows, queries: Tensor, keys: Tensor
     ) -> tuple[Float[Tensor, "N T H C"], Float[Tensor, "N T H C"]]:
         """Each key's share in the landmarks, and the landmarks' weights for each query."""
         scale = queries.shape[-1] ** -0.25

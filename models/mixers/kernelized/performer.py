@@ -38,7 +38,7 @@ from models.parts.slots import (
     documents_of,
 )
 from models.sequences.continued import Memory
-from models.sequences.documents import stacks_of, tabulate
+from models.sequences.documents import documents_by_length, tabulate
 from models.sequences.whole import WholeSequence
 
 
@@ -139,7 +139,7 @@ class Performer(Mixer):
         self, projected: Projected, other: WholeSequence, sequence: WholeSequence
     ) -> LowRank:
         queries, keys, _ = projected
-        filled, reading = stacks_of(other), stacks_of(sequence)
+        filled, reading = documents_by_length(other), documents_by_length(sequence)
 
         @functools.cache
         def logits() -> list[Tensor]:

@@ -33,7 +33,7 @@ from models.parts.slots import (
     unpacked,
 )
 from models.sequences.continued import Memory
-from models.sequences.documents import stacks_of
+from models.sequences.documents import documents_by_length
 from models.sequences.whole import WholeSequence
 
 
@@ -134,7 +134,7 @@ class ABC(Mixer):
         self, projected: Projected, x: Tensor, other: WholeSequence, sequence: WholeSequence
     ) -> LowRank:
         queries, keys, _ = projected
-        filled, reading = stacks_of(other), stacks_of(sequence)
+        filled, reading = documents_by_length(other), documents_by_length(sequence)
 
         @functools.cache
         def shares() -> list[Tensor]:

@@ -29,7 +29,7 @@ from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
 from models.parts.slots import RUNNING_FLOPS, SlotAverages, packed, unpacked
 from models.sequences.continued import Memory
-from models.sequences.documents import Stack, put_back, stacks_of
+from models.sequences.documents import DocumentRows, documents_by_length, put_back
 from models.sequences.positions import PADDING
 from models.sequences.whole import Collected, WholeSequence
 
@@ -70,7 +70,7 @@ class Coefficients(NamedTuple):
         log_sums: logarithms of the sums of their exponentials in the chunk so far, if causal.
     """
 
-    stack: Stack
+    stack: DocumentRows
     near: Float[Tensor, "N C H Q K"]
     far: Float[Tensor, "N C H Q S"]
     logits: Float[Tensor, "N T H R"]
@@ -110,7 +110,7 @@ class LongShort(Mixer):
         near = rotated(near, sequence, self.config.rope_theta)
         if self.slot.causal:
             return projected.values, [self._causal(projected, near, logits, sequence)]
-        stacks = stacks_of(sequence)
+        stacks = documents_by_length(sequence)
         return projected.values, [self._whole(each, projected, near, logits) for each in stacks]
 
     def mix(
@@ -168,7 +168,7 @@ class LongShort(Mixer):
         )
 
     def _whole(
-        self, stack: Stack, projected: Projected, near: Projected, logits: Tensor
+        self, stack: DocumentRows, projected: Projected, near: Projected, logits: Tensor
     ) -> Coefficients:
         queries, keys = stack.take(projected.queries), stack.take(projected.keys)
         logits = stack.where_present(stack.take(logits), -math.inf)
@@ -197,7 +197,7 @@ class LongShort(Mixer):
         far = _products(projected.queries, self.far_norm(keys))
         hidden = ~seen.repeat_interleave(self.rank, dim=2)[:, :, None]
         weights = _weights(scores, far.masked_fill(hidden, -math.inf), self.scale)
-        return Coefficients(Stack(), *weights, logits, log_sums)
+        return Coefficients(DocumentRows(), *weights, logits, log_sums)
 
     def _near_scores(
         self,

@@ -20,7 +20,7 @@ from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import uniform
 from models.sequences.continued import Memory
-from models.sequences.documents import Stack, landmarks_of, put_back, stacks_of
+from models.sequences.documents import DocumentRows, documents_by_length, landmarks_of, put_back
 from models.sequences.whole import WholeSequence
 
 
@@ -52,7 +52,7 @@ class NystromConfig(HeadsConfig):
 class Coefficients(NamedTuple):
     """What decides the matrices of some documents, heads before tokens; masks are None for all."""
 
-    stack: Stack
+    stack: DocumentRows
     queries: Float[Tensor, "N H T P"]
     keys: Float[Tensor, "N H T P"]
     query_landmarks: Float[Tensor, "N H C P"]
@@ -87,7 +87,7 @@ class Nystrom(Mixer):
         queries, keys, values = self.heads(x)
         return values, [
             self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in stacks_of(sequence)
+            for stack in documents_by_length(sequence)
         ]
 
     def mix(
@@ -123,7 +123,7 @@ class Nystrom(Mixer):
         assert name == "taps"
         return uniform(self.taps.shape, self.taps.shape[1] ** -0.5, generator)
 
-    def _coefficients(self, stack: Stack, queries: Tensor, keys: Tensor) -> Coefficients:
+    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
         count = self.config.n_landmarks
         means, present = landmarks_of(torch.cat([queries, keys], dim=2), stack, count)
         query_means, key_means = means.transpose(1, 2).chunk(2, dim=1)

@@ -19,7 +19,7 @@ from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig, rotated
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.sequences.continued import Memory
-from models.sequences.documents import Stack, put_back, stacks_of
+from models.sequences.documents import DocumentRows, documents_by_length, put_back
 from models.sequences.whole import WholeSequence
 
 # 2^32 over the golden ratio: multiples of it are spread evenly modulo 2^32 (Knuth, section 6.4).
@@ -57,7 +57,7 @@ class Coefficients(NamedTuple):
         present: which keys are there; None for all.
     """
 
-    stack: Stack
+    stack: DocumentRows
     queries: Float[Tensor, "N H U P"]
     keys: Float[Tensor, "N H T P"]
     place: Int[Tensor, "N H U"]
@@ -89,7 +89,7 @@ class ProbSparse(Mixer):
         queries, keys, values = rotated(self.heads(x), sequence, self.config.rope_theta)
         return values, [
             self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in stacks_of(sequence)
+            for stack in documents_by_length(sequence)
         ]
 
     def mix(
@@ -120,7 +120,7 @@ class ProbSparse(Mixer):
         elementwise = T * (3.0 * U + 2 + P)
         return MixFlops(H * 6.0 * P * U * T, H * 6.0 * P * U * T, H * elementwise)
 
-    def _coefficients(self, stack: Stack, queries: Tensor, keys: Tensor) -> Coefficients:
+    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
         place = self._choose(stack, queries, keys)
         T, P = queries.shape[1], queries.shape[-1]
         index = place.clamp(max=T - 1)[..., None].expand(*place.shape, P)
@@ -129,7 +129,7 @@ class ProbSparse(Mixer):
         return Coefficients(stack, chosen, keys.transpose(1, 2), place, present)
 
     @torch.no_grad()
-    def _choose(self, stack: Stack, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
+    def _choose(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
         N, T = queries.shape[:2]
         if queries.is_meta:
             return torch.zeros(
