@@ -9,7 +9,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from models.ranks.communicator import Communicator
 from models.ranks.schemes import ASSUMED, Payload, Scheme, choose
-from models.ranks.state_passing import RELAYS, Decay, Relay, masked, real
+from models.ranks.state_passing import STATE_PASSINGS, Decay, StatePassing, masked, real
 
 
 class Summary(NamedTuple):
@@ -49,7 +49,7 @@ class Carry:
         scheme: Scheme | None = None,
     ) -> None:
         self.keep, self.turned, self.ranks, self.scheme = keep, turned, ranks, scheme
-        self.relay: Relay | None = None
+        self.relay: StatePassing | None = None
         self.initial: Tensor | None = None
 
     def publish(self, summary: Summary) -> Tensor:
@@ -67,7 +67,7 @@ class Carry:
     def start(self, state: Tensor, decay: Decay) -> None:
         """Choose how to tell the others, and start."""
         scheme = self.scheme or choose(self.ranks.size, self._payload(state, decay), ASSUMED)
-        self.relay = RELAYS[scheme](self.keep, self.turned, decay, self.ranks)
+        self.relay = STATE_PASSINGS[scheme](self.keep, self.turned, decay, self.ranks)
         self.relay.start(state, back=False)
 
     def _payload(self, state: Tensor, decay: Decay) -> Payload:

@@ -48,7 +48,7 @@ class Decay(NamedTuple):
         return self if self.sums is None else self.of(self.sums[rows])
 
 
-class Way(NamedTuple):
+class Direction(NamedTuple):
     """Rows whose states go from rank to rank in one direction, seen from one rank.
 
     Attributes:
@@ -62,10 +62,10 @@ class Way(NamedTuple):
 
     def turned(self) -> "Way":
         """The same rows the other way."""
-        return Way(self.rows, self.ahead[::-1], self.behind[::-1])
+        return Direction(self.rows, self.ahead[::-1], self.behind[::-1])
 
 
-class Relay(abc.ABC):
+class StatePassing(abc.ABC):
     """The states before each rank's tokens, and then the gradients of those after them.
 
     Args:
@@ -80,8 +80,8 @@ class Relay(abc.ABC):
     ) -> None:
         B, rank = keep.shape[1], ranks.rank
         earlier, later = list(range(rank)), list(range(rank + 1, ranks.size))
-        forward = Way(slice(0, B - turned), earlier, later)
-        backward = Way(slice(B - turned, B), later[::-1], earlier[::-1])
+        forward = Direction(slice(0, B - turned), earlier, later)
+        backward = Direction(slice(B - turned, B), later[::-1], earlier[::-1])
         ways = [way for way in (forward, backward) if way.rows.start < way.rows.stop]
         self.keep, self.decay, self.ranks = keep, decay, ranks
         self.there, self.ways = ways, ways
@@ -112,13 +112,13 @@ class Relay(abc.ABC):
     def end(self, added: Tensor) -> Tensor:
         """Wait for the answers; keep none of them."""
 
-    def after(self, way: Way, state: Tensor, added: Tensor) -> Tensor:
+    def after(self, way: Direction, state: Tensor, added: Tensor) -> Tensor:
         """What this rank's tokens make of some rows of a state."""
         decayed = self.decay.of_rows(way.rows).applied(state, back=self.back)
         return masked(decayed, self.keep[self.ranks.rank, way.rows]) + added[way.rows]
 
 
-class GatherRelay(Relay):
+class GatherPassing(StatePassing):
     """Everyone tells everyone, once; gradients find the decays that came with the states."""
 
     under_way: Gathered | None = None
@@ -150,12 +150,12 @@ class GatherRelay(Relay):
         return total
 
 
-class RingRelay(Relay):
+class RingPassing(StatePassing):
     """Each rank waits for the one before it and tells the one after it."""
 
     def begin(self, added: Tensor) -> None:
         """Ask the ranks before this one, and tell those after it where nothing comes before."""
-        self.coming: list[tuple[Way, Passing | None]] = []
+        self.coming: list[tuple[Direction, Passing | None]] = []
         self.going: list[Passing] = []
         # In the order in which the states come by: the one of them must not wait for the other.
         for way in sorted(self.ways, key=lambda way: len(way.behind)):
@@ -180,12 +180,12 @@ class RingRelay(Relay):
         self.coming, self.going = [], []
         return total
 
-    def tell(self, way: Way, state: Tensor) -> None:
+    def tell(self, way: Direction, state: Tensor) -> None:
         """Give a state to the next rank."""
         self.going.append(self.ranks.send(real(state), way.ahead[0], self.tag, self.what))
 
 
-class DoublingRelay(Relay):
+class DoublingPassing(StatePassing):
     """Rank r hears of the d ranks up to r - d, for d = 1, 2, 4, and knows twice as many then.
 
     Of the ranks before its own it knows the nearest d - 1, and tells of them and its own.
@@ -244,10 +244,10 @@ class DoublingRelay(Relay):
             passing.wait()
 
 
-RELAYS: dict[Scheme, type[Relay]] = {
-    Scheme.GATHER: GatherRelay,
-    Scheme.RING: RingRelay,
-    Scheme.DOUBLING: DoublingRelay,
+STATE_PASSINGS: dict[Scheme, type[StatePassing]] = {
+    Scheme.GATHER: GatherPassing,
+    Scheme.RING: RingPassing,
+    Scheme.DOUBLING: DoublingPassing,
 }
 
 
