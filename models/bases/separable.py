@@ -24,7 +24,7 @@ from models.mixer import MixFlops, Slot
 from models.sequences.whole import WholeSequence
 
 
-class Recurrence(NamedTuple):
+class StateSpace(NamedTuple):
     """What decides a state space: step sizes of each direction, and how a state is met and read."""
 
     dt: Float[Tensor, "B L R H"]
@@ -58,7 +58,7 @@ class SeparableMixer(StructuredMixer):
             self.BC = PlaceTable((config.longest, 2 * N), xavier_normal)
             self.dt = PlaceTable((config.longest, R, H), step_sizes, decayed=False)
 
-    def recurrence(self, features: Features, sequence: WholeSequence) -> Recurrence:
+    def recurrence(self, features: Features, sequence: WholeSequence) -> StateSpace:
         """Step sizes, B and C from the tokens' channels, or from their places."""
         if self.config.sequence_aligned:
             BC = F.silu(features.convolved)
@@ -68,7 +68,7 @@ class SeparableMixer(StructuredMixer):
             places = self.places(sequence)
             BC, steps = self.BC(places), widened(self.dt(places))
         B, C = BC.unsqueeze(2).chunk(2, dim=-1)
-        return Recurrence(F.softplus(steps), B, C)
+        return StateSpace(F.softplus(steps), B, C)
 
     def rates(self) -> Float[Tensor, "H"]:
         """The rate of each head, below 0."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels.precision import widened
 from kernels.scans.ssd import ssd
-from models.bases.separable import Recurrence, SeparableMixer
+from models.bases.separable import SeparableMixer, StateSpace
 from models.bases.structured_matrix import Features, PlaceTable, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear
@@ -38,7 +38,7 @@ class QuasiseparableConfig(StructuredConfig):
 class Structure(NamedTuple):
     """What decides both triangles, and the diagonal between them."""
 
-    triangles: Recurrence
+    triangles: StateSpace
     diagonal: Float[Tensor, "B L H"]
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from models.bases.separable import Recurrence, SeparableMixer
+from models.bases.separable import SeparableMixer, StateSpace
 from models.bases.structured_matrix import Features, StructuredConfig
 from models.mixer import MixFlops, Pattern, Slot, register
 from models.sequences.recurrence import Ssd
@@ -43,12 +43,12 @@ class Semiseparable(SeparableMixer):
     def __init__(self, config: SemiseparableConfig, slot: Slot) -> None:
         super().__init__(config, slot, config.d_qk)
 
-    def structure(self, features: Features, sequence: WholeSequence) -> Recurrence:
+    def structure(self, features: Features, sequence: WholeSequence) -> StateSpace:
         """Step sizes, B and C."""
         return self.recurrence(features, sequence)
 
     def multiply(
-        self, values: Float[Tensor, "B L H P"], structure: Recurrence, sequence: WholeSequence
+        self, values: Float[Tensor, "B L H P"], structure: StateSpace, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Scan."""
         dt, B, C = structure
