@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.attention.slot_attention import Slots, mix_slots
 from kernels.precision import widened, without_autocast
 from models.sequences.documents import DocumentRows, put_back, tabulate
-from models.sequences.recurrence import Joined
+from models.sequences.recurrence import AssociativeRecurrence
 from models.sequences.whole import WholeSequence
 
 SOFTMAX_FLOPS = 5.0
@@ -108,7 +108,7 @@ class Running(NamedTuple):
 
 
 @dataclass
-class SlotAverages(Joined):
+class SlotAverages(AssociativeRecurrence):
     """Averages of tokens by exponentials of logits, and the logarithms of these sums.
 
     Attributes:

@@ -3,7 +3,7 @@
 Each runs from a given state, which is all that a whole sequence and a continued one ask for. Where
 the tokens are cut over ranks, none of which waits for the one before, each also says what its
 tokens do to any state. Mostly that is an affine map (`Recurrence`; Martin and Cundy 2018, section
-2.2), else any associative way to put two states together (`Joined`).
+2.2), else any associative way to put two states together (`AssociativeRecurrence`).
 """
 
 import abc
@@ -59,7 +59,7 @@ class Recurrence(abc.ABC):
         return self(None)[0]
 
 
-class Joined(abc.ABC):
+class AssociativeRecurrence(abc.ABC):
     """A recurrence whose state after some tokens is that before, joined with what they leave.
 
     Attributes:
@@ -102,11 +102,11 @@ class LinearScan(Recurrence):
     def summary(self) -> Summary:
         """The values that are left after the last token, and the decay of all tokens."""
         left = torch.exp(sums_after(self.log_decay)) * widened(self.values)
-        return Summary(ending(left, self.documents).sum(dim=1), self.log_decay.sum(dim=1))
+        return Summary(in_last_document(left, self.documents).sum(dim=1), self.log_decay.sum(dim=1))
 
     def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
         """The state, decayed up to each token."""
-        return blanked(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], heard)
+        return zero_unless(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], heard)
 
 
 @dataclass
@@ -237,7 +237,7 @@ class LinearAttention(Recurrence):
 
     def summary(self) -> Summary:
         """One product of matrices over all tokens; nothing decays."""
-        keys, values = ending(widened(self.keys), self.documents), widened(self.values)
+        keys, values = in_last_document(widened(self.keys), self.documents), widened(self.values)
         with without_autocast(keys):
             return Summary(torch.einsum("blhn,blhp->bhnp", keys, values))
 
@@ -245,7 +245,7 @@ class LinearAttention(Recurrence):
         """What each token reads of the state."""
         with without_autocast(initial):
             read = torch.einsum("blhn,bhnp->blhp", widened(self.queries), initial)
-        return blanked(read, heard)
+        return zero_unless(read, heard)
 
 
 def ssd_summary(
@@ -258,7 +258,7 @@ def ssd_summary(
     """What the tokens of an SSD do to any state (Dao and Gu 2024, section 8.2)."""
     log_decay = widened(dt) * A
     share = torch.exp(sums_after(log_decay)) * widened(dt)
-    left = ending(share[..., None] * widened(values), documents)
+    left = in_last_document(share[..., None] * widened(values), documents)
     with without_autocast(left):
         grouped = left.unflatten(2, (B.shape[2], -1))
         state = torch.einsum("blgrp,blgn->bgrpn", grouped, widened(B)).flatten(1, 2)
@@ -277,7 +277,7 @@ def ssd_carried(
     with without_autocast(initial):
         grouped = initial.unflatten(1, (C.shape[2], -1))
         read = torch.einsum("blgn,bgrpn->blgrp", widened(C), grouped).flatten(2, 3)
-    return blanked(decay[..., None] * read, heard)
+    return zero_unless(decay[..., None] * read, heard)
 
 
 def sums_after(x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
@@ -286,14 +286,14 @@ def sums_after(x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
     return later.flip(1).cumsum(dim=1).flip(1)
 
 
-def ending(
+def in_last_document(
     x: Float[Tensor, "B L *rest"], documents: Int[Tensor, "B L"] | None
 ) -> Float[Tensor, "B L *rest"]:
     """The features of the last token's document, zeros elsewhere."""
-    return x if documents is None else blanked(x, documents == documents[:, -1:])
+    return x if documents is None else zero_unless(x, documents == documents[:, -1:])
 
 
-def blanked(
+def zero_unless(
     x: Float[Tensor, "B L *rest"], present: Bool[Tensor, "B L"]
 ) -> Float[Tensor, "B L *rest"]:
     """The features of some tokens, zeros elsewhere."""

@@ -21,7 +21,7 @@ from models.sequences.positions import (
     positions_in_documents,
     segment_ends,
 )
-from models.sequences.recurrence import Joined, Recurrence
+from models.sequences.recurrence import AssociativeRecurrence, Recurrence
 from models.sequences.whole import Collected, WholeSequence
 
 
@@ -108,7 +108,7 @@ class ShardedSequence(WholeSequence):
         What the tokens do to any state goes out; meanwhile the outputs from zero are computed, to
         which the state that the answers make is added.
         """
-        if isinstance(outputs, Joined):
+        if isinstance(outputs, AssociativeRecurrence):
             return self._join(outputs)
         if not isinstance(outputs, Recurrence):
             raise ValueError(
@@ -162,7 +162,7 @@ class ShardedSequence(WholeSequence):
         """Refuse: what is made once for a memory has no form over ranks."""
         raise ValueError("a memory is asked for over ranks, but it has no sharded form; use 1 rank")
 
-    def _join(self, recurrence: Joined) -> Tensor:
+    def _join(self, recurrence: AssociativeRecurrence) -> Tensor:
         """The outputs from the joined states of the earlier shards."""
         left, ids, ranks = recurrence.left(), recurrence.documents, self.ranks
         kept = left.new_ones(len(left)) if ids is None else (ids[:, -1] == 0).to(left)

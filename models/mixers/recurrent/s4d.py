@@ -23,7 +23,7 @@ from models.parts.filters import fft_flops
 from models.parts.layers import Linear
 from models.ranks.carry import Summary
 from models.sequences.continued import Memory
-from models.sequences.recurrence import Recurrence, blanked, ending
+from models.sequences.recurrence import Recurrence, in_last_document, zero_unless
 from models.sequences.whole import WholeSequence
 
 
@@ -179,13 +179,13 @@ class DiagonalScan(Recurrence):
     def summary(self) -> Summary:
         """The state from zero; the rates count for as many tokens as there are."""
         B, L, _ = self.inputs.shape
-        state = final_state(self.system, ending(widened(self.inputs), self.documents))
+        state = final_state(self.system, in_last_document(widened(self.inputs), self.documents))
         tokens = torch.full((B, 1, 1), float(L), dtype=state.real.dtype, device=state.device)
         return Summary(state, tokens, self.system.rate)
 
     def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
         """What the state gives to each token."""
-        return blanked(decayed_outputs(self.system, initial, self.inputs.shape[1]), heard)
+        return zero_unless(decayed_outputs(self.system, initial, self.inputs.shape[1]), heard)
 
 
 def run_diagonal(
