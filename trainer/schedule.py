@@ -39,7 +39,7 @@ class Events:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Milestones:
     """When a run saves and evaluates, in steps done.
 
     Attributes:
@@ -62,12 +62,12 @@ class Plan:
         return Events(save=save, pin=step in self.forks, evaluate=evaluate)
 
 
-def plan_run(
+def run_milestones(
     config: RunConfig,
     execution: ExecutionConfig,
     evaluation: EvaluationConfig,
     forks: frozenset[int] = frozenset(),
-) -> Plan:
+) -> Milestones:
     """When a run saves and evaluates.
 
     Args:
@@ -80,7 +80,7 @@ def plan_run(
     milestones = {tokens // batch for tokens in evaluation.milestones}
     ends = set() if forks else {config.steps}
     save_every = execution.save_every_tokens
-    return Plan(
+    return Milestones(
         last=config.steps,
         forks=forks,
         milestones=frozenset({m for m in milestones if 0 < m <= config.steps} | ends),

@@ -8,7 +8,7 @@ from data_pipelines.shards import certificate
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import prepare_process
 from trainer.preemption import StopSignal
-from trainer.schedule import learning_rate, plan_run
+from trainer.schedule import learning_rate, run_milestones
 from trainer.session import Lineage, Outcome, Session
 
 GRACE_SECONDS = 60.0
@@ -40,7 +40,9 @@ def train(
 
 def _loop(session: Session) -> Outcome:
     progress = session.resume()
-    plan = plan_run(session.config, session.execution, session.evaluation, session.lineage.forks)
+    plan = run_milestones(
+        session.config, session.execution, session.evaluation, session.lineage.forks
+    )
     batches = session.open_stream(progress.step)
     signal = StopSignal(GRACE_SECONDS, session.folder / "stop-stacks.txt", session.complain)
     with signal, session.heartbeat:

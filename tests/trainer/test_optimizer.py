@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
-from trainer.schedule import decay_begins, learning_rate, plan_run
+from trainer.schedule import decay_begins, learning_rate, run_milestones
 from trainer.schema import load
 
 
@@ -26,7 +26,7 @@ def test_a_branch_has_its_trunks_rate_until_it_decays(plain: dict) -> None:
 
 def test_a_run_saves_and_evaluates_where_it_should(plain: dict) -> None:
     config = load(RunConfig, plain)
-    plan = plan_run(
+    plan = run_milestones(
         config, ExecutionConfig(save_every_tokens=2048), EvaluationConfig(milestones=(5120,))
     )
     saves = [step for step in range(1, 21) if plan.events(step).save]
@@ -36,7 +36,7 @@ def test_a_run_saves_and_evaluates_where_it_should(plain: dict) -> None:
 
 
 def test_a_trunk_pins_its_forks_and_does_not_evaluate_its_end(plain: dict) -> None:
-    plan = plan_run(
+    plan = run_milestones(
         load(RunConfig, plain), ExecutionConfig(), EvaluationConfig(), frozenset({7, 20})
     )
     assert [s for s in range(1, 21) if plan.events(s).pin] == [7, 20]
