@@ -54,7 +54,7 @@ class Outcome:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """What is carried from step to step, and through a checkpoint."""
 
     step: int = 0
@@ -102,20 +102,20 @@ class Session:
         if self.record is not None:
             self._open_record(self.record)
 
-    def resume(self) -> Progress:
+    def resume(self) -> TrainState:
         """Take up the newest checkpoint: the run's own, else one of its trunk before the fork."""
         found = newest(self.folder / "checkpoints", self._group, None)
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
         if found is None:
             self._refuse_rows_without_checkpoint()
-            return Progress()
+            return TrainState()
         self._refuse_changes(found)
         self.engine.load(found.path)
         for rejected in found.rejected:
             self.complain(rejected.message)
         facts = found.manifest
-        return Progress(facts["step"], int(facts["certificate"], 16), facts["skipped_in_row"])
+        return TrainState(facts["step"], int(facts["certificate"], 16), facts["skipped_in_row"])
 
     def open_stream(self, first_step: int) -> Iterator[Batch]:
         """This rank's batches from a step on; what one rank cannot open stops all of them."""
@@ -139,7 +139,7 @@ class Session:
         return shared_batches(self._stream, ranks, (sequences, self.config.corpus.seq_len))
 
     def write_row(
-        self, progress: Progress, result: StepResult, rate: float, seconds: tuple[float, float]
+        self, progress: TrainState, result: StepResult, rate: float, seconds: tuple[float, float]
     ) -> None:
         """Record one step."""
         if self.record is None:
@@ -167,7 +167,7 @@ class Session:
             self._tracker.log(row)
         self._show(progress, loss_nats=result.loss_nats, tokens_per_second=batch / took)
 
-    def save(self, progress: Progress, *, pinned: bool) -> None:
+    def save(self, progress: TrainState, *, pinned: bool) -> None:
         """Publish a checkpoint; a failure is told and training goes on."""
         self.heartbeat.beat(progress.step, "save")
         if self.record is not None:
@@ -182,7 +182,7 @@ class Session:
         if failure is not None:
             self.complain(str(failure))
 
-    def evaluate(self, progress: Progress) -> None:
+    def evaluate(self, progress: TrainState) -> None:
         """Measure all sets, unless that was done; an error is a row, never the end of the run."""
         measured = evaluation_id(self.evaluation)
         tokens = progress.step * self.config.optimizer.batch_tokens
@@ -205,14 +205,14 @@ class Session:
         if self.record is not None:
             self.record.append_evaluations(rows)
 
-    def stop(self, progress: Progress, name: str) -> Outcome:
+    def stop(self, progress: TrainState, name: str) -> Outcome:
         """End early, with everything saved."""
         message = f"stopped by {name or 'another rank'} at step {progress.step}"
         if self.record is not None:
             self.record.write_status("stopped", step=progress.step, message=message)
         return Outcome("stopped", progress.step, message)
 
-    def diverge(self, progress: Progress) -> Outcome:
+    def diverge(self, progress: TrainState) -> Outcome:
         """End with a result: training left the finite numbers."""
         message = (
             f"non-finite for {progress.skipped_in_row} steps in a row at step {progress.step}, "
@@ -221,7 +221,7 @@ class Session:
         self._write_summary("diverged", progress, message)
         return Outcome("diverged", progress.step, message)
 
-    def finish(self, progress: Progress) -> Outcome:
+    def finish(self, progress: TrainState) -> Outcome:
         """End at the budget; a trunk gets no summary, since it may be extended."""
         if self.lineage.forks:
             if self.record is not None:
@@ -302,7 +302,7 @@ class Session:
         rows = (r for r in read_run(self.folder).evaluations if r["step"] == step)
         return [r for r in rows if r["evaluation_id"] == measured and not r.get("error")]
 
-    def _write_summary(self, state: str, progress: Progress, message: str) -> None:
+    def _write_summary(self, state: str, progress: TrainState, message: str) -> None:
         weights = self.engine.weights()
         if self.record is None:
             return
@@ -327,7 +327,7 @@ class Session:
         assert self._stream is not None
         return {domain: asdict(read) for domain, read in self._stream.realised().items()}
 
-    def _show(self, progress: Progress, **facts: float) -> None:
+    def _show(self, progress: TrainState, **facts: float) -> None:
         now = time.monotonic()
         if self.record is not None and now - self._shown > STATUS_SECONDS:
             self._shown = now
