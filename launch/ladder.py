@@ -19,7 +19,7 @@ from models.accounting import Account, account
 from models.backbone import BackboneConfig
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.rungs import RUNGS, Rung, find_rung
-from sweeps.sizing import ADMITTED_ERROR, Place, fit_architecture, nominal_parameters
+from sweeps.sizing import ADMITTED_ERROR, Shape, nominal_parameters, size_architecture
 from trainer.exit_codes import ExitCode
 from trainer.schema import ConfigError, suggest
 
@@ -35,7 +35,7 @@ class Line:
     """One architecture on one rung."""
 
     architecture: str
-    place: Place
+    place: Shape
     model: BackboneConfig
     counts: Account
 
@@ -86,19 +86,19 @@ def _chosen(names: list[str]) -> dict[str, ArchitectureConfig]:
     return {name: known[name] for name in names or known}
 
 
-def _place(rung: Rung, arguments: argparse.Namespace) -> Place:
+def _place(rung: Rung, arguments: argparse.Namespace) -> Shape:
     vocab_size, context = NANO if rung.parameters else LARGE
-    return Place(rung, arguments.vocab or vocab_size, arguments.context or context)
+    return Shape(rung, arguments.vocab or vocab_size, arguments.context or context)
 
 
 def _lines(
-    architectures: dict[str, ArchitectureConfig], places: list[Place], missed: list[str]
+    architectures: dict[str, ArchitectureConfig], places: list[Shape], missed: list[str]
 ) -> Iterator[Line]:
     """The shapes; what has none within the tolerance is added to `missed`."""
     for place in places:
         for name, architecture in architectures.items():
             try:
-                model = fit_architecture(name, architecture, place).model
+                model = size_architecture(name, architecture, place).model
             except ConfigError as error:
                 missed.append(f"{name}: {error}")
                 continue

@@ -14,7 +14,7 @@ from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
 from sweeps.rungs import find_rung
-from sweeps.sizing import ADMITTED_ERROR, Fitted, Place, fit_architecture
+from sweeps.sizing import ADMITTED_ERROR, Shape, Sized, size_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
 from trainer.config import (
     FORMS,
@@ -189,7 +189,7 @@ def _experiments(
     rung = find_rung(cell["rung"])
     # Whoever overrides the model takes the closest shape; the plan shows how far off it is.
     tolerance = math.inf if config.model else ADMITTED_ERROR
-    fitted = _fit(name, architecture, Place(rung, vocab_size, ladder.seq_len), tolerance)
+    fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
         {
@@ -229,14 +229,14 @@ def _experiments(
         )
 
 
-def _fit(name: str, architecture: ArchitectureConfig, place: Place, tolerance: float) -> Fitted:
+def _fit(name: str, architecture: ArchitectureConfig, place: Shape, tolerance: float) -> Sized:
     key = (name, repr(architecture), place)
     if key not in _fitted:
-        _fitted[key] = fit_architecture(name, architecture, place, tolerance)
+        _fitted[key] = size_architecture(name, architecture, place, tolerance)
     return _fitted[key]
 
 
-_fitted: dict[tuple, Fitted] = {}
+_fitted: dict[tuple, Sized] = {}
 
 
 def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> ArchitectureConfig:

@@ -21,7 +21,7 @@ NARROW = 512
 
 
 @dataclass(frozen=True)
-class Fitted:
+class Sized:
     """A backbone on a rung, and how far its parameters are from the rung's."""
 
     model: BackboneConfig
@@ -30,7 +30,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Place:
+class Shape:
     """Where an architecture is fitted: a rung at a vocabulary and a context.
 
     Attributes:
@@ -50,16 +50,16 @@ def nominal_parameters(rung: Rung, vocab_size: int, tied: bool = True) -> int:
     block = {"mixer": {"kind": "attention"}, "channel": {"kind": "swiglu"}}
     shape = ArchitectureConfig(blocks={"a": block}, pattern="a")
     hidden = _round_up(8 / 3 * rung.d_model, 64)
-    sizing = _Sizing(shape, Place(rung, vocab_size, seq_len=1))
+    sizing = _Sizing(shape, Shape(rung, vocab_size, seq_len=1))
     return sizing.count(_Shape(rung.d_model, rung.n_layers, hidden))
 
 
-def fit_architecture(
+def size_architecture(
     name: str,
     architecture: ArchitectureConfig,
-    place: Place,
+    place: Shape,
     tolerance: float = ADMITTED_ERROR,
-) -> Fitted:
+) -> Sized:
     """The legal shape whose parameters come closest to the rung's.
 
     A rung is a label of the Transformer's shape. Where an inner width is free, width and depth
@@ -85,7 +85,7 @@ def fit_architecture(
     return fitted
 
 
-def _closest(name: str, architecture: ArchitectureConfig, place: Place) -> Fitted:
+def _closest(name: str, architecture: ArchitectureConfig, place: Shape) -> Sized:
     target = nominal_parameters(place.rung, place.vocab_size)
     sizing = _Sizing(architecture, place)
 
@@ -101,7 +101,7 @@ def _closest(name: str, architecture: ArchitectureConfig, place: Place) -> Fitte
         raise ConfigError(
             f"{name} has no legal shape near rung {place.rung.name}: {sizing.problem}"
         )
-    return Fitted(sizing.backbone(best), sizing.count(best), sizing.count(best) / target - 1)
+    return Sized(sizing.backbone(best), sizing.count(best), sizing.count(best) / target - 1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class _Sizing:
         problem: why the first illegal width was refused.
     """
 
-    def __init__(self, architecture: ArchitectureConfig, place: Place) -> None:
+    def __init__(self, architecture: ArchitectureConfig, place: Shape) -> None:
         self._architecture, self._place = architecture, place
         self._names = architecture.pattern.split()
         self._deep = max(1, round(architecture.layers_ratio * place.rung.n_layers))

@@ -27,7 +27,7 @@ from models.sequences.recurrence import Recurrence
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from tests.conformance.case import CROSS, Rows, case_of, declared_cases, documents_of
 from tests.models.conftest import D_MODEL, drawn
 
@@ -263,8 +263,8 @@ def model(name: str, layout: str, dtype: str, *, recompute: bool) -> Problem:
 
 @functools.cache
 def _fitted(name: str) -> BackboneConfig:
-    place = Place(RUNGS["10k"], VOCABULARY, seq_len=max(x.length for x in LAYOUTS.values()))
-    return fit_architecture(name, read_architectures()[name], place, math.inf).model
+    place = Shape(RUNGS["10k"], VOCABULARY, seq_len=max(x.length for x in LAYOUTS.values()))
+    return size_architecture(name, read_architectures()[name], place, math.inf).model
 
 
 def _cases() -> list[tuple[str, Pattern]]:

@@ -12,7 +12,7 @@ from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Experiment
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from tests.trainer import study
 from trainer.engine import Engine, prepare_process
 from trainer.objective import total_nats
@@ -21,8 +21,8 @@ VOCAB, LENGTH, ROWS = 258, 96, 2
 
 
 def fitted(name: str) -> BackboneConfig:
-    place = Place(RUNGS["68k"], VOCAB, LENGTH)
-    return fit_architecture(name, read_architectures()[name], place).model
+    place = Shape(RUNGS["68k"], VOCAB, LENGTH)
+    return size_architecture(name, read_architectures()[name], place).model
 
 
 @pytest.fixture(scope="module")

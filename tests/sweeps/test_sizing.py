@@ -5,7 +5,7 @@ import pytest
 from models.accounting import total_parameters
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS, find_rung
-from sweeps.sizing import Place, fit_architecture, nominal_parameters
+from sweeps.sizing import Shape, nominal_parameters, size_architecture
 from trainer.schema import ConfigError
 
 TOO_SMALL = {("10k", "m2_bert"), ("20k", "m2_bert")}
@@ -19,8 +19,8 @@ def test_every_rung_is_matched_within_one_percent(rung: str, name: str) -> None:
     if (rung, name) in TOO_SMALL:
         pytest.skip("an encoder that is larger than the rung")
     vocab_size, seq_len = (257, 256) if RUNGS[rung].parameters else (50_304, 2048)
-    fitted = fit_architecture(
-        name, read_architectures()[name], Place(RUNGS[rung], vocab_size, seq_len)
+    fitted = size_architecture(
+        name, read_architectures()[name], Shape(RUNGS[rung], vocab_size, seq_len)
     )
     built = total_parameters(fitted.model)
     assert built == fitted.parameters
@@ -29,7 +29,7 @@ def test_every_rung_is_matched_within_one_percent(rung: str, name: str) -> None:
 
 @pytest.mark.parametrize("rung", DEFAULT)
 def test_mamba_is_about_twice_as_deep_as_the_transformer(rung: str) -> None:
-    fitted = fit_architecture("mamba", read_architectures()["mamba"], Place(RUNGS[rung], 257, 256))
+    fitted = size_architecture("mamba", read_architectures()["mamba"], Shape(RUNGS[rung], 257, 256))
     assert abs(fitted.model.n_layers - 2 * RUNGS[rung].n_layers) <= 1
 
 
@@ -37,8 +37,8 @@ def test_mamba_is_about_twice_as_deep_as_the_transformer(rung: str) -> None:
 def test_rung_names_are_labels_of_the_transformers_shape(
     rung: str, layers: int, width: int
 ) -> None:
-    model = fit_architecture(
-        "transformer", read_architectures()["transformer"], Place(RUNGS[rung], 50_304, 2048)
+    model = size_architecture(
+        "transformer", read_architectures()["transformer"], Shape(RUNGS[rung], 50_304, 2048)
     ).model
     assert (model.n_layers, model.d_model) == (layers, width)
 
@@ -56,9 +56,9 @@ def test_an_unknown_rung_is_named_with_a_suggestion() -> None:
 
 
 def test_a_rung_out_of_reach_is_refused_with_the_closest_size() -> None:
-    place = Place(RUNGS["10k"], 257, 256)
+    place = Shape(RUNGS["10k"], 257, 256)
     with pytest.raises(ConfigError, match="asks for 9780 parameters within 1%, but the closest"):
-        fit_architecture("m2_bert", read_architectures()["m2_bert"], place)
+        size_architecture("m2_bert", read_architectures()["m2_bert"], place)
 
 
 def test_decoders_reach_every_rung() -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Experiment
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from tests.trainer.ranks import on_ranks
 from tests.trainer.study import build_tiny, make, run
 from trainer.record import read_run
@@ -101,8 +101,8 @@ def experiment(
     """
     data, shards = layout
     plain = make(root, LONGER, ranks=data * shards, sequence_parallel=shards, **execution)
-    architecture, place = read_architectures()[name], Place(RUNGS["10k"], 257, SEQ_LEN)
-    fitted = fit_architecture(name, architecture, place, math.inf)
+    architecture, place = read_architectures()[name], Shape(RUNGS["10k"], 257, SEQ_LEN)
+    fitted = size_architecture(name, architecture, place, math.inf)
     scale = architecture.learning_rate_scale
     optimizer = replace(plain.run.optimizer, learning_rate_scale=scale)
     named = replace(plain.run, architecture=name, model=fitted.model, optimizer=optimizer)

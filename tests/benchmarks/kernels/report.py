@@ -38,7 +38,7 @@ from models.sequences.positions import segment_ends
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 
 ROOT = Path(__file__).parents[3]
 RUNG_NAMES = ("360M", "1.3B", "3B")
@@ -127,8 +127,8 @@ def record_rung(
 
 def record_layer(name: str, rung: str, batch: int = BATCH) -> list[Launch]:
     """The launches of one repetition of an architecture's pattern, forward and backward."""
-    place = Place(RUNGS[rung], VOCABULARY, SEQ_LEN)
-    model = fit_architecture(name, read_architectures()[name], place).model
+    place = Shape(RUNGS[rung], VOCABULARY, SEQ_LEN)
+    model = size_architecture(name, read_architectures()[name], place).model
     with torch.device("meta"):
         backbone = Backbone(replace(model, n_layers=len(model.pattern.split())))
         tokens = torch.zeros(batch, SEQ_LEN, dtype=torch.int64)

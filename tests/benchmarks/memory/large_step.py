@@ -40,7 +40,7 @@ from models.backbone import Backbone, build_backbone
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS
-from sweeps.sizing import ADMITTED_ERROR, Fitted, Place, fit_architecture
+from sweeps.sizing import ADMITTED_ERROR, Shape, Sized, size_architecture
 from trainer.machine import memory_bytes
 
 ROOT = Path(__file__).parents[3]
@@ -207,7 +207,7 @@ class _Trained:
     seconds: float
 
 
-def _train(fitted: Fitted) -> _Trained:
+def _train(fitted: Sized) -> _Trained:
     """One step, then forward and backward once more: memory peaks once there are moments."""
     backbone = build_backbone(fitted.model, SEED)
     batch = _text(hide=fitted.model.form == "encoder")
@@ -232,7 +232,7 @@ def _train(fitted: Fitted) -> _Trained:
     return _Trained(loss.item(), after.item(), apart, echo, norms.norm().item(), finite, seconds)
 
 
-def _measured(name: str, fitted: Fitted, trained: _Trained, before: int) -> Step:
+def _measured(name: str, fitted: Sized, trained: _Trained, before: int) -> Step:
     peak = memory_bytes("cpu") - before
     kept = activations(fitted.model, 1, SEQ_LEN).peak(recompute=False)
     return Step(
@@ -250,9 +250,9 @@ def _measured(name: str, fitted: Fitted, trained: _Trained, before: int) -> Step
     )
 
 
-def _fitted(name: str, rung: str, tolerance: float) -> Fitted:
-    place = Place(RUNGS[rung], VOCABULARY, SEQ_LEN)
-    return fit_architecture(name, read_architectures()[name], place, tolerance)
+def _fitted(name: str, rung: str, tolerance: float) -> Sized:
+    place = Shape(RUNGS[rung], VOCABULARY, SEQ_LEN)
+    return size_architecture(name, read_architectures()[name], place, tolerance)
 
 
 def _text(*, hide: bool) -> Batch:

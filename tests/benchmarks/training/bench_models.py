@@ -18,7 +18,7 @@ from models.compiled import compile_blocks
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import Rung
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from trainer.config import (
     BudgetConfig,
     ExecutionConfig,
@@ -54,7 +54,7 @@ class Size:
     def shape(self, architecture: str) -> BackboneConfig:
         """The architecture's shape, by the ladder's own search."""
         known = read_architectures()[architecture]
-        return fit_architecture(architecture, known, Place(self.rung, VOCAB, self.seq_len)).model
+        return size_architecture(architecture, known, Shape(self.rung, VOCAB, self.seq_len)).model
 
 
 @dataclass(frozen=True)

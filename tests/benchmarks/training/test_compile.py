@@ -15,7 +15,7 @@ from models.parts.layers import RMSNorm
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from trainer.config import ExecutionConfig
 from trainer.objective import total_nats
 
@@ -46,7 +46,7 @@ def compiler():
 
 
 def both(name, backend):
-    model = fit_architecture(name, read_architectures()[name], Place(RUNGS["10k"], 257, 64)).model
+    model = size_architecture(name, read_architectures()[name], Shape(RUNGS["10k"], 257, 64)).model
     written, compiled = build_backbone(model, 0), build_backbone(model, 0)
     compile_blocks(compiled, backend)
     return written, compiled

@@ -17,7 +17,7 @@ from models.mixers.softmax.window import WindowConfig
 from models.ranks.schemes import Payload, Scheme
 from sweeps.architecture import read_architectures
 from sweeps.rungs import RUNGS
-from sweeps.sizing import Place, fit_architecture
+from sweeps.sizing import Shape, size_architecture
 from tests.oracles import prefix_messages, wire
 from tests.sequence_parallel.problem import ARCHITECTURES
 
@@ -49,10 +49,10 @@ class Layer:
 
 def layers(lengths: Sequence[int]) -> list[Layer]:
     """Every mixer of each named architecture at its smallest size, at each length."""
-    place = Place(RUNGS["10k"], vocab_size=19, seq_len=max(lengths))
+    place = Shape(RUNGS["10k"], vocab_size=19, seq_len=max(lengths))
     found = []
     for name in ARCHITECTURES:
-        model = fit_architecture(name, read_architectures()[name], place, math.inf).model
+        model = size_architecture(name, read_architectures()[name], place, math.inf).model
         for block in model.blocks.values():
             carries = payload(block.mixer, model.d_model) is not None
             found += [
