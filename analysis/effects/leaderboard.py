@@ -18,7 +18,7 @@ BEATS, TIES, WORSE = "beats", "does not beat", "does not beat, is worse"
 
 
 @dataclass(frozen=True)
-class Place:
+class Setting:
     """Where arms are compared: one corpus, one rung and the longest horizon finished there."""
 
     corpus: str
@@ -57,7 +57,7 @@ class Comparison:
         notes: what was left out, and why.
     """
 
-    place: Place
+    place: Setting
     arms: tuple[ArmResult, ...]
     lines: dict[str, float]
     pooled_sd: float
@@ -95,16 +95,16 @@ def arms_table(comparisons: tuple[Comparison, ...]) -> pd.DataFrame:
     )
 
 
-def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Place, pd.DataFrame]]:
+def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Setting, pd.DataFrame]]:
     for corpus in table.levels("corpus"):
         for rung in table.levels("rung"):
             mine = where(where(rows, "corpus", corpus), "rung", rung)
             if len(mine):
                 horizon = float(floats(mine, "horizon_tokens").max())
-                yield Place(corpus, rung, horizon), where(mine, "horizon_tokens", horizon)
+                yield Setting(corpus, rung, horizon), where(mine, "horizon_tokens", horizon)
 
 
-def _compared(table: Table, place: Place, rows: pd.DataFrame) -> Comparison:
+def _compared(table: Table, place: Setting, rows: pd.DataFrame) -> Comparison:
     seeds = {
         name: floats(means(mine, ["seed"], ["loss_nats"]), "loss_nats")
         for name in table.levels("architecture")
@@ -148,7 +148,7 @@ def pooled_sd(groups: Mapping[str, np.ndarray]) -> tuple[float, int]:
 
 
 def _models(
-    table: Table, place: Place, rows: pd.DataFrame
+    table: Table, place: Setting, rows: pd.DataFrame
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
     """Losses of the n-grams that were measured on what the runs were measured on."""
     found = where(
