@@ -19,7 +19,7 @@ from analysis.tables.capsule import Capsule, pack, unpack
 from analysis.tables.frames import keep, where
 from launch.data import build_data
 from launch.job import TrainJob, Unit
-from launch.run_status import Standing, require_same_data, standing_of
+from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.ids import evaluation_id
@@ -124,7 +124,7 @@ def retrain(
     )
     TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
     folder = runs / experiment.folder_name
-    if standing_of(experiment, folder) is not Standing.DONE:
+    if status_of(experiment, folder) is not RunStatus.DONE:
         raise RuntimeError(f"run {experiment.run_id} did not finish; try launch/train.py for why")
     wanted = evaluation_id(experiment.evaluation)
     old, new = (_last_losses(read_run(each), wanted) for each in (before, folder))

@@ -10,7 +10,7 @@ from trainer.record import read_json, read_run
 from trainer.schema import ConfigError, load
 
 
-class Standing(Enum):
+class RunStatus(Enum):
     """How far a run is."""
 
     MISSING = "waiting"
@@ -20,28 +20,28 @@ class Standing(Enum):
     DONE = "done"
 
 
-def standing_of(experiment: Experiment, folder: Path) -> Standing:
+def status_of(experiment: Experiment, folder: Path) -> RunStatus:
     """Where the run in a folder stands.
 
     Raises:
         ConfigError: the folder holds another run, or one that today's schema rejects.
     """
     if not (folder / "config.yaml").exists():
-        return Standing.MISSING
+        return RunStatus.MISSING
     summary = read_json(folder / "summary.json")
     if not summary:
-        return Standing.PARTIAL
+        return RunStatus.PARTIAL
     stored = read_run(folder)
     _require_same(experiment, stored.config, folder)
     if summary["state"] == "diverged":
-        return Standing.DIVERGED
+        return RunStatus.DIVERGED
     wanted = evaluation_id(experiment.evaluation)
     measured = [
         row
         for row in stored.evaluations
         if row["evaluation_id"] == wanted and row["step"] == summary["step"]
     ]
-    return Standing.DONE if measured else Standing.UNEVALUATED
+    return RunStatus.DONE if measured else RunStatus.UNEVALUATED
 
 
 def require_same_data(folder: Path, root_hash: str) -> None:

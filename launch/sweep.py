@@ -22,7 +22,7 @@ from launch.job import Unit
 from launch.journal import Journal
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
-from launch.run_status import Standing, require_same_data, standing_of
+from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
@@ -63,7 +63,7 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = Path(arguments.runs) / sweep.folder_name
     plan = make_plan(sweep, folder)
-    standings = {e.folder_name: standing_of(e, folder / e.folder_name) for e in sweep.experiments}
+    standings = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
     todo = [unit for unit in plan.units if _is_open(unit, standings)]
     _print_plan(plan, todo, standings, console)
     if arguments.plan:
@@ -76,7 +76,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     if arguments.data:
         return int(ExitCode.DONE)
     for name, standing in standings.items():
-        if standing in (Standing.DONE, Standing.DIVERGED):
+        if standing in (RunStatus.DONE, RunStatus.DIVERGED):
             require_same_data(folder / name, root_hash)
     _write_sweep(plan, folder)
     write_baselines(
@@ -126,8 +126,8 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
         if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
-    standings = [standing_of(e, folder / e.folder_name) for e in sweep.experiments]
-    finished = sum(s in (Standing.DONE, Standing.DIVERGED) for s in standings)
+    standings = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
+    finished = sum(s in (RunStatus.DONE, RunStatus.DIVERGED) for s in standings)
     if finished < len(standings):
         console.print(
             f"{finished} of {len(standings)} runs are complete; give the same command again to "
@@ -139,7 +139,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
 
 
 def _print_plan(
-    plan: Plan, todo: list[Unit], standings: dict[str, Standing], console: Console
+    plan: Plan, todo: list[Unit], standings: dict[str, RunStatus], console: Console
 ) -> None:
     shown = {
         unit.name: " ".join(dict.fromkeys(standings[e.folder_name].value for e in unit.branches))
@@ -152,7 +152,7 @@ def _print_plan(
     seconds = sum(plan.seconds[unit.name] for unit in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
-    ended = (Standing.DONE, Standing.DIVERGED)
+    ended = (RunStatus.DONE, RunStatus.DIVERGED)
     complete = sum(standing in ended for standing in standings.values())
     console.print(
         f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
@@ -190,15 +190,15 @@ def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
     }
 
 
-def _is_open(unit: Unit, standings: dict[str, Standing]) -> bool:
-    ended = (Standing.DONE, Standing.DIVERGED)
+def _is_open(unit: Unit, standings: dict[str, RunStatus]) -> bool:
+    ended = (RunStatus.DONE, RunStatus.DIVERGED)
     return any(standings[e.folder_name] not in ended for e in unit.branches)
 
 
 def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
     """Whether a unit is open although none of its runs failed: its job ended too early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
-    standings = {e.folder_name: standing_of(e, folder / e.folder_name) for e in unit.branches}
+    standings = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
     return _is_open(unit, standings) and not any(name in failed for name in names)
 
 

@@ -16,7 +16,7 @@ from launch.cluster import run_units
 from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
-from launch.run_status import Standing, standing_of
+from launch.run_status import RunStatus, status_of
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
@@ -95,7 +95,7 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
 
 
 def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
-    if standing_of(experiment, folder) is not Standing.DONE:
+    if status_of(experiment, folder) is not RunStatus.DONE:
         failures = Journal(folder.parent).failures(0.0)
         reason = failures.get(folder.name) or read_json(folder / "STATUS.json").get("message")
         console.print(
