@@ -30,7 +30,7 @@ CONTOUR = 60
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmFrontier:
     """One group of a fit: its rows, and what a token of a size costs."""
 
     rows: pd.DataFrame
@@ -38,7 +38,7 @@ class Arm:
     cost: Callable[[Array], Array]
 
 
-def arm_of(fit: Fit, group: str, convention: str = "flops") -> Arm:
+def arm_of(fit: Fit, group: str, convention: str = "flops") -> ArmFrontier:
     """A group with its FLOPs per token, log-log between sizes and straight beyond them."""
     rows = fit.rows
     if fit.law.by:
@@ -54,10 +54,12 @@ def arm_of(fit: Fit, group: str, convention: str = "flops") -> Arm:
         return np.exp(inner + beyond)
 
     names = ("architecture", "corpus")
-    return Arm(rows, {name: str(rows[name].iloc[0]) for name in names if name in rows}, cost)
+    return ArmFrontier(
+        rows, {name: str(rows[name].iloc[0]) for name in names if name in rows}, cost
+    )
 
 
-def best_sizes(fit: Fit, theta: Array, arm: Arm, compute: Array) -> tuple[Array, Array]:
+def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> tuple[Array, Array]:
     """Ln of the best size at each compute, (replicates, compute), and whether it is an optimum.
 
     D/N is kept within three times what was run: beyond, a law's tail would choose. A size at that
