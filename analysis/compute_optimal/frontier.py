@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.compute_optimal.isoflop import Budget, exponents, grid_bias
+from analysis.compute_optimal.isoflop import IsoFlopCurve, exponents, grid_bias
 from analysis.fitting.estimator import Fit
 from analysis.inference.backtest import BackTest
 from analysis.inference.bootstrap import UNDEFINED_SHARE, Replicates
@@ -137,7 +137,7 @@ def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
     return frame.assign(tokens=tokens)
 
 
-def budget_warnings(curves: list[Budget], fit: Fit | None) -> Iterator[Raised]:
+def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Raised]:
     """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
 
     The bias of a grid needs the law's own optimum; the sum of exponents is held against what the

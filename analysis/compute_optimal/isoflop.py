@@ -21,7 +21,7 @@ LARGEST_OFFSET = 2.0
 
 
 @dataclass(frozen=True)
-class Budget:
+class IsoFlopCurve:
     """One isoFLOP curve and the lowest point of its parabola.
 
     Attributes:
@@ -51,7 +51,7 @@ class Budget:
         return float(np.exp(np.interp(np.log(self.size.estimate), np.log(sizes), np.log(tokens))))
 
 
-def budgets(rows: pd.DataFrame) -> list[Budget]:
+def budgets(rows: pd.DataFrame) -> list[IsoFlopCurve]:
     """The isoFLOP curves of one arm: three sizes or more whose C agrees within a tenth."""
     rows = rows.sort_values("flops").reset_index(drop=True)
     logs, first = np.log(floats(rows, "flops")), 0
@@ -67,7 +67,7 @@ def budgets(rows: pd.DataFrame) -> list[Budget]:
     ]
 
 
-def _budget(points: pd.DataFrame) -> Budget:
+def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     logs, y = np.log(floats(points, "parameters")), floats(points, "loss_nats")
     centre = float(logs.mean())
     flops = float(np.exp(np.log(floats(points, "flops")).mean()))
@@ -75,7 +75,7 @@ def _budget(points: pd.DataFrame) -> Budget:
     vertex = centre - curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
     if not logs[0] <= vertex <= logs[-1]:
         warning = Raised("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
-        return Budget(flops, points, curve, centre, _unbracketed(flops), warning)
+        return IsoFlopCurve(flops, points, curve, centre, _unbracketed(flops), warning)
     sides = min(int((logs < vertex).sum()), int((logs > vertex).sum()))
     left = y - np.polyval(curve, logs - centre)
     r2 = 1.0 - float(left @ left) / float(((y - y.mean()) ** 2).sum())
@@ -84,7 +84,7 @@ def _budget(points: pd.DataFrame) -> Budget:
         found = f"at {flops:.2g} FLOP {sides} sizes stand on one side of the minimum, R2 {r2:.2f}"
         warning = Raised("W-EDGE", found)
     size = _vertex_interval(logs - centre, left, curve, centre)
-    return Budget(flops, points, curve, centre, size, warning)
+    return IsoFlopCurve(flops, points, curve, centre, size, warning)
 
 
 def _unbracketed(flops: float) -> Refusal:
@@ -109,7 +109,7 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
     return Interval(vertex, vertex - half, vertex + half, method).mapped(lambda v: float(np.exp(v)))
 
 
-def exponents(found: list[Budget]) -> dict[str, Interval] | Refusal:
+def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     """Exponents of N*(C) and D*(C) from the bracketed minima, with t intervals."""
     usable = [each for each in found if each.warning is None and isinstance(each.size, Interval)]
     if len(usable) < 3:
@@ -148,7 +148,7 @@ def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
     return float(np.expm1(curve[1] / (2 * curve[0])))
 
 
-def grid_bias(budget: Budget, alpha: float, beta: float, optimum: float) -> Raised | None:
+def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -> Raised | None:
     """W-A2BIAS: the grid spans more than 4x or is more than 2x off the law's optimum.
 
     Args:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.compute_optimal.isoflop import Budget
+from analysis.compute_optimal.isoflop import IsoFlopCurve
 from analysis.figures import law_panels, panels
 from analysis.figures.report_figure import Plate
 from analysis.fitting.estimator import Fit
@@ -85,7 +85,7 @@ def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
     return float(np.median(floats(known, "flops_per_device_second"))), str(names[0])
 
 
-def _isoflop(study: Study, curves: dict[str, list[Budget]]) -> Plate:
+def _isoflop(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> Plate:
     figure, axes = panel_row(
         list(curves), f"loss on {study.table.neutral_set} [nats per token]", ""
     )
@@ -104,7 +104,7 @@ def _isoflop(study: Study, curves: dict[str, list[Budget]]) -> Plate:
     return Plate("isoflop", title, caption, figure, _minima(curves))
 
 
-def _minima(curves: dict[str, list[Budget]]) -> pd.DataFrame:
+def _minima(curves: dict[str, list[IsoFlopCurve]]) -> pd.DataFrame:
     records = []
     for name, mine in curves.items():
         for curve in mine:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from analysis.compute_optimal.isoflop import Budget
+from analysis.compute_optimal.isoflop import IsoFlopCurve
 from analysis.figures import panels
 from analysis.figures.panels import (
     COLOURS,
@@ -69,7 +69,7 @@ def device_hours(ax: Axes, speed: float) -> None:
     top.set_xlabel("device-hours", fontsize=8)
 
 
-def plot_isoflop(ax: Axes, curves: Sequence[Budget]) -> panels.Labels:
+def plot_isoflop(ax: Axes, curves: Sequence[IsoFlopCurve]) -> panels.Labels:
     """One colour a budget; minima with their intervals, hollow where at an edge."""
     ends: panels.Labels = {}
     ax.set_xscale("log")

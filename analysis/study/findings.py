@@ -14,7 +14,7 @@ from analysis.compute_optimal.frontier import (
     frontier_with_band,
     optimal_sizes,
 )
-from analysis.compute_optimal.isoflop import Budget, budgets
+from analysis.compute_optimal.isoflop import IsoFlopCurve, budgets
 from analysis.compute_optimal.sensitivity import cooldown, counting, multipliers_by_scale
 from analysis.effects.loss_to_loss import Transfer, transfers
 from analysis.effects.variance_shares import Decomposition, decompositions
@@ -58,7 +58,7 @@ class Findings:
     shares: dict[str, Decomposition | Refusal]
     transfers: dict[str, Transfer | Refusal]
     frontiers: pd.DataFrame
-    isoflop: dict[str, list[Budget]]
+    isoflop: dict[str, list[IsoFlopCurve]]
     optima: pd.DataFrame
     tested: dict[str, BackTest]
     shown: FittedLaw | None
@@ -159,7 +159,7 @@ def _per_group(study: Study, make: Callable[[Fit, Replicates, str], pd.DataFrame
     return pd.concat([make(fit, replicates, g) for g in fit.form.groups], ignore_index=True)
 
 
-def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[Budget]]:
+def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[IsoFlopCurve]]:
     found = {}
     for name in study.table.levels("architecture"):
         arm = where(neutral, "architecture", name)
@@ -170,7 +170,7 @@ def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[Budget]]:
     return found
 
 
-def _of_budgets(study: Study, curves: dict[str, list[Budget]]) -> tuple[Raised, ...]:
+def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Raised, ...]:
     """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one reservation a code."""
     found: dict[str, list[str]] = {}
     for name, mine in curves.items():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from analysis.compute_optimal.frontier import budget_warnings
-from analysis.compute_optimal.isoflop import Budget, budgets, exponents, grid_bias, token_bias
+from analysis.compute_optimal.isoflop import IsoFlopCurve, budgets, exponents, grid_bias, token_bias
 from analysis.fitting.estimator import Estimator
 from analysis.laws.catalog import CHINCHILLA
 from analysis.study.findings import _first_of
@@ -201,7 +201,7 @@ def test_approach_two_finds_the_exponents_of_a_symmetric_law():
 def test_two_budgets_give_no_exponent_and_a_refusal_instead():
     rows = pd.concat(curve(3.0, flops=c)[0] for c in (1e18, 1e20))
     found = budgets(rows)
-    assert [isinstance(each, Budget) for each in found] == [True, True]
+    assert [isinstance(each, IsoFlopCurve) for each in found] == [True, True]
     assert exponents(found).code == "R-UNDER"
 
 
