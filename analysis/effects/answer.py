@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.effects.contrasts import PLACE, Contrast, contrasts
 from analysis.effects.equal_compute import at_equal_flops
-from analysis.effects.seed_noise import Detectable, Noise, detectable, seed_noise
+from analysis.effects.seed_noise import Detectable, SeedNoise, detectable, seed_noise
 from analysis.inference.intervals import Interval, ratio_interval, t_interval
 from analysis.tables.frames import Array, floats, means, where
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table
@@ -39,7 +39,7 @@ class Answer:
     evaluation_set: str
     corpus: tuple[Contrast | Refusal, ...]
     arms: tuple[Arm, ...]
-    noise: Noise | Refusal
+    noise: SeedNoise | Refusal
     detectable: dict[str, Detectable | Refusal]
 
     @property

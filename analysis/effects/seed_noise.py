@@ -13,7 +13,7 @@ from analysis.validity.refusal import Refusal
 
 
 @dataclass(frozen=True)
-class Noise:
+class SeedNoise:
     """Standard deviation of ln L between runs that differ by seed alone."""
 
     sd: Interval
@@ -28,7 +28,7 @@ class Detectable:
     basis: str
 
 
-def seed_noise(rows: pd.DataFrame) -> Noise | Refusal:
+def seed_noise(rows: pd.DataFrame) -> SeedNoise | Refusal:
     """Pooled standard deviation of ln L between seeds; horizons of a trunk count once."""
     logs = rows.assign(ln_loss=np.log(rows["loss_nats"]))
     cells = logs.groupby(["architecture", "corpus", "rung", "tokens"])["ln_loss"]
@@ -46,10 +46,10 @@ def seed_noise(rows: pd.DataFrame) -> Noise | Refusal:
     total = round(float(freedom.sum()))
     low, high = (np.sqrt(variance * total / stats.chi2.ppf(tail, total)) for tail in (0.975, 0.025))
     method = f"chi-square interval, {total} degrees of freedom"
-    return Noise(Interval(float(np.sqrt(variance)), float(low), float(high), method), total)
+    return SeedNoise(Interval(float(np.sqrt(variance)), float(low), float(high), method), total)
 
 
-def detectable(contrast: Contrast | Refusal, noise: Noise | Refusal) -> Detectable | Refusal:
+def detectable(contrast: Contrast | Refusal, noise: SeedNoise | Refusal) -> Detectable | Refusal:
     """The difference found with 80 % power at 95 % confidence, by this contrast's pairs."""
     if isinstance(contrast, Refusal):
         return contrast

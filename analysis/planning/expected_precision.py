@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import special, stats
 
 from analysis.effects.contrasts import Contrast, contrasts
-from analysis.effects.seed_noise import Noise as SeedNoise
+from analysis.effects.seed_noise import PlannedNoise as SeedNoise
 from analysis.effects.seed_noise import seed_noise
 from analysis.fitting.estimator import under_determined
 from analysis.inference.intervals import t_quantile
@@ -30,7 +30,7 @@ POWER = 0.8
 
 
 @dataclass(frozen=True)
-class Noise:
+class PlannedNoise:
     """Standard deviations of ln L.
 
     Attributes:
@@ -57,7 +57,7 @@ class Assumed:
 
     shares: Mapping[str, float]
     exponents: Mapping[str, float]
-    noise: Noise
+    noise: PlannedNoise
 
     def theta(self, form: Form) -> Array:
         """The parameter vector of a Chinchilla law in a form's own coordinates."""
@@ -69,7 +69,7 @@ class Assumed:
         return theta
 
 
-USUAL = Assumed({"E": 0.5, "A": 0.25, "B": 0.25}, {"alpha": 0.34, "beta": 0.3}, Noise())
+USUAL = Assumed({"E": 0.5, "A": 0.25, "B": 0.25}, {"alpha": 0.34, "beta": 0.3}, PlannedNoise())
 """Published exponents, half of the loss a floor, noise as in careful studies."""
 
 
@@ -139,7 +139,7 @@ def exponent_widths(grid: pd.DataFrame, assumed: Assumed) -> dict[str, float] | 
     }
 
 
-def information(jacobian: Array, trunks: Array, noise: Noise) -> Array:
+def information(jacobian: Array, trunks: Array, noise: PlannedNoise) -> Array:
     """F' S^-1 F, where points of a trunk have covariance seed^2 and variance seed^2 + point^2."""
     point, seed = noise.point**2, noise.seed**2
     total = jacobian.T @ jacobian / point
@@ -153,7 +153,7 @@ def information(jacobian: Array, trunks: Array, noise: Noise) -> Array:
     return total
 
 
-def _contrast(grid: pd.DataFrame, factor: str, noise: Noise) -> Expected:
+def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
     """What the paired comparison of the first two levels is expected to give, over sizes."""
     other = {"corpus": "architecture", "architecture": "corpus"}[factor]
     levels = list(dict.fromkeys(strings(grid, factor).tolist()))
@@ -188,7 +188,7 @@ def _mean_over_deviation(freedom: int) -> float:
     return float(np.sqrt(2 / freedom) * np.exp(logs))
 
 
-def measured_noise(points: Table) -> Noise | None:
+def measured_noise(points: Table) -> PlannedNoise | None:
     """The noise that finished runs of a sweep show, or None while they cannot tell."""
     rows = where(points.rows, "evaluation_set", points.neutral_set)
     seeds = seed_noise(rows) if len(rows) else None
@@ -201,7 +201,7 @@ def measured_noise(points: Table) -> Noise | None:
     shown = {factor: change for factor, change in by_size.items() if change is not None}
     if not shown:
         return None
-    return Noise(luck, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
+    return PlannedNoise(luck, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
 
 
 def _change_between_sizes(points: Table, factor: str, luck: float) -> float | None:

@@ -13,7 +13,7 @@ from analysis.laws.bound import bind, log_loss
 from analysis.laws.catalog import CHINCHILLA, GAMMA
 from analysis.planning.expected_precision import (
     USUAL,
-    Noise,
+    PlannedNoise,
     expect,
     expectation_lines,
     exponent_widths,
@@ -90,7 +90,7 @@ def test_expected_widths_of_exponents_are_those_of_simulated_fits():
 
 @pytest.mark.parametrize("factor", ["corpus", "architecture"])
 def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor):
-    noise = Noise(0.005, 0.002, {"corpus": 0.02, "architecture": 0.02, factor: 0.004})
+    noise = PlannedNoise(0.005, 0.002, {"corpus": 0.02, "architecture": 0.02, factor: 0.004})
     grid = planned(sizes=5, horizons=2, seeds=2)
     expected = {each.quantity: each for each in expect(grid, replace(USUAL, noise=noise))}[factor]
     generator, halves = np.random.default_rng(0), []
