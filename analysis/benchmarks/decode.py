@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep
 
 COPIED = "copying its cache alone"
@@ -82,7 +82,7 @@ def paragraph(rounds: pd.DataFrame) -> str:
     return " ".join([*_generation_words(rounds), *_step_words(rounds), *_copy_words(rounds)])
 
 
-def draw(rounds: pd.DataFrame, name: str) -> Plate:
+def draw(rounds: pd.DataFrame, name: str) -> ReportFigure:
     """Speed against context, and beside it what a generation after a short prompt compares."""
     data = summarise(rounds)
     with panels.styled():
@@ -92,7 +92,7 @@ def draw(rounds: pd.DataFrame, name: str) -> Plate:
         _draw_generation(post, rounds)
         figure.suptitle(_title(rounds), x=0.01, ha="left", fontsize=11.5)
     caption = "Marks: medians over rounds taken in turns; bars: quartiles. Random weights."
-    return Plate(name, _title(rounds), caption, figure, data)
+    return ReportFigure(name, _title(rounds), caption, figure, data)
 
 
 def _draw_speed(ax: Axes, data: pd.DataFrame) -> None:

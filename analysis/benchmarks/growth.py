@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep
 
 SHORTEST = 4096
@@ -38,7 +38,7 @@ def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def draw(points: pd.DataFrame, name: str) -> Plate:
+def draw(points: pd.DataFrame, name: str) -> ReportFigure:
     """Time and memory of a token against length, each line with the exponent of the whole.
 
     A line is level where the whole grows as its length does.
@@ -58,7 +58,7 @@ def draw(points: pd.DataFrame, name: str) -> Plate:
         "memory of the whole over all lengths. A line ends where a point took too long or too much "
         "memory."
     )
-    return Plate(name, title, caption, figure, points)
+    return ReportFigure(name, title, caption, figure, points)
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
 from scipy import stats
 
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.inference.intervals import LEVEL
 from analysis.tables.frames import floats, keep
 from analysis.words.numbers import with_unit
@@ -24,7 +24,7 @@ WORDS = {
 LOOKS = {name: (panels.COLOURS[i], panels.MARKERS[i]) for i, name in enumerate(WORDS)}
 
 
-def draw(report: Mapping[str, Any]) -> Plate:
+def draw(report: Mapping[str, Any]) -> ReportFigure:
     """Loss minus dense against keys kept, what searches found of the best keys, and their cost."""
     data = _frame(report)
     with panels.styled():
@@ -35,7 +35,7 @@ def draw(report: Mapping[str, Any]) -> Plate:
         _draw_cost(cost, data, float(report["dense_keys_scored"]))
         for ax in (loss, recall, cost):
             _k_axis(ax, data)
-    return Plate("hip", _title(data, report), _caption(data, report), figure, data)
+    return ReportFigure("hip", _title(data, report), _caption(data, report), figure, data)
 
 
 def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep
 
 TERMS = (
@@ -19,7 +19,7 @@ TERMS = (
 BARS = ("profile", "bound as written", "least bound")
 
 
-def draw(times: pd.DataFrame, name: str) -> Plate:
+def draw(times: pd.DataFrame, name: str) -> ReportFigure:
     """Stacked bars, three a contender.
 
     Args:
@@ -55,4 +55,4 @@ def draw(times: pd.DataFrame, name: str) -> Plate:
         "and FFT run in the step's order with nothing between, bytes and exponentials over the "
         "machine's rates; least: passes fused."
     )
-    return Plate(name, title, caption, figure, times)
+    return ReportFigure(name, title, caption, figure, times)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep
 
 TITLE = "States and windows cost the same at any length; keys, channels and checkpoints grow"
@@ -19,7 +19,7 @@ CAPTION = (
 )
 
 
-def draw(points: pd.DataFrame, name: str, titles: Mapping[str, str]) -> Plate:
+def draw(points: pd.DataFrame, name: str, titles: Mapping[str, str]) -> ReportFigure:
     """Draw bytes against length, measured and at published size, and time against ranks.
 
     Args:
@@ -42,7 +42,7 @@ def draw(points: pd.DataFrame, name: str, titles: Mapping[str, str]) -> Plate:
             ax.set_ylabel(up)
             ax.set_title(titles[panel], loc="left", fontsize=10)
         figure.suptitle(TITLE, x=0.01, ha="left", fontsize=11.5)
-    return Plate(name, TITLE, CAPTION, figure, points)
+    return ReportFigure(name, TITLE, CAPTION, figure, points)
 
 
 def _one_of_each(points: pd.DataFrame) -> pd.DataFrame:

@@ -4,12 +4,12 @@ from analysis.figures import panels
 from analysis.figures.effect_figures import draw_effects
 from analysis.figures.law_figures import draw_laws
 from analysis.figures.point_figures import draw_points
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.study.findings import Findings
 from analysis.study.study import Study
 
 
-def draw(study: Study, found: Findings | None) -> list[Plate]:
+def draw(study: Study, found: Findings | None) -> list[ReportFigure]:
     """The figures that a sweep's points allow; without findings, those of the points alone."""
     plates = draw_points(study)
     if found is None:

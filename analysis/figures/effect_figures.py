@@ -10,7 +10,7 @@ from analysis.effects.loss_to_loss import Transfer
 from analysis.effects.variance_shares import COMPONENTS, Decomposition
 from analysis.figures import effect_panels, panels
 from analysis.figures.law_figures import fitted_points, panel_row
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
 from analysis.study.findings import Findings
 from analysis.study.study import Study
@@ -19,7 +19,7 @@ from analysis.words.numbers import bracketed, with_unit
 from analysis.words.sentences import law_words
 
 
-def draw_effects(study: Study, found: Findings) -> Iterator[Plate]:
+def draw_effects(study: Study, found: Findings) -> Iterator[ReportFigure]:
     """The figures about effects that a study supports."""
     shares = {n: each for n, each in found.shares.items() if isinstance(each, Decomposition)}
     if shares:
@@ -37,7 +37,7 @@ def draw_effects(study: Study, found: Findings) -> Iterator[Plate]:
         yield _design(found, found.shown.fit)
 
 
-def _shares(found: dict[str, Decomposition]) -> Plate:
+def _shares(found: dict[str, Decomposition]) -> ReportFigure:
     figure = Figure(figsize=(8.8, 1.6 + 0.75 * len(found)), layout="constrained")
     effect_panels.plot_shares(figure.add_subplot(), found)
     name, first = next(iter(found.items()))
@@ -58,10 +58,10 @@ def _shares(found: dict[str, Decomposition]) -> Plate:
         for n, each in found.items()
         for c in COMPONENTS
     ]  # fmt: skip
-    return Plate("variance_shares", title, caption, figure, pd.DataFrame(records))
+    return ReportFigure("variance_shares", title, caption, figure, pd.DataFrame(records))
 
 
-def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
+def _transfer(study: Study, found: dict[str, Transfer]) -> ReportFigure:
     architectures, corpora = study.table.levels("architecture"), study.table.levels("corpus")
     figure, axes = panel_row(list(found), "", "evaluated on ", shared=False)
     ends = {
@@ -85,10 +85,10 @@ def _transfer(study: Study, found: dict[str, Transfer]) -> Plate:
         "bootstrap over sizes."
     )
     data = pd.concat([each.points.assign(evaluation_set=n) for n, each in found.items()])
-    return Plate("loss_to_loss", title, caption, figure, data)
+    return ReportFigure("loss_to_loss", title, caption, figure, data)
 
 
-def _multipliers(study: Study, found: Findings) -> Plate:
+def _multipliers(study: Study, found: Findings) -> ReportFigure:
     figure = Figure(figsize=(6.4, 3.7), layout="constrained")
     ax = figure.add_subplot()
     panels.label_ends(ax, effect_panels.plot_multipliers(ax, found.by_scale))
@@ -106,10 +106,10 @@ def _multipliers(study: Study, found: Findings) -> Plate:
         f"{baseline}. Bands: 95 % bootstrap interval. Refused at {refused:.0%} of the places: the "
         "baseline reaches that loss nowhere that it was run, or not in one replicate of twenty."
     )
-    return Plate("multipliers_by_size", title, caption, figure, found.by_scale)
+    return ReportFigure("multipliers_by_size", title, caption, figure, found.by_scale)
 
 
-def _counting(study: Study, found: Findings) -> Plate:
+def _counting(study: Study, found: Findings) -> ReportFigure:
     rows = found.counting
     figure = Figure(figsize=(8.8, 1.1 + 0.5 * len(rows)), layout="constrained")
     effect_panels.plot_counting(figure.add_subplot(), rows)
@@ -121,10 +121,10 @@ def _counting(study: Study, found: Findings) -> Plate:
         f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}, first arm; "
         "bars: 95 % bootstrap interval. The same runs, counted otherwise."
     )
-    return Plate("counting", title, caption, figure, rows)
+    return ReportFigure("counting", title, caption, figure, rows)
 
 
-def _cooldown(study: Study, found: Findings) -> Plate:
+def _cooldown(study: Study, found: Findings) -> ReportFigure:
     rows = found.cooldown
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     ax = figure.add_subplot()
@@ -139,10 +139,10 @@ def _cooldown(study: Study, found: Findings) -> Plate:
         f"n = {len(rows)} decayed points beside their trunk at the same tokens, interpolated in ln "
         "D; no law, no interval. A loss that is read before the decay is biased by this much."
     )
-    return Plate("cooldown", title, caption, figure, rows)
+    return ReportFigure("cooldown", title, caption, figure, rows)
 
 
-def _design(found: Findings, fit: Fit) -> Plate:
+def _design(found: Findings, fit: Fit) -> ReportFigure:
     assert found.advice is not None
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     identity = {name: found.options[name].iloc[0] for name in ("architecture", "corpus")}
@@ -165,4 +165,4 @@ def _design(found: Findings, fit: Fit) -> Plate:
         "over bootstrap draws; half-widths of 95 % intervals are expected, not measured. 'test': a "
         "large run that no fit may use."
     )
-    return Plate("design_map", title, caption, figure, pd.concat([advised, found.options]))
+    return ReportFigure("design_map", title, caption, figure, pd.concat([advised, found.options]))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.compute_optimal.isoflop import IsoFlopCurve
 from analysis.figures import law_panels, panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
 from analysis.inference.intervals import Interval
 from analysis.study.findings import Findings
@@ -20,7 +20,7 @@ from analysis.words.numbers import with_unit
 from analysis.words.sentences import law_words
 
 
-def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:
+def draw_laws(study: Study, found: Findings) -> Iterator[ReportFigure]:
     """The figures about laws that a study supports."""
     if len(found.frontiers):
         yield _frontier(study, found)
@@ -38,7 +38,7 @@ def draw_laws(study: Study, found: Findings) -> Iterator[Plate]:
         yield _family(study)
 
 
-def _frontier(study: Study, found: Findings) -> Plate:
+def _frontier(study: Study, found: Findings) -> ReportFigure:
     rows = where(study.points.rows, "evaluation_set", study.table.neutral_set)
     corpora = [c for c in study.table.levels("corpus") if c in set(found.frontiers["corpus"])]
     figure, axes = panel_row(corpora, f"loss on {study.table.neutral_set} [nats per token]")
@@ -73,7 +73,7 @@ def _frontier(study: Study, found: Findings) -> Plate:
             f" Top: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median over "
             "the runs, each while others shared the machine; beyond the data it is a conversion."
         )
-    return Plate("frontier", title, caption, figure, found.frontiers)
+    return ReportFigure("frontier", title, caption, figure, found.frontiers)
 
 
 def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
@@ -85,7 +85,7 @@ def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
     return float(np.median(floats(known, "flops_per_device_second"))), str(names[0])
 
 
-def _isoflop(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> Plate:
+def _isoflop(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> ReportFigure:
     figure, axes = panel_row(
         list(curves), f"loss on {study.table.neutral_set} [nats per token]", ""
     )
@@ -101,7 +101,7 @@ def _isoflop(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> Plate:
         f"n = {points} points in {len(every)} budgets. Parabolas in ln N; bars: 95 % delta-method "
         "interval of the minimum; hollow stars: fewer than two sizes on one side."
     )
-    return Plate("isoflop", title, caption, figure, _minima(curves))
+    return ReportFigure("isoflop", title, caption, figure, _minima(curves))
 
 
 def _minima(curves: dict[str, list[IsoFlopCurve]]) -> pd.DataFrame:
@@ -122,7 +122,7 @@ def _minima(curves: dict[str, list[IsoFlopCurve]]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=pd.Index(names))
 
 
-def _optima(found: Findings) -> Plate:
+def _optima(found: Findings) -> ReportFigure:
     figure, axes = panel_row(["best size N*", "best tokens D*"], "", "", shared=False)
     minima = _minima(found.isoflop)
     first = found.optima
@@ -139,10 +139,10 @@ def _optima(found: Findings) -> Plate:
         f"n = {len(minima)} budgets. Lines and bands: fitted law, 95 % bootstrap interval, first "
         "corpus, only where the law has an optimum near what was run. Marks: minima of parabolas."
     )
-    return Plate("optima", title, caption, figure, pd.concat([first, minima]))
+    return ReportFigure("optima", title, caption, figure, pd.concat([first, minima]))
 
 
-def _contours(found: Findings, fit: Fit) -> Plate:
+def _contours(found: Findings, fit: Fit) -> ReportFigure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     ax = figure.add_subplot()
     rows = where(fit.rows, "architecture", found.contours["architecture"].iloc[0])
@@ -155,10 +155,10 @@ def _contours(found: Findings, fit: Fit) -> Plate:
         f"n = {len(rows)} decayed points (circles), {law_words(fit.law)}; no interval drawn (see "
         "the frontier). White: nothing was run."
     )
-    return Plate("contours", title, caption, figure, found.contours)
+    return ReportFigure("contours", title, caption, figure, found.contours)
 
 
-def _backtest(found: Findings, shown: FittedLaw) -> Plate:
+def _backtest(found: Findings, shown: FittedLaw) -> ReportFigure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     errors = [each.errors for each in found.tested.values() if len(each.errors)]
     frame = pd.concat(errors) if errors else next(iter(found.tested.values())).errors
@@ -175,10 +175,10 @@ def _backtest(found: Findings, shown: FittedLaw) -> Plate:
         f"interval of two root mean square errors of the {best} law, growing with the decades."
     )
     data = frame if len(frame) else pd.DataFrame({"law": list(tested), "rate": tested.values()})
-    return Plate("backtest", title, caption, figure, data)
+    return ReportFigure("backtest", title, caption, figure, data)
 
 
-def _profiles(found: Findings, shown: FittedLaw) -> Plate:
+def _profiles(found: Findings, shown: FittedLaw) -> ReportFigure:
     count = max(len(found.profiles), 1)
     figure = Figure(figsize=(1.0 + 2.6 * count, 2.9), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, count))
@@ -197,7 +197,7 @@ def _profiles(found: Findings, shown: FittedLaw) -> Plate:
     )
     frames = [pd.DataFrame({"parameter": p.label, "value": p.values, "rise": p.rise})
               for p in found.profiles]  # fmt: skip
-    return Plate("profiles", title, caption, figure, pd.concat(frames))
+    return ReportFigure("profiles", title, caption, figure, pd.concat(frames))
 
 
 def _agreeing(shown: FittedLaw) -> str:
@@ -218,7 +218,7 @@ def _draws(shown: FittedLaw) -> pd.DataFrame:
     return pd.DataFrame({labels[name]: value for name, value in values.items()})
 
 
-def _cloud(shown: FittedLaw, fit: Fit) -> Plate:
+def _cloud(shown: FittedLaw, fit: Fit) -> ReportFigure:
     cloud = _draws(shown)
     names = [fit.form.labels[fit.form.slots[n, fit.form.groups[0]]] for n in ("alpha", "beta", "E")]
     figure = Figure(figsize=(8.8, 3.0), layout="constrained")
@@ -235,10 +235,10 @@ def _cloud(shown: FittedLaw, fit: Fit) -> Plate:
         f"n = {len(cloud) - 1} replicates, {method}; {law_words(shown.law)}, interval: read the "
         "spread. Diamond: the optimum."
     )
-    return Plate("trade_offs", title, caption, figure, columns_of(cloud, names))
+    return ReportFigure("trade_offs", title, caption, figure, columns_of(cloud, names))
 
 
-def _family(study: Study) -> Plate:
+def _family(study: Study) -> ReportFigure:
     figure = Figure(figsize=(8.8, 2.9), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     differs = dict(zip(study.family["law"], study.family["differs between cells"], strict=True))
@@ -253,7 +253,7 @@ def _family(study: Study) -> Plate:
         "nothing different between cells (M0) to all (Mfull). Bars: one standard error of the "
         "hold-out, as interval; diamonds: the best. Points of a trunk are not independent."
     )
-    return Plate("nested_laws", title, caption, figure, study.choice.table)
+    return ReportFigure("nested_laws", title, caption, figure, study.choice.table)
 
 
 def fitted_points(study: Study) -> int:

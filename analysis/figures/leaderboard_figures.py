@@ -11,7 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from analysis.effects.leaderboard import IDENTITY, Comparison, arms_table, verdict
 from analysis.effects.learning_rates import search_table, trials
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, keep, strings, where
 from analysis.tables.run_table import Table
 from analysis.words.leaderboard import caption
@@ -24,7 +24,7 @@ LABEL_WIDTH = 0.16
 """Of a line's name, as a share of the panel."""
 
 
-def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[Plate]:
+def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[ReportFigure]:
     """The dot plot of every place, as one plate; none without finished arms."""
     if not comparisons:
         return []
@@ -39,10 +39,10 @@ def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[Pla
     text = "Marks: means" + (" with intervals" if any(c.freedom for c in comparisons) else "")
     text += "; small bars: seeds; vertical lines: what an arm must beat. " + " ".join(texts)
     title = _arms_title(comparisons)
-    return [Plate("architectures", title, text, figure, arms_table(comparisons))]
+    return [ReportFigure("architectures", title, text, figure, arms_table(comparisons))]
 
 
-def draw_rates(table: Table) -> list[Plate]:
+def draw_rates(table: Table) -> list[ReportFigure]:
     """Loss against learning rate, a panel per rung, as one plate; none without trials."""
     found = trials(table)
     if not len(found):
@@ -67,7 +67,7 @@ def draw_rates(table: Table) -> list[Plate]:
         f"{seeds}, so small differences between neighbouring rates may be luck. "
         f"{equal_trials(summary)}"
     )
-    return [Plate("learning_rates", _rates_title(summary), text, figure, found)]
+    return [ReportFigure("learning_rates", _rates_title(summary), text, figure, found)]
 
 
 def plot_arms(ax: Axes, comparison: Comparison) -> None:

@@ -12,7 +12,7 @@ from analysis.effects.contrasts import Contrast
 from analysis.effects.learning_rates import mixed_rates
 from analysis.effects.seed_noise import Detectable
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
 from analysis.inference.intervals import Interval
 from analysis.study.study import Study
@@ -21,7 +21,7 @@ from analysis.words.numbers import bracketed, with_unit
 from analysis.words.sentences import largest_effect, law_words
 
 
-def draw_points(study: Study) -> list[Plate]:
+def draw_points(study: Study) -> list[ReportFigure]:
     """The figures of points and effects; none where points differ in their tuning."""
     if mixed_rates(study.table) is not None:
         return []
@@ -37,7 +37,7 @@ def draw_points(study: Study) -> list[Plate]:
     return plates
 
 
-def _effects(study: Study) -> Plate:
+def _effects(study: Study) -> ReportFigure:
     found = [each for each in _contrasts(study) if isinstance(each, Contrast)]
     floor = _floor(study)
     figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(found)), layout="constrained")
@@ -60,10 +60,10 @@ def _effects(study: Study) -> Plate:
         | {"pairs": len(each.pairs), "interval": each.percent.method}
         for each in found
     ]
-    return Plate("data_against_architecture", title, caption, figure, pd.DataFrame(records))
+    return ReportFigure("data_against_architecture", title, caption, figure, pd.DataFrame(records))
 
 
-def _compute(study: Study) -> Plate:
+def _compute(study: Study) -> ReportFigure:
     rows = _neutral(study, study.points.rows)
     figure, axes = _panels(study, rows)
     ends = {}
@@ -78,10 +78,12 @@ def _compute(study: Study) -> Plate:
     arm = f"{best['architecture']} on {best['corpus']}"
     title = f"Lowest loss: {arm}, {best['loss_nats']:.3f} nats at {with_unit(best['flops'])}FLOP"
     caption = f"{_points_text(study, rows)} {_law_text(study, 'frontier inside the data')}"
-    return Plate("loss_against_compute", title, caption, figure, _with_curves(study, "frontier"))
+    return ReportFigure(
+        "loss_against_compute", title, caption, figure, _with_curves(study, "frontier")
+    )
 
 
-def _tokens(study: Study) -> Plate:
+def _tokens(study: Study) -> ReportFigure:
     rows = _neutral(study, study.points.rows)
     trunks = _neutral(study, study.table.rows)
     trunks = keep(trunks, ~trunks["decayed"].astype(bool))
@@ -117,10 +119,10 @@ def _tokens(study: Study) -> Plate:
         "tokens",
         "loss_nats",
     ]
-    return Plate("loss_against_tokens", title, caption, figure, columns_of(data, columns))
+    return ReportFigure("loss_against_tokens", title, caption, figure, columns_of(data, columns))
 
 
-def _parameters(study: Study) -> Plate:
+def _parameters(study: Study) -> ReportFigure:
     rows = _neutral(study, study.points.rows)
     figure, axes = _panels(study, rows)
     ends = {}
@@ -140,10 +142,12 @@ def _parameters(study: Study) -> Plate:
     span = f"{with_unit(sizes.min())} to {with_unit(sizes.max())}"
     title = f"Loss from {span} parameters{exponent}"
     caption = f"{_points_text(study, rows)} {_law_text(study, 'fit per horizon')}{method}"
-    return Plate("loss_against_parameters", title, caption, figure, _with_curves(study, "horizon"))
+    return ReportFigure(
+        "loss_against_parameters", title, caption, figure, _with_curves(study, "horizon")
+    )
 
 
-def _residuals(study: Study, fit: Fit) -> Plate:
+def _residuals(study: Study, fit: Fit) -> ReportFigure:
     rows = fit.rows.assign(
         residual=fit.residuals,
         tokens_per_parameter=fit.rows["tokens"] / fit.rows["parameters"],
@@ -172,7 +176,7 @@ def _residuals(study: Study, fit: Fit) -> Plate:
         "standard deviation is robust and given without interval."
     )
     columns = ["run_id", "architecture", "corpus", "parameters", "tokens", "loss_nats", "residual"]
-    return Plate("residuals", title, caption, figure, columns_of(rows, columns))
+    return ReportFigure("residuals", title, caption, figure, columns_of(rows, columns))
 
 
 def _panels(study: Study, rows: pd.DataFrame) -> tuple[Figure, Sequence]:

@@ -13,7 +13,7 @@ RESOLUTION = 150
 
 
 @dataclass(frozen=True)
-class Plate:
+class ReportFigure:
     """A figure ready to print: a finding as its title, a caption, the drawing and its data."""
 
     name: str

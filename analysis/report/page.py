@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from analysis.effects.contrasts import Contrast
 from analysis.figures import panels
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
 from analysis.report.answers import answers, laws_table, progress, refusals
 from analysis.report.sections import Section
@@ -38,7 +38,7 @@ _PAGE_COLOURS = {
 def render(
     study: Study,
     sections: Sequence[Section],
-    plates: Sequence[Plate],
+    plates: Sequence[ReportFigure],
     drawings: Mapping[str, str],
     plan: Mapping,
     found: Findings | None,
@@ -100,7 +100,7 @@ def _part(section: Section, drawings: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def _drawn(plates: Sequence[Plate], drawings: Mapping[str, str]) -> list[dict[str, object]]:
+def _drawn(plates: Sequence[ReportFigure], drawings: Mapping[str, str]) -> list[dict[str, object]]:
     return [
         {
             "name": each.name,

@@ -7,7 +7,7 @@ import pandas as pd
 from analysis.effects.leaderboard import arms_table, compare_arms
 from analysis.effects.learning_rates import mixed_rates, search_table
 from analysis.figures.leaderboard_figures import draw_arms, draw_rates
-from analysis.figures.report_figure import Plate
+from analysis.figures.report_figure import ReportFigure
 from analysis.tables.run_table import Table
 from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
@@ -43,7 +43,7 @@ class Section:
     name: str
     title: str
     text: str
-    plates: tuple[Plate, ...]
+    plates: tuple[ReportFigure, ...]
     shown: pd.DataFrame
     numbers: pd.DataFrame
     note: str
