@@ -24,7 +24,7 @@ from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import Alike, alike, choose
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
-from analysis.tables.external import Foreign, parse_columns, read_foreign
+from analysis.tables.external import ExternalTable, parse_columns, read_foreign
 from analysis.tables.frames import strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
@@ -88,7 +88,11 @@ def _names(text: str) -> frozenset[str] | None:
 
 
 def _answer(
-    console: Console, foreign: Foreign, name: str, law: ScalingLaw, options: argparse.Namespace
+    console: Console,
+    foreign: ExternalTable,
+    name: str,
+    law: ScalingLaw,
+    options: argparse.Namespace,
 ) -> bool:
     """Fit and print one evaluation set; whether the law could be fitted."""
     rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
@@ -129,7 +133,7 @@ def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) 
         yield from lead(learnt.fit, replicates, options.baseline)
 
 
-def _reading(foreign: Foreign) -> Iterator[str]:
+def _reading(foreign: ExternalTable) -> Iterator[str]:
     for target, source in foreign.sources.items():
         yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
     yield from foreign.notes

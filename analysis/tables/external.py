@@ -37,7 +37,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalTable:
     """A table of others in the schema.
 
     Attributes:
@@ -55,7 +55,7 @@ class Foreign:
     notes: tuple[str, ...]
 
 
-def read_foreign(path: Path, columns: Mapping[str, str] | None = None) -> Foreign:
+def read_foreign(path: Path, columns: Mapping[str, str] | None = None) -> ExternalTable:
     """Read a table of runs whose columns were never seen before.
 
     Args:
@@ -90,7 +90,7 @@ def read_foreign(path: Path, columns: Mapping[str, str] | None = None) -> Foreig
     rows, doubled = _without_duplicates(rows, path)
     every = pd.concat([rejected, doubled], ignore_index=True)
     found = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
-    return Foreign(rows.reset_index(drop=True), found, ignored, every, tuple(notes))
+    return ExternalTable(rows.reset_index(drop=True), found, ignored, every, tuple(notes))
 
 
 def parse_columns(text: str) -> dict[str, str]:
