@@ -48,7 +48,7 @@ class Term:
     factors: tuple[Factor, ...]
 
 
-class Warp(Protocol):
+class Reparametrisation(Protocol):
     """A change of variables that has parameters of its own."""
 
     @property
@@ -93,7 +93,7 @@ class Law:
     terms: tuple[Term, ...]
     floor: str | None = "E"
     power: str | None = None
-    warp: Warp | None = None
+    warp: Reparametrisation | None = None
     target: str = "loss_nats"
     by: tuple[str, ...] = ()
     varies: frozenset[str] = frozenset()
