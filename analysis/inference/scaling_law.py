@@ -19,7 +19,7 @@ from analysis.inference.cluster_robust import (
 )
 from analysis.inference.intervals import LEVEL, Interval
 from analysis.inference.profile_likelihood import Profile, profile
-from analysis.inference.shape_robust import Bent, bend
+from analysis.inference.shape_robust import ShapeRobust, bend
 from analysis.laws.bound import AnyLaw
 from analysis.laws.catalog import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE
 from analysis.laws.law import Law
@@ -52,7 +52,7 @@ class Learnt:
 
     fit: Fit
     covariance: Sandwich
-    bent: Bent | None
+    bent: ShapeRobust | None
     parameters: dict[str, Interval]
     backtest: BackTest | None
 
@@ -192,7 +192,7 @@ def _at_level(
     return answer if found is None else answer.join(found.rows.drop(columns=list(columns)))
 
 
-def _mean_interval(bent: Bent | None, table: pd.DataFrame, level: float) -> np.ndarray:
+def _mean_interval(bent: ShapeRobust | None, table: pd.DataFrame, level: float) -> np.ndarray:
     if bent is None:
         return np.full((len(table), 2), np.nan)
     log, error, freedom = bent.predict(table)

@@ -26,7 +26,7 @@ TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
-class Bent:
+class ShapeRobust:
     """A fit with its bend.
 
     Attributes:
@@ -53,7 +53,7 @@ class Bent:
         return ((asked >= known.min(axis=0) - slack) & (asked <= known.max(axis=0) + slack)).all(1)
 
 
-def bend(fit: Fit) -> Bent | None:
+def bend(fit: Fit) -> ShapeRobust | None:
     """Let a fitted law bend; None where there are too few rows to, or no variables."""
     if not isinstance(fit.law, Law) or not fit.law.factors:
         return None
@@ -61,7 +61,7 @@ def bend(fit: Fit) -> Bent | None:
     if fit.weights.sum() - slopes.shape[1] < LEAST_FREEDOM:
         return None
     step = _regress(fit, slopes)
-    return Bent(fit, covariance(fit, step, slopes, fit.residuals - slopes @ step))
+    return ShapeRobust(fit, covariance(fit, step, slopes, fit.residuals - slopes @ step))
 
 
 def _regress(fit: Fit, slopes: Array) -> Array:
