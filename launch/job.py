@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import submitit
 
 from launch.journal import Journal
-from launch.run_status import RunStatus, status_of
+from launch.run_status import status_of
 from sweeps.grammar import Experiment
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class TrainJob:
 
     def _is_done(self, experiment: Experiment) -> bool:
         folder = self.sweep / experiment.folder_name
-        return status_of(experiment, folder) in (RunStatus.DONE, RunStatus.DIVERGED)
+        return status_of(experiment, folder).ended
 
     @contextlib.contextmanager
     def _claim(self, unit: Unit, *, wait: bool) -> Iterator[bool]:

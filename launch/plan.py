@@ -147,7 +147,7 @@ def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:
     return replace(model, blocks=blocks)
 
 
-def plan_table(plan: Plan, standings: dict[str, str]) -> Table:
+def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
     """The plan as a person reads it, one line a group of horizons."""
     table = Table(title=None, pad_edge=False, box=None, header_style="bold")
     for name, right in (
@@ -171,7 +171,7 @@ def plan_table(plan: Plan, standings: dict[str, str]) -> Table:
             " ".join(f"{p.experiment.run.budget.tokens / 1e6:.2f}" for p in mine),
             f"{max(p.flops for p in mine):.1e}",
             duration(plan.seconds[unit.name]),
-            standings[unit.name],
+            statuses[unit.name],
         )
     return table
 

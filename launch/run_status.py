@@ -19,6 +19,11 @@ class RunStatus(Enum):
     DIVERGED = "diverged"
     DONE = "done"
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to train or evaluate; a diverged run is a result."""
+        return self in (RunStatus.DONE, RunStatus.DIVERGED)
+
 
 def status_of(experiment: Experiment, folder: Path) -> RunStatus:
     """Where the run in a folder stands.

@@ -63,9 +63,9 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = Path(arguments.runs) / sweep.folder_name
     plan = make_plan(sweep, folder)
-    standings = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
-    todo = [unit for unit in plan.units if _is_open(unit, standings)]
-    _print_plan(plan, todo, standings, console)
+    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
+    todo = [unit for unit in plan.units if _is_open(unit, statuses)]
+    _print_plan(plan, todo, statuses, console)
     if arguments.plan:
         for line in expected_lines(plan, folder):
             console.print(line, highlight=False, soft_wrap=True)
@@ -75,8 +75,8 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
     if arguments.data:
         return int(ExitCode.DONE)
-    for name, standing in standings.items():
-        if standing in (RunStatus.DONE, RunStatus.DIVERGED):
+    for name, status in statuses.items():
+        if status.ended:
             require_same_data(folder / name, root_hash)
     _write_sweep(plan, folder)
     write_baselines(
@@ -126,11 +126,11 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
         if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
-    standings = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
-    finished = sum(s in (RunStatus.DONE, RunStatus.DIVERGED) for s in standings)
-    if finished < len(standings):
+    statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
+    finished = sum(status.ended for status in statuses)
+    if finished < len(statuses):
         console.print(
-            f"{finished} of {len(standings)} runs are complete; give the same command again to "
+            f"{finished} of {len(statuses)} runs are complete; give the same command again to "
             "go on, jobs write to " + str(folder / "jobs"),
             highlight=False,
         )
@@ -139,10 +139,10 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
 
 
 def _print_plan(
-    plan: Plan, todo: list[Unit], standings: dict[str, RunStatus], console: Console
+    plan: Plan, todo: list[Unit], statuses: dict[str, RunStatus], console: Console
 ) -> None:
     shown = {
-        unit.name: " ".join(dict.fromkeys(standings[e.folder_name].value for e in unit.branches))
+        unit.name: " ".join(dict.fromkeys(statuses[e.folder_name].value for e in unit.branches))
         for unit in plan.units
     }
     # A narrow terminal breaks the lines rather than the columns.
@@ -152,8 +152,7 @@ def _print_plan(
     seconds = sum(plan.seconds[unit.name] for unit in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
-    ended = (RunStatus.DONE, RunStatus.DIVERGED)
-    complete = sum(standing in ended for standing in standings.values())
+    complete = sum(status.ended for status in statuses.values())
     console.print(
         f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
         f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
@@ -190,16 +189,15 @@ def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
     }
 
 
-def _is_open(unit: Unit, standings: dict[str, RunStatus]) -> bool:
-    ended = (RunStatus.DONE, RunStatus.DIVERGED)
-    return any(standings[e.folder_name] not in ended for e in unit.branches)
+def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
+    return any(not statuses[e.folder_name].ended for e in unit.branches)
 
 
 def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
     """Whether a unit is open although none of its runs failed: its job ended too early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
-    standings = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
-    return _is_open(unit, standings) and not any(name in failed for name in names)
+    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
+    return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 
 class _Redraw:

@@ -87,13 +87,13 @@ class Ranks:
         """Shares of a global batch."""
         return self.ranks // self.shards
 
-    def hear_first(self, values: torch.Tensor) -> torch.Tensor:
-        """What the first rank of this one's sequence group has, in the same shape and dtype."""
+    def broadcast(self, values: torch.Tensor) -> torch.Tensor:
+        """The values of the first rank of this one's sequence group; shape and dtype are kept."""
         if self.sequence is None:
             return values
-        told = values.to(_collective_device())
-        dist.broadcast(told, group=self.sequence, group_src=0)
-        return told.to(values.device)
+        buffer = values.to(_collective_device())
+        dist.broadcast(buffer, group=self.sequence, group_src=0)
+        return buffer.to(values.device)
 
     def sum_floats(self, values: list[float]) -> list[float]:
         """Sums over all ranks, in float64."""

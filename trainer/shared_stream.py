@@ -26,8 +26,8 @@ def shared_batches(
         return
     source = None if stream is None else iter(stream)
     while True:
-        told = _packed(next(source)) if source is not None else _room(shape)
-        yield _unpacked(ranks.hear_first(told), shape)
+        buffer = _packed(next(source)) if source is not None else _room(shape)
+        yield _unpacked(ranks.broadcast(buffer), shape)
 
 
 def _packed(batch: Batch) -> torch.Tensor:
@@ -42,8 +42,8 @@ def _room(shape: tuple[int, int]) -> torch.Tensor:
     return torch.empty(B * (3 * L + 1), dtype=torch.int64)
 
 
-def _unpacked(told: torch.Tensor, shape: tuple[int, int]) -> Batch:
+def _unpacked(buffer: torch.Tensor, shape: tuple[int, int]) -> Batch:
     B, L = shape
-    features, samples = told[: 3 * B * L].view(3, B, L), told[3 * B * L :]
+    features, samples = buffer[: 3 * B * L].view(3, B, L), buffer[3 * B * L :]
     tokens, targets, documents = features
     return Batch(tokens, targets, documents.to(torch.int32), samples.numpy().view(np.uint64))

@@ -13,8 +13,7 @@ import pandas as pd
 from scipy import special, stats
 
 from analysis.effects.contrasts import Contrast, contrasts
-from analysis.effects.seed_noise import PlannedNoise as SeedNoise
-from analysis.effects.seed_noise import seed_noise
+from analysis.effects.seed_noise import SeedNoise, seed_noise
 from analysis.fitting.estimator import under_determined
 from analysis.inference.intervals import t_quantile
 from analysis.laws.bound import Form, bind, log_loss_and_jacobian

@@ -126,7 +126,7 @@ class SlotAverages(AssociativeRecurrence):
         """Run the kernels."""
         return self.outputs(initial)
 
-    def left(self) -> Float[Tensor, "B H C *P1"]:
+    def final_state_from_zero(self) -> Float[Tensor, "B H C *P1"]:
         """The averages over the last token's document, and its log-sums."""
         logits = widened(self.logits)
         if self.documents is not None:
@@ -140,7 +140,7 @@ class SlotAverages(AssociativeRecurrence):
             averages = torch.einsum("blhc,blhp->bhcp", shares, self.x.to(shares.dtype))
         return torch.cat([averages, log_sums[..., None]], dim=-1)
 
-    def nothing(self, like: Float[Tensor, "B H C *P1"]) -> Float[Tensor, "B H C *P1"]:
+    def identity(self, like: Float[Tensor, "B H C *P1"]) -> Float[Tensor, "B H C *P1"]:
         """No sums, whose logarithm is minus infinity."""
         empty = torch.full_like(like, -math.inf)
         if self.x is not None:

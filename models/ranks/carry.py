@@ -30,15 +30,15 @@ class Summary(NamedTuple):
 class Carry:
     """The states before the tokens of each rank, from a summary of each.
 
-    `publish` starts to tell the others, and `before` waits for them, so that other work may run
-    meanwhile. In the backward pass the gradient of the state before a rank's tokens starts the way
-    back, and the gradients of its summary wait for that one.
+    `publish` starts to send and `before` waits for the other ranks, so that other work may run in
+    between. In the backward pass the gradient of the state before a rank's tokens is sent first,
+    and the gradients of its summary wait for the answers.
 
     Args:
         keep: whether the state before each rank's tokens still counts after them, by row.
         turned: how many rows, the last ones, run from the last rank to the first.
         ranks: who takes part.
-        scheme: how they tell each other; None for the fastest over the link that is assumed.
+        scheme: how states are sent; None for the fastest over the assumed link.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Carry:
         scheme: Scheme | None = None,
     ) -> None:
         self.keep, self.turned, self.ranks, self.scheme = keep, turned, ranks, scheme
-        self.relay: StatePassing | None = None
+        self.passing: StatePassing | None = None
         self.initial: Tensor | None = None
 
     def publish(self, summary: Summary) -> Tensor:
-        """Start to tell the others; return what `before` takes."""
+        """Start to send this rank's summary; return the token that `before` takes."""
         token = _Publish.apply(self, *summary)
         assert isinstance(token, Tensor)
         return token
@@ -65,10 +65,10 @@ class Carry:
         return initial
 
     def start(self, state: Tensor, decay: Decay) -> None:
-        """Choose how to tell the others, and start."""
+        """Choose a scheme, and start sending."""
         scheme = self.scheme or choose(self.ranks.size, self._payload(state, decay), ASSUMED)
-        self.relay = STATE_PASSINGS[scheme](self.keep, self.turned, decay, self.ranks)
-        self.relay.start(state, back=False)
+        self.passing = STATE_PASSINGS[scheme](self.keep, self.turned, decay, self.ranks)
+        self.passing.start(state, back=False)
 
     def _payload(self, state: Tensor, decay: Decay) -> Payload:
         sums = 0 if decay.sums is None else decay.sums.numel() * real(state).element_size()
@@ -76,7 +76,7 @@ class Carry:
 
 
 class _Publish(torch.autograd.Function):
-    """Start the way there; the gradients wait for the way back."""
+    """Forward: start sending. Backward: wait for the gradients that `_Take` sent."""
 
     @staticmethod
     def forward(
@@ -91,11 +91,11 @@ class _Publish(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: BackwardCFunction, _: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
-        initial, relay = carry.initial, carry.relay
+        initial, passing = carry.initial, carry.passing
         assert initial is not None, "the state before the tokens was taken"
-        assert relay is not None, "its gradient was sent"
-        d_state, (sums, rates) = relay.finish(), relay.decay
-        factor = relay.decay.factor(back=True)
+        assert passing is not None, "its gradient was sent"
+        d_state, (sums, rates) = passing.finish(), passing.decay
+        factor = passing.decay.factor(back=True)
         if sums is None or factor is None:
             return None, d_state, None, None
         d_log = masked(factor * initial.conj() * d_state, carry.keep[carry.ranks.rank])
@@ -107,14 +107,14 @@ class _Publish(torch.autograd.Function):
 
 
 class _Take(torch.autograd.Function):
-    """Wait for the way there; the gradient starts the way back."""
+    """Forward: wait for the state. Backward: start sending its gradient."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, carry: Carry, token: Tensor) -> Tensor:
         del token
         ctx.carry = carry  # pyright: ignore[reportAttributeAccessIssue]
-        assert carry.relay is not None, "the summary was published"
-        initial = carry.relay.finish()
+        assert carry.passing is not None, "the summary was published"
+        initial = carry.passing.finish()
         # Without its history: nothing frees an output that its own node holds.
         carry.initial = initial.detach()
         return initial
@@ -123,6 +123,6 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: BackwardCFunction, d_initial: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
-        assert carry.relay is not None, "the summary was published"
-        carry.relay.start(d_initial, back=True)
+        assert carry.passing is not None, "the summary was published"
+        carry.passing.start(d_initial, back=True)
         return None, d_initial.new_empty(0)

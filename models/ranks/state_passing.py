@@ -1,8 +1,8 @@
-"""The prefix over ranks, found in each of the ways of `models.ranks.schemes`.
+"""The state before each rank's tokens, found under each of the schemes of `models.ranks.schemes`.
 
-A relay solves c <- keep exp(log) c + added, rank after rank, for the c before each rank's tokens.
-It serves twice: for the states, and then for their gradients, which take the same decays the other
-way. `start` sends what can be sent at once, and `finish` waits for the answers.
+State passing solves c <- keep exp(log) c + added, rank after rank, for the c before each rank's
+tokens. It runs twice: for the states, and then for their gradients, which take the same decays in
+the opposite direction. `start` sends what can be sent at once, and `finish` waits for the answers.
 """
 
 import abc
@@ -60,8 +60,8 @@ class Direction(NamedTuple):
     behind: list[int]
     ahead: list[int]
 
-    def turned(self) -> "Way":
-        """The same rows the other way."""
+    def turned(self) -> "Direction":
+        """The same rows in the opposite direction."""
         return Direction(self.rows, self.ahead[::-1], self.behind[::-1])
 
 
@@ -82,17 +82,21 @@ class StatePassing(abc.ABC):
         earlier, later = list(range(rank)), list(range(rank + 1, ranks.size))
         forward = Direction(slice(0, B - turned), earlier, later)
         backward = Direction(slice(B - turned, B), later[::-1], earlier[::-1])
-        ways = [way for way in (forward, backward) if way.rows.start < way.rows.stop]
+        directions = [
+            direction
+            for direction in (forward, backward)
+            if direction.rows.start < direction.rows.stop
+        ]
         self.keep, self.decay, self.ranks = keep, decay, ranks
-        self.there, self.ways = ways, ways
+        self.there, self.directions = directions, directions
         self.back, self.what, self.tag = False, "state", 0
         self.added: Tensor | None = None
 
     def start(self, added: Shaped[Tensor, "B *rest"], *, back: bool) -> None:
-        """Start with what this rank adds; `back` goes the other way, for gradients."""
-        self.ways = [way.turned() for way in self.there] if back else self.there
+        """Start with what this rank adds; `back` runs in the opposite direction, for gradients."""
+        self.directions = [direction.turned() for direction in self.there] if back else self.there
         self.back, self.what = back, "state back" if back else "state"
-        # States of two recurrences may be under way between the same ranks.
+        # States of two recurrences may be in flight between the same ranks.
         self.tag = self.ranks.tag()
         self.added = added
         self.begin(added)
@@ -112,38 +116,38 @@ class StatePassing(abc.ABC):
     def end(self, added: Tensor) -> Tensor:
         """Wait for the answers; keep none of them."""
 
-    def after(self, way: Direction, state: Tensor, added: Tensor) -> Tensor:
+    def after(self, direction: Direction, state: Tensor, added: Tensor) -> Tensor:
         """What this rank's tokens make of some rows of a state."""
-        decayed = self.decay.of_rows(way.rows).applied(state, back=self.back)
-        return masked(decayed, self.keep[self.ranks.rank, way.rows]) + added[way.rows]
+        decayed = self.decay.of_rows(direction.rows).applied(state, back=self.back)
+        return masked(decayed, self.keep[self.ranks.rank, direction.rows]) + added[direction.rows]
 
 
 class GatherPassing(StatePassing):
-    """Everyone tells everyone, once; gradients find the decays that came with the states."""
+    """Every rank sends to every rank once; gradients reuse the decays that came with the states."""
 
-    under_way: Gathered | None = None
+    in_flight: Gathered | None = None
     decays: list[Decay] | None = None
 
     def begin(self, added: Tensor) -> None:
         """Start the gather, of decays as well where they are not yet known."""
         sums = None if self.decays is not None else self.decay.sums
-        self.under_way = self.ranks.gather(packed(added, sums), self.what)
+        self.in_flight = self.ranks.gather(packed(added, sums), self.what)
 
     def end(self, added: Tensor) -> Tensor:
         """Go over the ranks before this one."""
-        assert self.under_way is not None, "the gather was started"
-        heard = [unpacked(x, added, self.decay.sums) for x in self.under_way.wait()]
-        self.under_way = None
+        assert self.in_flight is not None, "the gather was started"
+        received = [unpacked(x, added, self.decay.sums) for x in self.in_flight.wait()]
+        self.in_flight = None
         if self.decays is None:
             # Copies: a view would keep the states of all ranks.
-            clones = [None if sums is None else sums.clone() for _, sums in heard]
+            clones = [None if sums is None else sums.clone() for _, sums in received]
             self.decays = [self.decay.of(sums) for sums in clones]
-        return self.run([state for state, _ in heard], self.decays)
+        return self.run([state for state, _ in received], self.decays)
 
     def run(self, added: list[Tensor], decays: list[Decay]) -> Tensor:
         """Go over ranks, each with its decay and addend."""
         total = torch.zeros_like(added[0])
-        for rows, behind, _ in self.ways:
+        for rows, behind, _ in self.directions:
             for rank in behind:
                 decayed = decays[rank].of_rows(rows).applied(total[rows], back=self.back)
                 total[rows] = masked(decayed, self.keep[rank, rows]) + added[rank][rows]
@@ -151,50 +155,53 @@ class GatherPassing(StatePassing):
 
 
 class RingPassing(StatePassing):
-    """Each rank waits for the one before it and tells the one after it."""
+    """Each rank waits for the one before it and sends to the one after it."""
 
     def begin(self, added: Tensor) -> None:
-        """Ask the ranks before this one, and tell those after it where nothing comes before."""
+        """Post the receives, and send where no rank comes before this one."""
         self.coming: list[tuple[Direction, Passing | None]] = []
         self.going: list[Passing] = []
-        # In the order in which the states come by: the one of them must not wait for the other.
-        for way in sorted(self.ways, key=lambda way: len(way.behind)):
+        # Shortest wait first, so that one direction never blocks the other.
+        for direction in sorted(self.directions, key=lambda direction: len(direction.behind)):
             passing = None
-            if way.behind:
-                passing = self.ranks.receive(real(added[way.rows]), way.behind[-1], self.tag)
-            elif way.ahead:
-                self.tell(way, added[way.rows])
-            self.coming.append((way, passing))
+            if direction.behind:
+                passing = self.ranks.receive(
+                    real(added[direction.rows]), direction.behind[-1], self.tag
+                )
+            elif direction.ahead:
+                self.send(direction, added[direction.rows])
+            self.coming.append((direction, passing))
 
     def end(self, added: Tensor) -> Tensor:
         """Hand each state on as it comes."""
         total = torch.zeros_like(added)
-        for way, passing in self.coming:
+        for direction, passing in self.coming:
             if passing is None:
                 continue
-            total[way.rows] = like(passing.wait(), added[way.rows])
-            if way.ahead:
-                self.tell(way, self.after(way, total[way.rows], added))
+            total[direction.rows] = like(passing.wait(), added[direction.rows])
+            if direction.ahead:
+                self.send(direction, self.after(direction, total[direction.rows], added))
         for passing in self.going:
             passing.wait()
         self.coming, self.going = [], []
         return total
 
-    def tell(self, way: Direction, state: Tensor) -> None:
-        """Give a state to the next rank."""
-        self.going.append(self.ranks.send(real(state), way.ahead[0], self.tag, self.what))
+    def send(self, direction: Direction, state: Tensor) -> None:
+        """Send a state to the next rank."""
+        self.going.append(self.ranks.send(real(state), direction.ahead[0], self.tag, self.what))
 
 
 class DoublingPassing(StatePassing):
-    """Rank r hears of the d ranks up to r - d, for d = 1, 2, 4, and knows twice as many then.
+    """Recursive doubling: in round d = 1, 2, 4, ... rank r receives from rank r - d.
 
-    Of the ranks before its own it knows the nearest d - 1, and tells of them and its own.
+    Before a round a rank holds the summary of the d - 1 ranks just before it; it sends that summary
+    combined with its own.
     """
 
     def begin(self, added: Tensor) -> None:
         """Start the first round."""
-        self.totals = [torch.zeros_like(added[way.rows]) for way in self.ways]
-        own = [self.decay.of_rows(way.rows).sums for way in self.ways]
+        self.totals = [torch.zeros_like(added[direction.rows]) for direction in self.directions]
+        own = [self.decay.of_rows(direction.rows).sums for direction in self.directions]
         self.sums = [None if sums is None else torch.zeros_like(sums) for sums in own]
         self.round(1, added)
 
@@ -202,44 +209,44 @@ class DoublingPassing(StatePassing):
         """Go through the rounds."""
         distance = 1
         while distance < self.ranks.size:
-            self.hear(distance)
+            self.receive(distance)
             distance *= 2
             if distance < self.ranks.size:
                 self.round(distance, added)
         total = torch.zeros_like(added)
-        for way, known in zip(self.ways, self.totals, strict=True):
-            total[way.rows] = known
+        for direction, known in zip(self.directions, self.totals, strict=True):
+            total[direction.rows] = known
         self.totals, self.sums = [], []
         return total
 
     def round(self, distance: int, added: Tensor) -> None:
-        """Tell the rank so far after this one, and ask the one as far before it."""
+        """Send to the rank `distance` after this one, and receive from the one as far before it."""
         self.coming: list[Passing | None] = []
         self.going: list[Passing] = []
-        for way, total, sums in zip(self.ways, self.totals, self.sums, strict=True):
-            own = self.decay.of_rows(way.rows).sums
+        for direction, total, sums in zip(self.directions, self.totals, self.sums, strict=True):
+            own = self.decay.of_rows(direction.rows).sums
             joined = None if sums is None or own is None else own + sums
-            message = packed(self.after(way, total, added), joined)
+            message = packed(self.after(direction, total, added), joined)
             asked = None
-            if len(way.behind) >= distance:
-                asked = self.ranks.receive(message, way.behind[-distance], self.tag)
+            if len(direction.behind) >= distance:
+                asked = self.ranks.receive(message, direction.behind[-distance], self.tag)
             self.coming.append(asked)
-            if len(way.ahead) >= distance:
-                to = way.ahead[distance - 1]
+            if len(direction.ahead) >= distance:
+                to = direction.ahead[distance - 1]
                 self.going.append(self.ranks.send(message, to, self.tag, self.what))
 
-    def hear(self, distance: int) -> None:
-        """Put what is known of the nearest ranks after what is heard of those before them."""
-        for i, (way, passing) in enumerate(zip(self.ways, self.coming, strict=True)):
+    def receive(self, distance: int) -> None:
+        """Combine the received summary of far ranks with the known one of the near ranks."""
+        for i, (direction, passing) in enumerate(zip(self.directions, self.coming, strict=True)):
             if passing is None:
                 continue
             total, sums = self.totals[i], self.sums[i]
-            state, heard = unpacked(passing.wait(), total, sums)
-            nearest = way.behind[len(way.behind) - distance + 1 :]
-            keep = self.keep[nearest, way.rows].all(dim=0)
+            state, received = unpacked(passing.wait(), total, sums)
+            nearest = direction.behind[len(direction.behind) - distance + 1 :]
+            keep = self.keep[nearest, direction.rows].all(dim=0)
             passed_on = self.decay.of(sums).applied(state, back=self.back)
             self.totals[i] = masked(passed_on, keep) + total
-            self.sums[i] = None if sums is None or heard is None else sums + heard
+            self.sums[i] = None if sums is None or received is None else sums + received
         for passing in self.going:
             passing.wait()
 

@@ -60,7 +60,7 @@ class Recurrence(abc.ABC):
 
 
 class AssociativeRecurrence(abc.ABC):
-    """A recurrence whose state after some tokens is that before, joined with what they leave.
+    """A recurrence whose states combine associatively: that before a span, joined with the span's.
 
     Attributes:
         documents: of the tokens, those that go on with the state before them being 0.
@@ -73,18 +73,18 @@ class AssociativeRecurrence(abc.ABC):
         """The outputs from a state before the first token, and the state after the last one."""
 
     @abc.abstractmethod
-    def left(self) -> Float[Tensor, "B *rest"]:
-        """The state after the last token where nothing precedes."""
+    def final_state_from_zero(self) -> Float[Tensor, "B *rest"]:
+        """The state after the last token, from a zero state before the first."""
 
     @abc.abstractmethod
-    def nothing(self, like: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *rest"]:
-        """The state before all tokens."""
+    def identity(self, like: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *rest"]:
+        """The identity of `join`: the state before any token."""
 
     @abc.abstractmethod
     def join(
         self, before: Float[Tensor, "B *rest"], after: Float[Tensor, "B *rest"]
     ) -> Float[Tensor, "B *rest"]:
-        """The state that two stretches of tokens leave, one after the other."""
+        """The state after two consecutive spans of tokens, from the states of each."""
 
 
 @dataclass

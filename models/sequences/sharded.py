@@ -164,17 +164,17 @@ class ShardedSequence(WholeSequence):
 
     def _join(self, recurrence: AssociativeRecurrence) -> Tensor:
         """The outputs from the joined states of the earlier shards."""
-        left, ids, ranks = recurrence.left(), recurrence.documents, self.ranks
-        kept = left.new_ones(len(left)) if ids is None else (ids[:, -1] == 0).to(left)
+        final, ids, ranks = recurrence.final_state_from_zero(), recurrence.documents, self.ranks
+        kept = final.new_ones(len(final)) if ids is None else (ids[:, -1] == 0).to(final)
         keep = [x > 0 for x in ranks.gather(kept, "keep").wait()]
         wanted = [(0, rank) for rank in range(ranks.size)]
-        earlier = fetch(left[:, None], Spans([1] * ranks.size), wanted, ranks, "state")
-        nothing = recurrence.nothing(left)
+        earlier = fetch(final[:, None], Spans([1] * ranks.size), wanted, ranks, "state")
+        identity = recurrence.identity(final)
         # Begun with what was fetched, so that the first rank takes part in the way back as well.
-        state, *others = torch.cat([nothing[:, None], earlier], dim=1).unbind(dim=1)
+        state, *others = torch.cat([identity[:, None], earlier], dim=1).unbind(dim=1)
         for rank, after in enumerate(others):
-            counts = keep[rank].view(-1, *[1] * (left.ndim - 1))
-            state = recurrence.join(torch.where(counts, state, nothing), after)
+            counts = keep[rank].view(-1, *[1] * (final.ndim - 1))
+            state = recurrence.join(torch.where(counts, state, identity), after)
         return recurrence(state)[0]
 
     def _all_positions(self) -> Int[Tensor, "B T"]:
