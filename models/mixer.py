@@ -6,6 +6,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -190,9 +191,9 @@ def register(config: type[MixerConfig]) -> Callable[[type[Registered]], type[Reg
 
 def mixer_kinds() -> dict[str, type[MixerConfig]]:
     """The configuration class of every mixer, by kind."""
-    import models.mixers as family
-
-    for module in pkgutil.walk_packages(family.__path__, prefix=f"{family.__name__}."):
+    # Found by their folder, as plug-ins are: this file may not know who builds on it.
+    folder = Path(__file__).parent / "mixers"
+    for module in pkgutil.walk_packages([str(folder)], prefix="models.mixers."):
         importlib.import_module(module.name)
     return dict(sorted(_configs.items()))
 

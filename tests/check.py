@@ -1,4 +1,8 @@
-"""The linters, one after the other: format, lint, types, import rules."""
+"""The linters, one after the other: format, lint, types, import rules.
+
+python -m tests.check            all of them; what `make check` runs
+python -m tests.check --floors   a table and a drawing of what stands on what in each folder
+"""
 
 import subprocess
 import sys
@@ -6,6 +10,7 @@ import time
 from pathlib import Path
 
 from launch.measurements import Measurement, write_measurements
+from tests.floors import show_floors
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -32,6 +37,8 @@ def check() -> list[Measurement]:
 
 def main() -> int:
     """Run the command; returns the exit code."""
+    if "--floors" in sys.argv[1:]:
+        return show_floors(ROOT)
     measured = check()
     write_measurements("check", measured, ROOT)
     return 0 if all(m.holds is not False for m in measured) else 1
