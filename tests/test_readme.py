@@ -1,5 +1,7 @@
-"""The README's commands, run in their fast form."""
+"""The README's commands, run in their fast form; files and make targets that the documents name."""
 
+import json
+import random
 import re
 import shlex
 import subprocess
@@ -10,20 +12,28 @@ import pytest
 from tests.launch.command import ROOT, command
 
 TEXT = (ROOT / "README.md").read_text()
-LINES = [
-    line.partition("#")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
-    for line in block.splitlines()
-]
-SWEEPS = [line for line in LINES if line.startswith("python launch/sweep.py")]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+LINES = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+OWN = [line for line in LINES if "mine" in line]
+SWEEPS = [line for line in LINES if line.startswith("python launch/sweep.py") and line not in OWN]
 TRAINS = [line for line in LINES if line.startswith("python launch/train.py")]
+FITS = [line for line in LINES if line.startswith("python -m analysis.fit")]
 MAKES = [line for line in LINES if line.startswith("make")]
+TARGETS = sorted(set(re.findall(r"`make ([a-z-]+)`", TEXT + CONTRIBUTING)))
 
 
 def test_every_command_is_one_that_is_tested() -> None:
-    assert sorted(LINES) == sorted([*SWEEPS, *TRAINS, *MAKES])
+    assert sorted(LINES) == sorted([*SWEEPS, *OWN, *TRAINS, *FITS, *MAKES])
     assert len(SWEEPS) >= 6
+    assert len(OWN) >= 3
     assert TRAINS
+    assert FITS
     assert MAKES
 
 
@@ -46,7 +56,70 @@ def test_train_commands_train(line: str, tmp_path: Path) -> None:
     assert "bits a byte" in ended.stdout
 
 
-@pytest.mark.parametrize("line", MAKES)
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder with a corpus and a sweep file as the README describes them."""
+    (block,) = blocks("yaml")
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.yaml").write_text(
+        (ROOT / "sweeps" / "scaling.yaml").read_text() + block
+    )
+    (row,) = re.findall(r'`(\{"text".*?\})`', TEXT)
+    draw = random.Random(0)
+    lines = []
+    for number in range(600):
+        document = json.loads(row)
+        document["text"] = " ".join(draw.choices(["two", "three", "corpus", "ladder"], k=300))
+        document["text"] += f" {number}"
+        document["meta"]["pile_set_name"] = ("web", "code", "wiki")[number % 3]
+        lines.append(json.dumps(document))
+    (tmp_path / "my_corpus").mkdir()
+    (tmp_path / "my_corpus" / "part.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def in_folder(folder: Path, line: str, *more: str) -> str:
+    """Run a command of the README in a folder that is not the checkout; what it printed."""
+    words = shlex.split(line)[1:]
+    script = [str(ROOT / words[0])] if words[0].endswith(".py") else [words[0]]
+    ended = command(*script, *words[1:], *more, cwd=folder)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return " ".join(ended.stdout.split())
+
+
+def test_own_corpus_plans(own: Path) -> None:
+    plan, *_ = OWN
+    printed = in_folder(own, plan)
+    assert "16 runs" in printed
+    assert "more_web" in printed
+
+
+@pytest.mark.slow
+def test_own_corpus_trains_and_generates(own: Path) -> None:
+    _, train, generate = OWN
+    small = ("ladders.nano.rungs=[10k]", "ladders.nano.horizons=[81920]")
+    assert "4 of 4 runs finished" in in_folder(own, train, *small)
+    assert (own / "runs" / "mine-nano" / "report" / "index.html").is_file()
+    runs = [path.parent for path in (own / "runs" / "mine-nano").glob("*/summary.json")]
+    assert len(runs) == 4
+    assert "Once upon" in in_folder(own, generate.replace("<run>", runs[0].name), "--tokens", "8")
+
+
+@pytest.mark.parametrize("line", FITS)
+def test_fit_commands_fit(line: str, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = ["architecture,parameters,tokens,loss"]
+    for architecture, coefficient in (("transformer", 400.0), ("mamba", 360.0)):
+        for parameters in (1e7, 3e7, 1e8, 3e8, 1e9):
+            for tokens in (2e8, 1e9, 5e9, 2e10):
+                loss = 1.7 + coefficient / parameters**0.34 + 410 / tokens**0.28
+                loss *= draw.gauss(1.0, 0.001)
+                rows.append(f"{architecture},{parameters},{tokens},{loss}")
+    (tmp_path / "runs.csv").write_text("\n".join(rows))
+    assert "alpha" in in_folder(tmp_path, line)
+
+
+@pytest.mark.parametrize("line", [*MAKES, *(f"make {target}" for target in TARGETS)])
 def test_make_targets_exist(line: str) -> None:
     asked = subprocess.run(
         ["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, check=False
@@ -54,6 +127,13 @@ def test_make_targets_exist(line: str) -> None:
     assert asked.returncode == 0, asked.stderr
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"\]\(([A-Za-z_/.]+)\)", TEXT):
+def test_files_that_the_documents_link_to_exist() -> None:
+    for name in re.findall(r"\]\(([A-Za-z_/.]+)\)", TEXT + CONTRIBUTING):
         assert (ROOT / name).exists(), name
+
+
+def test_paths_that_the_tour_names_exist() -> None:
+    paths = re.findall(r"`([A-Za-z_0-9]+(?:/[A-Za-z_0-9.]+)+/?)`", CONTRIBUTING)
+    assert len(paths) > 50
+    missing = [path for path in paths if not (ROOT / path).exists()]
+    assert [path for path in missing if not path.startswith("reports/")] == []
