@@ -1,4 +1,4 @@
-"""The README's commands, run in their fast form; files and make targets that the documents name."""
+"""The documents' commands, run in their fast form, and the files and make targets they name."""
 
 import json
 import random
@@ -15,11 +15,15 @@ TEXT = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-LINES = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
+LINES = [
+    line.partition("#")[0].strip()
+    for block in blocks("sh", TEXT + CONTRIBUTING)
+    for line in block.splitlines()
+]
 OWN = [line for line in LINES if "mine" in line]
 SWEEPS = [line for line in LINES if line.startswith("python launch/sweep.py") and line not in OWN]
 TRAINS = [line for line in LINES if line.startswith("python launch/train.py")]
@@ -59,7 +63,7 @@ def test_train_commands_train(line: str, tmp_path: Path) -> None:
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """A folder with a corpus and a sweep file as the README describes them."""
-    (block,) = blocks("yaml")
+    (block,) = blocks("yaml", TEXT)
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "sweeps" / "mine.yaml").write_text(
         (ROOT / "sweeps" / "scaling.yaml").read_text() + block
