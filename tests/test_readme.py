@@ -19,11 +19,13 @@ def blocks(language: str, text: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-LINES = [
-    line.partition("#")[0].strip()
-    for block in blocks("sh", TEXT + CONTRIBUTING)
-    for line in block.splitlines()
-]
+LINES = list(
+    dict.fromkeys(
+        line.partition("#")[0].strip()
+        for block in blocks("sh", TEXT + CONTRIBUTING)
+        for line in block.splitlines()
+    )
+)
 OWN = [line for line in LINES if "mine" in line]
 SWEEPS = [line for line in LINES if line.startswith("python launch/sweep.py") and line not in OWN]
 TRAINS = [line for line in LINES if line.startswith("python launch/train.py")]
