@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.inference.intervals import Interval, t_interval
-from analysis.tables.frames import floats, means, where
+from analysis.tables.frames import columns_of, floats, means, where
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 
@@ -44,6 +44,16 @@ class Contrast:
     def percent(self) -> Interval:
         """The effect as a percentage of the baseline's loss."""
         return self.effect.mapped(lambda value: 100 * float(np.expm1(value)))
+
+    @property
+    def percent_by_size(self) -> pd.DataFrame:
+        """The effect at each size in percent, from the smallest size up, with its parameters."""
+        sizes = means(self.pairs, ["rung"], ["difference", "parameters"])
+        sizes = sizes.assign(
+            pairs=self.pairs.groupby("rung").size(), percent=100 * np.expm1(sizes["difference"])
+        )
+        columns = ["rung", "parameters", "percent", "pairs"]
+        return columns_of(sizes.sort_values("parameters").reset_index(), columns)
 
 
 def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast | Refusal, ...]:

@@ -5,13 +5,14 @@ from analysis.figures.effect_figures import draw_effects
 from analysis.figures.law_figures import draw_laws
 from analysis.figures.point_figures import draw_points
 from analysis.figures.report_figure import ReportFigure
+from analysis.figures.size_figures import draw_effects_by_size
 from analysis.study.findings import Findings
 from analysis.study.study import Study
 
 
 def draw(study: Study, found: Findings | None) -> list[ReportFigure]:
     """The figures that a sweep's points allow; without findings, those of the points alone."""
-    plates = draw_points(study)
+    plates = [*draw_effects_by_size(study), *draw_points(study)]
     if found is None:
         return plates
     with panels.styled():

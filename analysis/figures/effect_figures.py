@@ -48,8 +48,8 @@ def _shares(found: dict[str, Decomposition]) -> ReportFigure:
     )
     caption = (
         f"n = {first.cells} matched cells of {first.sizes} sizes; sums of squares of ln L with a "
-        "level for each cell, main effects averaged over both orders. Bars below: 95 % interval of "
-        "the corpus and the architecture share, bootstrap over sizes. No law is fitted."
+        "level for each cell, main effects averaged over both orders. Thin bars: 95 % bootstrap "
+        "interval over sizes, of the corpus and the architecture share. No law is fitted."
     )
     records = [
         {"evaluation_set": n, "component": c, "share": each.shares[c].estimate,
@@ -70,18 +70,19 @@ def _transfer(study: Study, found: dict[str, Transfer]) -> ReportFigure:
     }
     for ax, labels in ends.items():
         panels.label_ends(ax, labels)
-    for place, name in enumerate(architectures):
-        axes[0].plot([], [], panels.MARKERS[place % 6], color=panels.FAINT, label=name)
+    for name, _, marker in panels.looks(architectures):
+        axes[0].plot([], [], marker, color=panels.FAINT, label=name)
     axes[0].legend(frameon=False, fontsize=8.5)
     name, first = next(iter(found.items()))
     largest = max(first.shifts, key=lambda key: abs(first.shifts[key].estimate))
     shift = first.shifts[largest].mapped(lambda value: 100 * float(np.expm1(value)))
     title = (
-        f"At equal neutral loss, {largest[1]} shifts the loss on {name} most: {bracketed(shift)} %"
+        f"At equal loss on {study.table.neutral_set}, {largest[1]} shifts the loss on {name} most: "
+        f"{bracketed(shift)} %"
     )
     caption = (
-        f"n = {len(first.points)} runs at matched cells; colours and fillings: corpora, markers: "
-        "architectures. Shift of a line in ln L that has one slope for all arms, 95 % interval by "
+        f"n = {len(first.points)} runs at matched cells; colour and fill: training corpus; marker: "
+        "architecture. Shift: of a line in ln L with one slope for all arms; 95 % interval by "
         "bootstrap over sizes."
     )
     data = pd.concat([each.points.assign(evaluation_set=n) for n, each in found.items()])
@@ -99,12 +100,13 @@ def _multipliers(study: Study, found: Findings) -> ReportFigure:
         for name in dict.fromkeys(strings(known, "other").tolist())
         for rows in [where(known, "other", name)]
     ]
-    title = f"Worth in tokens where not refused: {'; '.join(parts) or 'refused everywhere'}"
     baseline = str(found.by_scale["baseline"].iloc[0])
+    title = f"Tokens that {baseline} needs for equal loss, as a multiple: "
+    title += "; ".join(parts) or "refused at every size"
     caption = (
-        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}; baseline "
-        f"{baseline}. Bands: 95 % bootstrap interval. Refused at {refused:.0%} of the places: the "
-        "baseline reaches that loss nowhere that it was run, or not in one replicate of twenty."
+        f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}. Bands: "
+        f"95 % bootstrap interval. No estimate at {refused:.0%} of the sizes: within its runs the "
+        f"baseline does not reach that loss, or fails to in over one of twenty replicates."
     )
     return ReportFigure("multipliers_by_size", title, caption, figure, found.by_scale)
 
@@ -115,11 +117,12 @@ def _counting(study: Study, found: Findings) -> ReportFigure:
     effect_panels.plot_counting(figure.add_subplot(), rows)
     values = floats(rows, "exponent")
     title = (
-        f"The exponent of the best N runs from {values.min():.2f} to {values.max():.2f} by counting"
+        f"Exponent of the compute-optimal size: {values.min():.2f} to {values.max():.2f}, by how "
+        "N and C are counted"
     )
     caption = (
         f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}, first arm; "
-        "bars: 95 % bootstrap interval. The same runs, counted otherwise."
+        "bars: 95 % bootstrap interval. The same runs in every row."
     )
     return ReportFigure("counting", title, caption, figure, rows)
 
@@ -132,12 +135,12 @@ def _cooldown(study: Study, found: Findings) -> ReportFigure:
     sizes, change = np.log(floats(rows, "parameters")), floats(rows, "percent")
     slope = float(np.polyfit(sizes, change, 1)[0]) * np.log(10) if np.ptp(sizes) > 0 else 0.0
     title = (
-        f"Decay of the learning rate changes loss by {np.median(change):+.1f} % (median), "
+        f"Learning-rate decay changes loss by {np.median(change):+.1f} % (median), "
         f"{round(slope, 1) + 0.0:+.1f} % more per decade of N"
     )
     caption = (
-        f"n = {len(rows)} decayed points beside their trunk at the same tokens, interpolated in ln "
-        "D; no law, no interval. A loss that is read before the decay is biased by this much."
+        f"n = {len(rows)} decayed points, each against its trunk at the same tokens, interpolated "
+        "in ln D; no law, no interval. A loss read before the decay is biased by this much."
     )
     return ReportFigure("cooldown", title, caption, figure, rows)
 
@@ -155,7 +158,7 @@ def _design(found: Findings, fit: Fit) -> ReportFigure:
     if len(fits):
         after, cost = 100 * float(floats(fits, "half_width")[-1]), floats(fits, "flops").sum()
         title = (
-            f"{len(fits)} more runs, {with_unit(float(cost))}FLOP in all, take the "
+            f"{len(fits)} more runs, {with_unit(float(cost))}FLOP in all, would narrow the "
             f"forecast at ten times the compute from +-{100 * found.advice.half_width:.2g} % to "
             f"+-{after:.2g} %"
         )
@@ -163,6 +166,6 @@ def _design(found: Findings, fit: Fit) -> ReportFigure:
         f"n = {len(done)} runs of {identity['architecture']} on {identity['corpus']} (circles). "
         f"Local information under {law_words(fit.law)} and a law with an outer exponent, averaged "
         "over bootstrap draws; half-widths of 95 % intervals are expected, not measured. 'test': a "
-        "large run that no fit may use."
+        "large run to hold out from every fit."
     )
     return ReportFigure("design_map", title, caption, figure, pd.concat([advised, found.options]))

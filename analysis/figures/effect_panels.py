@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
+from textwrap import fill
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from analysis.figures.panels import (
     FAINT,
     INK,
     PAPER,
+    RULE,
     log_axes,
     looks,
     plain_ticks,
@@ -24,12 +26,15 @@ from analysis.figures.panels import (
 )
 from analysis.tables.frames import floats, groups, keep, strings, where
 
-_COLOURS = ("#E69F00", "#0072B2", "#CC79A7", "#9aa4af", "#dfe3e8")
+_COLOURS = (COLOURS[1], COLOURS[0], COLOURS[4], "#9aa4af", RULE)
 SHARE_COLOURS: dict[str, str] = dict(zip(COMPONENTS, _COLOURS, strict=True))
+# Fixed black is legible on these bars on a light and on a dark page; the others follow the page.
+_BLACK = "#000000"
+_LETTERS: dict[str, str] = dict(zip(COMPONENTS, (_BLACK, PAPER, _BLACK, _BLACK, INK), strict=True))
 FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
     "full", "none", "left", "right", "bottom", "top",
 )  # fmt: skip
-HATCHES: dict[str, str] = dict(zip(COMPONENTS, ("", "", "////", "....", ""), strict=True))
+HATCHES: dict[str, str] = dict(zip(COMPONENTS, ("", "", "////", "xxxx", ""), strict=True))
 
 
 def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
@@ -42,9 +47,9 @@ def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
                     hatch=HATCHES[name], edgecolor=PAPER, lw=0.8,
                     label=name if place == 0 else None)  # fmt: skip
             if share > 9:
-                dark = name in ("architecture", "interaction")
+                box = {"fc": SHARE_COLOURS[name], "ec": "none", "pad": 1.5}
                 ax.text(left + share / 2, place, f"{share:.0f} %", ha="center", va="center",
-                        fontsize=8.5, color=PAPER if dark else INK)  # fmt: skip
+                        fontsize=9, color=_LETTERS[name], bbox=box)  # fmt: skip
             left += share
         for name, row in (("corpus", 0.36), ("architecture", 0.46)):
             ends = [100 * each.shares[name].low, 100 * each.shares[name].high]
@@ -117,10 +122,10 @@ def plot_counting(ax: Axes, rows: pd.DataFrame) -> None:
         colour, marker = (COLOURS[0], "o") if first else (COLOURS[1], "s")
         ax.plot([row["low"], row["high"]], [place] * 2, color=colour, lw=2.6, solid_capstyle="butt")
         ax.plot(row["exponent"], place, marker, color=colour, ms=7, mec=PAPER)
-        labels.append(f"N: {row['parameters counted']}\nC: {row['FLOPs counted']}")
+        labels.append(f"N: {row['parameters counted']}\n{fill('C: ' + row['FLOPs counted'], 34)}")
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.set_xlabel("exponent of the best N in C")
+    ax.set_xlabel("exponent of the compute-optimal N in C")
     ax.grid(axis="y", visible=False)
 
 
@@ -134,7 +139,7 @@ def plot_cooldown(ax: Axes, rows: pd.DataFrame, architectures: Sequence[str]) ->
     ax.set_xscale("log")
     plain_ticks(ax, "x", "parameters")
     ax.set_xlabel("parameters N")
-    ax.set_ylabel("loss after decay, less before [%]")
+    ax.set_ylabel("loss after decay minus before [%]")
     ax.legend(frameon=False, fontsize=8.5)
 
 

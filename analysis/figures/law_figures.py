@@ -58,20 +58,20 @@ def _frontier(study: Study, found: Findings) -> ReportFigure:
     inside = keep(found.frontiers, found.frontiers["inside"])
     wins = inside.sort_values("loss_nats").iloc[0]
     title = (
-        f"{wins['architecture']} on {wins['corpus']} leads inside the data; answers end at "
-        f"{with_unit(10 * edge)}FLOP"
+        f"Lowest fitted loss in the range of the runs: {wins['architecture']} on "
+        f"{wins['corpus']}; forecasts end at {with_unit(10 * edge)}FLOP"
     )
     tested = next(iter(found.tested.values()))
     caption = (
         f"n = {len(rows)} decayed points. Lines: fitted frontier, {law_words(study.joint.law)}; "
-        "dashed beyond what was run. Bands: 95 % bootstrap interval, beyond the data widened by "
-        f"{tested.words} and by how far other laws stand apart. Grey: more than ten times the "
-        "largest compute, refused."
+        "dashed: extrapolated. Bands: 95 % bootstrap interval, widened beyond the runs by "
+        f"{tested.words} and by the spread of alternative laws. Grey: beyond ten times the largest "
+        "compute no forecast is given."
     )
     if device:
         caption += (
-            f" Top: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median over "
-            "the runs, each while others shared the machine; beyond the data it is a conversion."
+            f" Top axis: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median "
+            "over the runs, measured while they shared the machine."
         )
     return ReportFigure("frontier", title, caption, figure, found.frontiers)
 
@@ -99,7 +99,7 @@ def _isoflop(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> ReportFigur
     points = sum(len(curve.points) for curve in every)
     caption = (
         f"n = {points} points in {len(every)} budgets. Parabolas in ln N; bars: 95 % delta-method "
-        "interval of the minimum; hollow stars: fewer than two sizes on one side."
+        "interval of the minimum; hollow stars: not bracketed, fewer than two sizes on one side."
     )
     return ReportFigure("isoflop", title, caption, figure, _minima(curves))
 
@@ -130,14 +130,14 @@ def _optima(found: Findings) -> ReportFigure:
         first = where(first, "corpus", first["corpus"].iloc[0])
     for ax, quantity in zip(axes, ("parameters", "tokens"), strict=True):
         law_panels.plot_optima(ax, first, minima, quantity)
-    title = f"Best size and tokens by compute: {len(minima)} isoFLOP budgets beside the fitted law"
+    title = f"Compute-optimal size and tokens: the fitted law and {len(minima)} isoFLOP budgets"
     if not len(minima):
         title = (
-            "Best size and tokens by compute, by the fitted law alone: no isoFLOP budget was run"
+            "Compute-optimal size and tokens from the fitted law alone: no isoFLOP budget was run"
         )
     caption = (
         f"n = {len(minima)} budgets. Lines and bands: fitted law, 95 % bootstrap interval, first "
-        "corpus, only where the law has an optimum near what was run. Marks: minima of parabolas."
+        "corpus, only where the law has an optimum near the runs. Marks: minima of parabolas."
     )
     return ReportFigure("optima", title, caption, figure, pd.concat([first, minima]))
 
@@ -150,10 +150,10 @@ def _contours(found: Findings, fit: Fit) -> ReportFigure:
     law_panels.plot_contours(ax, found.contours, rows)
     low, high = (f(found.contours["loss_nats"].dropna()) for f in (min, max))
     arm = f"{rows['architecture'].iloc[0]} on {rows['corpus'].iloc[0]}"
-    title = f"Fitted loss of {arm} runs from {high:.2f} to {low:.2f} nats over what was run"
+    title = f"Fitted loss of {arm}: {high:.2f} to {low:.2f} nats over the range of the runs"
     caption = (
-        f"n = {len(rows)} decayed points (circles), {law_words(fit.law)}; no interval drawn (see "
-        "the frontier). White: nothing was run."
+        f"n = {len(rows)} decayed points (circles), {law_words(fit.law)}; for intervals see "
+        "the frontier. Blank: outside the range of the runs."
     )
     return ReportFigure("contours", title, caption, figure, found.contours)
 
@@ -167,9 +167,9 @@ def _backtest(found: Findings, shown: FittedLaw) -> ReportFigure:
     law_panels.plot_backtest(figure.add_subplot(), frame, tested)
     assumed = all(each.assumed for each in found.tested.values())
     best = min(tested, key=lambda name: tested[name])
-    title = f"Forecasts err least under the {best} law: {100 * tested[best]:.1f} % per decade"
+    title = f"Smallest forecast error: {best} law, {100 * tested[best]:.1f} % per decade of compute"
     if assumed:
-        title = "The data are too narrow to test a forecast: 5 % of loss per decade is assumed"
+        title = "Too little range to test forecasts: an error of 5 % per decade is assumed"
     caption = (
         f"n = {len(frame)} forecasts of the largest runs from smaller ones, {shown.part}; grey: "
         f"interval of two root mean square errors of the {best} law, growing with the decades."
@@ -185,15 +185,15 @@ def _profiles(found: Findings, shown: FittedLaw) -> ReportFigure:
     cloud = _draws(shown)
     for ax, each in zip(axes, found.profiles, strict=False):
         law_panels.plot_profile(ax, each, cloud[each.label].to_numpy(dtype=float))
-    axes[0].set_ylabel("rise of the misfit [squared t]")
+    axes[0].set_ylabel("rise of the objective [squared t]")
     open_ends = sum(end is None for each in found.profiles for end in (each.low, each.high))
-    title = f"Profiles: {'; '.join(each.words for each in found.profiles)}"
+    title = f"Profile likelihood: {'; '.join(each.words for each in found.profiles)}"
     if open_ends:
-        title += f" ({open_ends} open ends)"
+        title += f" ({open_ends} without an end)"
     caption = (
         f"n = {len(shown.fit.rows) if isinstance(shown.fit, Fit) else 0} points, "
-        f"{law_words(shown.law)}. Dashed: where the 95 % profile interval ends; histogram: "
-        f"bootstrap; diamond: the optimum that {_agreeing(shown)} starts agree on."
+        f"{law_words(shown.law)}. Dashed: level that bounds the 95 % profile interval; histogram: "
+        f"bootstrap; diamond: best fit, reached from {_agreeing(shown)} starting points."
     )
     frames = [pd.DataFrame({"parameter": p.label, "value": p.values, "rise": p.rise})
               for p in found.profiles]  # fmt: skip
@@ -232,8 +232,8 @@ def _cloud(shown: FittedLaw, fit: Fit) -> ReportFigure:
     title = f"{names[worst[0]]} and {names[worst[1]]} trade off: correlation {close[worst]:+.2f}"
     method = shown.replicates.method if shown.replicates else ""
     caption = (
-        f"n = {len(cloud) - 1} replicates, {method}; {law_words(shown.law)}, interval: read the "
-        "spread. Diamond: the optimum."
+        f"n = {len(cloud) - 1} replicates, {method}; {law_words(shown.law)}. Their spread is "
+        "what the bootstrap interval is made of. Diamond: best fit."
     )
     return ReportFigure("trade_offs", title, caption, figure, columns_of(cloud, names))
 
@@ -247,11 +247,14 @@ def _family(study: Study) -> ReportFigure:
     shown = scores.assign(named=[named[law] for law in scores["law"]])
     law_panels.plot_family(axes, shown)
     best, forecast = (str(each) for each in (study.choice.description, study.choice.forecast))
-    title = f"Cells differ in {differs[best]} by BIC, in {differs[forecast]} by trunks left out"
+    title = (
+        f"Parameters that differ between cells: {differs[best]} by BIC, {differs[forecast]} by "
+        "held-out trunks"
+    )
     caption = (
         f"n = {fitted_points(study)} decayed points; nested Chinchilla laws by least squares, from "
-        "nothing different between cells (M0) to all (Mfull). Bars: one standard error of the "
-        "hold-out, as interval; diamonds: the best. Points of a trunk are not independent."
+        "all parameters shared by the cells (M0) to none (Mfull). Bars: interval of one standard "
+        "error of the held-out error; diamonds: lowest. Points of a trunk are not independent."
     )
     return ReportFigure("nested_laws", title, caption, figure, study.choice.table)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from analysis.compute_optimal.isoflop import IsoFlopCurve
@@ -22,6 +23,8 @@ from analysis.figures.panels import (
 from analysis.inference.profile_likelihood import Profile
 from analysis.tables.frames import floats, keep, where
 from analysis.validity.refusal import Refusal
+
+_WHITE, _BLACK = "#ffffff", "#000000"
 
 
 def plot_frontier(
@@ -46,7 +49,7 @@ def plot_frontier(
         ax.set_xlim(right=wall * 2.2)
         ax.axvspan(wall, wall * 2.2, color=FAINT, alpha=0.35, lw=0)
         ax.text(
-            wall * 1.45, 0.5, "no answer beyond", rotation=90, ha="center", va="center",
+            wall * 1.45, 0.5, "no forecast beyond", rotation=90, ha="center", va="center",
             color=INK, fontsize=8, transform=ax.get_xaxis_transform(),
         )  # fmt: skip
     log_axes(ax, "training compute C [FLOP]", "flops")
@@ -117,13 +120,15 @@ def plot_optima(ax: Axes, optima: pd.DataFrame, minima: pd.DataFrame, quantity: 
 
 
 def plot_contours(ax: Axes, surface: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """Fitted loss over (N, D) with the runs on top; white where nothing was run."""
+    """Fitted loss over (N, D) with the runs on top; blank where nothing was run."""
     wide = surface.pivot(index="tokens", columns="parameters", values="loss_nats")
     x, y = wide.columns.to_numpy(dtype=float), wide.index.to_numpy(dtype=float)
     filled = ax.contourf(x, y, np.ma.masked_invalid(wide.to_numpy()), levels=12, cmap="cividis")
-    lines = ax.contour(x, y, np.ma.masked_invalid(wide.to_numpy()), levels=6, colors=PAPER,
+    # White with a dark edge: the colours below do not follow a dark page, so neither may these.
+    lines = ax.contour(x, y, np.ma.masked_invalid(wide.to_numpy()), levels=6, colors=_WHITE,
                        linewidths=0.7)  # fmt: skip
-    ax.clabel(lines, fontsize=8, fmt="%.2f")
+    for text in ax.clabel(lines, fontsize=8.5, fmt="%.2f"):
+        text.set_path_effects([withStroke(linewidth=1.6, foreground=_BLACK)])
     ax.plot(rows["parameters"], rows["tokens"], "o", color=PAPER, mec=INK, ms=5.5, mew=1.1)
     ax.grid(visible=False)
     panels.figure_of(ax).colorbar(filled, ax=ax, label="loss [nats per token]")
@@ -143,7 +148,7 @@ def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) ->
     two = 200 * min(rates.values())
     ax.fill_between([0, reach], [0, -two * reach], [0, two * reach], color=FAINT, alpha=0.12, lw=0)
     ax.set_xlabel("decades of compute beyond the fit's data")
-    ax.set_ylabel("observed less forecast ln L [%]")
+    ax.set_ylabel("observed minus forecast ln L [%]")
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -180,7 +185,7 @@ def plot_cloud(ax: Axes, cloud: pd.DataFrame, x: str, y: str) -> None:
 def plot_family(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     """Criteria of nested laws side by side, less the best of each; the best is a diamond."""
     labels = {"AICc": "AICc above the best", "BIC": "BIC above the best",
-              "hold_out": "error on trunks left out [%]"}  # fmt: skip
+              "hold_out": "error on held-out trunks [%]"}  # fmt: skip
     shown = keep(table, np.isfinite(floats(table, "AICc")))
     places = np.arange(len(shown))
     for ax, (name, label) in zip(axes, labels.items(), strict=True):

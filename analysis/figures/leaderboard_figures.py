@@ -37,7 +37,7 @@ def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[Rep
             ax.set_xlabel(f"loss on {neutral_set} [nats per token]")
     texts = [f"{_place_words(each)}: {caption(each)}" for each in comparisons]
     text = "Marks: means" + (" with intervals" if any(c.freedom for c in comparisons) else "")
-    text += "; small bars: seeds; vertical lines: what an arm must beat. " + " ".join(texts)
+    text += "; thin bars: one per seed; vertical lines: baselines. " + " ".join(texts)
     title = _arms_title(comparisons)
     return [ReportFigure("architectures", title, text, figure, arms_table(comparisons))]
 
@@ -62,9 +62,9 @@ def draw_rates(table: Table) -> list[ReportFigure]:
     repeats = int(floats(found, "runs").max())
     seeds = "One run a point: no interval" if repeats == 1 else f"Means of up to {repeats} seeds"
     text = (
-        f"n = {len(found)} trials, final loss after decay. Rings: the best trial of a line; "
+        f"n = {len(found)} trials, final loss after decay. Rings: best trial of each line; "
         "crosses at the top: diverged. "
-        f"{seeds}, so small differences between neighbouring rates may be luck. "
+        f"{seeds}, so small differences between neighbouring rates may be seed noise. "
         f"{equal_trials(summary)}"
     )
     return [ReportFigure("learning_rates", _rates_title(summary), text, figure, found)]
@@ -91,11 +91,8 @@ def plot_arms(ax: Axes, comparison: Comparison) -> None:
 def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> panels.Labels:
     """One line per architecture over log2 of the learning rate, its best trial ringed."""
     ends: panels.Labels = {}
-    for place, name in enumerate(architectures):
+    for name, colour, marker in panels.looks(architectures):
         mine = where(rows, "architecture", name).sort_values("learning_rate")
-        colour = panels.COLOURS[place % 6]
-        # Beyond six arms a colour comes again, with another marker.
-        marker = panels.MARKERS[(place + place // 6) % 6]
         diverged = floats(keep(mine, mine["diverged"].astype(bool)), "learning_rate")
         # An empty line that is not clipped has no bounds, and breaks the layout.
         if len(diverged):
@@ -156,7 +153,7 @@ def _arms_title(comparisons: tuple[Comparison, ...]) -> str:
     best, loss = largest.arms[0].architecture, largest.arms[0].loss.estimate
     text = f"Lowest loss at {largest.place.rung}: {best}, {loss:.3f} nats"
     if not largest.freedom:
-        return f"{text}, one seed an arm"
+        return f"{text}, one seed per arm"
     beaten = [
         f"{sum(verdict(arm.against[name]) == 'beats' for arm in judged)} of {len(judged)} "
         f"beat the {name} {'arm' if name == IDENTITY else 'line'}"

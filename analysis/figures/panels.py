@@ -17,10 +17,13 @@ from analysis.validity.refusal import Refusal
 from analysis.words.numbers import with_unit
 from analysis.words.sentences import short_effect
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers repeat the information.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Neighbours differ in lightness (CIE L* 32, 58, 47, 27, 55, 42), so that they differ in grey print
+# and for colour-blind readers; markers repeat the information.
+COLOURS = ("#004e89", "#dd6b10", "#1b7f5c", "#5b2a6e", "#c9609a", "#8a5a00")
+# What a dark page shows in their place (L* 59, 84, 67, 54, 79, 64).
+DARK_COLOURS = ("#4794d8", "#ffc680", "#2fb58a", "#a56bc2", "#f7aed2", "#c19242")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-FACTOR_COLOURS = {"corpus": "#E69F00", "architecture": "#0072B2"}
+FACTOR_COLOURS = {"corpus": COLOURS[1], "architecture": COLOURS[0]}
 FACTOR_MARKERS = {"corpus": "D", "architecture": "o"}
 INK, FAINT, RULE, PAPER = "#1b1f24", "#66707b", "#dfe3e8", "#fefefe"
 STYLE = {
@@ -93,7 +96,7 @@ def plot_loss_against_tokens(
     for name, colour, marker in looks(architectures):
         for _, trunk in where(trunks, "architecture", name).groupby("trunk_id"):
             line = trunk.sort_values("tokens")
-            ax.plot(line["tokens"], line["loss_nats"], color=colour, lw=0.9, alpha=0.35)
+            ax.plot(line["tokens"], line["loss_nats"], color=colour, lw=0.9, alpha=0.5)
         mine = where(rows, "architecture", name)
         for _, points in mine.groupby("trunk_id"):
             line = points.sort_values("tokens")
@@ -138,12 +141,8 @@ def plot_effects(
             for contrast in found:
                 if isinstance(contrast, Contrast):
                     _effect(ax, contrast, float(len(labels)))
-                    change = f"{contrast.other} vs {contrast.baseline}"
-                    labels.append(f"{factor}: {change}\non {set_name}")
-                    ax.annotate(
-                        short_effect(contrast), (1.02, len(labels) - 1.0), va="center",
-                        xycoords=ax.get_yaxis_transform(), fontsize=9, annotation_clip=False,
-                    )  # fmt: skip
+                    change = f"{factor}: {contrast.other} vs {contrast.baseline}"
+                    labels.append(f"{change}\non {set_name}: {short_effect(contrast)}")
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlabel("difference of loss [%]")
@@ -187,18 +186,18 @@ def label_ends(ax: Axes, ends: Labels) -> None:
         height = (np.log(y) - bottom) / (top - bottom)
         if across < NEAR_THE_EDGE:
             place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
-            ax.annotate(label, (x, y), color=colour, fontsize=9, **place)
+            ax.annotate(label, (x, y), fontsize=9, **place)
             continue
         below = max(height, below + 0.058)
         leader = [across + 0.015, 1.02], [height, below]
-        ax.plot(*leader, color=colour, lw=0.5, alpha=0.5, transform=ax.transAxes, clip_on=False)
-        ax.text(1.03, below, label, color=colour, va="center", fontsize=9, transform=ax.transAxes)
+        ax.plot(*leader, color=colour, lw=0.8, transform=ax.transAxes, clip_on=False)
+        ax.text(1.03, below, label, va="center", fontsize=9, transform=ax.transAxes)
 
 
 def looks(names: Sequence[str]) -> list[tuple[str, str, str]]:
-    """Each name with its colour and its marker."""
+    """Each name with its colour and its marker; beyond six, colours repeat with other markers."""
     return [
-        (name, COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)])
+        (name, COLOURS[place % 6], MARKERS[(place + place // 6) % 6])
         for place, name in enumerate(names)
     ]
 

@@ -43,16 +43,17 @@ def _effects(study: Study) -> ReportFigure:
     figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(found)), layout="constrained")
     panels.plot_effects(figure.add_subplot(), study.effects, floor)
     title = (
-        f"On {study.table.neutral_set}: corpus {largest_effect(study.answer.corpus)}, "
-        f"architecture {largest_effect(study.answer.architecture)}"
+        f"Effects on each evaluation set; on {study.table.neutral_set}: corpus "
+        f"{largest_effect(study.answer.corpus)}, architecture "
+        f"{largest_effect(study.answer.architecture)}"
     )
     sizes = len(found[0].by_size)
     caption = (
-        f"Marks: mean difference of loss with its 95 % t interval over {sizes} sizes; small bars: "
-        f"the {sizes} sizes. n = {len(found[0].pairs)} matched pairs in the first row."
+        f"Marks: mean difference of loss with its 95 % t interval over {sizes} sizes; thin bars: "
+        f"one per model size. n = {len(found[0].pairs)} matched pairs in the first row."
     )
     if floor is not None:
-        caption += " Grey: differences too small for this study to find reliably."
+        caption += " Grey: effects too small for this study to detect."
     columns = ("evaluation_set", "factor", "baseline", "other")
     records = [
         {name: getattr(each, name) for name in columns}
@@ -77,7 +78,7 @@ def _compute(study: Study) -> ReportFigure:
     best = rows.iloc[int(floats(rows, "loss_nats").argmin())].to_dict()
     arm = f"{best['architecture']} on {best['corpus']}"
     title = f"Lowest loss: {arm}, {best['loss_nats']:.3f} nats at {with_unit(best['flops'])}FLOP"
-    caption = f"{_points_text(study, rows)} {_law_text(study, 'frontier inside the data')}"
+    caption = f"{_points_text(study, rows)} {_law_text(study, 'fitted frontier in the range run')}"
     return ReportFigure(
         "loss_against_compute", title, caption, figure, _with_curves(study, "frontier")
     )
@@ -104,9 +105,9 @@ def _tokens(study: Study) -> ReportFigure:
     if first == last:
         title = f"One horizon so far: {with_unit(last)} tokens"
     caption = (
-        f"{_points_text(study, rows)} Lines join the horizons of one trunk; faint: the trunk "
-        "before its decay. Labels: nominal size, beside the first architecture's lines. No fit "
-        "and no interval is drawn."
+        f"{_points_text(study, rows)} Lines join runs that branch from one trunk; faint: the "
+        "trunk itself, before the learning rate decays. Labels: nominal model size, next to the "
+        "first architecture's lines. Measured points, without a fit or an interval."
     )
     data = pd.concat([rows.assign(kind="decayed"), trunks.assign(kind="trunk")])
     columns = [
@@ -141,7 +142,9 @@ def _parameters(study: Study) -> ReportFigure:
     sizes = floats(rows, "parameters")
     span = f"{with_unit(sizes.min())} to {with_unit(sizes.max())}"
     title = f"Loss from {span} parameters{exponent}"
-    caption = f"{_points_text(study, rows)} {_law_text(study, 'fit per horizon')}{method}"
+    caption = (
+        f"{_points_text(study, rows)} {_law_text(study, 'fitted law at each horizon')}{method}"
+    )
     return ReportFigure(
         "loss_against_parameters", title, caption, figure, _with_curves(study, "horizon")
     )
@@ -171,9 +174,8 @@ def _residuals(study: Study, fit: Fit) -> ReportFigure:
     _key(figure, study)
     title = f"Residuals have a standard deviation of {100 * fit.sigma:.2g} % of loss"
     caption = (
-        f"n = {len(rows)} decayed points on {study.table.neutral_set}, {law_words(fit.law)}; band: "
-        "1 % of loss. The "
-        "standard deviation is robust and given without interval."
+        f"n = {len(rows)} decayed points on {study.table.neutral_set}, {law_words(fit.law)}; grey: "
+        "1 % of loss. The standard deviation is a robust estimate without an interval."
     )
     columns = ["run_id", "architecture", "corpus", "parameters", "tokens", "loss_nats", "residual"]
     return ReportFigure("residuals", title, caption, figure, columns_of(rows, columns))
@@ -196,10 +198,8 @@ def _label(ends: dict[Axes, panels.Labels]) -> None:
 
 def _key(figure: Figure, study: Study) -> None:
     """One small key above the panels, where lines carry another label than the architecture."""
-    for place, name in enumerate(study.table.levels("architecture")):
-        figure.axes[0].plot(
-            [], [], panels.MARKERS[place % 6], color=panels.COLOURS[place % 6], label=name
-        )
+    for name, colour, marker in panels.looks(study.table.levels("architecture")):
+        figure.axes[0].plot([], [], marker, color=colour, label=name)
     figure.legend(loc="outside upper right", ncols=6, frameon=False, handletextpad=0.2)
 
 
@@ -232,10 +232,10 @@ def _points_text(study: Study, rows: pd.DataFrame) -> str:
 
 def _law_text(study: Study, line: str) -> str:
     if isinstance(study.joint.fit, Fit):
-        return f"Lines: {line}, {law_words(study.joint.law)}; no interval drawn (see the table)."
+        return f"Lines: {line}, {law_words(study.joint.law)}; intervals: see Fitted laws."
     if len(study.curves):
-        return f"Lines: {line}, separate laws; no interval drawn (see the table)."
-    return "No law is drawn: too few points yet."
+        return f"Lines: {line}, a law per cell; intervals: see Fitted laws."
+    return "No fitted line or interval: too few points yet."
 
 
 def _with_curves(study: Study, kind: str) -> pd.DataFrame:

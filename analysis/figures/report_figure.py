@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.figures import panels
-from analysis.figures.tooltips import with_titles
+from analysis.figures.narrow import narrow_svg
+from analysis.figures.tooltips import with_titles, without_titles
 
 RESOLUTION = 150
 
@@ -35,3 +36,8 @@ class ReportFigure:
         text = with_titles(drawn.read_text())
         drawn.write_text(text)
         return text
+
+    def narrow(self) -> str:
+        """The SVG text for a narrow page. Call it after `save`: the figure keeps this layout."""
+        with panels.styled():
+            return without_titles(narrow_svg(self.figure))

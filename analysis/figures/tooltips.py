@@ -30,6 +30,11 @@ def with_titles(svg: str) -> str:
     return re.sub(rf'<g id="{_MARK}(\w*)">(.*?)</g>\s*</g>', _titled, svg, flags=re.DOTALL)
 
 
+def without_titles(svg: str) -> str:
+    """The drawing without what its groups of markers carry, for pages without a pointer."""
+    return re.sub(rf' id="{_MARK}\w*"', "", svg)
+
+
 def _text(row: dict) -> str:
     known = [(words, row[name]) for name, words in _PARTS if name in row and not pd.isna(row[name])]
     return ", ".join(words.format(_value(value)) for words, value in known)

@@ -35,12 +35,12 @@ def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
     if mixed is not None:
         text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
         return [("Data against architecture", text, "")]
-    told = [("In one line", headline_sentence(found.headline), "")] if found else []
+    told = [("Summary", headline_sentence(found.headline), "")] if found else []
     for factor, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture)):
         for contrast in contrasts:
             text = contrast_sentence(contrast, answer.detectable[factor])
             told.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
-    told.append(("Smallest difference this study finds", detectable_sentence(answer), ""))
+    told.append(("Smallest difference this study can detect", detectable_sentence(answer), ""))
     for arm in answer.arms:
         told += _arm_answers(arm, len(answer.arms) > 1)
     return [each for each in dict.fromkeys(told) if each[1]]
@@ -49,12 +49,20 @@ def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
 def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
     contrast = arm.contrast
     if isinstance(contrast, Refusal):
-        return [("One against the other", ratio_sentence(arm), "")]
+        return [("Corpus effect against architecture effect", ratio_sentence(arm), "")]
     name = f" ({contrast.other})" if named else ""
-    counting = ("Equal compute instead of equal tokens" + name, counting_sentence(arm))
+    counting = ("At equal compute instead of equal tokens" + name, counting_sentence(arm))
     return [
-        (f"Between corpora{name}", interaction_sentence(arm), _method(arm.interaction)),
-        (f"One against the other{name}", ratio_sentence(arm), _method(arm.ratio)),
+        (
+            f"Architecture effect across corpora{name}",
+            interaction_sentence(arm),
+            _method(arm.interaction),
+        ),
+        (
+            f"Corpus effect against architecture effect{name}",
+            ratio_sentence(arm),
+            _method(arm.ratio),
+        ),
         (*counting, _method(arm.flops["flops"])),
     ]
 
@@ -81,7 +89,7 @@ def refusals(study: Study, found: Findings | None) -> list[tuple[str, Refusal]]:
 
 def _of_findings(found: Findings) -> list[tuple[str, object]]:
     head = found.headline
-    named: list[tuple[str, object]] = [("Ratio in one line", head.ratio)]
+    named: list[tuple[str, object]] = [("Ratio in the summary", head.ratio)]
     named += [(f"Worth of the {name} in compute", each) for name, each in head.multipliers.items()]
     named += [(f"Variance shares on {name}", each) for name, each in found.shares.items()]
     named += [(f"Loss to loss on {name}", each) for name, each in found.transfers.items()]

@@ -15,19 +15,21 @@ from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
 from analysis.report.answers import answers, laws_table, progress, refusals
+from analysis.report.run_rows import HEADS, example_run, run_rows
 from analysis.report.sections import Section
 from analysis.study.findings import Findings
 from analysis.study.study import FittedLaw, Study
-from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import MEANINGS, WARNINGS
-from analysis.words.numbers import bracketed, capital, with_unit
+from analysis.words.numbers import bracketed, capital
 from analysis.words.sentences import largest_effect, law_words, multiplier_sentence
 
 PAGE_SCALE = 1.53
 """Pixels per point of a drawing: the widest fills the page, and all have letters of one size."""
+FIRST_FIGURE = "effects_by_size"
 # Colours that follow the reader's light or dark page in the inlined drawings.
 _PAGE_COLOURS = {
+    **{colour: f"var(--arm-{place})" for place, colour in enumerate(panels.COLOURS)},
     panels.INK: "var(--ink)",
     panels.FAINT: "var(--faint)",
     panels.RULE: "var(--rule)",
@@ -35,15 +37,19 @@ _PAGE_COLOURS = {
 }
 
 
+# A plate's name -> its SVG for a wide page and for a narrow one.
+Drawings = Mapping[str, tuple[str, str]]
+
+
 def render(
     study: Study,
     sections: Sequence[Section],
     plates: Sequence[ReportFigure],
-    drawings: Mapping[str, str],
+    drawings: Drawings,
     plan: Mapping,
     found: Findings | None,
 ) -> str:
-    """The whole page as HTML that needs nothing else; `drawings` holds SVG by a plate's name."""
+    """The whole page as HTML that needs nothing else."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
@@ -60,7 +66,9 @@ def render(
         answers=answers(study, found),
         reservations=_reservations(found),
         refusals=refusals(study, found),
-        plates=_drawn(plates, drawings),
+        first=_drawn([each for each in plates if each.name == FIRST_FIGURE], drawings),
+        plates=_drawn([each for each in plates if each.name != FIRST_FIGURE], drawings),
+        colours=list(zip(panels.COLOURS, panels.DARK_COLOURS, strict=True)),
         nothing_drawn=_nothing_drawn(study),
         laws=_html(laws) if len(laws) else "",
         law_note=_law_note(study),
@@ -73,7 +81,10 @@ def render(
         ],
         multiplier_note=_multiplier_note(study),
         excluded=table.exclusions,
-        runs=_html(_runs_shown(table)),
+        run_heads=HEADS,
+        run_rows=run_rows(table),
+        folder=table.folder,
+        example=example_run(table),
         plan=list(plan.items()),
         commits=", ".join(sorted({str(each) for each in table.rows["commit"].dropna()})),
     )
@@ -89,7 +100,7 @@ def _reservations(found: Findings | None) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def _part(section: Section, drawings: Mapping[str, str]) -> dict[str, object]:
+def _part(section: Section, drawings: Drawings) -> dict[str, object]:
     return {
         "name": section.name,
         "title": section.title,
@@ -100,13 +111,14 @@ def _part(section: Section, drawings: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def _drawn(plates: Sequence[ReportFigure], drawings: Mapping[str, str]) -> list[dict[str, object]]:
+def _drawn(plates: Sequence[ReportFigure], drawings: Drawings) -> list[dict[str, object]]:
     return [
         {
             "name": each.name,
             "title": each.title,
             "caption": each.caption,
-            "svg": Markup(_inline(drawings[each.name], each.name)),
+            "wide": Markup(_inline(drawings[each.name][0], each.name)),
+            "narrow": Markup(_inline(drawings[each.name][1], f"{each.name}-narrow")),
         }
         for each in plates
     ]
@@ -154,27 +166,13 @@ def _family_shown(study: Study) -> pd.DataFrame:
     return shown.assign(**{"AICc above the best": excess})
 
 
-def _runs_shown(table: Table) -> pd.DataFrame:
-    shown = table.runs.drop(
-        columns=["vocab_size", "tokens_per_second", "device", "flops_per_device_second"]
-    )
-    shown["learning_rate"] = [f"{each:.3g}" if each > 0 else "" for each in shown["learning_rate"]]
-    for name in ("parameters", "horizon_tokens", "tokens"):
-        shown[name] = [with_unit(value) if value > 0 else "" for value in shown[name]]
-    for name in ("architecture", "corpus", "rung", "seed"):
-        shown[name] = ["" if pd.isna(value) else str(value) for value in shown[name]]
-    return shown.rename(
-        columns={"horizon_tokens": "horizon", "tokens": "seen", "learning_rate": "rate"}
-    )
-
-
 def _law_note(study: Study) -> str:
     shared = law_words(study.joint.law)
     methods = sorted({law.replicates.method for law in study.laws if law.replicates})
     return (
         f"Brackets: 95 % intervals, by {'; '.join(methods)}. The joint law, fitted to all cells at "
         f"once, is a {shared}. alpha and beta are the exponents of N and D; the standard deviation "
-        "of the residuals is robust and without interval. The intervals suppose that the law "
+        "of the residuals is robust, without an interval. The intervals assume that the law "
         "holds. The coefficients A and B are terms at N = D = 1, far outside the data: compare "
         "predictions, not coefficients."
     )
@@ -202,7 +200,8 @@ def _multiplier_note(study: Study) -> str:
 
 def _inline(svg: str, name: str) -> str:
     """A drawing for the page: no prolog, no metadata, the page's colours, ids of its own."""
-    body = svg[svg.index("<svg") :]
+    # Nobody sees a hundredth of a point; without these digits a page is much smaller.
+    body = re.sub(r'\b(?:d|x|y)="[^"]*"', _shorter, svg[svg.index("<svg") :])
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     for colour, variable in _PAGE_COLOURS.items():
         body = body.replace(colour, variable)
@@ -211,6 +210,11 @@ def _inline(svg: str, name: str) -> str:
     body = re.sub(r'\bid="', f'id="{name}-', body)
     body = body.replace("url(#", f"url(#{name}-")
     return body.replace('href="#', f'href="#{name}-')
+
+
+def _shorter(attribute: re.Match) -> str:
+    """An attribute of coordinates to two decimals, on one line."""
+    return re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace(" \n", " ")
 
 
 def _html(frame: pd.DataFrame) -> Markup:

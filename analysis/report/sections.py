@@ -13,10 +13,10 @@ from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
 
 _ARMS_NOTE = (
-    "Differences: the arm's loss less that of the line, negative where the arm is better. An arm "
-    "'beats' a line if the 95 % interval of the difference lies below zero: by more than the seed "
-    "noise. Tokens/s are the median over a run's steps, measured while runs shared the machine: "
-    "they rank nothing. States: what decoding one sequence keeps after so many tokens."
+    "Differences: the arm's loss minus the baseline's, negative where the arm is better. An arm "
+    "'beats' a baseline if the 95 % interval of the difference lies below zero, so by more than "
+    "the seed noise. Tokens/s: median over a run's steps, measured while runs shared the machine; "
+    "not a ranking of speed. State: bytes that decoding one sequence keeps at that context length."
 )
 _RATES_NOTE = (
     "Factor on the rule: 1 is the rung's own rate. Optimum: 'interior' if worse trials lie on both "

@@ -48,7 +48,7 @@ def write_report(sweep: Path, *, plan: Mapping | None = None) -> Report:
 
     `plan` is what was expected before the sweep; the page shows it as it is.
     """
-    return _write(load(sweep), sweep / "report", dict(plan or {}), FULL)
+    return _write(load(sweep), sweep, dict(plan or {}), FULL)
 
 
 def refresh(sweep: Path) -> Report:
@@ -68,25 +68,26 @@ def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
     stored = read_json(folder / "report.json")
     if stored.get("fingerprint") == fingerprint(table):
         return Report(folder / "index.html", stored, tuple(stored["text"]))
-    return _write(table, folder, dict(plan or {}), QUICK)
+    return _write(table, sweep, dict(plan or {}), QUICK)
 
 
 def fingerprint(table: Table) -> str:
     """A hash of everything that a table holds, and of the code that makes a page of it."""
     parts = [table.rows.to_json(), table.runs.to_json(), repr(table.exclusions), table.neutral_set]
-    parts += [table.baselines.to_json(), table.ladder.to_json()]
+    parts += [table.baselines.to_json(), table.ladder.to_json(), table.training.to_json()]
     parts += [repr(table.tuning), repr(table.rate_factors)]
     here = Path(__file__).parents[1]
     parts += [file.read_text() for file in sorted([*here.rglob("*.py"), *here.rglob("*.html")])]
     return hashlib.sha256("".join(str(part) for part in parts).encode()).hexdigest()[:16]
 
 
-def _write(table: Table, folder: Path, plan: dict, settings: Settings) -> Report:
+def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
+    folder = sweep / "report"
     study = analyse(table, settings)
     found = None if mixed_rates(table) else find(study, settings)
     parts, plates = sections(table), draw(study, found)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
-    drawings = {plate.name: plate.save(folder / "figures") for plate in every}
+    drawings = {plate.name: (plate.save(folder / "figures"), plate.narrow()) for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))
     _write_tables(study, parts, folder / "tables")
     lines = _terminal_lines(study, parts, folder, found)
@@ -171,13 +172,13 @@ def _terminal_lines(
     lines += [line for part in parts for line in part.lines]
     lines += [f"{lead}: {text}" for lead, text, _ in answers(study, found)]
     codes = ", ".join(each.code for each in found.reservations) if found else ""
-    lines += [f"Reservations, explained on the page: {codes}"] if codes else []
+    lines += [f"Warnings, explained on the page: {codes}"] if codes else []
     lines += _law_lines(study)
     refused = refusals(study, found)
     if refused:
         lines += [
             "",
-            f"Refused, {len(refused)} in all, each with its remedy on the page; the first:",
+            f"Refused: {len(refused)} answers, each with its remedy on the page; the first:",
         ]
         lines.append(f"  {refused[0][0]}: {refused[0][1].reason}")
     kept = lines[: MOST_LINES - 3]

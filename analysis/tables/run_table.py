@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from analysis.tables.training_curves import training_curves
 from trainer.record import Row, StoredRun, read_json, read_run
 
 COLUMNS = {
@@ -55,13 +56,16 @@ FLOP_CONVENTIONS = {
 RUN_COLUMNS = [
     "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "parameters",
     "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second", "device",
-    "flops_per_device_second",
+    "flops_per_device_second", "training_seconds",
 ]  # fmt: skip
 BASELINE_COLUMNS = ["corpus", "evaluation_set", "order", "tokens", "total_nats", "targets"]
 LADDER_COLUMNS = ["architecture", "rung", "seq_len", "state_bytes"]
 _FLOAT_COLUMNS = [
     name for name, meaning in COLUMNS.items() if "[" in meaning and "true/false" not in meaning
-] + ["learning_rate", "vocab_size", "tokens_per_second", "flops_per_device_second"]
+] + [
+    "learning_rate", "vocab_size", "tokens_per_second", "flops_per_device_second",
+    "training_seconds",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class Table:
         rate_factors: factors on the rule's learning rate that each cell tries, if the sweep says.
         baselines: losses of n-gram models, one row per corpus, evaluation set and order.
         ladder: what the accountant counts, one row per architecture, rung and context.
+        training: recorded training losses along each run; see analysis.tables.training_curves.
+        folder: where the runs lie.
     """
 
     name: str
@@ -100,6 +106,8 @@ class Table:
     ladder: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
     )
+    training: pd.DataFrame = field(default_factory=lambda: training_curves([], []))
+    folder: str = ""
 
     def levels(self, factor: str) -> list[str]:
         """The levels of a factor, in the order in which the sweep lists its runs."""
@@ -140,6 +148,8 @@ def load(root: Path) -> Table:
             read_json(root / "baselines.json").get("rows", []), columns=pd.Index(BASELINE_COLUMNS)
         ),
         ladder=_ladder(root / "ladder.parquet"),
+        training=training_curves(stored, trunks),
+        folder=_as_typed(root),
     )
 
 
@@ -147,6 +157,12 @@ def final(table: Table) -> Table:
     """The table with nothing but the decayed points of finished runs."""
     keep = table.rows["decayed"].astype(bool) & (table.rows["status"] == "done")
     return replace(table, rows=table.rows.loc[keep].reset_index(drop=True))
+
+
+def _as_typed(root: Path) -> str:
+    """The folder as a reader in the same place would type it: relative where it lies below."""
+    here, there = Path.cwd(), root.resolve()
+    return str(there.relative_to(here) if there.is_relative_to(here) else there)
 
 
 def _read_sweep(root: Path) -> dict:
@@ -336,6 +352,7 @@ def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
     speeds = [row.get("tokens_per_second") for row in run.metrics]
     known = [float(speed) for speed in speeds if speed is not None]
     speed = float(np.median(known)) if known else None
+    seconds = [float(row.get("step_seconds") or 0) for row in run.metrics]
     cost = run.provenance.get("accounting", {}).get("training_flops_per_token")
     ranks = run.provenance.get("execution", {}).get("ranks", 1)
     return {
@@ -346,6 +363,7 @@ def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
         "learning_rate": _peak_rate(run),
         "vocab_size": run.config.get("model", {}).get("vocab_size"),
         "tokens_per_second": speed,
+        "training_seconds": sum(seconds) or None,
     }
 
 

@@ -16,7 +16,7 @@ def arms_shown(comparisons: tuple[Comparison, ...]) -> pd.DataFrame:
     for comparison in comparisons:
         for arm in comparison.arms:
             differences = {
-                f"less {name}": _difference(arm.against[name])
+                f"minus {name}": _difference(arm.against[name])
                 for name in comparison.lines
                 if name in arm.against
             }
@@ -52,12 +52,12 @@ def caption(comparison: Comparison) -> str:
         text += (
             f"; intervals: 95 %, from the standard deviation between seeds pooled over the arms, "
             f"{comparison.pooled_sd:.2g} nats, and Student's t with {comparison.freedom} pooled "
-            "degrees of freedom. They suppose that seeds scatter alike in every arm, take seeds "
-            "of two arms as independent, and stand each for itself: no correction for their number."
+            "degrees of freedom. They assume the same seed variance in every arm and independent "
+            "seeds, without correction for multiple comparisons."
         )
     else:
         text += (
-            "; one seed an arm, so there is no interval and no verdict: differences may be luck."
+            "; one seed per arm, so there is no interval and no verdict: differences may be noise."
         )
     counted = {tokens for tokens in comparison.line_tokens.values() if tokens != place.tokens}
     if counted:

@@ -46,7 +46,7 @@ def search_lines(table: Table) -> list[str]:
     """What a search found, for a terminal: one line per architecture, then what is open."""
     found = search_table(table)
     if not len(found):
-        return ["Learning rates: no trial has ended yet."]
+        return ["Learning rates: no trial has finished yet."]
     lines = ["Learning rates, best factor on the rule by rung:"]
     for (name,), cells in groups(found, ["architecture"]):
         lines.append(f"  {name}: {', '.join(_cell_words(row) for row in cells.to_dict('records'))}")

@@ -1,7 +1,7 @@
 """How findings are put into words: one plain sentence for each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from analysis.effects.answer import Answer, Arm
 from analysis.effects.contrasts import Contrast
@@ -43,7 +43,7 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
         found = (
             f"changes loss by {percent.estimate:+.{places}f} % (95 % interval {low} to {high} %)"
         )
-        return f"{change} {found}: no difference that this study can tell from zero."
+        return f"{change} {found}: not distinguishable from zero in this study."
     verb = "raises" if percent.estimate > 0 else "lowers"
     size = f"{abs(percent.estimate):.{places}f}"
     ends = sorted((abs(percent.low), abs(percent.high)))
@@ -52,7 +52,7 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
     )
     doubt = ""
     if isinstance(detectable, Detectable) and abs(contrast.effect.estimate) < detectable.value:
-        doubt = " That is below the smallest difference this study finds reliably: hold it lightly."
+        doubt = " That is below the smallest effect this study can detect: treat it with caution."
     return f"{change} {found}.{doubt}"
 
 
@@ -111,18 +111,30 @@ def headline_sentence(found: Headline) -> str:
         f"{short_effect(architecture)}"
     )
     if isinstance(found.ratio, Refusal):
-        text += f"; no ratio is quoted, as {found.ratio.reason}"
+        text += f"; their ratio is not given, as {found.ratio.reason}"
     else:
-        text += f"; the first is {bracketed(found.ratio)} times the second, signs aside"
-    worth = [
-        f"{bracketed(each.factor)} times the training compute ({name})"
-        if isinstance(each, Multiplier)
-        else f"refused for the {name} ({each.reason})"
-        for name, each in found.multipliers.items()
-    ]
+        text += f"; in absolute value the first is {bracketed(found.ratio)} times the second"
     seen = [each.value for each in found.detectable.values() if isinstance(each, Detectable)]
-    finds = f" The study finds {100 * math.expm1(max(seen)):.2g} % reliably." if seen else ""
-    return f"{text}. Baselines need {' and '.join(worth)}.{finds}"
+    text += f".{_worth_sentences(found.multipliers)}"
+    if seen:
+        text += f" Effects down to {100 * math.expm1(max(seen)):.2g} % can be detected."
+    return text
+
+
+def _worth_sentences(multipliers: Mapping[str, Multiplier | Refusal]) -> str:
+    """What each change is worth in compute; those without a number share a sentence by reason."""
+    known, refused = [], {}
+    for name, each in multipliers.items():
+        if isinstance(each, Multiplier):
+            known.append(f"{bracketed(each.factor)} times the training compute ({name})")
+        else:
+            refused.setdefault(each.reason, []).append(name)
+    text = ""
+    if known:
+        text = f" For the same loss the baseline needs {' and '.join(known)}."
+    for reason, names in refused.items():
+        text += f" No compute multiplier is given for the {' and the '.join(names)}: {reason}."
+    return text
 
 
 def interaction_sentence(arm: Arm) -> str:
@@ -131,7 +143,9 @@ def interaction_sentence(arm: Arm) -> str:
     if isinstance(arm.interaction, Refusal) or isinstance(first, Refusal):
         return ""
     percent = arm.interaction.mapped(lambda value: 100 * value)
-    text = f"The architecture effect differs between corpora by {bracketed(percent)} points"
+    text = (
+        f"The architecture effect differs between corpora by {bracketed(percent)} percentage points"
+    )
     large = abs(arm.interaction.estimate) > 0.5 * abs(first.effect.estimate)
     if large and arm.interaction.excludes(0.0):
         return f"{text}: quote it per corpus, not as one number."
@@ -152,7 +166,7 @@ def detectable_sentence(answer: Answer) -> str:
     if isinstance(answer.noise, Refusal):
         return text
     sd = bracketed(answer.noise.sd.mapped(lambda value: 100 * value))
-    return f"{text} Two seeds differ with a standard deviation of {sd} % of loss."
+    return f"{text} The standard deviation between seeds is {sd} % of loss."
 
 
 def counting_sentence(arm: Arm) -> str:
@@ -166,11 +180,11 @@ def counting_sentence(arm: Arm) -> str:
     text = (
         f"At equal training FLOPs the architecture effect is {short_effect(headline)} of loss."
         if headline
-        else "At equal headline FLOPs the arms do not overlap."
+        else "At equal training FLOPs the arms have no common range."
     )
     if arm.sign_changes:
-        return f"{text} Its sign depends on how compute is counted: no winner should be named."
-    return f"{text} Its sign is the same under every way of counting that could be tried."
+        return f"{text} Its sign depends on how FLOPs are counted: no winner should be named."
+    return f"{text} Its sign is the same under every FLOP count that could be tried."
 
 
 def multiplier_sentence(multiplier: Multiplier) -> str:

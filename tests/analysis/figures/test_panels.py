@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from analysis.compute_optimal.frontier import frontier_with_band
@@ -17,6 +18,7 @@ from analysis.inference.backtest import BackTest
 from analysis.study.findings import find
 from analysis.study.study import Settings, analyse
 from analysis.tables.run_table import load
+from tests.analysis.figures.inside import assert_text_inside
 from tests.analysis.synthetic_study import Study, write
 from tests.analysis.validity.test_checks import curve
 
@@ -33,6 +35,7 @@ def plates(learnt):
 
 def test_a_full_sweep_has_its_figures_in_order(plates):
     assert [plate.name for plate in plates] == [
+        "effects_by_size",
         "data_against_architecture",
         "loss_against_compute",
         "loss_against_tokens",
@@ -62,7 +65,7 @@ def test_frontiers_are_dashed_beyond_the_data_and_end_at_the_wall(plates, learnt
         solid = [line for line in ax.lines if line.get_linestyle() == "-" and len(line.get_xdata())]
         curves = [line for line in solid if line.get_transform() == ax.transData]
         assert max(np.max(line.get_xdata()) for line in curves) <= 1.001 * largest
-        assert any("no answer beyond" in text.get_text() for text in ax.texts)
+        assert any("no forecast beyond" in text.get_text() for text in ax.texts)
 
 
 def test_bands_widen_beyond_the_data(plates):
@@ -108,18 +111,51 @@ def test_no_two_labels_of_line_ends_overlap():
     assert min(np.diff(heights)) > 0.05
 
 
+def test_the_effects_by_size_are_those_of_the_contrasts(plates, learnt):
+    plate = plates[0]
+    for contrast in (*learnt.answer.corpus, *learnt.answer.architecture):
+        rows = plate.data[plate.data["other"] == contrast.other]
+        expected = 100 * np.expm1(contrast.by_size.to_numpy())
+        np.testing.assert_allclose(rows["percent"], expected)
+        assert list(rows["rung"]) == list(contrast.by_size.index)
+        assert rows["pairs"].sum() == len(contrast.pairs)
+        assert set(rows["mean_percent"]) == {contrast.percent.estimate}
+        assert (np.diff(rows["parameters"]) > 0).all()
+
+
+def test_effects_by_size_draw_a_mark_for_each_size_and_the_band_of_the_mean(plates, learnt):
+    for ax, contrast in zip(
+        plates[0].figure.axes, (*learnt.answer.corpus, *learnt.answer.architecture), strict=True
+    ):
+        (marks,) = (line for line in ax.lines if line.get_marker() == "s")
+        np.testing.assert_allclose(marks.get_ydata(), contrast.percent_by_size["percent"])
+        bands = [patch.get_extents().transformed(ax.transData.inverted()) for patch in ax.patches]
+        ends = {(round(band.y0, 6), round(band.y1, 6)) for band in bands}
+        assert (round(contrast.percent.low, 6), round(contrast.percent.high, 6)) in ends
+
+
+def test_neighbouring_arms_differ_in_grey_and_are_visible_on_their_page():
+    for colours, page in ((panels.COLOURS, panels.PAPER), (panels.DARK_COLOURS, "#15181c")):
+        light = [lightness(each) for each in colours]
+        assert min(abs(np.diff(light))) > 9
+        assert min(abs(each - lightness(page)) for each in light) > 35
+
+
+def lightness(colour):
+    """CIE L* of a colour, from 0 (black) to 100."""
+    parts = np.array(to_rgb(colour))
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+
+
+def test_arms_beyond_six_differ_in_marker_from_those_of_the_same_colour():
+    looks = panels.looks([str(place) for place in range(18)])
+    assert len({(colour, marker) for _, colour, marker in looks}) == 18
+
+
 def test_no_text_leaves_the_figure(plates):
     for plate in plates:
-        plate.figure.draw_without_rendering()
-        width, height = plate.figure.canvas.get_width_height()
-        for ax in plate.figure.axes:
-            for text in [*ax.texts, ax.title, ax.xaxis.label, ax.yaxis.label]:
-                if text.get_text():
-                    box = text.get_window_extent()
-                    assert box.x0 >= -1
-                    assert box.x1 <= width + 1
-                    assert box.y0 >= -1
-                    assert box.y1 <= height + 1
+        assert_text_inside(plate.figure)
 
 
 def test_ticks_are_few_and_plain(plates):

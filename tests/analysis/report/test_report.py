@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from analysis.figures import panels
 from analysis.report.write import redraw, write_report
 from tests.analysis.synthetic_study import Study, write
 
@@ -45,7 +46,36 @@ def test_the_page_fetches_nothing(written):
     assert all(link.startswith("#") for link in links.found)
     assert not re.findall(r"url\((?!#)", page)
     assert "@import" not in page
-    assert "<script" not in page
+    assert re.findall(r"<script[^>]*>", page) == ["<script>"]
+    script = page[page.index("<script>") : page.index("</script>")]
+    for word in ("fetch", "XMLHttpRequest", "import", "innerHTML", "http", "eval"):
+        assert word not in script
+
+
+def test_the_effect_against_size_comes_before_every_other_figure_and_the_answers(written):
+    page = written.page.read_text()
+    names = re.findall(r"figures/(\w+)\.png", page)
+    assert names[0] == "effects_by_size"
+    assert len(names) == len(set(names))
+    assert page.index("effects_by_size.png") < page.index("Corpus effect")
+
+
+def test_each_figure_is_there_for_a_wide_and_for_a_narrow_page(written):
+    page = written.page.read_text()
+    figures = re.findall(r"<figure>(.*?)</figure>", page, flags=re.DOTALL)
+    for figure in figures:
+        assert re.findall(r'class="drawing (\w+)"', figure) == ["wide", "narrow"]
+        assert figure.count("<svg") == 2
+
+
+def test_drawings_follow_a_dark_page(written):
+    page = written.page.read_text()
+    drawings = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    for colour in (*panels.COLOURS, panels.INK, panels.PAPER, panels.FAINT, panels.RULE):
+        assert colour not in drawings
+    for place, (light, dark) in enumerate(zip(panels.COLOURS, panels.DARK_COLOURS, strict=True)):
+        assert f"--arm-{place}: {light};" in page
+        assert f"--arm-{place}: {dark};" in page
 
 
 def test_ids_on_the_page_are_unique_and_references_resolve(written):
@@ -63,10 +93,10 @@ def test_the_answers_come_first_and_in_order(written):
         "Architecture effect",
         "Smallest difference",
         "refused, and why",
-        "What to hold against these numbers",
+        "<h2>Caveats",
         "<h2>Figures",
         "<h2>Fitted laws",
-        "<h2>Runs",
+        ">Runs</h2>",
         "<h2>Conventions",
         "<h2>How to read",
     ]
