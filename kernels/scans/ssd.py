@@ -17,9 +17,10 @@ from kernels.precision import without_autocast
 from kernels.scans.not_finite import blanked, spoilt_tokens, unfit_tokens
 from kernels.scans.ssd_chunks import ssd_in_chunks
 
-# Tokens of a chunk. Work within chunks grows with it; memory between them, for which the backward
-# pass holds a state each, shrinks with it.
 CHUNK = 64
+"""Tokens of a chunk, in every implementation. A longer chunk takes more work inside chunks and keeps
+fewer states between them for the backward pass. `ssd_chunks.h` repeats the number; a test compares.
+"""
 
 # The document, to the Triton kernels, of tokens that no other may hear: nothing of them is loaded.
 SPOILT = -(2**31)

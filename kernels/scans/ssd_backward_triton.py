@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scans.ssd import CHUNK
 from kernels.scans.ssd_triton import (
     ENTERING,
     LEAVING,
     ROWS,
     SPOILT,
     STEP,
-    TOKENS,
     Sizes,
     chunk_decays,
     documents_of,
@@ -194,7 +194,7 @@ def _head_gradients(
         _head_kernel, (batch * K * H, parts),
         d_outputs, values, decays, A, B, C, either(documents, decays), states, d_states,
         d_values, d_dt, d_A, *size[1:],
-        flops=2 * batch * L * H * (TOKENS * (N + 2 * P) + 2 * P * N),
+        flops=2 * batch * L * H * (CHUNK * (N + 2 * P) + 2 * P * N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     return d_values, _ordered_sum(d_dt, 0), d_A.sum((0, 1, 2))
@@ -222,7 +222,7 @@ def _shared_gradients(
         _shared_kernel, (batch * K * parts, triton.cdiv(N, how["ENTRIES"])),
         d_outputs, values, decays, B, C, either(documents, decays), states, d_states, d_B, d_C,
         *size[1:], each,
-        flops=2 * batch * L * (H * P * (TOKENS + 2 * N) + 2 * parts * TOKENS * N),
+        flops=2 * batch * L * (H * P * (CHUNK + 2 * N) + 2 * parts * CHUNK * N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     by_group = (x.unflatten(2, (G, parts // G)) for x in (d_B, d_C))

@@ -14,6 +14,7 @@
 
 namespace crossladder {
 
+// Equal to `CHUNK` of ssd.py, which a test checks; a constant here because it sizes stack arrays.
 constexpr int64_t CHUNK = 64;
 // Channels that a task takes on: enough for its products, few enough for a core's cache.
 constexpr int64_t TOGETHER = 256;

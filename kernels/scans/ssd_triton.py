@@ -20,10 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scans.ssd import CHUNK
 from kernels.triton_launch import interpreting, launch
-
-TOKENS = 64
-"""Tokens of a chunk."""
 
 
 class Tiles(NamedTuple):
@@ -239,7 +237,7 @@ class Sizes(NamedTuple):
         """Read them off the values and one of the factors that heads share."""
         batch, L, H, P = values.shape
         G, N = B.shape[2:]
-        return cls(batch, L, H, G, P, N, triton.cdiv(L, TOKENS))
+        return cls(batch, L, H, G, P, N, triton.cdiv(L, CHUNK))
 
 
 def plan(kernel: str, values: Tensor, N: int) -> dict[str, object]:
@@ -254,7 +252,7 @@ def plan(kernel: str, values: Tensor, N: int) -> dict[str, object]:
         "num_warps": tiles.warps,
         "CHANNELS": min(tiles.channels, max(16, triton.next_power_of_2(values.shape[3]))),
         "ENTRIES": min(tiles.entries, max(16, triton.next_power_of_2(N))),
-        "TOKENS": TOKENS,
+        "TOKENS": CHUNK,
         "COMPUTE": compute,
         "PRECISION": "ieee",
     }
@@ -270,7 +268,7 @@ def chunk_decays(
     launch(
         _decay_kernel, (size.batch * size.K * size.H,),
         dt, A, either(documents, dt), decays, size.L, size.H, size.K,
-        num_warps=8, PACKED=documents is not None, TOKENS=TOKENS,
+        num_warps=8, PACKED=documents is not None, TOKENS=CHUNK,
     )  # fmt: skip
     return decays
 
@@ -320,7 +318,7 @@ def forward(
         _output_kernel,
         (size.batch * size.K * size.H, triton.cdiv(size.P, how["CHANNELS"])),
         values, decays, B, C, either(documents, values), states, outputs, *size[1:],
-        flops=2 * values.numel() // size.P * (TOKENS * (size.N + size.P) + size.P * size.N),
+        flops=2 * values.numel() // size.P * (CHUNK * (size.N + size.P) + size.P * size.N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     return outputs, final

@@ -1,5 +1,8 @@
 """The chunked SSD against float64 loops, in outputs, states and every gradient."""
 
+import re
+from pathlib import Path as File
+
 import numpy as np
 import pytest
 import torch
@@ -374,6 +377,11 @@ def test_gradient_of_the_final_state_alone_reaches_the_inputs():
     for name in ("values", "dt", "A", "B", "initial"):
         assert_agrees(leaves[name].grad, expected[name], "gradients")
     assert not leaves["C"].grad.any()
+
+
+def test_the_compiled_kernels_have_the_same_chunks():
+    header = File(module.__file__).with_name("ssd_chunks.h").read_text()
+    assert re.findall(r"constexpr int64_t CHUNK = (\d+);", header) == [str(module.CHUNK)]
 
 
 def test_meta_tensors_give_shapes_forward_and_backward():
