@@ -58,5 +58,5 @@ def _turn_shapes(x: Tensor, _cos: Tensor, _sin: Tensor, _back: bool) -> Tensor:
 
 
 _turn = define_operator(
-    "rotary_turn(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _turn_shapes
+    "rotary_embedding(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _turn_shapes
 )

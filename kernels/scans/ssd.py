@@ -18,8 +18,8 @@ from kernels.scans.not_finite import blanked, spoilt_tokens, unfit_tokens
 from kernels.scans.ssd_chunks import ssd_in_chunks
 
 CHUNK = 64
-"""Tokens of a chunk, in every implementation. A longer chunk takes more work inside chunks and keeps
-fewer states between them for the backward pass. `ssd_chunks.h` repeats the number; a test compares.
+"""Tokens of a chunk, in every implementation. Longer chunks take more work inside, and keep fewer
+states between them for the backward pass. `ssd_chunks.h` repeats the number; a test compares.
 """
 
 # The document, to the Triton kernels, of tokens that no other may hear: nothing of them is loaded.
