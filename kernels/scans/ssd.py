@@ -14,16 +14,18 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from kernels.dispatch import Path, define_operator, path_of
 from kernels.precision import without_autocast
-from kernels.scans.not_finite import blanked, spoilt_tokens, unfit_tokens
+from kernels.scans.not_finite import (
+    NON_FINITE,
+    filled_where,
+    non_finite_tokens,
+    tokens_after_non_finite,
+)
 from kernels.scans.ssd_chunks import ssd_in_chunks
 
 CHUNK = 64
 """Tokens of a chunk, in every implementation. Longer chunks take more work inside, and keep fewer
 states between them for the backward pass. `ssd_chunks.h` repeats the number; a test compares.
 """
-
-# The document, to the Triton kernels, of tokens that no other may hear: nothing of them is loaded.
-SPOILT = -(2**31)
 
 
 class Scan(NamedTuple):
@@ -73,15 +75,17 @@ def ssd(
         return Scan(outputs.to(values.dtype), final)
     if documents is None or documents.is_meta:
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
-    unfit, no_start = unfit_tokens(values, dt, B, C, initial)
-    if not (unfit.any() or no_start.any()):
+    non_finite, bad_initial = non_finite_tokens(values, dt, B, C, initial)
+    if not (non_finite.any() or bad_initial.any()):
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
-    # Products of matrices would multiply it by the zeros that keep documents apart.
-    x, steps, enter, leave = (blanked(tensor, unfit) for tensor in (values, dt, B, C))
-    start = None if initial is None else blanked(initial, no_start)
+    # 0 * NaN is NaN: the zeros that mask other documents in the chunk's matrix would not stop it.
+    x, steps, enter, leave = (filled_where(tensor, non_finite) for tensor in (values, dt, B, C))
+    start = None if initial is None else filled_where(initial, bad_initial)
     outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents, D)
-    spoilt = spoilt_tokens(unfit, no_start, documents)
-    return Scan(blanked(outputs, spoilt, torch.nan), blanked(final, spoilt[:, -1], torch.nan))
+    affected = tokens_after_non_finite(non_finite, bad_initial, documents)
+    return Scan(
+        filled_where(outputs, affected, torch.nan), filled_where(final, affected[:, -1], torch.nan)
+    )
 
 
 def ssd_reference(
@@ -123,19 +127,19 @@ def _by_kernels(
     initial: Float[Tensor, "B H P N"] | None,
     documents: Int[Tensor, "B L"] | None,
 ) -> Scan:
-    """Scan by the Triton kernels, which leave tokens out where others blank them."""
+    """Scan by the Triton kernels, which skip tokens of the document `NON_FINITE`."""
     ids = None if documents is None else documents.int()
-    spoilt = None
+    affected = None
     if ids is not None:
-        spoilt = spoilt_tokens(*unfit_tokens(values, dt, B, C, initial), ids)
-        ids = ids.masked_fill(spoilt, SPOILT).contiguous()
+        affected = tokens_after_non_finite(*non_finite_tokens(values, dt, B, C, initial), ids)
+        ids = ids.masked_fill(affected, NON_FINITE).contiguous()
     dtype = torch.promote_types(torch.promote_types(values.dtype, B.dtype), C.dtype)
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
     steps, rates = dt.float().contiguous(), A.float().contiguous()
     start = None if initial is None else initial.float().contiguous()
     outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids, None)
-    if spoilt is not None:
-        final = blanked(final, spoilt[:, -1], torch.nan)
+    if affected is not None:
+        final = filled_where(final, affected[:, -1], torch.nan)
     return Scan(outputs.to(values.dtype), final)
 
 

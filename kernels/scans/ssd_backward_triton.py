@@ -13,9 +13,9 @@ from torch import Tensor
 from kernels.scans.ssd import CHUNK
 from kernels.scans.ssd_triton import (
     ENTERING,
+    EXCLUDED,
     LEAVING,
     ROWS,
-    SPOILT,
     STEP,
     Sizes,
     chunk_decays,
@@ -50,7 +50,7 @@ def _head_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, real = ids != SPOILT, channels < P
+    valid, real = ids != EXCLUDED, channels < P
     decays += (row * H + head) * ROWS * L
     at = (first * G + head // (H // G)) * N
     pairs = tl.zeros((TOKENS, TOKENS), tl.float32)
@@ -60,8 +60,8 @@ def _head_kernel(
     for n in range(0, N, ENTRIES):
         entries = n + tl.arange(0, ENTRIES)
         some = entries < N
-        b = load_tile(B + at, index, entries, G * N, fit, some).to(COMPUTE)
-        c = load_tile(C + at, index, entries, G * N, fit, some).to(COMPUTE)
+        b = load_tile(B + at, index, entries, G * N, valid, some).to(COMPUTE)
+        c = load_tile(C + at, index, entries, G * N, valid, some).to(COMPUTE)
         pairs += tl.dot(c, tl.trans(b), input_precision=PRECISION)
         before = load_tile(states + program * P * N, channels, entries, N, real, some)
         after = load_tile(d_states + program * P * N, channels, entries, N, real, some)
@@ -69,8 +69,8 @@ def _head_kernel(
         heard += tl.dot(c, tl.trans(before.to(COMPUTE)), input_precision=PRECISION)
         left += tl.dot(b, tl.trans(after.to(COMPUTE)), input_precision=PRECISION)
     at = (first * H + head) * P
-    x = load_tile(values + at, index, channels, H * P, fit, real)
-    dy = load_tile(d_outputs + at, index, channels, H * P, fit, real)
+    x = load_tile(values + at, index, channels, H * P, valid, real)
+    dy = load_tile(d_outputs + at, index, channels, H * P, valid, real)
     entering, leaving = factors(decays, tokens, L, ENTERING), factors(decays, tokens, L, LEAVING)
     step = factors(decays, tokens, L, STEP)
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs, 0.0)
@@ -93,7 +93,7 @@ def _head_kernel(
     d_log += tl.where(last != 0, last * tl.sum(kept, axis=0), 0.0)
     d_step = tl.sum(d_steps * x, axis=1) + tl.load(A + head) * d_log
     to = d_dt + ((part * batch + row) * L + tokens) * H + head
-    tl.store(to, tl.where(fit, d_step, 0.0), mask=tokens < L)
+    tl.store(to, tl.where(valid, d_step, 0.0), mask=tokens < L)
     tl.store(d_A + part * batch * K * H + program, tl.sum(step * d_log, axis=0))
 
 
@@ -111,7 +111,7 @@ def _shared_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, visible = ids != SPOILT, seen(ids)
+    valid, visible = ids != EXCLUDED, seen(ids)
     entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     some = entries < N
     by_b = tl.zeros((TOKENS, ENTRIES), tl.float32)
@@ -127,8 +127,8 @@ def _shared_kernel(
             channels = p + tl.arange(0, CHANNELS)
             real = channels < P
             at = (first * H + head) * P
-            x = load_tile(values + at, index, channels, H * P, fit, real)
-            dy = load_tile(d_outputs + at, index, channels, H * P, fit, real)
+            x = load_tile(values + at, index, channels, H * P, valid, real)
+            dy = load_tile(d_outputs + at, index, channels, H * P, valid, real)
             scores += tl.dot(dy.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision=PRECISION)
             after = load_tile(d_states + state_at, channels, entries, N, real, some).to(COMPUTE)
             x = (x * share[:, None]).to(COMPUTE)
@@ -139,8 +139,8 @@ def _shared_kernel(
         weight = pair_decays(own, tokens, L) * step[None, :]
         d_pairs += tl.where(visible, weight * scores, 0.0)
     at = (first * G + part * EACH // (H // G)) * N
-    b = load_tile(B + at, index, entries, G * N, fit, some).to(COMPUTE)
-    c = load_tile(C + at, index, entries, G * N, fit, some).to(COMPUTE)
+    b = load_tile(B + at, index, entries, G * N, valid, some).to(COMPUTE)
+    c = load_tile(C + at, index, entries, G * N, valid, some).to(COMPUTE)
     d_pairs = d_pairs.to(COMPUTE)
     by_b += tl.dot(tl.trans(d_pairs), c, input_precision=PRECISION)
     by_c += tl.dot(d_pairs, b, input_precision=PRECISION)

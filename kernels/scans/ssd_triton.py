@@ -9,8 +9,8 @@ float64 and kept as two floats, whose differences lose nothing. Operands of prod
 where the activations are, a state among them when it is read but not when it is carried on. Not run
 on a GPU so far: tested in Triton's interpreter, compiled ahead of time.
 
-Tokens that nothing may come from, those beyond the end among them, have the document SPOILT. They
-are never loaded, so that what they hold meets no product.
+Tokens after a non-finite input and tokens beyond the end have the document id EXCLUDED. They are
+never loaded, so a NaN in them enters no product.
 """
 
 from typing import NamedTuple
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scans.not_finite import NON_FINITE
 from kernels.scans.ssd import CHUNK
 from kernels.triton_launch import interpreting, launch
 
@@ -46,7 +47,7 @@ _TILES = {
     ("shared", tl.float32): Tiles(32, 32, 8),
 }
 
-SPOILT = tl.constexpr(-(2**31))
+EXCLUDED = tl.constexpr(NON_FINITE)
 
 # Rows of `decays`: the log of the decay from the chunk's start as two floats; the decay from the
 # state before the chunk, and to the state after it, zero in other documents; the step size.
@@ -56,10 +57,10 @@ HIGH, LOW, ENTERING, LEAVING, STEP = (tl.constexpr(row) for row in range(5))
 
 @triton.jit
 def documents_of(documents, tokens, L, PACKED: tl.constexpr) -> tl.tensor:
-    """Load the tokens' documents; tokens beyond the end are spoilt."""
+    """Load the tokens' documents; tokens beyond the end are excluded."""
     if PACKED:
-        return tl.load(documents + tokens, mask=tokens < L, other=SPOILT)
-    return tl.where(tokens < L, 0, SPOILT)
+        return tl.load(documents + tokens, mask=tokens < L, other=EXCLUDED)
+    return tl.where(tokens < L, 0, EXCLUDED)
 
 
 @triton.jit
@@ -113,18 +114,18 @@ def _decay_kernel(
     begin, end = chunk * TOKENS, tl.minimum(chunk * TOKENS + TOKENS, L)
     tokens = begin + tl.arange(0, TOKENS)
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit = ids != SPOILT
-    step = tl.load(dt + (row * L + tokens) * H + head, mask=fit, other=0.0)
+    valid = ids != EXCLUDED
+    step = tl.load(dt + (row * L + tokens) * H + head, mask=valid, other=0.0)
     exponents = step.to(tl.float64) * tl.load(A + head).to(tl.float64)
     # A sum over a triangle of zeros and exponents: another document adds nothing, not even its
     # rounding.
     exact = tl.sum(tl.where(seen(ids), exponents[None, :], 0.0), axis=1)
     total = tl.sum(tl.where(tokens == end - 1, exact, 0.0), axis=0)
-    heard, left = fit, fit
+    heard, left = valid, valid
     if PACKED:
         before = tl.load(documents + row * L + begin - 1, mask=begin > 0, other=0)
-        heard = fit & (ids == before)
-        left = fit & (ids == tl.load(documents + row * L + end - 1))
+        heard = valid & (ids == before)
+        left = valid & (ids == tl.load(documents + row * L + end - 1))
     high = exact.to(tl.float32)
     inside = tokens < L
     to = decays + (row * H + head) * ROWS * L + tokens
@@ -198,7 +199,7 @@ def _output_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, real = ids != SPOILT, channels < P
+    valid, real = ids != EXCLUDED, channels < P
     decays += (row * H + head) * ROWS * L
     at = (first * G + head // (H // G)) * N
     states += program * P * N
@@ -206,18 +207,18 @@ def _output_kernel(
     heard = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for n in range(0, N, ENTRIES):
         entries = n + tl.arange(0, ENTRIES)
-        b = load_tile(B + at, index, entries, G * N, fit, entries < N).to(COMPUTE)
-        c = load_tile(C + at, index, entries, G * N, fit, entries < N).to(COMPUTE)
+        b = load_tile(B + at, index, entries, G * N, valid, entries < N).to(COMPUTE)
+        c = load_tile(C + at, index, entries, G * N, valid, entries < N).to(COMPUTE)
         state = load_tile(states, channels, entries, N, real, entries < N).to(COMPUTE)
         pairs += tl.dot(c, tl.trans(b), input_precision=PRECISION)
         heard += tl.dot(c, tl.trans(state), input_precision=PRECISION)
     entering, step = factors(decays, tokens, L, ENTERING), factors(decays, tokens, L, STEP)
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs * step[None, :], 0.0)
     at = (first * H + head) * P
-    x = load_tile(values + at, index, channels, H * P, fit, real).to(COMPUTE)
+    x = load_tile(values + at, index, channels, H * P, valid, real).to(COMPUTE)
     y = tl.dot(matrix.to(COMPUTE), x, input_precision=PRECISION)
     y += tl.where((entering != 0)[:, None], entering[:, None] * heard, 0.0)
-    y = tl.where(fit[:, None], y, float("nan"))
+    y = tl.where(valid[:, None], y, float("nan"))
     store_tile(outputs + at, index, channels, H * P, tokens < L, real, y)
 
 

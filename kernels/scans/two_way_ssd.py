@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.scans.not_finite import blanked
+from kernels.scans.not_finite import filled_where
 from kernels.scans.ssd import ssd
 
 
@@ -36,6 +36,6 @@ def two_way_ssd(
     ids = None if documents is None else torch.cat([documents, documents.flip(1)])
     outputs = ssd(both, steps, A, enter, leave, None, ids).outputs[:, :-1]
     if ids is not None:
-        outputs = blanked(outputs, ids[:, 1:] != ids[:, :-1])
+        outputs = filled_where(outputs, ids[:, 1:] != ids[:, :-1])
     before, after = F.pad(outputs, (0, 0, 0, 0, 1, 0)).chunk(2)
     return before + after.flip(1)
