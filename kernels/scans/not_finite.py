@@ -1,7 +1,7 @@
 """Keep NaN and infinity in their own document, where documents share a product of matrices.
 
-The product masks other documents by zeros, and 0 * NaN is NaN. So tokens with a non-finite input are
-found first and left out, and the outputs that depend on them are set to NaN afterwards.
+The product masks other documents by zeros, and 0 * NaN is NaN. So tokens with a non-finite input
+are found first and left out, and the outputs that depend on them are set to NaN afterwards.
 """
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 NON_FINITE = -(2**31)
-"""Document id that Triton kernels take for tokens after a non-finite input; they never load these."""
+"""Document id for Triton kernels of tokens after a non-finite input; they are never loaded."""
 
 
 def non_finite_tokens(

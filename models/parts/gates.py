@@ -126,6 +126,6 @@ def recur(
     if P > 1:
         log_decay = log_decay.repeat_interleave(P, dim=-1)
     written = (steps.write[..., None] * values).flatten(2)
-    documents = sequence.documents if sequence.packed else None
+    documents = sequence.packed_documents
     states = sequence.recur(LinearScan(log_decay, written, documents))
     return states.view(values.shape).to(values.dtype)

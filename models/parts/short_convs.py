@@ -40,7 +40,7 @@ class ShortConv(nn.Module):
         return silu_conv(x, self.weight, self.bias, sizes, *self._around(x, sequence))
 
     def _around(self, x: Tensor, sequence: WholeSequence) -> tuple[Tensor | None, Tensor | None]:
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.halo(x, self.weight.shape[1] - 1), documents
 
     def token_flops(self) -> int:

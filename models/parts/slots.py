@@ -96,7 +96,7 @@ class Running(NamedTuple):
         self, values: Float[Tensor, "B L H P"], sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Apply the matrix, in float32 or wider."""
-        documents = documents_of(sequence)
+        documents = sequence.packed_documents
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)
@@ -156,11 +156,6 @@ class SlotAverages(AssociativeRecurrence):
         both = torch.logaddexp(before[..., -1:], after[..., -1:])
         earlier, later = (s[..., :-1] * torch.exp(s[..., -1:] - both) for s in (before, after))
         return torch.cat([earlier + later, both], dim=-1)
-
-
-def documents_of(sequence: WholeSequence) -> Tensor | None:
-    """The document of each token, None where there is but one."""
-    return sequence.documents if sequence.packed else None
 
 
 def packed(

@@ -18,7 +18,7 @@ def attend_window(
     """Attend to the last `window` tokens of the document, tokens of earlier pieces included."""
     before = sequence.halo(keys, window - 1)
     values_before = sequence.halo(values, window - 1)
-    documents = sequence.documents if sequence.packed else None
+    documents = sequence.packed_documents
     if before is not None and values_before is not None:
         ids = sequence.halo_documents(window - 1)
         assert ids is not None, "what is before the first token has documents"

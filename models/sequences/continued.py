@@ -124,7 +124,7 @@ class ContinuedSequence(WholeSequence):
         assert reverse is None, "a filter of later tokens needs all of them at once"
         known, take = self._incoming, self._incoming.pop
         blocks = [Block(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
-        documents = self.documents if self.packed else None
+        documents = self.packed_documents
         longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None
         outputs, blocks = extend_blocks(x, taps, blocks, documents, longest)
         # How many blocks follow: a tensor without elements, because a state holds tensors alone.

@@ -197,7 +197,7 @@ class TwoWaySsd(Recurrence):
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the kernel, which has no state to begin with and leaves none."""
         assert initial is None, "both ways at once there is nothing to go on from"
-        documents = self.sequence.documents if self.sequence.packed else None
+        documents = self.sequence.packed_documents
         outputs = two_way_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
         return outputs, outputs.new_empty(0)
 

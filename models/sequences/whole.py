@@ -55,6 +55,11 @@ class WholeSequence:
         self.padded = self.packed and bool((documents[:, -1] == PADDING).any())
         self._memo: dict[object, Tensor] = {}
 
+    @property
+    def packed_documents(self) -> Int[Tensor, "B L"] | None:
+        """The document id of each token; None if each row is a single document."""
+        return self.documents if self.packed else None
+
     def positions(self) -> Int[Tensor, "B L"]:
         """The place of each token in its document."""
         return self.memo("positions", lambda: positions_in_documents(self.documents))
@@ -123,7 +128,7 @@ class WholeSequence:
             taps: gives the filter's first taps, as many as asked for or fewer where it ends.
             reverse: the same for the tokens s > t, that of s = t + 1 first.
         """
-        L, documents = x.shape[1], self.documents if self.packed else None
+        L, documents = x.shape[1], self.packed_documents
         return long_conv(x, taps(L), documents, None if reverse is None else reverse(L))
 
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.slots import Filling, LowRank, documents_of
+from models.parts.slots import Filling, LowRank
 from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, tabulate
 from models.sequences.positions import PADDING
@@ -98,7 +98,7 @@ class Cosformer(Mixer):
         if isinstance(coefficients, LowRank):
             return coefficients.mix(values, sequence)
         queries, keys = coefficients
-        return sequence.recur(LinearAttention(queries, keys, values, documents_of(sequence)))
+        return sequence.recur(LinearAttention(queries, keys, values, sequence.packed_documents))
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
@@ -149,7 +149,7 @@ def _running(
     queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
 ) -> Running:
     ones = torch.ones_like(keys[..., :1])
-    sums = sequence.recur(LinearAttention(queries, keys, ones, documents_of(sequence)))
+    sums = sequence.recur(LinearAttention(queries, keys, ones, sequence.packed_documents))
     return Running(_divided(queries, sums), keys)
 
 

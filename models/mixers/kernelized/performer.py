@@ -35,7 +35,6 @@ from models.parts.slots import (
     LowRank,
     Running,
     SlotAverages,
-    documents_of,
 )
 from models.sequences.continued import Memory
 from models.sequences.documents import documents_by_length, tabulate
@@ -126,7 +125,7 @@ class Performer(Mixer):
     def _running(self, projected: Projected, sequence: WholeSequence) -> Running:
         queries, logits = self._features(projected.queries), self._logits(projected.keys)
 
-        documents = documents_of(sequence)
+        documents = sequence.packed_documents
 
         def outputs(initial: Tensor | None) -> tuple[Tensor, Tensor]:
             log_sums = slot_log_sums(logits, initial, documents)

@@ -114,7 +114,7 @@ class Mamba(Mixer):
             dt = dt.repeat_interleave(P, dim=-1)
             A, D = (x.repeat_interleave(P, dim=0) for x in (A, D))
         inputs = values.flatten(2)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         mixed = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents, D))
         return mixed.view(values.shape).to(values.dtype)
 

@@ -127,7 +127,7 @@ class Mamba2(Mixer):
         """Scan the state space by chunks, and add the input itself."""
         dt, B, C, _ = coefficients
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(Ssd(values, dt, A, B, C, documents, D)).to(values.dtype)
 
     def merge(

@@ -108,7 +108,7 @@ class S4D(Mixer):
         with without_autocast(values):
             systems = [self.discrete(r).several(P) for r in range(len(self.C))]
             if self.slot.causal:
-                documents = sequence.documents if sequence.packed else None
+                documents = sequence.packed_documents
                 mixed = sequence.recur(DiagonalScan(inputs, systems[0], skip, documents))
             else:
                 ahead, back = (lambda n, s=system: impulse_response(s, n) for system in systems)

@@ -28,7 +28,6 @@ from models.parts.slots import (
     LowRank,
     Running,
     SlotAverages,
-    documents_of,
     packed,
     unpacked,
 )
@@ -117,7 +116,7 @@ class ABC(Mixer):
 
     def _running(self, projected: Projected, x: Tensor, sequence: WholeSequence) -> Running:
         queries, keys, _ = projected
-        logits, documents = self._logits(x), documents_of(sequence)
+        logits, documents = self._logits(x), sequence.packed_documents
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)

@@ -72,7 +72,7 @@ class WindowAttention(GroupedHeads):
         queries, keys = coefficients
         if self.slot.causal:
             return attend_window(queries, keys, values, self.config.window, sequence)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return centred_window_attention(queries, keys, values, self.config.window, documents)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:

@@ -84,7 +84,7 @@ class LowRank(StructuredMixer):
             inputs = (widened(values), widened(q), widened(k))
             with without_autocast(values):
                 return by_document(inputs, sequence, _through_sums)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(LinearAttention(q, k, values, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002

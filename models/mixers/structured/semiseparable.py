@@ -52,7 +52,7 @@ class Semiseparable(SeparableMixer):
     ) -> Float[Tensor, "B L H P"]:
         """Scan."""
         dt, B, C = structure
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(Ssd(values, dt[:, :, 0], self.rates(), B, C, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
