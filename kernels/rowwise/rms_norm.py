@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from kernels.dispatch import Path, define_operator, path_of
-from kernels.rowwise.rotary import turn_halves
+from kernels.rowwise.rotary import rotate_halves
 
 
 def rms_norm(
@@ -45,20 +45,20 @@ def rms_norm(
     return _normed(x, gates, weight, groups, eps, Turn(None, None, 1))
 
 
-def turned_rms_norm(
+def rotated_rms_norm(
     x: Float[Tensor, "B L H P"],
     weight: Float[Tensor, "P"],
     eps: float,
     cos: Float[Tensor, "b L 1 P"],
     sin: Float[Tensor, "b L 1 P"],
 ) -> Float[Tensor, "B L H P"]:
-    """Turn what `rms_norm` makes of each head, as `turn_halves` does, without a pass of its own.
+    """Turn what `rms_norm` makes of each head, as `rotate_halves` does, without a pass of its own.
 
     Returns the dtype of `x`.
     """
     _check_shapes(x, weight, 1, None)
     if path_of(x) is not Path.NATIVE:
-        return turn_halves(rms_norm_reference(x, weight, eps), cos, sin).to(x.dtype)
+        return rotate_halves(rms_norm_reference(x, weight, eps), cos, sin).to(x.dtype)
     turn = Turn(_rows(cos).contiguous(), _rows(sin).contiguous(), x.shape[2])
     return _normed(x, None, weight, 1, eps, turn)
 

@@ -8,7 +8,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 from kernels.dispatch import Path, define_operator, path_of
 
 
-def turn_halves(
+def rotate_halves(
     x: Float[Tensor, "B L H P"], cos: Float[Tensor, "b L 1 P"], sin: Float[Tensor, "b L 1 P"]
 ) -> Float[Tensor, "B L H P"]:
     """Turn each pair of channels (p, p + P/2) by its angle (Su et al. 2021, section 3.4.2).

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.mixer import MixerConfig, Slot
 from models.parts.layers import Linear, RMSNorm
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence
 
@@ -92,12 +91,8 @@ class Heads(nn.Module):
 
 
 def rotated(projected: Projected, sequence: WholeSequence, theta: float) -> Projected:
-    """Turn queries and keys of tokens that attend to each other by their positions."""
-    P = projected.queries.shape[-1]
-    made = sequence.memo(
-        ("rotation", P, theta), lambda: torch.stack(rotation(sequence.positions(), P, theta))
-    )
-    turn = Rotation(made[0], made[1])
+    """Rotate queries and keys of the same sequence by their positions."""
+    by = rotation_of(sequence, projected.queries.shape[-1], theta)
     return projected._replace(
-        queries=rotate(projected.queries, turn), keys=rotate(projected.keys, turn)
+        queries=rotate(projected.queries, by), keys=rotate(projected.keys, by)
     )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.rowwise.rms_norm import rms_norm, turned_rms_norm
+from kernels.rowwise.rms_norm import rms_norm, rotated_rms_norm
 from models.parts.linear_in_parts import linear_in_parts
 from models.parts.rotary import Rotation
 
@@ -152,9 +152,9 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         return rms_norm(x, self.weight, self._eps)
 
-    def turned(self, x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
-        """Normalise each head, and turn it by its angles."""
-        return turned_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
+    def rotated(self, x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
+        """Normalise each head, and rotate it."""
+        return rotated_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

@@ -18,7 +18,7 @@ from kernels.rowwise.rms_norm import rms_norm
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
 from models.parts.layers import Linear
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.parts.short_convs import ShortConv
 from models.parts.window import attend_window
 from models.sequences.continued import Memory
@@ -182,13 +182,9 @@ class Hybrid(Mixer):
         return torch.full(self.alpha_bias.shape, self.config.alpha_bias)
 
     def _scores(self, queries: Tensor, keys: Tensor, sequence: WholeSequence) -> Scores:
-        theta, P = self.config.rope_theta, self.head_dim
-        made = sequence.memo(
-            ("rotation", P, theta),
-            lambda: torch.stack(rotation(sequence.positions(), P, theta)),
-        )
-        turn = Rotation(made[0], made[1])
-        return Scores(*(rotate(x.unflatten(-1, (-1, P)), turn) for x in (queries, keys)))
+        P = self.head_dim
+        by = rotation_of(sequence, P, self.config.rope_theta)
+        return Scores(*(rotate(x.unflatten(-1, (-1, P)), by) for x in (queries, keys)))
 
     def _steps(self, keys: Tensor, sequence: WholeSequence) -> Steps:
         u = self.conv(keys, sequence)

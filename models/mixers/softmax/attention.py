@@ -6,7 +6,6 @@ QK-norm is a per-head RMSNorm of queries and keys before the rotation (Wortsman 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,7 +14,7 @@ from kernels.attention.packed_attention import packed_attention, serves_one_docu
 from kernels.attention.window_attention import window_attention
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence, visible_memory
 
@@ -111,11 +110,11 @@ class Attention(Mixer):
         P = self.head_dim
         parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
         queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
-        turn = self._rotation(sequence)
+        by = rotation_of(sequence, P, self.config.rope_theta)
         if self.config.qk_norm:
-            queries, keys = self.q_norm.turned(queries, turn), self.k_norm.turned(keys, turn)
+            queries, keys = self.q_norm.rotated(queries, by), self.k_norm.rotated(keys, by)
         else:
-            queries, keys = rotate(queries, turn), rotate(keys, turn)
+            queries, keys = rotate(queries, by), rotate(keys, by)
         return sequence.gather(values), Coefficients(queries, sequence.gather(keys), None)
 
     def mix(
@@ -177,11 +176,3 @@ class Attention(Mixer):
         masked = sequence.packed or memory.sequence.packed
         visible = visible_memory(own, other) if masked else None
         return values, Coefficients(queries, keys, visible)
-
-    def _rotation(self, sequence: WholeSequence) -> Rotation:
-        theta, P = self.config.rope_theta, self.head_dim
-        made = sequence.memo(
-            ("rotation", P, theta),
-            lambda: torch.stack(rotation(sequence.positions(), P, theta)),
-        )
-        return Rotation(made[0], made[1])

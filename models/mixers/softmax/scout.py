@@ -79,13 +79,13 @@ class Scout(GroupedHeads):
         """Values are the value heads; queries, keys and those of the checkpoints decide."""
         del memory
         queries, keys, values = self.heads(x)
-        turn, pooled, weights = self.turn(sequence), keys, None
+        by, pooled, weights = self.rotation(sequence), keys, None
         if self.config.pooling != "last":
             segments = self._segments(keys, sequence)
             weights = self._weights(segments)
             pooled = self._at_ends(segments, weights, keys, sequence)
-        checkpoints = sequence.collect(rotate(pooled, turn), self.config.every)
-        return values, Coefficients(rotate(queries, turn), rotate(keys, turn), checkpoints, weights)
+        checkpoints = sequence.collect(rotate(pooled, by), self.config.every)
+        return values, Coefficients(rotate(queries, by), rotate(keys, by), checkpoints, weights)
 
     def mix(
         self, values: Float[Tensor, "B L G P"], coefficients: Coefficients, sequence: WholeSequence

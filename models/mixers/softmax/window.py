@@ -62,8 +62,8 @@ class WindowAttention(GroupedHeads):
         """Values are the value heads; queries and keys decide."""
         del memory
         queries, keys, values = self.heads(x)
-        turn = self.turn(sequence)
-        return values, Coefficients(rotate(queries, turn), rotate(keys, turn))
+        by = self.rotation(sequence)
+        return values, Coefficients(rotate(queries, by), rotate(keys, by))
 
     def mix(
         self, values: Float[Tensor, "B L G P"], coefficients: Coefficients, sequence: WholeSequence
