@@ -29,18 +29,23 @@ class HeadsConfig(MixerConfig):
     initial_std: float | None = 0.02
 
     def head_dim(self, d_model: int) -> int:
-        """Width of a head.
+        """Width of a head; see `head_width`."""
+        return head_width(d_model, self.n_heads)
 
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if self.n_heads < 1 or d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
+
+def head_width(d_model: int, n_heads: int) -> int:
+    """Width of each of the heads that d_model is split into; even, so that rotary pairs fit.
+
+    Raises:
+        ValueError: the heads do not divide d_model into even widths.
+    """
+    if n_heads < 1 or d_model % (2 * n_heads):
+        fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+        raise ValueError(
+            f"mixer.n_heads {n_heads} does not divide d_model {d_model} into heads of even "
+            f"width; choose from {', '.join(map(str, fitting))}"
+        )
+    return d_model // n_heads
 
 
 class Projected(NamedTuple):

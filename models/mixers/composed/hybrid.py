@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels.precision import widened
 from kernels.rowwise.rms_norm import rms_norm
+from models.bases.heads import head_width
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
 from models.parts.layers import Linear
@@ -59,20 +60,6 @@ class HybridConfig(MixerConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head.
-
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
-
 
 class Scores(NamedTuple):
     """Rotated queries and keys, which decide what the window takes in."""
@@ -104,7 +91,7 @@ class Hybrid(Mixer):
     def __init__(self, config: HybridConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.config, E, std = config, slot.d_model, config.initial_std
-        self.head_dim, H = config.head_dim(E), config.n_heads
+        self.head_dim, H = head_width(E, config.n_heads), config.n_heads
         self.attends = config.branches != "recurrence"
         self.recurs = config.branches != "window"
         self.qkv = Linear(E, 3 * E if self.attends else 2 * E, std=std)

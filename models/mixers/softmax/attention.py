@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.attention.packed_attention import packed_attention, serves_one_document
 from kernels.attention.window_attention import window_attention
+from models.bases.heads import head_width
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
 from models.parts.rotary import rotate, rotation_of
@@ -50,20 +51,6 @@ class AttentionConfig(MixerConfig):
         """Key and value heads."""
         return self.n_kv_heads or self.n_heads
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head.
-
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
-
 
 class Coefficients(NamedTuple):
     """Queries and keys, which decide how values are mixed.
@@ -92,7 +79,7 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.config, d_model = config, slot.d_model
-        P = self.head_dim = config.head_dim(d_model)
+        P = self.head_dim = head_width(d_model, config.n_heads)
         H, G = config.n_heads, config.kv_heads
         std, scale = config.initial_std, slot.residual_scale
         self.qkv = Linear(d_model, (H + 2 * G) * P, std=std)
