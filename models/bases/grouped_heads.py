@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from models.bases.heads import HeadsConfig, Projected
+from models.bases.heads import HeadsConfig, Projected, head_width
 from models.mixer import Coefficients, Mixer, Slot
 from models.parts.layers import Linear, RMSNorm
 from models.parts.rotary import Rotation, rotation_of
@@ -43,7 +43,7 @@ class GroupedHeads(Mixer):
     def __init__(self, config: GroupedHeadsConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
-        P = self.head_dim = config.head_dim(slot.d_model)
+        P = self.head_dim = head_width(slot.d_model, config.n_heads)
         self.rope_theta, std = config.rope_theta, config.initial_std
         self.qkv = Linear(slot.d_model, (self.n_heads + 2 * self.n_kv_heads) * P, std=std)
         self.out = Linear(self.n_heads * P, slot.d_model, std=std, scale=slot.residual_scale)

@@ -28,10 +28,6 @@ class HeadsConfig(MixerConfig):
     qk_norm: bool = False
     initial_std: float | None = 0.02
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head; see `head_width`."""
-        return head_width(d_model, self.n_heads)
-
 
 def head_width(d_model: int, n_heads: int) -> int:
     """Width of each of the heads that d_model is split into; even, so that rotary pairs fit.
@@ -62,7 +58,7 @@ class Heads(nn.Module):
     def __init__(self, config: HeadsConfig, slot: Slot) -> None:
         super().__init__()
         D, std = slot.d_model, config.initial_std
-        self.n_heads, self.head_dim = config.n_heads, config.head_dim(D)
+        self.n_heads, self.head_dim = config.n_heads, head_width(D, config.n_heads)
         self.qkv = Linear(D, 3 * D, std=std)
         self.out = Linear(D, D, std=std, scale=slot.residual_scale)
         self.normalised = config.qk_norm
