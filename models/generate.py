@@ -35,7 +35,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Piece:
+class GeneratedTokens:
     """A token that was generated for each row, and what it took.
 
     Attributes:
@@ -51,7 +51,7 @@ class Piece:
 @torch.no_grad()
 def generate(
     backbone: Backbone, prompt: Int[Tensor, "B L"], tokens: int, sampling: Sampling
-) -> Iterator[Piece]:
+) -> Iterator[GeneratedTokens]:
     """Yield `tokens` tokens after the prompt, each as soon as it is there.
 
     Args:
@@ -66,7 +66,7 @@ def generate(
         begin = time.perf_counter()
         logits, state = next_logits(backbone, piece, state)
         chosen = choose(logits, sampling, generator)
-        yield Piece(chosen, time.perf_counter() - begin, state.bytes())
+        yield GeneratedTokens(chosen, time.perf_counter() - begin, state.bytes())
         piece = chosen[:, None]
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.block_sparse_operator import Sizes
+from kernels.attention.block_sparse_operator import BlockSparseSizes
 from kernels.attention.interval_attention_triton import PART, load_rows, products, store_rows
 from kernels.triton_launch import interpreting, is_recording, launch
 
@@ -103,7 +103,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, positions: Tensor, begins: Tensor, *sizes: int
 ) -> tuple[Tensor, Tensor]:
     """Start the forward kernel; arguments and results are those of the operator."""
-    (M, R, P), (K, Q), lists = q.shape, (kept.shape[1], v.shape[1]), Sizes(*sizes)
+    (M, R, P), (K, Q), lists = q.shape, (kept.shape[1], v.shape[1]), BlockSparseSizes(*sizes)
     outputs, logs = v.new_empty(M, R, Q), q.new_empty(M, R, dtype=torch.float32)
     tile = row_tile(q, k, v)
     launch(
@@ -116,7 +116,7 @@ def forward(
     return outputs, logs
 
 
-def products_of(R: int, K: int, lists: Sizes, tile: dict) -> int:
+def products_of(R: int, K: int, lists: BlockSparseSizes, tile: dict) -> int:
     """Pairs of a row and a slot that the tiles of one query block multiply, empty rows too."""
     rows = triton.cdiv(R, tile["ROWS"]) * tile["ROWS"]
     return rows * (K * lists.key_block + lists.n_sink + lists.window)

@@ -18,7 +18,7 @@ from kernels.precision import without_autocast
 CHUNK = 64
 
 
-class LinearAttention(NamedTuple):
+class Scan(NamedTuple):
     """The outputs, and the state after the last token."""
 
     outputs: Float[Tensor, "B L H P"]
@@ -31,7 +31,7 @@ def linear_attention(
     values: Float[Tensor, "B L H P"],
     initial: Float[Tensor, "B H N P"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
-) -> LinearAttention:
+) -> Scan:
     """Compute S[t] = S[t-1] + keys[t] (x) values[t] and outputs[t] = queries[t] S[t].
 
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
@@ -63,7 +63,7 @@ def linear_attention(
             carried = carried.masked_fill(~continuing(ids)[:, :, None, :, None], 0.0)
         outputs = scores @ v + carried
     outputs = outputs.transpose(2, 3).flatten(1, 2)[:, :L]
-    return LinearAttention(outputs.to(values.dtype), final)
+    return Scan(outputs.to(values.dtype), final)
 
 
 def linear_attention_reference(
@@ -72,7 +72,7 @@ def linear_attention_reference(
     values: Float[Tensor, "B L H P"],
     initial: Float[Tensor, "B H N P"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
-) -> LinearAttention:
+) -> Scan:
     """Compute `linear_attention` token by token, in float32 or wider."""
     wide = torch.promote_types(values.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (queries, keys, values))
@@ -84,7 +84,7 @@ def linear_attention_reference(
             state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0.0)
         state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(-2))
-    return LinearAttention(torch.stack(outputs, dim=1).to(values.dtype), state)
+    return Scan(torch.stack(outputs, dim=1).to(values.dtype), state)
 
 
 def chunked_documents(documents: Int[Tensor, "B L"], chunk: int) -> Int[Tensor, "B C T"]:

@@ -1,7 +1,7 @@
-"""Matrices that go through slots: tokens enter them by shares, and read them by weights.
+"""Matrices that pass through slots: each token is written to the slots, and reads from them.
 
-M[t, s] = sum_c weights[t, c] shares[s, c] over whole documents (`LowRank`) or, in a causal pattern,
-with shares among the tokens so far (`Running`).
+M[t, s] = sum over slots c of weights[t, c] * shares[s, c]. In `SlotMatrix` a slot averages a whole
+document, in `CausalSlotMatrix` the tokens so far.
 """
 
 import math
@@ -27,7 +27,7 @@ RUNNING_FLOPS = 10.0
 exponential, logarithm, sum), and difference and exponential for the share and for the decay."""
 
 
-class Filling(NamedTuple):
+class SlotFilling(NamedTuple):
     """How the tokens of whole documents enter their slots.
 
     Attributes:
@@ -51,7 +51,7 @@ class Filling(NamedTuple):
         return tabulate(parts, self.stacks, self.sequence)
 
 
-class LowRank(NamedTuple):
+class SlotMatrix(NamedTuple):
     """A matrix for each document whose rank is at most the number of its slots.
 
     A token whose document has no token on the filling side has a row of zeros.
@@ -62,7 +62,7 @@ class LowRank(NamedTuple):
         stacks: the documents that read.
     """
 
-    filling: Filling
+    filling: SlotFilling
     weights: list[Float[Tensor, "N T H C"]]
     stacks: list[DocumentRows]
 
@@ -79,7 +79,7 @@ class LowRank(NamedTuple):
         return put_back(parts, self.stacks, sequence)
 
 
-class Running(NamedTuple):
+class CausalSlotMatrix(NamedTuple):
     """A causal matrix: slots are averages of the tokens so far, weighed by exponentials of logits.
 
     Attributes:

@@ -60,7 +60,7 @@ class Carry:
 
     def before(self, token: Tensor) -> Shaped[Tensor, "B *rest"]:
         """The state before this rank's tokens."""
-        initial = _Take.apply(self, token)
+        initial = _Receive.apply(self, token)
         assert isinstance(initial, Tensor)
         return initial
 
@@ -76,7 +76,7 @@ class Carry:
 
 
 class _Publish(torch.autograd.Function):
-    """Forward: start sending. Backward: wait for the gradients that `_Take` sent."""
+    """Forward: start sending. Backward: wait for the gradients that `_Receive` sent."""
 
     @staticmethod
     def forward(
@@ -106,7 +106,7 @@ class _Publish(torch.autograd.Function):
         return None, d_state, d_sums.real if d_sums.is_complex() else d_sums, d_rates
 
 
-class _Take(torch.autograd.Function):
+class _Receive(torch.autograd.Function):
     """Forward: wait for the state. Backward: start sending its gradient."""
 
     @staticmethod

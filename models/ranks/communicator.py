@@ -41,7 +41,7 @@ class Communicator:
         """A number for messages that belong together, the same on every rank that asks as often."""
         return next(self._tags)
 
-    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "Gathered":
+    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "PendingGather":
         """Start to give everyone's tensor to everyone; shapes and dtypes are equal."""
         x = x.contiguous()
         everyones = [torch.empty_like(x) for _ in range(self.size)]
@@ -49,7 +49,7 @@ class Communicator:
         assert work is not None, "this rank is in the group"
         others = tuple(r for r in range(self.size) if r != self.rank)
         self.sent.append(Sent(what, len(others) * x.numel() * x.element_size(), others))
-        return Gathered(everyones, work)
+        return PendingGather(everyones, work)
 
     def exchange(self, pieces: list[Tensor], shapes: list[torch.Size], what: str) -> list[Tensor]:
         """Send a piece to each rank; return what each sent, of these shapes."""
@@ -63,27 +63,27 @@ class Communicator:
         self.sent.append(Sent(what, sent, others))
         return [x.view(s) for x, s in zip(incoming.split(sizes), shapes, strict=True)]
 
-    def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "Passing":
+    def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "PendingTransfer":
         """Start to give a tensor to one other rank, which calls `receive` with the tag."""
         x = x.contiguous()
         self.sent.append(Sent(what, x.numel() * x.element_size(), (to,)))
         return self._pass(dist.isend, x, to, tag)
 
-    def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "Passing":
+    def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "PendingTransfer":
         """Start to take a tensor of this shape and dtype from one other rank."""
         return self._pass(dist.irecv, like.new_empty(like.shape), sender, tag)
 
     def _pass(
         self, action: Callable[..., dist.Work | None], x: Tensor, other: int, tag: int
-    ) -> "Passing":
+    ) -> "PendingTransfer":
         # One at a time: NCCL ends a batch as a whole, and a state that is to go on would wait for
         # one that comes the other way.
         operation = dist.P2POp(action, x, group=self.group, tag=tag, group_peer=other)
         (work,) = dist.batch_isend_irecv([operation])
-        return Passing(x, work)
+        return PendingTransfer(x, work)
 
 
-class Gathered(NamedTuple):
+class PendingGather(NamedTuple):
     """A gather under way."""
 
     everyones: list[Tensor]
@@ -95,7 +95,7 @@ class Gathered(NamedTuple):
         return self.everyones
 
 
-class Passing(NamedTuple):
+class PendingTransfer(NamedTuple):
     """A tensor on its way to or from one other rank; held here until it has arrived."""
 
     x: Tensor

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from models.ranks.communicator import Communicator, Gathered, Passing
+from models.ranks.communicator import Communicator, PendingGather, PendingTransfer
 from models.ranks.schemes import Scheme
 
 
@@ -125,7 +125,7 @@ class StatePassing(abc.ABC):
 class GatherPassing(StatePassing):
     """Every rank sends to every rank once; gradients reuse the decays that came with the states."""
 
-    in_flight: Gathered | None = None
+    in_flight: PendingGather | None = None
     decays: list[Decay] | None = None
 
     def begin(self, added: Tensor) -> None:
@@ -159,8 +159,8 @@ class RingPassing(StatePassing):
 
     def begin(self, added: Tensor) -> None:
         """Post the receives, and send where no rank comes before this one."""
-        self.coming: list[tuple[Direction, Passing | None]] = []
-        self.going: list[Passing] = []
+        self.coming: list[tuple[Direction, PendingTransfer | None]] = []
+        self.going: list[PendingTransfer] = []
         # Shortest wait first, so that one direction never blocks the other.
         for direction in sorted(self.directions, key=lambda direction: len(direction.behind)):
             passing = None
@@ -221,8 +221,8 @@ class DoublingPassing(StatePassing):
 
     def round(self, distance: int, added: Tensor) -> None:
         """Send to the rank `distance` after this one, and receive from the one as far before it."""
-        self.coming: list[Passing | None] = []
-        self.going: list[Passing] = []
+        self.coming: list[PendingTransfer | None] = []
+        self.going: list[PendingTransfer] = []
         for direction, total, sums in zip(self.directions, self.totals, self.sums, strict=True):
             own = self.decay.of_rows(direction.rows).sums
             joined = None if sums is None or own is None else own + sums

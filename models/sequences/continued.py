@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.convolution.online_conv import Block, Taps, extend_blocks
+from kernels.convolution.online_conv import InputBlock, Taps, extend_blocks
 from models.sequences.positions import positions_in_documents
 from models.sequences.whole import Collected, WholeSequence
 
@@ -123,7 +123,7 @@ class ContinuedSequence(WholeSequence):
         """Each channel's sum over the tokens of its document, those of earlier pieces included."""
         assert reverse is None, "a filter of later tokens needs all of them at once"
         known, take = self._incoming, self._incoming.pop
-        blocks = [Block(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
+        blocks = [InputBlock(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
         documents = self.packed_documents
         longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None
         outputs, blocks = extend_blocks(x, taps, blocks, documents, longest)

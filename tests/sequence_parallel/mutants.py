@@ -141,7 +141,7 @@ MUTANTS = (
     Mutant(
         "the state's gradient is counted once for each rank",
         CARRY,
-        "_Take.backward",
+        "_Receive.backward",
         "carry.passing.start(d_initial,",
         "carry.passing.start(d_initial * carry.ranks.size,",
     ),

@@ -48,7 +48,7 @@ class ParallelConfig(MixerConfig):
 
 
 @dataclass
-class Part:
+class MemberCoefficients:
     """The coefficients of one mixer, and the form of its values.
 
     Attributes:
@@ -91,7 +91,7 @@ class Parallel(Mixer):
             self.weights = nn.Parameter(torch.empty(len(self.mixers), slot.d_model))
         mixers = self._each()
         # What a class declares is here a matter of the configuration.
-        for name, said in (
+        for name, value in (
             ("no_decay", frozenset({"weights"} if config.merge == "learned" else ())),
             ("approximate", "; ".join(m.approximate for m in mixers if m.approximate)),
             ("uses_fft", any(m.uses_fft for m in mixers)),
@@ -99,7 +99,7 @@ class Parallel(Mixer):
             ("constant_state", all(m.constant_state for m in mixers)),
             ("ordered_memory", any(m.ordered_memory for m in mixers)),
         ):
-            setattr(self, name, said)
+            setattr(self, name, value)
 
     def unsharded(self) -> str:
         """Why one of its mixers' tokens cannot be cut over ranks."""
@@ -110,36 +110,41 @@ class Parallel(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S E 1"], list[Part]]:
+    ) -> tuple[Float[Tensor, "B S E 1"], list[MemberCoefficients]]:
         """Values are the channels of all mixers' values."""
         parts, channels = [], []
         for mixer in self._each():
             values, coefficients = mixer.project(x, sequence, memory)
             _, S, G, P = values.shape
-            parts.append(Part(coefficients, S, G, P, values.dtype))
+            parts.append(MemberCoefficients(coefficients, S, G, P, values.dtype))
             channels.append(values.flatten(2))
         S = max(part.length for part in parts)
         filled = [F.pad(own, (0, 0, S - own.shape[1], 0)) for own in channels]
         return torch.cat(filled, dim=2).unsqueeze(-1), parts
 
     def mix(
-        self, values: Float[Tensor, "B S E P"], coefficients: list[Part], sequence: WholeSequence
+        self,
+        values: Float[Tensor, "B S E P"],
+        coefficients: list[MemberCoefficients],
+        sequence: WholeSequence,
     ) -> Float[Tensor, "B L F P"]:
         """Let each mixer mix its own values."""
         mixed = []
         channels = values.split([part.channels for part in coefficients], dim=2)
         for mixer, part, own in zip(self._each(), coefficients, channels, strict=True):
             own = own[:, own.shape[1] - part.length :].unflatten(2, (part.heads, part.width))
-            got = mixer.mix(own.flatten(3).to(part.dtype), part.coefficients, sequence)
-            part.copies = got.shape[2] // part.heads
-            got = got.unflatten(3, (part.width, -1)).unflatten(2, (part.heads, part.copies))
-            mixed.append(got.transpose(3, 4).flatten(2, 3))  # (B, L, E_i, copies, P)
+            mixed_values = mixer.mix(own.flatten(3).to(part.dtype), part.coefficients, sequence)
+            part.copies = mixed_values.shape[2] // part.heads
+            mixed_values = mixed_values.unflatten(3, (part.width, -1)).unflatten(
+                2, (part.heads, part.copies)
+            )
+            mixed.append(mixed_values.transpose(3, 4).flatten(2, 3))  # (B, L, E_i, copies, P)
         copies = _common_copies(coefficients)
         repeated = [x.repeat_interleave(copies // x.shape[3], dim=3) for x in mixed]
         return torch.cat(repeated, dim=2).flatten(2, 3)
 
     def merge(
-        self, mixed: Float[Tensor, "B L F 1"], coefficients: list[Part]
+        self, mixed: Float[Tensor, "B L F 1"], coefficients: list[MemberCoefficients]
     ) -> Float[Tensor, "B L D"]:
         """Let each mixer go back to the residual stream, and add what they bring."""
         copies, outputs = _common_copies(coefficients), []
@@ -188,5 +193,5 @@ def _built(name: str, config: MixerConfig, slot: Slot) -> Mixer:
     return mixer
 
 
-def _common_copies(parts: list[Part]) -> int:
+def _common_copies(parts: list[MemberCoefficients]) -> int:
     return lcm(*(part.copies for part in parts))

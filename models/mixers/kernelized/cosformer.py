@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.slots import Filling, LowRank
+from models.parts.slots import SlotFilling, SlotMatrix
 from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, tabulate
 from models.sequences.positions import PADDING
@@ -48,7 +48,7 @@ class CosformerConfig(HeadsConfig):
             raise ValueError(f"max_len {self.max_len} is not positive; take 1 or more")
 
 
-class Running(NamedTuple):
+class CausalFeatures(NamedTuple):
     """Features of a causal matrix, those of a query divided by its row's sum."""
 
     queries: Float[Tensor, "B L H N"]
@@ -74,7 +74,7 @@ class Cosformer(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalFeatures]:
         """Values are the value heads; features of queries, keys and places decide."""
         if memory is None:
             other, projected = sequence, self.heads(x)
@@ -91,17 +91,17 @@ class Cosformer(Mixer):
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalFeatures,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Sum values by their features, and read the sums."""
-        if isinstance(coefficients, LowRank):
+        if isinstance(coefficients, SlotMatrix):
             return coefficients.mix(values, sequence)
         queries, keys = coefficients
         return sequence.recur(LinearAttention(queries, keys, values, sequence.packed_documents))
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalFeatures
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
@@ -147,10 +147,10 @@ def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
 
 def _running(
     queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
-) -> Running:
+) -> CausalFeatures:
     ones = torch.ones_like(keys[..., :1])
     sums = sequence.recur(LinearAttention(queries, keys, ones, sequence.packed_documents))
-    return Running(_divided(queries, sums), keys)
+    return CausalFeatures(_divided(queries, sums), keys)
 
 
 def _low_rank(
@@ -158,7 +158,7 @@ def _low_rank(
     keys: Callable[[], Float[Tensor, "B S H N"]],
     other: WholeSequence,
     sequence: WholeSequence,
-) -> LowRank:
+) -> SlotMatrix:
     filled, reading = documents_by_length(other), documents_by_length(sequence)
     shares = functools.cache(lambda: _cut(keys(), filled))
 
@@ -171,7 +171,7 @@ def _low_rank(
         with without_autocast(asked):
             sums = torch.einsum("nthf,nhf->nth", asked, total)
         weights.append(_divided(asked, sums[..., None]))
-    return LowRank(Filling(other, filled, shares), weights, reading)
+    return SlotMatrix(SlotFilling(other, filled, shares), weights, reading)
 
 
 def _cut(x: Tensor, stacks: list[DocumentRows]) -> list[Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.slots import SOFTMAX_FLOPS, Filling, LowRank
+from models.parts.slots import SOFTMAX_FLOPS, SlotFilling, SlotMatrix
 from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, landmarks_of
 from models.sequences.whole import WholeSequence
@@ -65,7 +65,7 @@ class LARA(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B L H P"], LowRank]:
+    ) -> tuple[Float[Tensor, "B L H P"], SlotMatrix]:
         """Values are the value heads; queries, keys and their means decide."""
         del memory
         queries, keys, values = self.heads(x)
@@ -74,16 +74,16 @@ class LARA(Mixer):
             share, weight = self._importance(stack, stack.take(queries), stack.take(keys))
             shares.append(share)
             weights.append(weight)
-        return values, LowRank(Filling(sequence, stacks, lambda: shares), weights, stacks)
+        return values, SlotMatrix(SlotFilling(sequence, stacks, lambda: shares), weights, stacks)
 
     def mix(
-        self, values: Float[Tensor, "B L H P"], coefficients: LowRank, sequence: WholeSequence
+        self, values: Float[Tensor, "B L H P"], coefficients: SlotMatrix, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Average values for each landmark, and weigh the landmarks."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients

@@ -31,10 +31,10 @@ from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.slots import (
     RUNNING_FLOPS,
     SOFTMAX_FLOPS,
-    Filling,
-    LowRank,
-    Running,
+    CausalSlotMatrix,
     SlotAverages,
+    SlotFilling,
+    SlotMatrix,
 )
 from models.sequences.continued import Memory
 from models.sequences.documents import documents_by_length, tabulate
@@ -79,7 +79,7 @@ class Performer(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
         """Values are the value heads; features of queries and keys decide."""
         if memory is not None:
             projected = self.heads.across(x, sequence, memory)
@@ -92,14 +92,14 @@ class Performer(Mixer):
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Average values in the features, and read the features."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalSlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
@@ -122,7 +122,7 @@ class Performer(Mixer):
         pointwise = asked + filled * (3 * P + 1 + F * (1 + share)) + (0 if causal else 2 * F)
         return MixFlops(needed, needed, H * pointwise)
 
-    def _running(self, projected: Projected, sequence: WholeSequence) -> Running:
+    def _running(self, projected: Projected, sequence: WholeSequence) -> CausalSlotMatrix:
         queries, logits = self._features(projected.queries), self._logits(projected.keys)
 
         documents = sequence.packed_documents
@@ -132,11 +132,11 @@ class Performer(Mixer):
             return log_sums, log_sums[:, -1]
 
         log_sums = sequence.recur(SlotAverages(outputs, logits, None, documents))
-        return Running((queries + log_sums).softmax(dim=-1), logits, log_sums)
+        return CausalSlotMatrix((queries + log_sums).softmax(dim=-1), logits, log_sums)
 
     def _low_rank(
         self, projected: Projected, other: WholeSequence, sequence: WholeSequence
-    ) -> LowRank:
+    ) -> SlotMatrix:
         queries, keys, _ = projected
         filled, reading = documents_by_length(other), documents_by_length(sequence)
 
@@ -148,12 +148,12 @@ class Performer(Mixer):
         def log_sums() -> Tensor:
             return tabulate([each.logsumexp(dim=1) for each in logits()], filled, other)
 
-        filling = Filling(other, filled, lambda: [each.softmax(dim=1) for each in logits()])
+        filling = SlotFilling(other, filled, lambda: [each.softmax(dim=1) for each in logits()])
         table, asked = sequence.once(log_sums), self._features(queries)
         weights = [
             (stack.take(asked) + stack.look_up(table)[:, None]).softmax(dim=-1) for stack in reading
         ]
-        return LowRank(filling, weights, reading)
+        return SlotMatrix(filling, weights, reading)
 
     def _features(self, x: Float[Tensor, "B L H P"]) -> Float[Tensor, "B L H F"]:
         """w_f x for each feature, x scaled by P^(-1/4)."""

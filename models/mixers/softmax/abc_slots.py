@@ -24,10 +24,10 @@ from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear
 from models.parts.slots import (
     RUNNING_FLOPS,
-    Filling,
-    LowRank,
-    Running,
+    CausalSlotMatrix,
     SlotAverages,
+    SlotFilling,
+    SlotMatrix,
     packed,
     unpacked,
 )
@@ -71,7 +71,7 @@ class ABC(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
         """Values are the value heads; queries, keys and logits decide."""
         if memory is not None:
             projected, other = self.heads.across(x, sequence, memory), memory.sequence
@@ -85,14 +85,14 @@ class ABC(Mixer):
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Average values in the slots, and read the slots."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalSlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
@@ -114,7 +114,9 @@ class ABC(Mixer):
     def _logits(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S H C"]:
         return widened(self.control(x)).unflatten(2, (self.config.n_heads, self.config.n_slots))
 
-    def _running(self, projected: Projected, x: Tensor, sequence: WholeSequence) -> Running:
+    def _running(
+        self, projected: Projected, x: Tensor, sequence: WholeSequence
+    ) -> CausalSlotMatrix:
         queries, keys, _ = projected
         logits, documents = self._logits(x), sequence.packed_documents
 
@@ -127,11 +129,13 @@ class ABC(Mixer):
 
         scan = SlotAverages(outputs, logits, keys, documents)
         scores, log_sums = sequence.recur(scan).chunk(2, dim=-1)
-        return Running((scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums)
+        return CausalSlotMatrix(
+            (scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums
+        )
 
     def _low_rank(
         self, projected: Projected, x: Tensor, other: WholeSequence, sequence: WholeSequence
-    ) -> LowRank:
+    ) -> SlotMatrix:
         queries, keys, _ = projected
         filled, reading = documents_by_length(other), documents_by_length(sequence)
 
@@ -141,7 +145,7 @@ class ABC(Mixer):
             cut = [stack.where_present(stack.take(logits), -math.inf) for stack in filled]
             return [each.softmax(dim=1) for each in cut]
 
-        filling = Filling(other, filled, shares)
+        filling = SlotFilling(other, filled, shares)
         slot_keys = sequence.once(lambda: filling.fill(keys))
         with without_autocast(queries):
             scores = [
@@ -151,4 +155,4 @@ class ABC(Mixer):
                 for each in reading
             ]
         scale = queries.shape[-1] ** -0.5
-        return LowRank(filling, [(each * scale).softmax(dim=-1) for each in scores], reading)
+        return SlotMatrix(filling, [(each * scale).softmax(dim=-1) for each in scores], reading)

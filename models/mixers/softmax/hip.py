@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.attention.block_sparse_attention import (
+    BlockSparsity,
     QueryBlocks,
-    Reach,
     block_sparse_attention,
     query_blocks,
 )
@@ -159,7 +159,7 @@ class Hip(Attention):
             )
         queries, keys, _ = coefficients
         blocks = self._blocks(sequence, keys.shape[1])
-        reach = Reach(config.key_block, config.n_sink, config.window)
+        reach = BlockSparsity(config.key_block, config.n_sink, config.window)
 
         def attend(before: Tensor | None) -> tuple[Tensor, Tensor]:
             kept = self._listed(queries, keys, blocks, sequence, before)
