@@ -32,12 +32,12 @@ class SlotFilling(NamedTuple):
 
     Attributes:
         sequence: the tokens.
-        stacks: their documents.
-        shares: gives the shares of each stack; not called where later pieces keep what it made.
+        buckets: their documents.
+        shares: gives the shares of each bucket; not called where later pieces keep what it made.
     """
 
     sequence: WholeSequence
-    stacks: list[DocumentRows]
+    buckets: list[DocumentRows]
     shares: Callable[[], list[Float[Tensor, "N S H C"]]]
 
     def fill(self, x: Float[Tensor, "B S H P"]) -> Float[Tensor, "B D H C P"]:
@@ -45,10 +45,10 @@ class SlotFilling(NamedTuple):
         shares = self.shares()
         with without_autocast(x):
             parts = [
-                torch.einsum("nshc,nshp->nhcp", share, widened(stack.take(x)))
-                for share, stack in zip(shares, self.stacks, strict=True)
+                torch.einsum("nshc,nshp->nhcp", share, widened(bucket.take(x)))
+                for share, bucket in zip(shares, self.buckets, strict=True)
             ]
-        return tabulate(parts, self.stacks, self.sequence)
+        return tabulate(parts, self.buckets, self.sequence)
 
 
 class SlotMatrix(NamedTuple):
@@ -58,13 +58,13 @@ class SlotMatrix(NamedTuple):
 
     Attributes:
         filling: how values enter the slots.
-        weights: those of each stack of reading documents.
-        stacks: the documents that read.
+        weights: those of each bucket of reading documents.
+        buckets: the documents that read.
     """
 
     filling: SlotFilling
     weights: list[Float[Tensor, "N T H C"]]
-    stacks: list[DocumentRows]
+    buckets: list[DocumentRows]
 
     def mix(
         self, values: Float[Tensor, "B S H P"], sequence: WholeSequence
@@ -73,10 +73,10 @@ class SlotMatrix(NamedTuple):
         slots = sequence.once(lambda: self.filling.fill(values))
         with without_autocast(values):
             parts = [
-                torch.einsum("nthc,nhcp->nthp", weights, stack.look_up(slots)).to(values.dtype)
-                for weights, stack in zip(self.weights, self.stacks, strict=True)
+                torch.einsum("nthc,nhcp->nthp", weights, bucket.look_up(slots)).to(values.dtype)
+                for weights, bucket in zip(self.weights, self.buckets, strict=True)
             ]
-        return put_back(parts, self.stacks, sequence)
+        return put_back(parts, self.buckets, sequence)
 
 
 class CausalSlotMatrix(NamedTuple):

@@ -1,4 +1,4 @@
-"""The ranks of a process group, how tensors go from one to another, and a record of what went."""
+"""Point-to-point and collective communication in a process group, with a record of sent bytes."""
 
 import itertools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Sent(NamedTuple):
-    """Bytes that this rank sent to others at once.
+    """One communication call of this rank: how many bytes it sent to which ranks.
 
     Attributes:
-        to: the receivers, in order, each of which got as many.
+        to: the receivers, in order; each got an equal part.
     """
 
     what: str
@@ -26,9 +26,9 @@ class Communicator:
     """The ranks of a group, in order, and a record of what this one sent.
 
     Attributes:
-        rank: this one's place.
-        size: how many there are.
-        sent: everything so far.
+        rank: this process's rank in the group.
+        size: number of ranks.
+        sent: all calls so far.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -38,11 +38,11 @@ class Communicator:
         self._tags = itertools.count()
 
     def tag(self) -> int:
-        """A number for messages that belong together, the same on every rank that asks as often."""
+        """The next message tag. Ranks that make the same calls get the same tags."""
         return next(self._tags)
 
     def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "PendingGather":
-        """Start to give everyone's tensor to everyone; shapes and dtypes are equal."""
+        """Start an all-gather; shapes and dtypes must be equal on all ranks."""
         x = x.contiguous()
         everyones = [torch.empty_like(x) for _ in range(self.size)]
         work = dist.all_gather(everyones, x, group=self.group, async_op=True)
@@ -52,7 +52,7 @@ class Communicator:
         return PendingGather(everyones, work)
 
     def exchange(self, pieces: list[Tensor], shapes: list[torch.Size], what: str) -> list[Tensor]:
-        """Send a piece to each rank; return what each sent, of these shapes."""
+        """All-to-all: send one tensor to each rank; return those received, of the given shapes."""
         outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
         sizes = [shape.numel() for shape in shapes]
         incoming = outgoing.new_empty(sum(sizes))
@@ -64,27 +64,27 @@ class Communicator:
         return [x.view(s) for x, s in zip(incoming.split(sizes), shapes, strict=True)]
 
     def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "PendingTransfer":
-        """Start to give a tensor to one other rank, which calls `receive` with the tag."""
+        """Start sending a tensor to another rank, which must call `receive` with the same tag."""
         x = x.contiguous()
         self.sent.append(Sent(what, x.numel() * x.element_size(), (to,)))
         return self._pass(dist.isend, x, to, tag)
 
     def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "PendingTransfer":
-        """Start to take a tensor of this shape and dtype from one other rank."""
+        """Start receiving a tensor of this shape and dtype from another rank."""
         return self._pass(dist.irecv, like.new_empty(like.shape), sender, tag)
 
     def _pass(
         self, action: Callable[..., dist.Work | None], x: Tensor, other: int, tag: int
     ) -> "PendingTransfer":
-        # One at a time: NCCL ends a batch as a whole, and a state that is to go on would wait for
-        # one that comes the other way.
+        # A batch of one: NCCL completes a batch as a whole, so a state to be passed on would wait
+        # for one of the opposite direction.
         operation = dist.P2POp(action, x, group=self.group, tag=tag, group_peer=other)
         (work,) = dist.batch_isend_irecv([operation])
         return PendingTransfer(x, work)
 
 
 class PendingGather(NamedTuple):
-    """A gather under way."""
+    """An all-gather in flight."""
 
     everyones: list[Tensor]
     work: dist.Work
@@ -96,7 +96,7 @@ class PendingGather(NamedTuple):
 
 
 class PendingTransfer(NamedTuple):
-    """A tensor on its way to or from one other rank; held here until it has arrived."""
+    """A send or receive in flight; holds the tensor, which must stay alive until it is done."""
 
     x: Tensor
     work: dist.Work

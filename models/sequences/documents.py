@@ -1,4 +1,4 @@
-"""Documents of a batch in stacks: for mixers whose matrix depends on a whole document at once.
+"""Documents of a batch in buckets: for mixers whose matrix depends on a whole document at once.
 
 Documents of about one length are stacked, none filled up to twice its length, so work and memory
 stay linear in the tokens however a row is packed, and no sum runs over two documents.
@@ -65,46 +65,46 @@ def documents_by_length(sequence: WholeSequence) -> list[DocumentRows]:
         return [DocumentRows()]
     places = sequence.memo("documents", lambda: _places(sequence.own_documents()))
     first, length, rows, ids = places.unbind(dim=1)
-    # Lengths in a stack lie between one power of two and the next.
+    # Lengths in a bucket lie between one power of two and the next.
     size = torch.ceil(torch.log2(length.double()))
-    stacks = []
+    buckets = []
     for each in size.unique().tolist():
         chosen = size == each
         begin, n = first[chosen, None], length[chosen, None]
         offset = torch.arange(int(n.max()), device=n.device)
         present = offset < n
         index = begin + torch.where(present, offset, 0)
-        stacks.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
-    return stacks
+        buckets.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
+    return buckets
 
 
 def put_back(
-    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
+    parts: list[Tensor], buckets: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B L *rest"]:
     """Put features of documents (N, T, *rest) back to where they stand, with zeros in padding."""
-    if stacks[0].index is None:
+    if buckets[0].index is None:
         return parts[0]
     shape = sequence.documents.shape
     out = parts[0].new_zeros((shape.numel(), *parts[0].shape[2:]))
-    for part, stack in zip(parts, stacks, strict=True):
-        assert stack.index is not None
-        assert stack.present is not None
-        out = out.index_put((stack.index[stack.present],), part[stack.present])
+    for part, bucket in zip(parts, buckets, strict=True):
+        assert bucket.index is not None
+        assert bucket.present is not None
+        out = out.index_put((bucket.index[bucket.present],), part[bucket.present])
     return out.unflatten(0, shape)
 
 
 def tabulate(
-    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
+    parts: list[Tensor], buckets: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B D *rest"]:
     """Put what belongs to whole documents (N, *rest) into a table by row and id."""
-    if stacks[0].rows is None:
+    if buckets[0].rows is None:
         return parts[0][:, None]
     ids = sequence.own_documents()
     table = parts[0].new_zeros((ids.shape[0], int(ids.max()) + 1, *parts[0].shape[1:]))
-    for part, stack in zip(parts, stacks, strict=True):
-        assert stack.rows is not None
-        assert stack.ids is not None
-        table = table.index_put((stack.rows, stack.ids), part)
+    for part, bucket in zip(parts, buckets, strict=True):
+        assert bucket.rows is not None
+        assert bucket.ids is not None
+        table = table.index_put((bucket.rows, bucket.ids), part)
     return table
 
 
@@ -112,7 +112,7 @@ class Landmarks(NamedTuple):
     """Means of a document's equal segments.
 
     Attributes:
-        present: which landmarks each document of a stack has, one a token if its tokens are fewer;
+        present: which landmarks each document of a bucket has, one a token if its tokens are fewer;
             None for all.
     """
 
@@ -120,15 +120,15 @@ class Landmarks(NamedTuple):
     present: Bool[Tensor, "N C"] | None
 
 
-def landmarks_of(x: Float[Tensor, "N T H P"], stack: DocumentRows, count: int) -> Landmarks:
+def landmarks_of(x: Float[Tensor, "N T H P"], bucket: DocumentRows, count: int) -> Landmarks:
     """Cut each document into `count` segments, equal up to one token, and average them in float32.
 
     Segment c of n tokens begins at token floor(c n / count).
     """
     T = x.shape[1]
-    if stack.present is None:
+    if bucket.present is None:
         count = min(count, T)
-    length = stack.lengths(x)[:, None]
+    length = bucket.lengths(x)[:, None]
     segments = length.clamp(max=count)
     place = torch.arange(count, device=x.device)
     begin = place * length // segments
@@ -140,7 +140,7 @@ def landmarks_of(x: Float[Tensor, "N T H P"], stack: DocumentRows, count: int) -
     taken = widened(x)[rows, index.clamp(max=T - 1)]  # (N, C, W, H, P)
     taken = taken.masked_fill(~inside[..., None, None], 0.0)
     means = taken.sum(dim=2) / size.clamp(min=1)[:, :, None, None]
-    return Landmarks(means, None if stack.present is None else place < segments)
+    return Landmarks(means, None if bucket.present is None else place < segments)
 
 
 def _places(ids: Int[Tensor, "B L"]) -> Int[Tensor, "N 4"]:
@@ -166,6 +166,6 @@ def by_document(
         sequence: says which documents there are.
         mix: what it returns behind a document's end is dropped.
     """
-    stacks = documents_by_length(sequence)
-    parts = [mix(*(stack.take(x) for x in tensors)) for stack in stacks]
-    return put_back(parts, stacks, sequence)
+    buckets = documents_by_length(sequence)
+    parts = [mix(*(bucket.take(x) for x in tensors)) for bucket in buckets]
+    return put_back(parts, buckets, sequence)

@@ -17,11 +17,11 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kernels.precision import widened, without_autocast
+from kernels.scans.bidirectional_ssd import bidirectional_ssd
 from kernels.scans.linear_attention import linear_attention
 from kernels.scans.linear_scan import linear_scan
 from kernels.scans.selective_scan import selective_scan
 from kernels.scans.ssd import ssd
-from kernels.scans.two_way_ssd import two_way_ssd
 from models.ranks.carry import Summary
 from models.sequences.whole import WholeSequence
 
@@ -30,10 +30,10 @@ class Recurrence(abc.ABC):
     """A recurrence over the tokens at hand.
 
     Attributes:
-        two_way: whether its state has twice the rows, the last of which run from the end.
+        bidirectional: whether its state has twice the rows, the last of which run from the end.
     """
 
-    two_way: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -45,13 +45,13 @@ class Recurrence(abc.ABC):
 
     @abc.abstractmethod
     def carried(
-        self, initial: Shaped[Tensor, "B *rest"], heard: Bool[Tensor, "B L"]
+        self, initial: Shaped[Tensor, "B *rest"], continues: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L *rest"]:
         """What a state before the first token adds to the outputs.
 
         Args:
             initial: the state.
-            heard: the tokens that go on with the document of the state.
+            continues: the tokens that go on with the document of the state.
         """
 
     def from_zero(self) -> Tensor:
@@ -104,9 +104,9 @@ class LinearScan(Recurrence):
         left = torch.exp(sums_after(self.log_decay)) * widened(self.values)
         return Summary(in_last_document(left, self.documents).sum(dim=1), self.log_decay.sum(dim=1))
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """The state, decayed up to each token."""
-        return zero_unless(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], heard)
+        return zero_unless(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], continues)
 
 
 @dataclass
@@ -129,9 +129,9 @@ class SelectiveScan(Recurrence):
         """The state from zero; the sum of step sizes, which one number a channel holds."""
         return Summary(self._zero[1], widened(self.dt).sum(dim=1)[..., None], self.A)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """The outputs of no values from the state."""
-        del heard
+        del continues
         return self._scan(torch.zeros_like(self.values), initial)[0]
 
     def from_zero(self) -> Tensor:
@@ -172,13 +172,13 @@ class Ssd(Recurrence):
         """One product of matrices over all tokens."""
         return ssd_summary(self.values, self.dt, self.A, self.B, self.documents)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """One product of matrices, decayed up to each token."""
-        return ssd_carried(initial, self.dt, self.A, self.C, heard)
+        return ssd_carried(initial, self.dt, self.A, self.C, continues)
 
 
 @dataclass
-class TwoWaySsd(Recurrence):
+class BidirectionalSsd(Recurrence):
     """The sum of an SSD up to the token before and of one from the end to the token after.
 
     Attributes:
@@ -192,31 +192,31 @@ class TwoWaySsd(Recurrence):
     C: Float[Tensor, "B L 2 G N"]
     sequence: WholeSequence
 
-    two_way: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the kernel, which has no state to begin with and leaves none."""
         assert initial is None, "both ways at once there is nothing to go on from"
         documents = self.sequence.packed_documents
-        outputs = two_way_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
+        outputs = bidirectional_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
         return outputs, outputs.new_empty(0)
 
     def summary(self) -> Summary:
         """What the tokens leave at their end, then what they leave at their beginning."""
-        self._leaving  # noqa: B018 - asked for here, its exchange does not come after the gather
+        self._reading_C  # noqa: B018 - asked for here, its exchange does not come after the gather
         values, documents = (
             torch.cat([x, x.flip(1)]) for x in (self.values, self.sequence.documents)
         )
-        return ssd_summary(values, _lined_up(self.dt), self.A, _lined_up(self.B), documents)
+        return ssd_summary(values, _stacked(self.dt), self.A, _stacked(self.B), documents)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """What each state adds: a token reads it as the one before reads, decayed up to there."""
-        dt = F.pad(_lined_up(self.dt), (0, 0, 1, 0))[:, :-1]
-        before, after = ssd_carried(initial, dt, self.A, self._leaving, heard).chunk(2)
+        dt = F.pad(_stacked(self.dt), (0, 0, 1, 0))[:, :-1]
+        before, after = ssd_carried(initial, dt, self.A, self._reading_C, continues).chunk(2)
         return before + after.flip(1)
 
     @functools.cached_property
-    def _leaving(self) -> Float[Tensor, "B2 L G N"]:
+    def _reading_C(self) -> Float[Tensor, "B2 L G N"]:
         """C of the token before each, then of the token after each from the end."""
         around = self.sequence.around(self.C, 1, 1)
         return torch.cat([around[:, :-2, 0], around[:, 2:, 1].flip(1)])
@@ -241,11 +241,11 @@ class LinearAttention(Recurrence):
         with without_autocast(keys):
             return Summary(torch.einsum("blhn,blhp->bhnp", keys, values))
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """What each token reads of the state."""
         with without_autocast(initial):
             read = torch.einsum("blhn,bhnp->blhp", widened(self.queries), initial)
-        return zero_unless(read, heard)
+        return zero_unless(read, continues)
 
 
 def ssd_summary(
@@ -270,14 +270,14 @@ def ssd_carried(
     dt: Float[Tensor, "B L H"],
     A: Float[Tensor, "H"],
     C: Float[Tensor, "B L G N"],
-    heard: Bool[Tensor, "B L"],
+    continues: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B L H P"]:
     """What a state before the first token adds to the outputs of an SSD."""
     decay = torch.exp((widened(dt) * A).cumsum(dim=1))
     with without_autocast(initial):
         grouped = initial.unflatten(1, (C.shape[2], -1))
         read = torch.einsum("blgn,bgrpn->blgrp", widened(C), grouped).flatten(2, 3)
-    return zero_unless(decay[..., None] * read, heard)
+    return zero_unless(decay[..., None] * read, continues)
 
 
 def sums_after(x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
@@ -300,6 +300,6 @@ def zero_unless(
     return x.masked_fill(~present.view(*present.shape, *[1] * (x.ndim - 2)), 0.0)
 
 
-def _lined_up(x: Float[Tensor, "B L 2 *rest"]) -> Float[Tensor, "B2 L *rest"]:
+def _stacked(x: Float[Tensor, "B L 2 *rest"]) -> Float[Tensor, "B2 L *rest"]:
     """Rows in order, then those of the other way in their own order."""
     return torch.cat([x[:, :, 0], x[:, :, 1].flip(1)])

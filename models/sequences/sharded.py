@@ -115,15 +115,15 @@ class ShardedSequence(WholeSequence):
                 "a recurrence is asked to run over ranks, but it says only how to run from a "
                 "state; give it the form of models.sequences.recurrence.Recurrence"
             )
-        keep, heard, turned = self._going_on(), self.documents == 0, 0
-        if outputs.two_way:
-            keep = torch.cat([keep, self._going_back()], dim=1)
-            heard = torch.cat([heard, self._leading_on().flip(1)])
-            turned = len(self.documents)
-        carry = Carry(keep, turned, self.ranks, self.scheme)
+        keep, continues, n_reversed = self._keeps_forward(), self.documents == 0, 0
+        if outputs.bidirectional:
+            keep = torch.cat([keep, self._keeps_backward()], dim=1)
+            continues = torch.cat([continues, self._continues_after().flip(1)])
+            n_reversed = len(self.documents)
+        carry = Carry(keep, n_reversed, self.ranks, self.scheme)
         token = carry.publish(outputs.summary())
         from_zero = outputs.from_zero()
-        carried = outputs.carried(carry.before(token), heard)
+        carried = outputs.carried(carry.before(token), continues)
         return (from_zero + carried).to(from_zero.dtype)
 
     def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
@@ -191,20 +191,20 @@ class ShardedSequence(WholeSequence):
             for a, b in self.spans.each
         ]
 
-    def _going_on(self) -> Bool[Tensor, "R B"]:
+    def _keeps_forward(self) -> Bool[Tensor, "R B"]:
         """For each rank, whether its last token is of the document of the last one before it."""
         return torch.stack(
             [self._row[:, b - 1] == self._row[:, max(0, a - 1)] for a, b in self.spans.each]
         )
 
-    def _going_back(self) -> Bool[Tensor, "R B"]:
+    def _keeps_backward(self) -> Bool[Tensor, "R B"]:
         """For each rank, whether its first token is of the document of the first one after it."""
         last = self.spans.total - 1
         return torch.stack(
             [self._row[:, a] == self._row[:, min(b, last)] for a, b in self.spans.each]
         )
 
-    def _leading_on(self) -> Bool[Tensor, "B L"]:
+    def _continues_after(self) -> Bool[Tensor, "B L"]:
         """The tokens of the document of the first one after this shard."""
         after = min(self._end, self.spans.total - 1)
         return self.own_documents() == self._row[:, after : after + 1]

@@ -65,7 +65,7 @@ def test_a_carried_state_is_freed_with_its_graph(scheme: Scheme) -> None:
 def test_outputs_from_zero_run_while_states_are_under_way() -> None:
     assert on_ranks(2, _events) == [
         *("state sent", "outputs", "waited"),
-        *("state back sent", "outputs back", "waited"),
+        *("state gradient sent", "outputs back", "waited"),
     ]
 
 

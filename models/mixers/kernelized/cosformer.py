@@ -166,16 +166,16 @@ def _low_rank(
         return tabulate([each.sum(dim=1) for each in shares()], filled, other)
 
     table, weights = sequence.once(totals), []
-    for stack in reading:
-        asked, total = stack.take(queries), stack.look_up(table)
+    for bucket in reading:
+        asked, total = bucket.take(queries), bucket.look_up(table)
         with without_autocast(asked):
             sums = torch.einsum("nthf,nhf->nth", asked, total)
         weights.append(_divided(asked, sums[..., None]))
     return SlotMatrix(SlotFilling(other, filled, shares), weights, reading)
 
 
-def _cut(x: Tensor, stacks: list[DocumentRows]) -> list[Tensor]:
-    return [stack.take(x) for stack in stacks]
+def _cut(x: Tensor, buckets: list[DocumentRows]) -> list[Tensor]:
+    return [bucket.take(x) for bucket in buckets]
 
 
 def _divided(

@@ -69,12 +69,12 @@ class LARA(Mixer):
         """Values are the value heads; queries, keys and their means decide."""
         del memory
         queries, keys, values = self.heads(x)
-        stacks, shares, weights = documents_by_length(sequence), [], []
-        for stack in stacks:
-            share, weight = self._importance(stack, stack.take(queries), stack.take(keys))
+        buckets, shares, weights = documents_by_length(sequence), [], []
+        for bucket in buckets:
+            share, weight = self._importance(bucket, bucket.take(queries), bucket.take(keys))
             shares.append(share)
             weights.append(weight)
-        return values, SlotMatrix(SlotFilling(sequence, stacks, lambda: shares), weights, stacks)
+        return values, SlotMatrix(SlotFilling(sequence, buckets, lambda: shares), weights, buckets)
 
     def mix(
         self, values: Float[Tensor, "B L H P"], coefficients: SlotMatrix, sequence: WholeSequence
@@ -104,18 +104,18 @@ class LARA(Mixer):
         return MixFlops(H * needed, H * needed, H * elementwise)
 
     def _importance(
-        self, stack: DocumentRows, queries: Tensor, keys: Tensor
+        self, bucket: DocumentRows, queries: Tensor, keys: Tensor
     ) -> tuple[Float[Tensor, "N T H C"], Float[Tensor, "N T H C"]]:
         """Each key's share in the landmarks, and the landmarks' weights for each query."""
         scale = queries.shape[-1] ** -0.25
         q, k = widened(queries) * scale, widened(keys) * scale
-        pairs, present = landmarks_of(torch.cat([q, k], dim=2), stack, self.config.n_landmarks)
+        pairs, present = landmarks_of(torch.cat([q, k], dim=2), bucket, self.config.n_landmarks)
         mean_queries, mean_keys = pairs.chunk(2, dim=2)
         mu = mean_queries + mean_keys  # (N, C, H, P)
         with without_autocast(q):
             asked = torch.einsum("nthp,nchp->nthc", q, mu)
             logits = torch.einsum("nthp,nchp->nthc", k, mu)
-        logits = stack.where_present(logits - k.square().sum(dim=-1, keepdim=True) / 2, -math.inf)
+        logits = bucket.where_present(logits - k.square().sum(dim=-1, keepdim=True) / 2, -math.inf)
         # At w = mu both exp(q mu) and xi(q, w) give q mu, and the densities' ratio -|mu|^2 / 2.
         ratio = (logits.logsumexp(dim=1) - mu.square().sum(dim=-1).transpose(1, 2) / 2)[:, None]
         if present is not None:

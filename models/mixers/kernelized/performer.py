@@ -143,7 +143,7 @@ class Performer(Mixer):
         @functools.cache
         def logits() -> list[Tensor]:
             found = self._logits(keys)
-            return [stack.where_present(stack.take(found), -math.inf) for stack in filled]
+            return [bucket.where_present(bucket.take(found), -math.inf) for bucket in filled]
 
         def log_sums() -> Tensor:
             return tabulate([each.logsumexp(dim=1) for each in logits()], filled, other)
@@ -151,7 +151,8 @@ class Performer(Mixer):
         filling = SlotFilling(other, filled, lambda: [each.softmax(dim=1) for each in logits()])
         table, asked = sequence.once(log_sums), self._features(queries)
         weights = [
-            (stack.take(asked) + stack.look_up(table)[:, None]).softmax(dim=-1) for stack in reading
+            (bucket.take(asked) + bucket.look_up(table)[:, None]).softmax(dim=-1)
+            for bucket in reading
         ]
         return SlotMatrix(filling, weights, reading)
 

@@ -20,7 +20,7 @@ from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
 from models.parts.short_convs import CentredConv
 from models.sequences.continued import Memory
-from models.sequences.recurrence import TwoWaySsd
+from models.sequences.recurrence import BidirectionalSsd
 from models.sequences.whole import WholeSequence
 
 
@@ -116,7 +116,7 @@ class Hydra(Mixer):
         """Scan both ways, and add the diagonal."""
         dt, B, C, diagonal, _ = coefficients
         A = -torch.exp(widened(self.A_log))
-        triangles = sequence.recur(TwoWaySsd(values, dt, A, B, C, sequence))
+        triangles = sequence.recur(BidirectionalSsd(values, dt, A, B, C, sequence))
         return torch.addcmul(triangles, diagonal[..., None], values).to(values.dtype)
 
     def merge(

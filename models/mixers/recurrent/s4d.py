@@ -183,9 +183,9 @@ class DiagonalScan(Recurrence):
         tokens = torch.full((B, 1, 1), float(L), dtype=state.real.dtype, device=state.device)
         return Summary(state, tokens, self.system.rate)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """What the state gives to each token."""
-        return zero_unless(decayed_outputs(self.system, initial, self.inputs.shape[1]), heard)
+        return zero_unless(decayed_outputs(self.system, initial, self.inputs.shape[1]), continues)
 
 
 def run_diagonal(

@@ -142,7 +142,7 @@ class ABC(Mixer):
         @functools.cache
         def shares() -> list[Tensor]:
             logits = self._logits(x)
-            cut = [stack.where_present(stack.take(logits), -math.inf) for stack in filled]
+            cut = [bucket.where_present(bucket.take(logits), -math.inf) for bucket in filled]
             return [each.softmax(dim=1) for each in cut]
 
         filling = SlotFilling(other, filled, shares)

@@ -63,14 +63,14 @@ class Coefficients(NamedTuple):
     """The weights of some tokens' windows and averages, and what decides the averages.
 
     Attributes:
-        stack: which documents they are, if they were cut out of their rows.
+        bucket: which documents they are, if they were cut out of their rows.
         near: weights of the keys around each block of queries.
         far: weights of the averages.
         logits: how each token enters the averages.
         log_sums: logarithms of the sums of their exponentials in the chunk so far, if causal.
     """
 
-    stack: DocumentRows
+    bucket: DocumentRows
     near: Float[Tensor, "N C H Q K"]
     far: Float[Tensor, "N C H Q S"]
     logits: Float[Tensor, "N T H R"]
@@ -110,8 +110,8 @@ class LongShort(Mixer):
         near = rotated(near, sequence, self.config.rope_theta)
         if self.slot.causal:
             return projected.values, [self._causal(projected, near, logits, sequence)]
-        stacks = documents_by_length(sequence)
-        return projected.values, [self._whole(each, projected, near, logits) for each in stacks]
+        buckets = documents_by_length(sequence)
+        return projected.values, [self._whole(each, projected, near, logits) for each in buckets]
 
     def mix(
         self,
@@ -129,11 +129,11 @@ class LongShort(Mixer):
             return _sum(c, around, averages)[:, : values.shape[1]]
         parts = []
         for c in coefficients:
-            taken = c.stack.take(values)
+            taken = c.bucket.take(values)
             around = around_blocks(taken, None, self.reach, c.near.shape[3])
             mixed = _sum(c, around, _document_averages(taken, c.logits))
             parts.append(mixed[:, : taken.shape[1]])
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -168,15 +168,15 @@ class LongShort(Mixer):
         )
 
     def _whole(
-        self, stack: DocumentRows, projected: Projected, near: Projected, logits: Tensor
+        self, bucket: DocumentRows, projected: Projected, near: Projected, logits: Tensor
     ) -> Coefficients:
-        queries, keys = stack.take(projected.queries), stack.take(projected.keys)
-        logits = stack.where_present(stack.take(logits), -math.inf)
-        ids = stack.where_present(queries.new_zeros(queries.shape[:2], dtype=torch.int32), PADDING)
-        near = Projected(stack.take(near.queries), stack.take(near.keys), keys)
+        queries, keys = bucket.take(projected.queries), bucket.take(projected.keys)
+        logits = bucket.where_present(bucket.take(logits), -math.inf)
+        ids = bucket.where_present(queries.new_zeros(queries.shape[:2], dtype=torch.int32), PADDING)
+        near = Projected(bucket.take(near.queries), bucket.take(near.keys), keys)
         scores = self._near_scores(near, None, ids, None)
         far = _products(queries, self.far_norm(_document_averages(keys, logits)))
-        return Coefficients(stack, *_weights(scores, far, self.scale), logits, None)
+        return Coefficients(bucket, *_weights(scores, far, self.scale), logits, None)
 
     def _causal(
         self, projected: Projected, near: Projected, logits: Tensor, sequence: WholeSequence

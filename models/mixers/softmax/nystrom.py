@@ -52,7 +52,7 @@ class NystromConfig(HeadsConfig):
 class Coefficients(NamedTuple):
     """What decides the matrices of some documents, heads before tokens; masks are None for all."""
 
-    stack: DocumentRows
+    bucket: DocumentRows
     queries: Float[Tensor, "N H T P"]
     keys: Float[Tensor, "N H T P"]
     query_landmarks: Float[Tensor, "N H C P"]
@@ -86,8 +86,8 @@ class Nystrom(Mixer):
         del memory
         queries, keys, values = self.heads(x)
         return values, [
-            self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in documents_by_length(sequence)
+            self._coefficients(bucket, bucket.take(queries), bucket.take(keys))
+            for bucket in documents_by_length(sequence)
         ]
 
     def mix(
@@ -97,8 +97,8 @@ class Nystrom(Mixer):
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Attend from the landmarks to the tokens, and from the tokens to the landmarks."""
-        parts = [self._mix(c.stack.take(values), c) for c in coefficients]
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        parts = [self._mix(c.bucket.take(values), c) for c in coefficients]
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -123,15 +123,15 @@ class Nystrom(Mixer):
         assert name == "taps"
         return uniform(self.taps.shape, self.taps.shape[1] ** -0.5, generator)
 
-    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
+    def _coefficients(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
         count = self.config.n_landmarks
-        means, present = landmarks_of(torch.cat([queries, keys], dim=2), stack, count)
+        means, present = landmarks_of(torch.cat([queries, keys], dim=2), bucket, count)
         query_means, key_means = means.transpose(1, 2).chunk(2, dim=1)
         kernel = _kernel(query_means, key_means, present)
         inverse = iterated_inverse(kernel, self.config.iterations)
-        tokens = stack.present
+        tokens = bucket.present
         return Coefficients(
-            stack,
+            bucket,
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             query_means,

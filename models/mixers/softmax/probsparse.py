@@ -57,7 +57,7 @@ class Coefficients(NamedTuple):
         present: which keys are there; None for all.
     """
 
-    stack: DocumentRows
+    bucket: DocumentRows
     queries: Float[Tensor, "N H U P"]
     keys: Float[Tensor, "N H T P"]
     place: Int[Tensor, "N H U"]
@@ -88,8 +88,8 @@ class ProbSparse(Mixer):
         del memory
         queries, keys, values = rotated(self.heads(x), sequence, self.config.rope_theta)
         return values, [
-            self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in documents_by_length(sequence)
+            self._coefficients(bucket, bucket.take(queries), bucket.take(keys))
+            for bucket in documents_by_length(sequence)
         ]
 
     def mix(
@@ -99,8 +99,8 @@ class ProbSparse(Mixer):
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Attend with the chosen queries, and average for all others."""
-        parts = [_mix(c.stack.take(values), c) for c in coefficients]
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        parts = [_mix(c.bucket.take(values), c) for c in coefficients]
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -120,26 +120,26 @@ class ProbSparse(Mixer):
         elementwise = T * (3.0 * U + 2 + P)
         return MixFlops(H * 6.0 * P * U * T, H * 6.0 * P * U * T, H * elementwise)
 
-    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
-        place = self._choose(stack, queries, keys)
+    def _coefficients(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
+        place = self._choose(bucket, queries, keys)
         T, P = queries.shape[1], queries.shape[-1]
         index = place.clamp(max=T - 1)[..., None].expand(*place.shape, P)
         chosen = queries.transpose(1, 2).gather(2, index)
-        present = None if stack.present is None else stack.present[:, None, None]
-        return Coefficients(stack, chosen, keys.transpose(1, 2), place, present)
+        present = None if bucket.present is None else bucket.present[:, None, None]
+        return Coefficients(bucket, chosen, keys.transpose(1, 2), place, present)
 
     @torch.no_grad()
-    def _choose(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
+    def _choose(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
         N, T = queries.shape[:2]
         if queries.is_meta:
             return torch.zeros(
                 N, queries.shape[2], self.config.chosen(T), dtype=torch.int64, device="meta"
             )
-        lengths = stack.lengths(queries)
+        lengths = bucket.lengths(queries)
         quotas = lengths.new_tensor([self.config.chosen(n) for n in lengths.tolist()])
         most = int(quotas.max())
         measure = _measure(widened(queries), widened(keys), lengths, quotas)
-        measure = stack.where_present(measure, float("-inf"))
+        measure = bucket.where_present(measure, float("-inf"))
         place = measure.transpose(1, 2).topk(most, dim=2).indices
         spare = torch.arange(most, device=place.device) >= quotas[:, None, None]
         return place.masked_fill(spare, T)
@@ -181,7 +181,7 @@ def _mix(values: Float[Tensor, "N T H P"], c: Coefficients) -> Float[Tensor, "N 
         c.queries, c.keys, seen.to(c.keys.dtype), attn_mask=c.present
     )
     with without_autocast(values):
-        lengths = c.stack.lengths(values)[:, None, None]
+        lengths = c.bucket.lengths(values)[:, None, None]
         mean = (widened(values).sum(dim=1) / lengths).to(values.dtype)
     # The last place takes what no query was chosen for.
     rows = mean[:, :, None].expand(-1, -1, values.shape[1] + 1, -1)

@@ -9,9 +9,9 @@ import torch
 
 from kernels.dispatch import Path
 from kernels.scans import ssd as module
+from kernels.scans.bidirectional_ssd import bidirectional_ssd
 from kernels.scans.selective_scan import selective_scan_reference
 from kernels.scans.ssd import ssd, ssd_reference
-from kernels.scans.two_way_ssd import two_way_ssd
 from tests.kernels.agreement import assert_agrees, ragged_documents
 from tests.oracles import ssd as oracle
 
@@ -252,7 +252,7 @@ def test_two_way_scan_gives_both_triangles_of_a_quasiseparable_matrix(lengths):
     B, C = generator.normal(size=(2, 1, L, 2, 2, 3))
     units = torch.eye(L).double()[None, :, None].expand(1, L, 4, L)
     tensors = (torch.from_numpy(x) for x in (dt, A, B, C, ids))
-    got = two_way_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
+    got = bidirectional_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
     wanted = oracle.quasiseparable(dt[0], A, B[0], C[0], np.zeros((L, 4)), ids[0])
     assert np.abs(got - wanted).max() < 1e-12 * np.abs(wanted).max()
 

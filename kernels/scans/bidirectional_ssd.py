@@ -9,7 +9,7 @@ from kernels.scans.not_finite import filled_where
 from kernels.scans.ssd import ssd
 
 
-def two_way_ssd(
+def bidirectional_ssd(
     values: Float[Tensor, "B L H P"],
     dt: Float[Tensor, "B L 2 H"],
     A: Float[Tensor, "H"],
