@@ -53,7 +53,7 @@ def rotated_rms_norm(
     cos: Float[Tensor, "b L 1 P"],
     sin: Float[Tensor, "b L 1 P"],
 ) -> Float[Tensor, "B L H P"]:
-    """Angles what `rms_norm` makes of each head, as `rotate_halves` does, without a pass of its own.
+    """Apply `rms_norm` to each head, then `rotate_halves`, in one pass over memory.
 
     Returns the dtype of `x`.
     """
