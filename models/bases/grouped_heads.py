@@ -1,4 +1,4 @@
-"""Rotary query heads that share key heads, with parameters named as `attention` names its own."""
+"""Base of mixers with rotary grouped-query heads, whose weights load from those of `attention`."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ class GroupedHeadsConfig(HeadsConfig):
 
 
 class GroupedHeads(Mixer):
-    """A mixer with queries, keys and values, whose weights are those of `attention`."""
+    """A mixer with grouped queries, keys and values; parameters are named as in `attention`."""
 
     def __init__(self, config: GroupedHeadsConfig, slot: Slot) -> None:
         super().__init__(slot)

@@ -1,4 +1,4 @@
-"""Queries, keys and values of several heads, as the mixers have them that attend in other ways."""
+"""Multi-head queries, keys and values for the efficient attentions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class HeadsConfig(MixerConfig):
-    """What is common to mixers with queries, keys and values.
+    """Heads of a mixer with queries, keys and values.
 
     Attributes:
         n_heads: heads; head_dim is d_model / n_heads and even.
@@ -53,7 +53,7 @@ class Projected(NamedTuple):
 
 
 class Heads(nn.Module):
-    """Maps to queries, keys and values without bias, and the map back."""
+    """Projections to queries, keys and values, and the output projection, without bias."""
 
     def __init__(self, config: HeadsConfig, slot: Slot) -> None:
         super().__init__()
@@ -66,14 +66,14 @@ class Heads(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Projected:
-        """Project tokens that attend to each other."""
+        """Project tokens for a self pattern."""
         parts = self.qkv.in_parts(x, 3 * [x.shape[2]])
         return self._normalise(*(part.unflatten(2, (self.n_heads, -1)) for part in parts))
 
     def across(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory
     ) -> Projected:
-        """Project tokens that attend to a memory, which is projected once."""
+        """Project tokens and a memory for a cross pattern; the memory is projected once."""
         H, P = self.n_heads, self.head_dim
         to_queries, to_pairs = self.qkv.weight.split([H * P, 2 * H * P])
         seen = memory.sequence.without_padding(memory.x)

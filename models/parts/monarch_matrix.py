@@ -14,7 +14,7 @@ def monarch_multiply(
     first: Inexact[Tensor, "k q p"],
     second: Inexact[Tensor, "l s r"],
 ) -> Inexact[Tensor, "*batch m"]:
-    """Multiply by `first`, deal the results out among the blocks of `second`, gather them again."""
+    """Multiply by `first`, permute, multiply by `second`, and permute back."""
     l, _, r = second.shape  # noqa: E741
     inner = torch.einsum("...kp,kqp->...kq", x.unflatten(-1, (first.shape[0], -1)), first)
     dealt = inner.flatten(-2).unflatten(-1, (r, l)).transpose(-1, -2)

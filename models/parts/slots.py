@@ -20,20 +20,21 @@ from models.sequences.recurrence import AssociativeRecurrence
 from models.sequences.whole import WholeSequence
 
 SOFTMAX_FLOPS = 5.0
-"""Pointwise work for an entry: largest, difference, exponential, sum, division."""
+"""Pointwise operations per entry of a softmax: maximum, difference, exp, sum, division."""
 
 RUNNING_FLOPS = 10.0
-"""Pointwise work for a token and slot: six for the log-sum (larger, difference, its size, its
-exponential, logarithm, sum), and difference and exponential for the share and for the decay."""
+"""Pointwise operations per token and slot of running averages: six for the log-sum (maximum,
+difference, absolute value, exp, log, sum), and a difference and exp for the share and the decay."""
 
 
 class SlotFilling(NamedTuple):
-    """How the tokens of whole documents enter their slots.
+    """How the tokens of whole documents are written to slots.
 
     Attributes:
-        sequence: the tokens.
-        buckets: their documents.
-        shares: gives the shares of each bucket; not called where later pieces keep what it made.
+        sequence: the sequence that is written.
+        buckets: its documents.
+        shares: computes each token's share in each slot, by bucket; lazy, because decoding computes
+            slots only in the first chunk.
     """
 
     sequence: WholeSequence
@@ -41,7 +42,7 @@ class SlotFilling(NamedTuple):
     shares: Callable[[], list[Float[Tensor, "N S H C"]]]
 
     def fill(self, x: Float[Tensor, "B S H P"]) -> Float[Tensor, "B D H C P"]:
-        """Sum the tokens' features by their shares, for each row and document."""
+        """The slots of each row and document: the tokens' features weighted by their shares."""
         shares = self.shares()
         with without_autocast(x):
             parts = [
@@ -52,13 +53,13 @@ class SlotFilling(NamedTuple):
 
 
 class SlotMatrix(NamedTuple):
-    """A matrix for each document whose rank is at most the number of its slots.
+    """A matrix per document, whose rank is at most the number of slots.
 
-    A token whose document has no token on the filling side has a row of zeros.
+    A reading token whose document is not on the written side has a row of zeros.
 
     Attributes:
-        filling: how values enter the slots.
-        weights: those of each bucket of reading documents.
+        filling: how values are written to slots.
+        weights: how tokens read the slots, by bucket.
         buckets: the documents that read.
     """
 
@@ -80,12 +81,12 @@ class SlotMatrix(NamedTuple):
 
 
 class CausalSlotMatrix(NamedTuple):
-    """A causal matrix: slots are averages of the tokens so far, weighed by exponentials of logits.
+    """A causal matrix: each slot is a softmax-weighted average of the tokens so far.
 
     Attributes:
         weights: how each token reads the slots.
-        logits: how it enters them.
-        log_sums: logarithms of the sums of the logits' exponentials so far.
+        logits: the softmax logit of each token in each slot.
+        log_sums: log-sum-exp of the logits so far.
     """
 
     weights: Float[Tensor, "B L H C"]
@@ -109,11 +110,11 @@ class CausalSlotMatrix(NamedTuple):
 
 @dataclass
 class SlotAverages(AssociativeRecurrence):
-    """Averages of tokens by exponentials of logits, and the logarithms of these sums.
+    """Softmax-weighted running averages of tokens, and their log-sum-exps, as a recurrence.
 
     Attributes:
-        outputs: what a run from a state gives, and the state after it.
-        logits: how each token enters each slot.
+        outputs: maps an initial state to outputs and the final state.
+        logits: the softmax logit of each token in each slot.
         x: what is averaged; None for the log-sums alone.
     """
 
@@ -141,7 +142,7 @@ class SlotAverages(AssociativeRecurrence):
         return torch.cat([averages, log_sums[..., None]], dim=-1)
 
     def identity(self, like: Float[Tensor, "B H C *P1"]) -> Float[Tensor, "B H C *P1"]:
-        """No sums, whose logarithm is minus infinity."""
+        """An empty sum: its logarithm is minus infinity."""
         empty = torch.full_like(like, -math.inf)
         if self.x is not None:
             empty[..., :-1] = 0.0
@@ -150,7 +151,7 @@ class SlotAverages(AssociativeRecurrence):
     def join(
         self, before: Float[Tensor, "B H C *P1"], after: Float[Tensor, "B H C *P1"]
     ) -> Float[Tensor, "B H C *P1"]:
-        """Average the averages by their sums."""
+        """The average over both spans: their averages, weighted by their sums."""
         if self.x is None:
             return torch.logaddexp(before, after)
         both = torch.logaddexp(before[..., -1:], after[..., -1:])
@@ -166,5 +167,5 @@ def packed(
 
 
 def unpacked(state: Float[Tensor, "B H C N"] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Averages and log-sums of a state; None where nothing precedes."""
+    """Averages and log-sums of a state; None for no state."""
     return (None, None) if state is None else (state[..., :-1], state[..., -1])

@@ -3,7 +3,7 @@
 After the "Hybrid Attention" system of JohannaWeb (2026, projects/Sisyphus/src/model.py). Changed:
 the gates read the keys but not the state, so that the recurrence is a linear scan; they are those
 of RG-LRU (De et al. 2024, section 2.4) or minGRU (Feng et al. 2024) behind a short convolution; and
-each branch is normalised before the two are mixed, because their scales differ fourfold at first.
+each branch is normalised before the two are mixed, because their initial scales differ fourfold.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class HybridConfig(MixerConfig):
 
     Attributes:
         n_heads: heads of both branches; head_dim is d_model / n_heads and even.
-        window: keys that a query sees at most, its own included.
+        window: most keys that a query sees, its own included.
         mode: the gates of the recurrence.
         branches: both, or one alone without the other's parameters, for ablations.
         rope_theta: base of the rotary frequencies.
@@ -62,14 +62,14 @@ class HybridConfig(MixerConfig):
 
 
 class Scores(NamedTuple):
-    """Rotated queries and keys, which decide what the window takes in."""
+    """Rotated queries and keys of the window branch."""
 
     queries: Float[Tensor, "B L H P"]
     keys: Float[Tensor, "B L H P"]
 
 
 class Coefficients(NamedTuple):
-    """What decides each branch, None where it is off, and the window's share of each head."""
+    """Coefficients of each branch, None if it is off, and the window branch's share by head."""
 
     scores: Scores | None
     steps: Steps | None
@@ -80,8 +80,8 @@ class Coefficients(NamedTuple):
 class Hybrid(Mixer):
     """y = out(alpha norm(M_window v) + (1 - alpha) norm(M_recurrence v)), alpha for each head.
 
-    A channel is a head of the matrix view, because each has decays of its own, so `materialize`
-    shows the matrices of channel c at 2 c (window, equal within an attention head) and 2 c + 1.
+    Each channel has its own decays and is one head of the matrix view: `materialize` returns the
+    matrices of channel c at 2 c (window; equal within an attention head) and 2 c + 1 (recurrence).
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
@@ -109,7 +109,7 @@ class Hybrid(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
-        """Values are the channels of the value heads; scores, steps and shares decide."""
+        """Values are the channels of the value heads."""
         del memory
         parts = 3 if self.attends else 2
         *queries, keys, values = self.qkv.in_parts(x, parts * [x.shape[-1]])
@@ -126,7 +126,7 @@ class Hybrid(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L F P"]:
-        """Apply the matrix of each branch to the same values, and lay them side by side."""
+        """Apply the matrix of each branch to the same values, and interleave the results."""
         mixed = []
         if coefficients.scores is not None:
             heads = values.reshape(*values.shape[:2], self.config.n_heads, -1)
@@ -139,7 +139,7 @@ class Hybrid(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L F 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Normalise each branch, mix the two and project back."""
+        """Normalise each branch, mix the two and project out."""
         heads = mixed.reshape(*mixed.shape[:2], self.config.n_heads, self.head_dim, -1)
         branches = list(heads.unbind(dim=-1))
         if self.config.branch_norms:
@@ -179,7 +179,7 @@ class Hybrid(Mixer):
 
 
 class HeadNorm(nn.Module):
-    """Divide each head by its root mean square, in float32, and scale its channels.
+    """RMS norm of each head, in float32.
 
     Args:
         n_heads: heads.
@@ -201,6 +201,6 @@ class HeadNorm(nn.Module):
 
 
 def visible_in_window(tokens: int, window: int) -> float:
-    """Pairs of a query and a key that it sees among the first tokens of a sequence."""
+    """Visible query-key pairs among the first `tokens` tokens of a sequence."""
     growing = min(tokens, window)
     return growing * (growing + 1) / 2 + (tokens - growing) * window

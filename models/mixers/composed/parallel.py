@@ -44,16 +44,18 @@ class ParallelConfig(MixerConfig):
             raise ValueError("mixers is empty; name one mixer or more")
         for name in self.mixers:
             if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"mixers.{name} is no name for a mixer; take another word")
+                raise ValueError(
+                    f"mixers.{name} is not a valid name for a mixer; take another identifier"
+                )
 
 
 @dataclass
 class MemberCoefficients:
-    """The coefficients of one mixer, and the form of its values.
+    """The coefficients of one mixer, and the shape of its values.
 
     Attributes:
         length, heads, width, dtype: S, G, P and dtype of its values.
-        copies: matrices for each head of its values, which its `mix` alone knows and fills in.
+        copies: output heads per value head, known only after its `mix`, which sets it.
     """
 
     coefficients: Any
@@ -71,12 +73,12 @@ class MemberCoefficients:
 
 @register(ParallelConfig)
 class Parallel(Mixer):
-    """y = sum of w_i mixer_i(x): its matrix has those of its mixers along the diagonal.
+    """y = sum of w_i mixer_i(x): its matrix is block-diagonal in those of its mixers.
 
-    Each channel of each mixer's values is a head, so that values of any number of heads stand side
-    by side. Values of a mixer that remembers fewer tokens than another begin with zeros. Learned
-    weights start at the slot's residual scale over the number of mixers; the mixers then start
-    without that scale, which their norms would undo.
+    Every value channel is a head here, so that values with any number of heads can be concatenated.
+    Values of a mixer that keeps fewer tokens than another are padded with zeros in front. Learned
+    weights start at the slot's residual scale over the number of mixers; the mixers themselves then
+    start without that scale, which the norms would undo.
     """
 
     patterns = frozenset(Pattern)
@@ -90,7 +92,7 @@ class Parallel(Mixer):
         if config.merge == "learned":
             self.weights = nn.Parameter(torch.empty(len(self.mixers), slot.d_model))
         mixers = self._each()
-        # What a class declares is here a matter of the configuration.
+        # Class attributes of other mixers depend here on which mixers are combined.
         for name, value in (
             ("no_decay", frozenset({"weights"} if config.merge == "learned" else ())),
             ("approximate", "; ".join(m.approximate for m in mixers if m.approximate)),
@@ -102,7 +104,7 @@ class Parallel(Mixer):
             setattr(self, name, value)
 
     def unsharded(self) -> str:
-        """Why one of its mixers' tokens cannot be cut over ranks."""
+        """Why one of its mixers does not support sequence parallelism."""
         named = (
             (name, mixer.unsharded()) for name, mixer in zip(self.mixers, self._each(), strict=True)
         )
@@ -146,7 +148,7 @@ class Parallel(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L F 1"], coefficients: list[MemberCoefficients]
     ) -> Float[Tensor, "B L D"]:
-        """Let each mixer go back to the residual stream, and add what they bring."""
+        """Merge each mixer, and combine their outputs."""
         copies, outputs = _common_copies(coefficients), []
         channels = mixed.squeeze(-1).unflatten(2, (-1, copies))
         channels = channels.split([part.channels for part in coefficients], dim=2)
@@ -187,8 +189,8 @@ def _built(name: str, config: MixerConfig, slot: Slot) -> Mixer:
         raise ValueError(f"mixers.{name}: {error}") from error
     if not mixer.linear:
         raise ValueError(
-            f"mixers.{name}: {config.kind} is not linear in its values and cannot stand beside "
-            "others; give it a block of its own"
+            f"mixers.{name}: {config.kind} is not linear in its values, so it cannot be one of "
+            "several in parallel; give it a block of its own"
         )
     return mixer
 

@@ -1,12 +1,11 @@
 """cosFormer: linear attention with a positive feature map and a cosine of distance (Qin 2022).
 
-Sections 3.2 and 3.3. Weights are relu(q_t) relu(k_s) cos(pi (t - s) / (2 max_len)), which splits
-into cos cos + sin sin: 2 P features of tokens and their places. Changed: the scale is `max_len`, a
-constant, and not the length at hand, so that a row does not depend on how many tokens follow. That
-makes causal patterns possible, the cross one too: a query's row depends on itself, its place and
-the memory alone. Places are counted in documents, from 0, so all four factors are at least 0 and no
-sum cancels. A row is divided by its sum without a floor; if no key has a weight, the row is zero.
-There is no rotation: the cosine is the position.
+Sections 3.2 and 3.3. Weights are relu(q_t) relu(k_s) cos(pi (t - s) / (2 max_len)); the cosine
+splits into cos cos + sin sin, so each token has 2 P features. Changed: the scale is the constant
+`max_len`, not the sequence length, so that a row does not depend on later tokens and causal
+patterns are possible. Positions count from 0 in each document, so that all factors are nonnegative
+and no sum cancels. Rows are divided by their sum without a floor; a row without weights is zero.
+There is no rotary embedding, as the cosine encodes positions.
 """
 
 import functools
@@ -36,8 +35,7 @@ class CosformerConfig(HeadsConfig):
     """Sizes of a cosFormer.
 
     Attributes:
-        max_len: the distance at which weights reach zero, and the longest document that can be
-            mixed.
+        max_len: the distance at which weights reach zero, and the longest document.
     """
 
     kind: ClassVar[str] = "cosformer"
@@ -49,7 +47,7 @@ class CosformerConfig(HeadsConfig):
 
 
 class CausalFeatures(NamedTuple):
-    """Features of a causal matrix, those of a query divided by its row's sum."""
+    """Features of a causal matrix; those of queries are divided by their row's sum."""
 
     queries: Float[Tensor, "B L H N"]
     keys: Float[Tensor, "B L H N"]
@@ -75,7 +73,7 @@ class Cosformer(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalFeatures]:
-        """Values are the value heads; features of queries, keys and places decide."""
+        """Values are the value heads; features come from queries, keys and positions."""
         if memory is None:
             other, projected = sequence, self.heads(x)
         else:
@@ -84,7 +82,7 @@ class Cosformer(Mixer):
         if self.slot.pattern is Pattern.CAUSAL_SELF:
             keys = self._features(projected.keys, sequence)
             return projected.values, _running(queries, keys, sequence)
-        # The keys of a memory are wanted by its first reader alone.
+        # Lazy: in decoding only the first chunk computes features of a memory's keys.
         keys = lambda: self._features(projected.keys, other)  # noqa: E731
         return projected.values, _low_rank(queries, keys, other, sequence)
 
@@ -121,7 +119,7 @@ class Cosformer(Mixer):
     def _features(
         self, x: Float[Tensor, "B L H P"], sequence: WholeSequence
     ) -> Float[Tensor, "B L H N"]:
-        """relu(x) by the cosine and the sine of each place, side by side."""
+        """relu(x) times the cosine and times the sine of each position, concatenated."""
         key = ("cosformer", self.config.max_len)
         cos, sin = sequence.memo(key, lambda: _turns(sequence, self.config.max_len))
         positive = F.relu(widened(x))
@@ -129,7 +127,7 @@ class Cosformer(Mixer):
 
 
 def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
-    """Cosine and sine of the angle of each token's place, in float64.
+    """Cosine and sine of the angle of each token's position, in float64.
 
     Raises:
         ValueError: a document is longer than `max_len`.
@@ -181,5 +179,5 @@ def _cut(x: Tensor, buckets: list[DocumentRows]) -> list[Tensor]:
 def _divided(
     queries: Float[Tensor, "B L H N"], sums: Float[Tensor, "B L H 1"]
 ) -> Float[Tensor, "B L H N"]:
-    """Features over the sums of their rows; a row whose sum is 0 has weights of 0 in any case."""
+    """Divide features by row sums; a row with sum 0 has zero weights, whatever it is divided by."""
     return queries / sums.masked_fill(sums == 0, 1.0)

@@ -6,12 +6,11 @@ logarithm of sum_s phi_f(k_s) over the visible keys, the normalised operator is
 
     M[t, s] = sum_f softmax_f(w_f q_t + l_f) phi_f(k_s) / exp(l_f):
 
-an average of the keys in each feature, and a softmax over features. Every factor is at most 1, the
-queries' own stabiliser and |q|^2 cancel, and neither a maximum over all tokens, which would see the
-future and other documents, nor a constant added to features or normaliser is needed. Changed: that
-form; features are not drawn anew during training, but are constants of their sizes and
-`feature_seed`, the same in all layers and never stored. In self patterns queries and keys are
-rotated.
+an average over keys for each feature, and a softmax over features. Every factor is at most 1, and
+the query's norm and stabiliser cancel: no maximum over all tokens is needed, which would see the
+future and other documents, and no constant added to features. Changed: that form; features are not
+redrawn during training, but depend only on their sizes and `feature_seed`, are the same in all
+layers and are not stored. In self patterns queries and keys are rotated.
 """
 
 import functools
@@ -47,7 +46,7 @@ class PerformerConfig(HeadsConfig):
 
     Attributes:
         n_features: random features of each head.
-        feature_seed: what the features are drawn by, besides their sizes.
+        feature_seed: seed of the features, besides their sizes.
         rope_theta: base of the rotary frequencies of self patterns.
     """
 
@@ -80,7 +79,7 @@ class Performer(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
-        """Values are the value heads; features of queries and keys decide."""
+        """Values are the value heads; weights come from features of queries and keys."""
         if memory is not None:
             projected = self.heads.across(x, sequence, memory)
             return projected.values, self._low_rank(projected, memory.sequence, sequence)
@@ -95,7 +94,7 @@ class Performer(Mixer):
         coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
-        """Average values in the features, and read the features."""
+        """Average the values for each feature, then the features for each query."""
         return coefficients.mix(values, sequence)
 
     def merge(
@@ -106,7 +105,7 @@ class Performer(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Features of F queries and keys, the averages and reading them, 2 F P each, by head.
+        """F features of queries and keys, and both averages, 2 F P each per token and head.
 
         Pointwise, by head: P for the scale of a query or key, 2 P + 1 for a key's half square; for
         each feature and query, adding the log-sum and the softmax; for each feature and key, the
@@ -166,7 +165,7 @@ class Performer(Mixer):
             return torch.einsum("blhp,hfp->blhf", wide, features)
 
     def _logits(self, keys: Float[Tensor, "B S H P"]) -> Float[Tensor, "B S H F"]:
-        """The logarithm of each feature."""
+        """The logarithm of each feature of the keys."""
         square = widened(keys).square().sum(dim=-1, keepdim=True) * keys.shape[-1] ** -0.5
         return self._features(keys) - square / 2
 
@@ -175,7 +174,7 @@ class Performer(Mixer):
 def _placed_features(
     sizes: tuple[int, int, int], seed: int, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "H F P"]:
-    # What is kept here must serve training, even if evaluation asks first.
+    # Cached across calls: an inference tensor, made in evaluation, could not be used in training.
     with torch.inference_mode(False):
         return torch.tensor(orthogonal_features(*sizes, seed), device=device, dtype=dtype)
 
@@ -187,10 +186,9 @@ def orthogonal_features(
     blocks = -(-n_features // head_dim)
     generator = np.random.Generator(np.random.PCG64([seed, n_features, head_dim]))
     drawn = generator.standard_normal((n_heads, blocks, head_dim, head_dim))
-    turns, upper = np.linalg.qr(drawn)
-    # The signs make the turns uniform (Mezzadri 2007, section 5).
-    turns = turns * np.sign(np.diagonal(upper, axis1=-2, axis2=-1))[..., None, :]
+    rotations, upper = np.linalg.qr(drawn)
+    # With these signs the orthogonal matrices are Haar-distributed (Mezzadri 2007, section 5).
+    rotations = rotations * np.sign(np.diagonal(upper, axis1=-2, axis2=-1))[..., None, :]
     lengths = np.linalg.norm(generator.standard_normal(drawn.shape), axis=-1, keepdims=True)
-    # Columns of a turn are as good as its rows.
-    features = turns.swapaxes(-1, -2) * lengths
+    features = rotations.swapaxes(-1, -2) * lengths
     return features.reshape(n_heads, blocks * head_dim, head_dim)[:, :n_features]
