@@ -1,11 +1,11 @@
 """ABC, attention with bounded-memory control: attention to a few slots (Peng et al. 2022).
 
-A slot's key and value are averages of the tokens' keys and values, with weights exp(a[s, c]) that
-a learned map of the tokens gives (section 4, ABC-MLP). In a causal pattern the averages run over
-the tokens so far, numerator and denominator alike. Changed: CAB's release computes logits from keys
-and, separately, from values, which no matrix describes, and its causal path leaves out the sum over
-tokens; here one control from the tokens serves both, as in the paper. There is no rotation: an
-average of turned keys means nothing.
+A slot's key and value are averages of the tokens' keys and values, with weights exp(a[s, c]) from a
+learned map of the tokens (section 4, ABC-MLP). In a causal pattern the averages run over the tokens
+so far. Changed: CAB's release computes separate logits from keys and from values, which is not a
+matrix applied to the values, and its causal path leaves out the sum over tokens; here one control
+serves both, as in the paper. There is no rotary embedding: an average of rotated keys has no
+position.
 """
 
 import functools
@@ -41,7 +41,7 @@ class ABCConfig(HeadsConfig):
     """Sizes of an ABC.
 
     Attributes:
-        n_slots: slots of each head.
+        n_slots: slots per head.
     """
 
     kind: ClassVar[str] = "abc"
@@ -72,7 +72,7 @@ class ABC(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
-        """Values are the value heads; queries, keys and logits decide."""
+        """Values are the value heads; weights come from queries, keys and logits."""
         if memory is not None:
             projected, other = self.heads.across(x, sequence, memory), memory.sequence
             seen = other.without_padding(memory.x)
@@ -88,7 +88,7 @@ class ABC(Mixer):
         coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
-        """Average values in the slots, and read the slots."""
+        """Average the values in each slot, then the slots for each query."""
         return coefficients.mix(values, sequence)
 
     def merge(
@@ -99,7 +99,7 @@ class ABC(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Slots of keys and of values, 4 C P a key and head; reading both, 4 C P a query and head.
+        """Writing slots, 4 C P per key and head; reading them, 4 C P per query and head.
 
         Pointwise, for each token, slot and head, where slots are running: log-sum, share and decay,
         and 2 P for the decay of both averages. Softmaxes are not counted, as in attention.

@@ -1,6 +1,6 @@
-"""Softmax attention with rotary positions, QK-norm and grouped keys (Vaswani 2017; Touvron 2023).
+"""Softmax attention (Vaswani et al. 2017) with rotary embeddings, QK-norm and grouped queries.
 
-QK-norm is a per-head RMSNorm of queries and keys before the rotation (Wortsman et al. 2023).
+QK-norm is a per-head RMS norm of queries and keys before the rotation (Wortsman et al. 2023).
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,10 @@ class AttentionConfig(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """Queries and keys, which decide how values are mixed.
+    """Queries and keys, which determine the mixing matrix.
 
     Attributes:
-        visible: which tokens of a memory each query sees, where it holds several documents.
+        visible: mask of a memory that holds several documents; None otherwise.
     """
 
     queries: Float[Tensor, "B L H P"]
@@ -68,8 +68,8 @@ class Coefficients(NamedTuple):
 class Attention(Mixer):
     """M = softmax(queries keys^T / sqrt(P)) over the visible keys.
 
-    In a cross pattern queries come from the tokens and keys and values from the memory, whose
-    distances mean nothing: there is no rotation.
+    In a cross pattern keys and values come from the memory. Distances between its tokens and the
+    queries have no meaning, so nothing is rotated.
     """
 
     patterns = frozenset(Pattern)
@@ -90,7 +90,7 @@ class Attention(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
-        """Values are the value heads; queries and keys decide."""
+        """Values are the value heads; queries and keys determine the matrix."""
         if memory is not None:
             return self._project_cross(x, sequence, memory)
         H, G = self.config.n_heads, self.config.kv_heads
@@ -107,12 +107,12 @@ class Attention(Mixer):
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Attend; whichever kernel serves keeps the statistics in float32."""
+        """Attend, by the fastest kernel; all of them keep softmax statistics in float32."""
         queries, keys, visible = coefficients
         packed = sequence.packed or keys.shape[1] > queries.shape[1]
         if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
             documents = sequence.gathered_documents()
-            # Torch's stub of what it keeps from the compiler loses the arguments.
+            # The stub of torch.compiler.disable loses the function's signature.
             return packed_attention(
                 queries,
                 keys,  # pyright: ignore[reportCallIssue]

@@ -1,9 +1,9 @@
-"""ProbSparse attention: softmax for the few queries that seem far from uniform (Zhou et al. 2021).
+"""ProbSparse attention: softmax only for queries whose attention is far from uniform (Zhou 2021).
 
-Section 3.2 of the Informer paper. Changed: the keys that a query is measured on are a fixed
-function of its place and its document's length, evenly spread, and not drawn anew at each call; the
-mean in the measure is that of the sampled scores (the release divides their sum by the number of
-all keys). Queries and keys are rotated, as a chosen query attends like any other.
+Zhou et al. 2021, "Informer", section 3.2. Changed: the keys on which a query is measured are a
+fixed, evenly spread function of its position and its document's length, instead of redrawn at each
+call; the mean in the measure is that of the sampled scores (the release divides their sum by the
+number of all keys). Queries and keys are rotated.
 """
 
 import math
@@ -22,7 +22,7 @@ from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, put_back
 from models.sequences.whole import WholeSequence
 
-# 2^32 over the golden ratio: multiples of it are spread evenly modulo 2^32 (Knuth, section 6.4).
+# 2^32 over the golden ratio: its multiples are evenly spread modulo 2^32 (Knuth, TAOCP 3, 6.4).
 GOLDEN = 2654435769
 
 
@@ -31,8 +31,8 @@ class ProbSparseConfig(HeadsConfig):
     """Sizes of a ProbSparse attention.
 
     Attributes:
-        factor: c in c ceil(ln n), the number of queries that a document of n tokens chooses, and
-            of keys that each query is measured on.
+        factor: c in c ceil(ln n), the number of chosen queries in a document of n tokens, and of
+            the keys on which each query is measured.
         rope_theta: base of the rotary frequencies.
     """
 
@@ -45,16 +45,16 @@ class ProbSparseConfig(HeadsConfig):
             raise ValueError(f"factor {self.factor} is not positive; take 1 or more")
 
     def chosen(self, n: int) -> int:
-        """Queries that a document of n tokens chooses."""
+        """Number of chosen queries in a document of n tokens."""
         return min(n, self.factor * math.ceil(math.log(n)))
 
 
 class Coefficients(NamedTuple):
-    """The chosen queries of some documents, the keys that they attend to, and who is who.
+    """The chosen queries of a bucket of documents, and the keys.
 
     Attributes:
-        place: where each chosen query stands, one place behind the last where there is none.
-        present: which keys are there; None for all.
+        place: position of each chosen query; the length for an unused entry.
+        present: False for keys in padding; None for no padding.
     """
 
     bucket: DocumentRows
@@ -68,9 +68,9 @@ class Coefficients(NamedTuple):
 class ProbSparse(Mixer):
     """Rows of M are softmax(q k^T / sqrt(P)) for the chosen queries, and uniform for all others.
 
-    A query is chosen if max_j s_j - mean_j s_j, over its sample of scores, is among the largest of
-    its head and document. The choice has no gradient. All rows sum to 1; the rank is at most one
-    above the number of chosen queries.
+    A query is chosen if max_j s_j - mean_j s_j over its sampled scores is among the largest of its
+    head and document. The choice has no gradient. Rows sum to 1; the rank is at most the number of
+    chosen queries plus one.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
@@ -84,7 +84,7 @@ class ProbSparse(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], list[Coefficients]]:
-        """Values are the value heads; queries and keys decide."""
+        """Values are the value heads; queries and keys determine the matrix."""
         del memory
         queries, keys, values = rotated(self.heads(x), sequence, self.config.rope_theta)
         return values, [
@@ -110,9 +110,9 @@ class ProbSparse(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """By head, U chosen queries: 2 P U T for the measure and 4 P U T for their attention.
+        """Per head, with U chosen queries: 2 P U T for the measure, 4 P U T for their attention.
 
-        Pointwise: scale, largest and sum of the samples, two for each query's measure, and P a
+        Pointwise: scale, maximum and sum of the samples, two per query for the measure, and P per
         token for the mean of the values. Softmaxes are not counted, as in attention.
         """
         H, P, T = self.config.n_heads, self.heads.head_dim, keys
@@ -148,10 +148,10 @@ class ProbSparse(Mixer):
 def sampled_keys(
     lengths: Int[Tensor, "N"], tokens: int, quotas: Int[Tensor, "N"], sample: int
 ) -> Int[Tensor, "N T"]:
-    """The key that each query is measured on in one of its samples, by document length alone."""
+    """The key of one of each query's samples; depends only on position and document length."""
     query = torch.arange(tokens, device=lengths.device)
-    turn = (query * quotas[:, None] + sample + 1) * GOLDEN % 2**32
-    return turn * lengths[:, None] >> 32
+    spread = (query * quotas[:, None] + sample + 1) * GOLDEN % 2**32
+    return spread * lengths[:, None] >> 32
 
 
 def _measure(
@@ -160,7 +160,7 @@ def _measure(
     lengths: Int[Tensor, "N"],
     quotas: Int[Tensor, "N"],
 ) -> Float[Tensor, "N T H"]:
-    """Largest minus mean of each query's sampled scores; 0 for a document that samples none."""
+    """Maximum minus mean of each query's sampled scores; 0 for a document without samples."""
     N, T, H, P = queries.shape
     largest = queries.new_full((N, T, H), float("-inf"))
     total = torch.zeros_like(largest)
@@ -183,7 +183,7 @@ def _mix(values: Float[Tensor, "N T H P"], c: Coefficients) -> Float[Tensor, "N 
     with without_autocast(values):
         lengths = c.bucket.lengths(values)[:, None, None]
         mean = (widened(values).sum(dim=1) / lengths).to(values.dtype)
-    # The last place takes what no query was chosen for.
+    # One more row takes the unused entries, and is dropped.
     rows = mean[:, :, None].expand(-1, -1, values.shape[1] + 1, -1)
     index = c.place[..., None].expand(*c.place.shape, values.shape[-1])
     return rows.scatter(2, index, attended.to(values.dtype))[:, :, :-1].transpose(1, 2)
