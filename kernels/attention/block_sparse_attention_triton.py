@@ -4,7 +4,7 @@ One program owns the rows of a query block (outputs; `block_sparse_attention_bac
 gradients) and walks over its slots: listed keys, sinks, window. Sums are ordered and nothing is
 atomic. Softmax statistics and sums are float32; products are as in `interval_attention`, and take
 16 rows at least, so that a row that chooses alone leaves 15 of them empty. It reads slots (P + Q)
-numbers for as many products: memory and caches bound it. Not run on a GPU so far: tested in
+numbers for as many products: memory and caches bound it. Not yet run on a GPU: tested in
 Triton's interpreter, compiled ahead of time.
 """
 

@@ -203,7 +203,7 @@ class _LongConv(torch.autograd.Function):
         taps: Float32[Tensor, "E K"],
         reverse: Float32[Tensor, "E R"] | None,
     ) -> Tensor:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(values, taps, reverse)  # pyright: ignore[reportArgumentType]
         L, n = values.shape[1], _points(values, taps, reverse)
         outputs = torch.empty_like(values, dtype=torch.float32)

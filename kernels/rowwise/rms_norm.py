@@ -115,7 +115,7 @@ class _RMSNorm(torch.autograd.Function):
         outputs, scale = _forward(x, gate, weight, groups, eps, *rotation)
         *angles, heads = rotation
         ctx.heads = heads  # pyright: ignore[reportAttributeAccessIssue]
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (x, gate, weight, scale, *angles)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return outputs

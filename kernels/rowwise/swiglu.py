@@ -61,7 +61,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, gates: Float32[Tensor, "R F"], ups: Float32[Tensor, "R F"] | None
     ) -> Tensor:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(gates, ups)  # pyright: ignore[reportArgumentType]
         return _forward(gates, ups)
 

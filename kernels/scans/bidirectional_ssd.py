@@ -1,4 +1,8 @@
-"""Sums over the tokens before and behind each, by SSD in both directions."""
+"""Bidirectional SSD: the off-diagonal part of Hydra's quasiseparable matrix.
+
+Source: Hwang et al. 2024, "Hydra", section 3.2. Changed: resets at document boundaries, also in the
+shifts.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +21,18 @@ def bidirectional_ssd(
     C: Float[Tensor, "B L 2 G N"],
     documents: Int[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B L H P"]:
-    """Sum over the tokens before and those after each token, by one scan in either direction.
+    """The sum of an SSD over the tokens before each token, and of one over those after it.
 
-    outputs[t] is what `ssd` gives for token t - 1, and what it gives for token t + 1 when the
-    sequence is read from its end: a quasiseparable matrix with zeros on its diagonal (Hwang et al.
-    2024, section 3.2).
+    outputs[t] is output t - 1 of the forward scan plus output t + 1 of the backward scan: a
+    quasiseparable matrix with a zero diagonal.
 
     Args:
         values: the inputs of each head.
-        dt: step sizes of the scan from the front, then of that from the end.
-        A: rates, the same both ways.
-        B: how a token's input enters the state, either way.
-        C: how the state enters the output of the token after it, either way.
-        documents: document of each token; those of one stand together.
+        dt: step sizes of the forward scan, then of the backward scan.
+        A: rates, shared by both directions.
+        B: the input map of each token, per direction.
+        C: the output map of each token, per direction; it reads the output for the next token.
+        documents: document of each token; each document is contiguous.
     """
     both = torch.cat([values, values.flip(1)])
     steps, enter, leave = (torch.cat([x[:, :, 0], x[:, :, 1].flip(1)]) for x in (dt, B, C))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.precision import without_autocast
 
-# Tokens of a chunk: work within chunks grows with it, states between them shrink with it.
+# Tokens per chunk: a longer chunk takes more work inside and stores fewer states between chunks.
 CHUNK = 64
 
 
@@ -38,13 +38,13 @@ def linear_attention(
     (float64 in, float64 out).
 
     Args:
-        queries: how the state enters a token's output.
-        keys: how a token's value enters the state.
+        queries: a token's output is its query times the state.
+        keys: a token adds the outer product of its key and value to the state.
         values: the inputs.
         initial: S[-1], zero if not given.
-        documents: document of each token, never falling along the length but for padding at its
-            end. Document 0 continues the initial state; where the id changes, the state is zero
-            before the token.
+        documents: document of each token, nondecreasing along the length except for padding at the
+            end. Document 0 continues the initial state; where the id changes, the state is reset to
+            zero before the token.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.
@@ -88,14 +88,14 @@ def linear_attention_reference(
 
 
 def chunked_documents(documents: Int[Tensor, "B L"], chunk: int) -> Int[Tensor, "B C T"]:
-    """Document ids in chunks, the last of which is filled up with its last id."""
+    """Document ids in chunks; the last chunk is padded with the last id."""
     L = documents.shape[1]
     filled = documents[:, -1:].expand(-1, -L % chunk)
     return torch.cat([documents, filled], dim=1).unflatten(1, (-1, chunk))
 
 
 def continuing(ids: Int[Tensor, "B C T"]) -> Tensor:
-    """Which tokens go on with the document of the last token before their chunk."""
+    """Mark tokens in the document of the last token before their chunk."""
     before = F.pad(ids[:, :-1, -1], (1, 0), value=0)
     return ids == before[:, :, None]
 
@@ -115,12 +115,12 @@ def _states(
     initial: Float[Tensor, "B H N P"] | None,
     ids: Int[Tensor, "B C T"] | None,
 ) -> tuple[Float[Tensor, "B C H N P"], Float[Tensor, "B H N P"]]:
-    """The state before each chunk, and the one after the last."""
+    """The state before each chunk, and the state after the last."""
     if ids is None:
         added = (keys.transpose(-1, -2) @ values).unbind(dim=1)
         kept = [None] * len(added)
     else:
-        # Only the document that a chunk ends in leaves anything behind.
+        # Only tokens in a chunk's last document contribute to the state after it.
         ending = (ids == ids[:, :, -1:])[:, :, None, :, None]
         added = (keys.masked_fill(~ending, 0.0).transpose(-1, -2) @ values).unbind(dim=1)
         kept = continuing(ids)[:, :, -1, None, None, None].unbind(dim=1)

@@ -1,8 +1,8 @@
-"""Mamba-2's state space duality: a recurrence with one decay per head, as products of matrices.
+"""Mamba-2's state space duality (SSD): a recurrence with one decay per head, as matrix products.
 
 Source: Dao and Gu 2024, "Transformers are SSMs", sections 6 and 7. Changed: initial and final
-states that carry gradients, resets at document boundaries, and a backward pass in closed form that
-keeps nothing but its inputs.
+states with gradients, resets at document boundaries, and a closed-form backward pass that keeps
+only the inputs.
 """
 
 from typing import NamedTuple
@@ -48,26 +48,26 @@ def ssd(
     """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] values[t] (x) B[t] and outputs[t] = h[t] C[t].
 
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
-    (float64 in, float64 out). From a token with an input that is not finite on, the outputs of its
-    document are NaN, and no gradient comes back through them; other documents do not notice.
+    (float64 in, float64 out). From a token with a non-finite input on, the outputs of its document
+    are NaN and pass no gradient; other documents are unaffected.
 
     Args:
         values: the inputs of each head.
         dt: step sizes, at least 0; softplus is the caller's.
         A: rates, at most 0.
-        B: how a token's input enters the state; H / G heads that follow each other share one.
-        C: how the state enters a token's output.
+        B: the input map of each token; each group of H / G consecutive heads shares one.
+        C: the output map of each token.
         initial: h[-1], zero if not given.
-        documents: document of each token; those of one stand together. Document 0 continues the
+        documents: document of each token; each document is contiguous. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
-        D: a factor for each head; D values[t] is added to the outputs if given.
+        D: skip factor per head; D values[t] is added to the outputs if given.
 
     Raises:
         ValueError: the shapes differ, G does not divide H, or the length is 0.
     """
     _check_shapes(values, dt, A, B, C, initial, documents, D)
     if values.shape[1] == 1:
-        # Decoding: one step of the recurrence costs a third of the many small products of a chunk.
+        # Decoding: one step of the recurrence takes a third of the time of a chunk's products.
         return ssd_reference(values, dt, A, B, C, initial, documents, D)
     if path_of(values) is Path.TRITON:
         outputs, final = _by_kernels(values, dt, A, B, C, initial, documents)
@@ -153,7 +153,7 @@ def _by_chunks(
     documents: Int[Tensor, "B L"] | None,
     D: Float[Tensor, "H"] | None,
 ) -> Scan:
-    """Scan on the CPU, by compiled kernels or in plain torch; tokens must be finite."""
+    """Scan on the CPU, by the compiled kernels or in plain torch; inputs must be finite."""
     if path_of(values) is Path.REFERENCE:
         with without_autocast(values):
             outputs, final = ssd_in_chunks(values, dt, A, B, C, initial, documents, CHUNK)
@@ -168,7 +168,7 @@ def _by_chunks(
 
 
 class _Ssd(torch.autograd.Function):
-    """The scan by the operators."""
+    """The scan by the native or Triton operators."""
 
     @staticmethod
     def forward(
@@ -182,7 +182,7 @@ class _Ssd(torch.autograd.Function):
         documents: Int[Tensor, "B L"] | None,
         D: Float[Tensor, "H"] | None,
     ) -> tuple[Tensor, Tensor]:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (values, dt, A, B, C, initial, documents, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.set_materialize_grads(False)

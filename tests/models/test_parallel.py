@@ -151,7 +151,7 @@ def test_a_mixer_that_is_not_linear_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.b", "keys", "training", ""])
 def test_words_that_cannot_name_a_module_are_refused(name):
-    with pytest.raises(ValueError, match="is not a valid name .*; take another identifier"):
+    with pytest.raises(ValueError, match=r"is not a valid name .*; take another identifier"):
         ParallelConfig({name: MambaConfig()})
     with pytest.raises(ValueError, match="mixers is empty; name one mixer or more"):
         ParallelConfig({})

@@ -174,8 +174,8 @@ class Hip(Attention):
         """Why it does not support sequence parallelism; reused lists would cross ranks."""
         if self.config.refresh > 1 or self.config.selection == "block":
             return (
-                f"selection {self.config.selection} with refresh {self.config.refresh} reuses lists "
-                "of earlier tokens; take selection row and refresh 1"
+                f"selection {self.config.selection} with refresh {self.config.refresh} reuses "
+                "lists of earlier tokens; take selection row and refresh 1"
             )
         return super().unsharded()
 

@@ -116,7 +116,7 @@ def _positive(exponents: Float[Tensor, "B L H N"]) -> Float[Tensor, "B L H N"]:
 
 
 class _Reciprocals(torch.autograd.Function):
-    """Sums over N of 1 / (row + column), a few rows at a time; the backward pass recomputes them."""
+    """Sums over N of 1 / (row + column), a few rows at a time; backward recomputes them."""
 
     @staticmethod
     def forward(
