@@ -1,8 +1,9 @@
-"""What the compilers make of a kernel for a GPU that is not there: registers, spills, occupancy.
+"""Ahead-of-time compilation of Triton kernels for GPUs, for the Makefile's `kernels` target.
 
-Sources: NVIDIA, CUDA C++ Programming Guide 13.0, table "Technical Specifications per Compute
-Capability" for what a multiprocessor holds; NVIDIA's data sheets of the A100 80 GB SXM, the H100
-SXM and the B200 for bandwidths and dense peaks.
+Reports registers, spills and occupancy without a GPU. Sources: NVIDIA, CUDA C++ Programming Guide
+13.0, table "Technical Specifications per Compute Capability", for the limits of a multiprocessor;
+NVIDIA's data sheets of the A100 80 GB SXM, the H100 SXM and the B200 for bandwidths and dense
+peaks.
 """
 
 import functools
@@ -22,7 +23,7 @@ from kernels.triton_launch import Launch
 REGISTERS = 65_536
 WARP = 32
 RESERVED_SHARED = 1_024
-"""Bytes of shared memory that the system takes for each block."""
+"""Bytes of shared memory that CUDA reserves in each block."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Chip:
 
     Attributes:
         capability: 80 for sm_80.
-        warps, blocks: what one multiprocessor can hold.
+        warps, blocks: most warps and blocks on one multiprocessor.
         shared: bytes of shared memory of a multiprocessor.
-        shared_per_block: bytes that one block may take of it.
-        bandwidth: bytes per second of its memory.
-        vector_peak: float32 FLOP per second of its ordinary cores.
-        tensor_peak: dense bf16 FLOP per second of its tensor cores.
+        shared_per_block: most bytes of it for one block.
+        bandwidth: bytes per second of device memory.
+        vector_peak: float32 FLOP/s without tensor cores.
+        tensor_peak: dense bf16 FLOP/s of the tensor cores.
     """
 
     name: str
@@ -59,15 +60,15 @@ CHIPS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as the compilers left it.
+    """What a compiled kernel uses.
 
     Attributes:
-        registers: of one thread.
-        spills: bytes of registers that one thread stores to and loads from memory.
-        local: bytes of a thread's stack, which lies in memory.
-        shared: bytes of shared memory of one block.
-        occupancy: share of a multiprocessor's warps that can be there at once.
-        dots: whether it multiplies matrices.
+        registers: registers per thread.
+        spills: bytes of spill stores and loads per thread.
+        local: bytes of stack per thread, in device memory.
+        shared: bytes of shared memory per block.
+        occupancy: resident warps over a multiprocessor's maximum.
+        dots: whether it uses matrix products (tl.dot).
     """
 
     registers: int
@@ -79,7 +80,7 @@ class Compiled:
 
 
 def compile_launch(launch: Launch, chip: Chip) -> Compiled:
-    """Compile the kernel as it would be started, for a chip that need not be there."""
+    """Compile a kernel with the arguments of a launch, for a chip that need not be present."""
     names = launch.kernel.arg_names
     index = {name: (names.index(name),) for name in names}
     signature = {name: launch.types.get(name, "constexpr") for name in names}
@@ -100,13 +101,14 @@ def compile_launch(launch: Launch, chip: Chip) -> Compiled:
 
 
 def roofline_seconds(launch: Launch, compiled: Compiled, chip: Chip) -> tuple[float, float]:
-    """Seconds that its bytes take at the memory's bandwidth, and its FLOPs at the cores' peak."""
+    """Roofline times: bytes over memory bandwidth, and FLOPs over the peak of its cores."""
     peak = chip.tensor_peak if compiled.dots else chip.vector_peak
     return launch.bytes / chip.bandwidth, launch.flops / peak
 
 
 def occupancy_of(chip: Chip, registers: int, shared: int, warps: int) -> float:
-    """Share of a multiprocessor's warps that blocks of this appetite fill."""
+    """Resident warps over the maximum, for blocks with these registers and shared memory."""
+    # Registers are allocated to warps in units of 256.
     per_warp = math.ceil(registers * WARP / 256) * 256
     by_registers = REGISTERS // (per_warp * warps)
     by_shared = chip.shared // (shared + RESERVED_SHARED)

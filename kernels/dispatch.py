@@ -1,7 +1,7 @@
-"""Which implementation of a kernel runs here, and the library of compiled CPU kernels.
+"""Selects the implementation of a kernel: Triton, the compiled CPU library, or plain torch.
 
-This is the only file that asks which device or interpreter serves a tensor; whether there is a
-library of CPU kernels, and how to make one, is `kernels.native_library`'s to know.
+No other file asks which device or interpreter serves a tensor. How the CPU library is found and
+built is in `kernels.native_library`.
 """
 
 import enum
@@ -24,7 +24,7 @@ from kernels.native_library import (
 from kernels.triton_launch import interpreting, is_recording
 
 _OPERATORS = torch.library.Library("crossladder", "FRAGMENT")
-# A plain global: torch.compile reads it, but would look behind a functools.cache, at the disk.
+# A plain global, not functools.cache: torch.compile would trace into the cached function.
 _native: bool | None = None
 
 
@@ -37,13 +37,12 @@ class Path(enum.Enum):
 
 
 def path_of(x: Tensor) -> Path:
-    """Tell which implementation serves `x`, and make it ready.
+    """Return the implementation for `x`, and load or build it if necessary.
 
-    A CUDA tensor is served by the Triton kernels, and so is a CPU tensor where Triton interprets
-    (TRITON_INTERPRET=1) and every tensor whose launches are only recorded. Any other CPU tensor is
-    served by the compiled library, which the first call loads or builds, and without a compiler by
-    plain torch, with one warning. On the meta device the operators know their shapes without being
-    built. The kernels compute in float32, so float64 goes to the reference.
+    CUDA tensors go to the Triton kernels, as do CPU tensors under TRITON_INTERPRET=1 and all
+    tensors while launches are recorded. Other CPU tensors go to the compiled library or, without a
+    compiler, to plain torch, with one warning. Meta tensors only need the operators' shapes. The
+    kernels compute in float32, so float64 goes to the reference.
     """
     if x.dtype is torch.float64:
         return Path.REFERENCE
@@ -57,7 +56,7 @@ def path_of(x: Tensor) -> Path:
 
 
 def uses_triton(x: Tensor) -> bool:
-    """Tell whether `path_of` says so, without making ready what would serve `x` otherwise."""
+    """Whether `path_of` is TRITON, without loading or building the CPU library."""
     if x.dtype is torch.float64:
         return False
     return x.is_cuda or is_recording() or (interpreting() and not x.is_meta)
@@ -66,7 +65,7 @@ def uses_triton(x: Tensor) -> bool:
 def define_operator(
     schema: str, shapes: Callable[..., Any], launcher: str | None = None
 ) -> Callable[..., Any]:
-    """Declare a torch operator whose CPU kernel the library brings, and say what shapes it returns.
+    """Declare a torch operator; its CPU implementation is in the compiled library.
 
     Args:
         schema: name, arguments and results in torch's schema language, without a namespace.
@@ -89,19 +88,19 @@ def define_operator(
     _OPERATORS.impl(name, start, "CUDA")
 
     def call(*arguments: object) -> Any:  # noqa: ANN401
-        # The dispatcher knows neither of the two.
+        # Torch's dispatcher cannot select by recording or interpreting.
         return (start if is_recording() or interpreting() else operator)(*arguments)
 
     return call
 
 
 def warm() -> None:
-    """Build and load everything that the first run would otherwise build."""
+    """Build and load the CPU library, which otherwise happens at the first call."""
     _serves_natively()
 
 
 def describe() -> dict[str, str]:
-    """Say what the kernels of this process are, for a run's provenance."""
+    """Describe the kernels of this process, for a run's provenance."""
     facts = {"cpu": Path.REFERENCE.value, "cuda": Path.TRITON.value}
     if _serves_natively():
         library = native_library()

@@ -1,4 +1,4 @@
-"""Where other packages build their torch extensions, and how a stale lock there is removed."""
+"""The build folder of other packages' torch extensions, and the removal of stale locks in it."""
 
 import contextlib
 import fcntl
@@ -13,9 +13,10 @@ from kernels.native_library import cache_folder
 def use_extension_cache() -> None:
     """Send the builds of torch extensions by other packages, such as DeepSpeed, to our cache.
 
-    Torch's builder waits without end for a `lock` file that a killed process left behind. Every
-    process that calls this holds a shared file lock until it exits; one that finds itself alone
-    removes what earlier ones left. A `TORCH_EXTENSIONS_DIR` that the user set is kept.
+    Torch's builder waits forever for a `lock` file that a killed process left behind. So every
+    process that calls this holds a shared file lock until it exits, and one that can get an
+    exclusive lock first is alone and removes stale files. A `TORCH_EXTENSIONS_DIR` set by the user
+    is respected.
     """
     default = cache_folder() / "extensions"
     folder = pathlib.Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(default)))

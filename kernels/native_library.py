@@ -1,9 +1,9 @@
-"""The library of compiled CPU kernels: where it lies, how it is built, when it is trusted.
+"""The library of compiled CPU kernels: its location, its build and its verification.
 
-It is built once per environment, torch, Python, processor and state of the sources, into
-`crossladder_cache` under the environment's prefix. A build happens in a folder of its own under a
-file lock that the kernel releases when its holder dies, and is published by a rename beside a
-checksum: a killed build, two builders at once and a damaged library all end in one good library.
+It is built once per environment, torch, Python, processor and source version, into
+`crossladder_cache` under the environment's prefix. A build runs in a temporary folder, under a file
+lock that the operating system releases if the builder dies, and is published by a rename together
+with a checksum. So killed builds, concurrent builds and damaged files all end in a valid library.
 """
 
 import contextlib
@@ -23,16 +23,13 @@ from collections.abc import Iterator
 import torch
 
 SOURCES = pathlib.Path(__file__).parent
-
-
+# Without -ffast-math: it would reorder sums and drop NaN handling.
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wall")
-
-
 LINKER_FLAGS = ("-fopenmp",)
 
 
 def cache_folder() -> pathlib.Path:
-    """Return where compiled things of this environment, torch and Python lie."""
+    """The folder for compiled files of this environment, torch and Python."""
     prefix = pathlib.Path(sys.prefix)
     root = prefix if os.access(prefix, os.W_OK) else pathlib.Path.home() / ".cache"
     version = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
@@ -41,7 +38,7 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def native_library() -> pathlib.Path:
-    """Load the compiled CPU kernels, building them first if they are not there; return the file.
+    """Load the compiled CPU kernels, building them first if necessary; return the file.
 
     Raises:
         RuntimeError: the compiler refuses the sources, or what it built cannot be loaded.
@@ -54,7 +51,7 @@ def native_library() -> pathlib.Path:
     try:
         torch.ops.load_library(str(library))
     except OSError:
-        # The checksum holds but the loader refuses: a system library it was linked to has changed.
+        # The file is intact but cannot be loaded: a system library it was linked to has changed.
         with _exclusive(library.parent):
             _build(library)
         torch.ops.load_library(str(library))
@@ -62,7 +59,7 @@ def native_library() -> pathlib.Path:
 
 
 def library_file() -> pathlib.Path:
-    """Return where the library for these sources, flags and this processor lies, built or not."""
+    """The file of the library for these sources, flags and processor, which may not exist yet."""
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
@@ -71,7 +68,7 @@ def library_file() -> pathlib.Path:
 
 
 def is_published(library: pathlib.Path) -> bool:
-    """Tell whether the library is there and whole."""
+    """Whether the library exists and matches its checksum."""
     certificate = certificate_file(library)
     if not (library.is_file() and certificate.is_file()):
         return False
@@ -79,7 +76,7 @@ def is_published(library: pathlib.Path) -> bool:
 
 
 def missing_tools() -> list[str]:
-    """What a build needs and this machine lacks, in words."""
+    """The build tools that this machine lacks."""
     missing = [] if _compiler() else ["a C++ compiler (CXX, c++, g++, clang++)"]
     return missing if _ninja() else [*missing, "ninja"]
 
@@ -93,13 +90,13 @@ def _compiler() -> str | None:
 
 
 def _ninja() -> str | None:
-    # An interpreter called by its path does not have its environment's programs on PATH.
+    # If Python was called by its path, PATH does not include its environment's programs.
     beside = pathlib.Path(sys.executable).parent
     return shutil.which("ninja", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
 def _processor() -> str:
-    """Return what `-march=native` depends on."""
+    """A description of the processor, on which `-march=native` depends."""
     listing = pathlib.Path("/proc/cpuinfo")
     if not listing.is_file():
         return f"{platform.machine()} {platform.processor()}"
@@ -109,7 +106,7 @@ def _processor() -> str:
 
 def _build(library: pathlib.Path) -> None:
     """Compile in a fresh folder and publish; the caller holds the file lock."""
-    # Loading torch's builder takes a second, which only the process that builds should pay.
+    # Imported here: it takes a second, which only a process that builds should spend.
     from torch.utils import cpp_extension
 
     for abandoned in library.parent.glob("build-*"):
@@ -117,8 +114,8 @@ def _build(library: pathlib.Path) -> None:
     compiler, ninja = _compiler(), _ninja()
     if compiler is None or ninja is None:
         raise RuntimeError(
-            f"{library} cannot be loaded and must be built again, but not found: "
-            f"{', '.join(missing_tools())}; install what is missing"
+            f"{library} cannot be loaded and must be rebuilt, but this machine lacks "
+            f"{', '.join(missing_tools())}; install it"
         )
     with (
         tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as folder,
@@ -143,13 +140,13 @@ def _build(library: pathlib.Path) -> None:
         }
         certificate = pathlib.Path(folder) / "certificate.json"
         certificate.write_text(json.dumps(facts))
-        # Torch has loaded the file already; a rename keeps it the same file to the loader.
+        # Torch has already loaded the file; a rename keeps its inode, so it is not loaded twice.
         built.replace(library)
         certificate.replace(certificate_file(library))
 
 
 def certificate_file(library: pathlib.Path) -> pathlib.Path:
-    """The file beside a library that says what it was built from, with its checksum."""
+    """The file next to a library with its checksum, compiler and flags."""
     return library.with_suffix(".json")
 
 

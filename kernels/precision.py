@@ -1,4 +1,4 @@
-"""Where torch.autocast must not lower a computation."""
+"""Keeping computations in float32 or wider under torch.autocast."""
 
 import contextlib
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Keep torch.autocast from lowering the products of `x` that are computed inside."""
+    """Disable torch.autocast on the device of `x`."""
     device = x.device.type
     if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext()
@@ -16,5 +16,5 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def widened(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is if it is wider: for decays, states and statistics."""
+    """The tensor in float32, or unchanged if wider: for decays, states and statistics."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,10 +1,9 @@
-"""How Triton kernels are started, and how their launches are written down without a GPU.
+"""Launching Triton kernels, and recording launches without a GPU.
 
-A launcher is an ordinary function from tensors to tensors: it allocates what the kernel fills and
-calls `launch`. Three things can become of that call: the kernel runs on a GPU; it runs in Triton's
-interpreter, on CPU tensors, in a process that was started with TRITON_INTERPRET=1; or, inside
-`recording`, it is only written down. A launcher that is recorded on meta tensors therefore says
-exactly what it would start for tensors of those shapes, and `kernels.ahead_of_time` compiles that.
+A launcher is a function from tensors to tensors that allocates the outputs and calls `launch`. The
+kernel then runs on a GPU, or in Triton's interpreter on CPU tensors if the process was started with
+TRITON_INTERPRET=1, or, inside `recording`, the launch is only recorded. Recording a launcher on
+meta tensors gives exactly the kernels and arguments for these shapes, for `kernels.ahead_of_time`.
 """
 
 import contextlib
@@ -31,16 +30,16 @@ _records: list["Launch"] | None = None
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a kernel.
+    """A recorded launch of a kernel.
 
     Attributes:
-        kernel: the function under `triton.jit`.
-        grid: its programs.
-        types: Triton's type of each argument that is not a constant, by name.
-        constants: values that the compiler knows, by name.
-        divisible: names of arguments that are multiples of 16: aligned pointers and such integers.
-        bytes: each tensor read or written once.
-        flops: what the launcher counted.
+        kernel: the `triton.jit` function.
+        grid: number of programs along each axis.
+        types: Triton types of arguments that are not constants, by name.
+        constants: compile-time constants, by name.
+        divisible: names of pointers and integers that are multiples of 16.
+        bytes: total size of the tensors, each counted once.
+        flops: the launcher's count.
     """
 
     kernel: Any
@@ -55,18 +54,18 @@ class Launch:
 
 
 def interpreting() -> bool:
-    """Tell whether kernels run in Triton's interpreter in this process."""
+    """Whether kernels run in Triton's interpreter in this process."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_recording() -> bool:
-    """Tell whether launches are only written down at the moment."""
+    """Whether launches are currently recorded instead of run."""
     return _records is not None
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Write launches down instead of starting them; meta tensors will do."""
+    """Record launches instead of running them; works with meta tensors."""
     global _records
     before, _records = _records, []
     try:
@@ -84,24 +83,24 @@ def launch(
     flops: int = 0,
     **constants: object,
 ) -> None:
-    """Start a kernel on the arguments, or write the launch down.
+    """Run a kernel on the arguments, or record the launch.
 
     Args:
-        kernel: the function under `triton.jit`; its arguments come first, its constants last.
-        grid: its programs.
-        arguments: tensors and numbers, in the kernel's order. Where a kernel does not use a tensor
-            under its constants, any other tensor may stand in its place.
-        num_warps: warps of 32 threads that work on one program.
-        num_stages: loads that a loop keeps in flight. More than 1 has corrupted recurrent kernels
-            on sm_100 (state-spaces/mamba issue 997, Triton 3.5.1 to 3.7.0), so it is opt-in.
+        kernel: the `triton.jit` function, with its constants last.
+        grid: number of programs along each axis.
+        arguments: tensors and numbers in the kernel's order. A tensor that the kernel does not use
+            under its constants may be replaced by any other.
+        num_warps: warps per program.
+        num_stages: pipeline stages of loops. More than 1 has corrupted recurrent kernels on sm_100
+            (state-spaces/mamba issue 997, Triton 3.5.1 to 3.7.0), so it is opt-in.
         flops: floating-point operations of all programs, for the report.
-        constants: what the compiler knows.
+        constants: compile-time constants.
     """
     if _records is None:
         kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     named = dict(zip(kernel.arg_names, arguments, strict=False))
-    # Triton makes a constant of an integer 1 by itself.
+    # Triton specialises an integer argument of 1 to a constant.
     ones = {name: 1 for name, x in named.items() if type(x) is int and x == 1}
     types = {name: _type(x) for name, x in named.items() if name not in ones}
     tensors = {id(x): x for x in arguments if isinstance(x, Tensor)}
@@ -121,7 +120,7 @@ def launch(
 
 
 def or_other(given: Tensor | None, other: Tensor) -> Tensor:
-    """Return the tensor, or another in the place of one that a kernel will not touch."""
+    """The tensor or, if it is None, a placeholder that the kernel does not read."""
     return other if given is None else given
 
 

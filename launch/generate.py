@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from data_pipelines.tokenizers import Tokenizer
 from launch.trained_run import TrainedRun, load_run
-from models.generate import Piece, Sampling, generate
+from models.generate import GeneratedTokens, Sampling, generate
 from trainer.exit_codes import ExitCode
 from trainer.schema import ConfigError
 
@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
 
 def _stream(
     run: TrainedRun, tokenizer: Tokenizer, arguments: argparse.Namespace, sampling: Sampling
-) -> tuple[int, list[Piece]]:
+) -> tuple[int, list[GeneratedTokens]]:
     """Write the prompt and what follows, as it comes; returns the prompt's length and the pieces.
 
     A document begins with the special token, and ends where the model writes it.
@@ -74,7 +74,7 @@ def _stream(
     return len(prompt), pieces
 
 
-def _speeds(run: TrainedRun, folder: Path, generated: tuple[int, list[Piece]]) -> str:
+def _speeds(run: TrainedRun, folder: Path, generated: tuple[int, list[GeneratedTokens]]) -> str:
     length, pieces = generated
     prefill, later = pieces[0].seconds, [piece.seconds for piece in pieces[1:]]
     text = f"{folder.name}, step {run.step}: prefill {length / prefill:,.0f} tokens/s of {length}"

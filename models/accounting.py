@@ -1,14 +1,13 @@
-"""Counts of a backbone at a length: parameters, FLOPs, state. Conventions stand here, once.
+"""Counts of a backbone at a length: parameters, FLOPs and state, and the conventions for them.
 
 - N is the number of all parameters, tied embeddings counted once.
-- C, the headline, is training FLOPs: 3 x the forward pass (backward = 2 x forward), which is 2 per
-  weight and token for every dense map, convolution tap and the head, plus each mixer's products
-  with attention as causality needs it. Recomputation is never counted.
-- Columns beside it: attention counted as the full square; 6 x non-embedding parameters; pointwise
-  work of scans, which no matrix unit can do.
+- C is training FLOPs: 3 x the forward pass, as the backward pass takes twice its work. A forward
+  pass counts 2 per weight and token for every dense map, convolution tap and the head, plus each
+  mixer's own products, attention's as far as causality needs them. Recomputation is not counted.
+- Reported besides: attention counted as the full square; 6 x non-embedding parameters; the
+  pointwise work of scans, which does not run on matrix units.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,21 +16,18 @@ from models.backbone import Backbone, BackboneConfig, Block, Source
 from models.mixer import MixFlops
 from models.sequences.whole import WholeSequence
 
-CONVENTIONS: Mapping[str, str] = {
-    "total_parameters": "N: all parameters, tied embeddings once",
-    "training_flops_per_token": "C/D: 3 x forward, causal attention as needed, head included",
-    "training_flops_per_token_full_attention": "C/D with every query-key pair counted",
-    "training_flops_per_token_six_n": "6 x non-embedding parameters",
-    "scan_flops_per_token": "3 x pointwise work of scans, in no other column",
-}
-
 
 @dataclass(frozen=True)
 class Account:
     """Counts of one backbone; FLOPs are per token at `seq_len`, training means 3 x forward.
 
     Attributes:
-        state_bytes: float32 bytes that decoding keeps per sequence after `seq_len` tokens.
+        total_parameters: N, tied embeddings counted once.
+        training_flops_per_token: C / D, with causal attention as needed and the head.
+        training_flops_per_token_full_attention: the same with every query-key pair counted.
+        training_flops_per_token_six_n: 6 x non-embedding parameters.
+        scan_flops_per_token: 3 x the pointwise work of scans, in no other count.
+        state_bytes: bytes of the float32 decoding state per sequence after `seq_len` tokens.
     """
 
     seq_len: int
@@ -46,7 +42,7 @@ class Account:
 
 
 def account(config: BackboneConfig, seq_len: int) -> Account:
-    """Count a backbone without giving it memory."""
+    """Count a backbone, on the meta device."""
     with torch.device("meta"):
         backbone = Backbone(config)
     total = sum(p.numel() for p in backbone.parameters())
@@ -68,20 +64,20 @@ def account(config: BackboneConfig, seq_len: int) -> Account:
 
 
 def total_parameters(config: BackboneConfig) -> int:
-    """N of a backbone, without giving it memory."""
+    """N of a backbone, on the meta device."""
     with torch.device("meta"):
         return sum(p.numel() for p in Backbone(config).parameters())
 
 
 def dense_flops_per_token(backbone: Backbone) -> float:
-    """2 per weight of every map of single tokens, short convolution and the head."""
+    """2 per weight of every dense map, short convolution and the head."""
     counts = (getattr(module, "token_flops", None) for module in backbone.modules())
     head = 2 * backbone.embedding.weight.numel() if backbone.config.tied else 0
     return float(sum(count() for count in counts if count is not None) + head)
 
 
 def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:
-    """Forward work of all `mix` calls on one whole sequence, and on a source of its length."""
+    """Forward FLOPs of all `mix` calls on one sequence, and on a source of the same length."""
     blocks = [module for module in backbone.modules() if isinstance(module, Block)]
     mixers = [block.mixer for block in blocks]
     mixers += [block.cross for block in blocks if block.cross is not None]
@@ -94,7 +90,7 @@ def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:
 
 
 def _state_bytes(backbone: Backbone, seq_len: int) -> int:
-    """Bytes that decoding keeps; none for an encoder, which sees all tokens at once."""
+    """Bytes of the decoding state; 0 for an encoder, which does not decode."""
     if backbone.config.form == "encoder":
         return 0
     tokens = torch.zeros(1, seq_len, dtype=torch.int64, device="meta")

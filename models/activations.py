@@ -1,7 +1,7 @@
-"""Bytes that training keeps between forward and backward, counted without doing the work.
+"""Activation memory of training, predicted for the Makefile's `large` target (tests/benchmarks).
 
-Blocks run on tensors that have shapes but no data (torch's fake tensors), and what autograd saves
-is counted, each storage once. So what is predicted is what the code that will run does keep.
+Blocks run on torch's fake tensors, which have shapes but no data, and the storages that autograd
+saves are counted, each once: the prediction follows the code that will run.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ ADAM_BYTES = 16
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes kept for backward by one micro-batch.
+    """Bytes that one micro-batch keeps for the backward pass.
 
     Attributes:
-        layers: of each layer, its input included.
-        inputs: of the input of one layer: all that a layer keeps if it is computed anew.
-        head: of the final norm and the loss.
+        layers: bytes of each layer, its input included.
+        inputs: bytes of one layer's input, which is all that recomputation keeps.
+        head: bytes of the final norm and the loss.
     """
 
     layers: tuple[int, ...]
@@ -39,7 +39,7 @@ class Activations:
         return layers + self.head
 
     def peak(self, *, recompute: bool) -> int:
-        """Bytes at the worst moment of the backward pass: with recomputation, one whole layer."""
+        """Peak bytes in the backward pass; with recomputation it holds one whole layer besides."""
         return self.kept(recompute=recompute) + (max(self.layers) if recompute else 0)
 
 
@@ -48,11 +48,11 @@ class Kept:
 
     def __init__(self, known: Iterator[Tensor]) -> None:
         self.bytes = 0
-        # Tensors are held, not only their storages' addresses, which could be given out again.
+        # Hold the tensors: the address of a freed storage could be reused.
         self._seen = {_key(tensor): tensor for tensor in known}
 
     def save(self, tensor: Tensor) -> Tensor:
-        """Count a storage that was not seen yet."""
+        """Count a storage at its first occurrence."""
         if _key(tensor) not in self._seen:
             self._seen[_key(tensor)] = tensor
             self.bytes += tensor.untyped_storage().nbytes()
@@ -94,7 +94,7 @@ def _layer_bytes(
 ) -> int:
     stack = Stack([config.blocks[name]], config, config.form)
     x = torch.empty(rows, seq_len, config.d_model, requires_grad=True)
-    # What all layers share is made before it is counted.
+    # Tables that all layers share are made in a first call, so that they are not counted.
     stack.layers[0](x, sequence)
     with counting(stack.parameters()) as kept:
         stack.layers[0](x, sequence)

@@ -1,4 +1,4 @@
-"""The backbone: embedding, a repeated pattern of named blocks, a norm; the head stands apart."""
+"""The backbone: embedding, a repeated pattern of named blocks and a final norm; and the head."""
 
 import hashlib
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ CROSS = {"decoder": Pattern.CAUSAL_CROSS, "encoder": Pattern.NONCAUSAL_CROSS}
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A named block: mixers of tokens, then of channels, each behind a norm and a residual.
+    """A named block: a token mixer, then a channel mixer, each pre-norm with a residual.
 
     Attributes:
-        cross: mixes in tokens of a memory, after the mixer; None for a block that has none.
+        cross: a cross mixer after the token mixer, which reads the encoder's memory; None for none.
     """
 
     mixer: MixerConfig
@@ -48,11 +48,11 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The stack that makes a memory of a source; its blocks are the backbone's, by name.
+    """The encoder of a source; its blocks are those of the backbone, by name.
 
     Attributes:
         pattern: names of blocks, separated by spaces, repeated to `n_layers`.
-        n_layers: blocks in all; None for as many as the backbone has.
+        n_layers: number of blocks; None for as many as the backbone has.
     """
 
     pattern: str
@@ -66,15 +66,15 @@ class BackboneConfig:
     Attributes:
         blocks: blocks by name.
         pattern: names of blocks, separated by spaces, repeated to `n_layers`.
-        n_layers: blocks in all.
+        n_layers: number of blocks.
         d_model: width of the residual stream.
-        vocab_size: ids of the tokenizer.
+        vocab_size: size of the vocabulary.
         tied: whether the head is the embedding, transposed.
         norm_eps: added to mean squares.
         embedding_std: standard deviation of initial embeddings.
-        form: a decoder's mixers see their own and earlier tokens, an encoder's see all.
-        encoder: a stack whose output the blocks' `cross` mixers read, on the same embedding.
-        learned_positions: longest sequence of learned absolute positions; None for none.
+        form: decoder for causal mixers, encoder for bidirectional ones.
+        encoder: an encoder with the same embedding, whose output the blocks' `cross` mixers read.
+        learned_positions: number of learned absolute positions; None for none.
     """
 
     blocks: dict[str, BlockConfig]
@@ -97,7 +97,10 @@ class BackboneConfig:
         if self.encoder is not None:
             self._check_pattern(self.encoder.pattern)
             if all(block.cross is None for block in self.layers()):
-                raise ValueError("encoder is given, but no block has a cross mixer; give one")
+                raise ValueError(
+                    "encoder is given, but no block has a cross mixer to read it; add cross to a "
+                    "block or remove encoder"
+                )
 
     def layers(self) -> list[BlockConfig]:
         """The block of each layer."""
@@ -119,12 +122,12 @@ class BackboneConfig:
         if unknown or not names:
             raise ValueError(
                 f"pattern {pattern!r} names {unknown or 'no block'}; "
-                f"blocks are {', '.join(sorted(self.blocks))}"
+                f"choose from blocks {', '.join(sorted(self.blocks))}"
             )
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then the same with the cross and the channel mixer where there is one."""
+    """x + mixer(norm(x)), then the same with the cross mixer and the channel mixer, if any."""
 
     def __init__(
         self, config: BlockConfig, backbone: BackboneConfig, n_residuals: int, form: Form
@@ -154,11 +157,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks one after the other, and a norm.
+    """A sequence of blocks and a final norm.
 
     Attributes:
-        recompute: whether the backward pass computes each block anew instead of keeping what its
-            forward pass made.
+        recompute: activation checkpointing: keep only each block's input, and recompute the rest in
+            the backward pass.
     """
 
     recompute = False
@@ -172,7 +175,7 @@ class Stack(nn.Module):
     def run(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Features to hidden states, normalised."""
+        """Map features to normalised hidden states."""
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, sequence, memory, use_reentrant=False)
@@ -204,13 +207,13 @@ class Backbone(Stack):
         return self.run(self.embed(tokens, sequence), sequence, memory)
 
     def encode(self, source: Source) -> Memory:
-        """What the encoder makes of a source."""
+        """Encode a source."""
         assert self.encoder is not None, "a backbone without an encoder has no memory"
         x = self.embed(source.tokens, source.sequence)
         return Memory(self.encoder.run(x, source.sequence), source.sequence)
 
     def embed(self, tokens: Int[Tensor, "B L"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
-        """The vector of each token, and of its place where places are learned."""
+        """The embedding of each token, plus that of its position if positions are learned."""
         x = self.embedding(tokens)
         if self.config.learned_positions is not None:
             x = x + self.places(sequence.positions())
@@ -223,13 +226,13 @@ class Backbone(Stack):
         state: DecodingState | None,
         memory: Memory | None = None,
     ) -> tuple[Float[Tensor, "B L D"], DecodingState]:
-        """Hidden states of the tokens that follow `state`, and the state they leave.
+        """Hidden states of the tokens after `state`, and the state after them.
 
         Args:
-            tokens: the next piece, of any length from 1.
+            tokens: the next chunk, of any length from 1.
             documents: ids of its documents; 0 continues the last one seen.
-            state: what earlier pieces left; None at the beginning.
-            memory: what the encoder made of the source, where there is one.
+            state: the state after earlier chunks; None at the beginning.
+            memory: the encoded source, if there is an encoder.
         """
         sequence = ContinuedSequence(documents, state)
         x = self.embed(tokens, sequence)
@@ -247,7 +250,7 @@ class Backbone(Stack):
 
 
 def build_backbone(config: BackboneConfig, seed: int) -> Backbone:
-    """Make a backbone whose initial weights depend on (seed, parameter name) alone."""
+    """Make a backbone whose initial weights depend only on the seed and the parameters' names."""
     with torch.device("meta"):
         backbone = Backbone(config)
     backbone.to_empty(device="cpu")
@@ -256,16 +259,16 @@ def build_backbone(config: BackboneConfig, seed: int) -> Backbone:
 
 
 def initialise(module: nn.Module, seed: int) -> None:
-    """Draw every parameter from a generator of its own, keyed by the seed and its name."""
+    """Draw each parameter from its own generator, seeded by `seed` and the parameter's name."""
     with torch.no_grad():
         for path, part in module.named_modules():
             for name, parameter in part.named_parameters(recurse=False):
-                assert isinstance(part, Drawn), f"{path} does not say how {name} starts"
+                assert isinstance(part, Drawn), f"{path} does not define initial values of {name}"
                 parameter.copy_(part.draw(name, _generator(seed, f"{path}.{name}")))
 
 
 def undecayed(backbone: Backbone) -> set[str]:
-    """Names of parameters without weight decay: below two dimensions, or marked by a mixer."""
+    """Names of parameters without weight decay: vectors and scalars, and a mixer's `no_decay`."""
     marked = {
         f"{path}.{name}"
         for path, module in backbone.named_modules()

@@ -1,4 +1,4 @@
-"""Channel mixers: what a block does to each token by itself."""
+"""Channel mixers: the MLPs of a block, which act on each token separately."""
 
 import abc
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ from models.parts.monarch_matrix import monarch_multiply
 
 @dataclass(frozen=True)
 class ChannelConfig(abc.ABC):
-    """The part of a block that mixes channels; `kind` names the class.
+    """Configuration of a channel mixer; `kind` names the class.
 
     Attributes:
-        residuals: residual branches it adds to a block.
+        residuals: residual branches that it adds to a block.
     """
 
     kind: ClassVar[str]
@@ -32,7 +32,7 @@ class ChannelConfig(abc.ABC):
 
 @dataclass(frozen=True)
 class NoChannelConfig(ChannelConfig):
-    """A block that only mixes tokens, as in Mamba."""
+    """No channel mixer, as in Mamba's blocks."""
 
     kind: ClassVar[str] = "none"
     residuals: ClassVar[int] = 0
@@ -65,7 +65,7 @@ class SwiGLUConfig(ChannelConfig):
 
 
 class SwiGLU(nn.Module):
-    """y = down(silu(gate(x)) * up(x)), the two inner maps stacked in one."""
+    """y = down(silu(gate(x)) * up(x)), with gate and up in one matrix."""
 
     def __init__(self, config: SwiGLUConfig, d_model: int, n_residuals: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class SwiGLU(nn.Module):
 
 @dataclass(frozen=True)
 class GELUConfig(ChannelConfig):
-    """The MLP of the first Transformers, with a GELU (Hendrycks and Gimpel 2016).
+    """The two-layer MLP of the original Transformer, with GELU (Hendrycks and Gimpel 2016).
 
     Attributes:
         d_hidden: inner width.
@@ -127,8 +127,9 @@ class MonarchMLPConfig(ChannelConfig):
         n_blocks: blocks of each factor.
         n_factors: 1 for a block-diagonal map, as released; 2 for a Monarch matrix, whose second
             factor mixes the blocks.
-        interleave: whether each block of outputs holds gates and values alike; if not, the first
-            half of the outputs are gates, so that with one factor no gate sees what a value sees.
+        interleave: whether each block of outputs holds gates as well as values. If not, the first
+            half of the outputs are gates: with one factor, gates and values of a channel then read
+            disjoint inputs.
     """
 
     kind: ClassVar[str] = "monarch_mlp"
@@ -154,7 +155,7 @@ class MonarchMLPConfig(ChannelConfig):
 
 
 class MonarchMLP(nn.Module):
-    """y = down(gelu(gate(x)) * up(x)), gate and up one map without a bias, down with one."""
+    """y = down(gelu(gate(x)) * up(x)); gate and up share one map without bias, down has a bias."""
 
     def __init__(self, config: MonarchMLPConfig, d_model: int, n_residuals: int) -> None:
         super().__init__()
@@ -173,9 +174,9 @@ class MonarchMLP(nn.Module):
 
 
 class MonarchMap(nn.Module):
-    """A map of each token by two block-diagonal factors with a permutation between them.
+    """A rectangular Monarch matrix: two block-diagonal factors with a permutation between them.
 
-    The width between them is the smaller of the outer ones, as in the release of Dao et al. 2022.
+    The inner width is the smaller of the outer two, as in the release of Dao et al. 2022.
 
     Args:
         blocks: blocks of each factor; they divide both widths.

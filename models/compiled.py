@@ -1,9 +1,8 @@
-"""Compiled blocks: what `torch.compile` is given of a backbone, and what it is kept out of.
+"""`torch.compile` for a backbone, block by block.
 
-Each block is compiled by itself, so that blocks of one kind share their code and the time to the
-first step does not grow with the depth. A mixer's `mix` is where kernels are called: they loop in
-Python over tiles and look at documents, which the compiler would unroll and guard, so it stays as
-it is unless the mixer says that it is plain torch.
+Compiling blocks separately lets blocks of one kind share code, so the time to the first step does
+not grow with depth. A mixer's `mix` is not compiled unless the mixer is `traced`: it calls kernels
+that loop in Python over tiles and branch on documents, which the compiler would unroll and guard.
 """
 
 import torch
@@ -14,17 +13,17 @@ from models.mixer import Mixer
 
 
 def compile_blocks(backbone: Backbone, backend: str = "inductor") -> None:
-    """Let the blocks of a backbone be compiled at their first use, in place.
+    """Compile the blocks of a backbone in place, at their first use.
 
-    Results differ from those of the blocks as written by the rounding of float32 alone. Each new
-    length, packing or batch size compiles again; after torch's limit of variants further ones run
-    as written, with a warning.
+    Results differ from eager mode by float32 rounding only. Each new length, packing or batch size
+    compiles again; beyond torch's recompilation limit, further ones run in eager mode with a
+    warning.
 
     Args:
-        backbone: keeps its parameters and their names.
-        backend: one of torch's.
+        backbone: parameters and their names do not change.
+        backend: a torch.compile backend.
     """
-    # What serves on this machine must be settled before the compiler looks at it.
+    # Choose the kernels first: the choice looks at the disk, which cannot be traced.
     warm()
     for module in backbone.modules():
         if isinstance(module, Mixer) and not module.traced:

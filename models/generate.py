@@ -1,4 +1,4 @@
-"""Continuing a prompt: prefill once, then one token after the other from the decoding state."""
+"""Text generation: one prefill of the prompt, then token by token from the decoding state."""
 
 import time
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: the smallest set of likeliest tokens whose chances reach this is drawn from
+        temperature: divides the logits; 0 is greedy decoding.
+        top_p: nucleus sampling from the smallest set of tokens whose probability reaches this
             (Holtzman et al. 2020, section 3.1).
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     temperature: float = 1.0
@@ -31,16 +31,16 @@ class Sampling:
         if self.temperature < 0:
             raise ValueError(f"temperature {self.temperature} is negative; 0 is the greedy choice")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p} is no share; take one above 0, at most 1")
+            raise ValueError(f"top_p {self.top_p} is not in (0, 1]; take 1 for no truncation")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A token that was generated for each row, and what it took.
+class GeneratedTokens:
+    """One generated token per row, and its cost.
 
     Attributes:
-        seconds: of the prefill for the first piece, of one decoding step for later ones.
-        state_bytes: held after the tokens before it were read.
+        seconds: time of the prefill for the first token, of one decoding step for later ones.
+        state_bytes: bytes of the decoding state after the preceding tokens.
     """
 
     tokens: Int[Tensor, "B"]
@@ -51,8 +51,8 @@ class Piece:
 @torch.no_grad()
 def generate(
     backbone: Backbone, prompt: Int[Tensor, "B L"], tokens: int, sampling: Sampling
-) -> Iterator[Piece]:
-    """Yield `tokens` tokens after the prompt, each as soon as it is there.
+) -> Iterator[GeneratedTokens]:
+    """Yield `tokens` tokens after the prompt, each as soon as it is generated.
 
     Args:
         backbone: a decoder.
@@ -66,7 +66,7 @@ def generate(
         begin = time.perf_counter()
         logits, state = next_logits(backbone, piece, state)
         chosen = choose(logits, sampling, generator)
-        yield Piece(chosen, time.perf_counter() - begin, state.bytes())
+        yield GeneratedTokens(chosen, time.perf_counter() - begin, state.bytes())
         piece = chosen[:, None]
 
 
@@ -74,7 +74,7 @@ def generate(
 def next_logits(
     backbone: Backbone, piece: Int[Tensor, "B L"], state: DecodingState | None
 ) -> tuple[Float[Tensor, "B V"], DecodingState]:
-    """Logits of the token after a piece of the document that `state` stands in."""
+    """Logits of the token after `piece`, which continues the document of `state`."""
     documents = torch.zeros(piece.shape, dtype=torch.int32, device=piece.device)
     hidden, state = backbone.extend(piece, documents, state)
     return backbone.head(hidden[:, -1]).float(), state
@@ -89,7 +89,7 @@ def choose(
     shares = torch.softmax(logits.double() / sampling.temperature, dim=-1).cpu()
     if sampling.top_p < 1:
         ordered, index = shares.sort(dim=-1, descending=True, stable=True)
-        # A token stays if those before it have not reached the share yet: the first one always.
+        # Keep a token if those before it sum to less than top_p; so the first is always kept.
         late = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
         shares = shares.scatter(-1, index, ordered.masked_fill(late, 0.0))
     return torch.multinomial(shares, 1, generator=generator)[:, 0].to(logits.device)

@@ -1,4 +1,4 @@
-"""What every sequence mixer is: project, mix, merge; and the registry that configuration names."""
+"""The interface of all sequence mixers (project, mix, merge), and their registry by kind."""
 
 import abc
 import importlib
@@ -17,11 +17,11 @@ from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence
 
 Coefficients: TypeAlias = Any
-"""What a mixer passes from `project` to `mix` and `merge`: private to it."""
+"""What a mixer passes from `project` to `mix` and `merge`; its type is private to the mixer."""
 
 
 class Pattern(Enum):
-    """The four ways of mixing that CAB tells apart (Zhang et al. 2023, section 3)."""
+    """The four attention patterns of CAB (Zhang et al. 2023, section 3)."""
 
     NONCAUSAL_SELF = "noncausal_self"
     CAUSAL_SELF = "causal_self"
@@ -31,12 +31,12 @@ class Pattern(Enum):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a mixer stands in a backbone, and what is asked of it there.
+    """A mixer's place in a backbone.
 
     Attributes:
         d_model: width of the residual stream.
-        n_residuals: residual branches of the whole backbone, which output maps are scaled by.
-        pattern: what it may see.
+        n_residuals: residual branches of the whole backbone, for the scale of output maps.
+        pattern: which tokens it may see.
     """
 
     d_model: int
@@ -59,9 +59,9 @@ class MixFlops:
     """Forward FLOPs of `mix` for one sequence, a multiply-add counted as two.
 
     Attributes:
-        needed: products that the algorithm needs, causality taken into account.
+        needed: matrix products that the algorithm needs, causality taken into account.
         full_square: the same with every query-key pair counted, as profilers do.
-        elementwise: scan and other pointwise work that no matrix unit can do.
+        elementwise: scans and other pointwise work, which do not run on matrix units.
     """
 
     needed: float = 0.0
@@ -71,7 +71,7 @@ class MixFlops:
 
 @dataclass(frozen=True)
 class MixerConfig:
-    """The part of a block that mixes tokens; `kind` names the class."""
+    """Configuration of a token mixer; `kind` names the class."""
 
     kind: ClassVar[str]
 
@@ -79,34 +79,35 @@ class MixerConfig:
         """Make the module.
 
         Raises:
-            ValueError: the mixer does not serve the slot's pattern, or its sizes do not fit.
+            ValueError: the mixer does not support the slot's pattern, or its sizes do not fit.
         """
         mixer = _mixers[self.kind]
         if slot.pattern not in mixer.patterns:
             served = ", ".join(sorted(pattern.value for pattern in mixer.patterns))
             raise ValueError(
-                f"mixer {self.kind} is asked for {slot.pattern.value}, but serves {served}; "
-                "choose another mixer or another form of backbone"
+                f"mixer {self.kind} is used in the pattern {slot.pattern.value}, but supports "
+                f"{served}; choose another mixer or another form of backbone"
             )
         # Every mixer takes its own configuration before the slot; the base class takes none.
         return mixer(self, slot)  # pyright: ignore[reportCallIssue]
 
 
 class Mixer(nn.Module, abc.ABC):
-    """A token mixer y = merge(M values): M depends on the tokens but not on the values.
+    """A token mixer y = merge(M values), where the matrix M may depend on the tokens.
 
     Attributes:
-        patterns: which of CAB's four it can serve; the slot decides which it does.
-        sharded: in which of them its tokens may be cut over ranks (`models.sequences.sharded`).
-        no_decay: names of its parameters that weight decay must not touch.
-        approximate: why it is no exact function of what a token may see; empty where it is one.
+        patterns: the patterns it supports; the slot selects one.
+        sharded: the patterns in which it supports sequence parallelism
+            (`models.sequences.sharded`).
+        no_decay: names of its parameters that are excluded from weight decay.
+        approximate: why outputs are not an exact function of the visible tokens; empty if they are.
         linear: whether `mix` is linear in the values.
-        uses_fft: whether rounding may carry a trace of later tokens, as that of an FFT does; the
+        uses_fft: whether outputs may depend on later tokens through the rounding of an FFT; the
             mixer then has `filter_norm()`, the largest 1-norm of a filter.
-        stops_nan: whether not even a NaN gets from one document of a row into another.
-        constant_state: whether decoding keeps as many bytes after any number of tokens.
+        stops_nan: whether even a NaN stays within its document.
+        constant_state: whether the decoding state has the same size after any number of tokens.
         ordered_memory: whether the order of a memory's tokens matters.
-        traced: whether torch.compile may look into `mix`: plain torch, no loops over tiles.
+        traced: whether torch.compile may trace `mix`: plain torch without loops over tiles.
     """
 
     patterns: ClassVar[frozenset[Pattern]]
@@ -128,45 +129,46 @@ class Mixer(nn.Module, abc.ABC):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
-        """Compute from the tokens what is mixed (values) and what decides how (coefficients).
+        """Compute the values and the coefficients that determine the mixing matrix.
 
         Args:
-            x: features of the tokens, zero where there is padding.
-            sequence: the tokens at hand.
-            memory: in a cross pattern the other side, which the values come from.
+            x: features of the tokens, zero in padding.
+            sequence: the sequence of the tokens.
+            memory: the encoded source in a cross pattern; the values come from it.
         """
 
     @abc.abstractmethod
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Apply the matrix that the coefficients describe; linear in the values."""
+        """Apply the mixing matrix to the values."""
 
     @abc.abstractmethod
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Bring the mixed values back to the residual stream's width."""
+        """Project the mixed values to the width of the residual stream."""
 
     @abc.abstractmethod
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Count one forward `mix` of a sequence whose last `queries` tokens see `keys` tokens."""
+        """Count one forward `mix` for the last `queries` of `keys` tokens."""
 
     def forward(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> Float[Tensor, "B L D"]:
-        """Mix the tokens; what stands in padding is never read."""
+        """Mix the tokens; features in padding are not read."""
         values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         return self.merge(self.mix(values, coefficients, sequence), coefficients)
 
     def unsharded(self) -> str:
-        """Why its tokens cannot be cut over ranks; empty where they can."""
-        return "" if self.slot.pattern in self.sharded else f"no form for {self.slot.pattern.value}"
+        """Why it does not support sequence parallelism here; empty if it does."""
+        pattern = self.slot.pattern
+        return "" if pattern in self.sharded else f"no sharded form for {pattern.value}"
 
     def materialize(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> Float[Tensor, "B H L S"]:
-        """The mixing matrix of each head, read off by mixing the unit vectors."""
+        """The mixing matrix of each head, obtained by mixing unit vectors."""
         values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         B, S, G, _ = values.shape
         units = torch.eye(S, dtype=values.dtype, device=values.device)
@@ -178,7 +180,7 @@ Registered = TypeVar("Registered", bound=Mixer)
 
 
 def register(config: type[MixerConfig]) -> Callable[[type[Registered]], type[Registered]]:
-    """Make a mixer known under its configuration's `kind`."""
+    """Class decorator: register a mixer under its configuration's `kind`."""
 
     def remember(mixer: type[Registered]) -> type[Registered]:
         assert config.kind not in _mixers, f"two mixers of kind {config.kind}"
@@ -209,10 +211,10 @@ _configs: dict[str, type[MixerConfig]] = {}
 
 
 def refuse_unsharded(backbone: nn.Module) -> None:
-    """Refuse a backbone that cannot run on shards of a sequence.
+    """Check that every mixer of a backbone supports sequence parallelism.
 
     Raises:
-        ValueError: a mixer has no sharded form in its place; all of them are named.
+        ValueError: some do not; the message names them.
     """
     found = {
         f"{path} ({type(module).__name__}): {module.unsharded()}"
@@ -222,6 +224,6 @@ def refuse_unsharded(backbone: nn.Module) -> None:
     if found:
         able = [kind for kind in mixer_kinds() if mixer_class(kind).sharded]
         raise ValueError(
-            f"the sequence is to be cut over ranks, but {'; '.join(sorted(found))}. Do not cut it, "
-            f"or choose among the mixers with a sharded form: {', '.join(able)}"
+            f"sequence parallelism is on, but {'; '.join(sorted(found))}. Turn it off, or choose "
+            f"among the mixers with a sharded form: {', '.join(able)}"
         )

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
-from kernels.attention.block_sparse_operator import Sizes, attend_to_lists
+from kernels.attention.block_sparse_operator import BlockSparseSizes, attend_to_lists
 from kernels.dispatch import uses_triton
 from kernels.precision import without_autocast
 
@@ -61,7 +61,7 @@ class QueryBlocks(NamedTuple):
         return kept[torch.arange(len(last), device=last.device), :, last]
 
 
-class Reach(NamedTuple):
+class BlockSparsity(NamedTuple):
     """What a list's entries stand for, and which keys are seen whatever it says.
 
     Attributes:
@@ -112,7 +112,7 @@ def block_sparse_attention(
     values: Float[Tensor, "B S G Q"],
     kept: Int[Tensor, "B H N K"],
     blocks: QueryBlocks,
-    reach: Reach,
+    reach: BlockSparsity,
 ) -> Float[Tensor, "B L H Q"]:
     """Attend with each query to its block's listed keys, sinks and window, none after itself.
 
@@ -135,11 +135,11 @@ def block_sparse_attention(
     B, L, H, _ = queries.shape
     S, G, Q = values.shape[1:]
     listed, where = in_one_list(queries, keys, blocks)
-    reach = Reach(reach.key_block, min(reach.n_sink, S), min(reach.window, S))
+    reach = BlockSparsity(reach.key_block, min(reach.n_sink, S), min(reach.window, S))
     tensors = (listed, keys.reshape(B * S * G, -1), values.reshape(B * S * G, Q))
     lists = _distinct(kept.flatten(0, 2))
     if uses_triton(queries):
-        mixed = attend_to_lists(*tensors, lists, where[:2], Sizes(B, H, G, *reach))
+        mixed = attend_to_lists(*tensors, lists, where[:2], BlockSparseSizes(B, H, G, *reach))
     else:
         mixed = _BlockSparse.apply(*tensors, lists, where, reach)
     rows = mixed.view(B, H, -1, Q).transpose(1, 2).flatten(0, 1)
@@ -153,7 +153,7 @@ def block_sparse_attention_reference(
     values: Float[Tensor, "B S G Q"],
     kept: Int[Tensor, "B H N K"],
     blocks: QueryBlocks,
-    reach: Reach,
+    reach: BlockSparsity,
 ) -> Float[Tensor, "B L H Q"]:
     """Compute `block_sparse_attention` with a dense mask."""
     mixed = F.scaled_dot_product_attention(
@@ -167,7 +167,7 @@ def block_sparse_attention_reference(
 
 
 def visible_keys(
-    kept: Int[Tensor, "B H N K"], keys: int, blocks: QueryBlocks, reach: Reach
+    kept: Int[Tensor, "B H N K"], keys: int, blocks: QueryBlocks, reach: BlockSparsity
 ) -> Bool[Tensor, "B H L S"]:
     """Mark the keys that each query sees, as a dense mask: for references and pictures."""
     index = torch.arange(keys, device=kept.device)
@@ -222,7 +222,7 @@ class _BlockSparse(torch.autograd.Function):
         values: Float[Tensor, "X Q"],
         kept: Int[Tensor, "M K"],
         where: Where,
-        reach: Reach,
+        reach: BlockSparsity,
     ) -> Float[Tensor, "M R Q"]:
         inputs = _Inputs(queries, keys, values, kept, where, reach)
         wide = torch.promote_types(queries.dtype, torch.float32)
@@ -268,10 +268,10 @@ class _Inputs(NamedTuple):
     values: Float[Tensor, "X Q"]
     kept: Int[Tensor, "M K"]
     where: Where
-    reach: Reach
+    reach: BlockSparsity
 
 
-class _Gathered(NamedTuple):
+class _GatheredKeys(NamedTuple):
     """Keys and values of a tile, and the rows that they come from."""
 
     address: Int[Tensor, "M J"]
@@ -286,18 +286,18 @@ class _Slots(NamedTuple):
     visible: Bool[Tensor, "M R J"]
 
 
-def _score(inputs: _Inputs, tile: slice) -> tuple[_Gathered, Float[Tensor, "M R J"]]:
+def _score(inputs: _Inputs, tile: slice) -> tuple[_GatheredKeys, Float[Tensor, "M R J"]]:
     """Gather what a tile may see; scores are -inf where a row does not see a key."""
     where = inputs.where
     at = _slots(inputs.kept[tile], where.positions[tile], inputs.reach)
     address = where.begins[tile, None] + where.stride * at.places
-    gathered = _Gathered(address, take(inputs.keys, address), take(inputs.values, address))
+    gathered = _GatheredKeys(address, take(inputs.keys, address), take(inputs.values, address))
     queries = inputs.queries[tile].to(gathered.keys.dtype)
     scores = queries @ gathered.keys.mT * queries.shape[-1] ** -0.5
     return gathered, scores.masked_fill(~at.visible, -torch.inf)
 
 
-def _slots(kept: Int[Tensor, "M K"], positions: Int[Tensor, "M R"], reach: Reach) -> _Slots:
+def _slots(kept: Int[Tensor, "M K"], positions: Int[Tensor, "M R"], reach: BlockSparsity) -> _Slots:
     M, R = positions.shape
 
     def count(n: int) -> Tensor:
@@ -348,7 +348,7 @@ def _distinct(kept: Int[Tensor, "M K"]) -> Int[Tensor, "M K"]:
     return ordered.masked_fill(again, -1)
 
 
-def _check(queries: Tensor, keys: Tensor, values: Tensor, reach: Reach) -> None:
+def _check(queries: Tensor, keys: Tensor, values: Tensor, reach: BlockSparsity) -> None:
     if reach.window < 1 or keys.shape[1] < queries.shape[1] or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"window {reach.window} with {queries.shape[1]} queries on keys of shape "

@@ -24,7 +24,7 @@ from kernels.attention.block_sparse_attention_triton import (
     slots_of,
     widths,
 )
-from kernels.attention.block_sparse_operator import Sizes
+from kernels.attention.block_sparse_operator import BlockSparseSizes
 from kernels.attention.interval_attention_triton import load_rows, products, store_rows
 from kernels.triton_launch import launch
 
@@ -177,7 +177,7 @@ def backward(
     begins: Tensor, outputs: Tensor, logs: Tensor, *sizes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Start the backward kernels; arguments and results are those of the operator."""
-    (M, R, P), K, lists = q.shape, kept.shape[1], Sizes(*sizes)
+    (M, R, P), K, lists = q.shape, kept.shape[1], BlockSparseSizes(*sizes)
     B, H, G, key_block, n_sink, window = lists
     S, Q = len(k) // (B * G), v.shape[1]
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -207,7 +207,7 @@ def backward(
     return d_q, d_k, d_v
 
 
-def _sorted_lists(kept: Tensor, starts: Tensor, lists: Sizes) -> tuple[Tensor, Tensor]:
+def _sorted_lists(kept: Tensor, starts: Tensor, lists: BlockSparseSizes) -> tuple[Tensor, Tensor]:
     """First keys of all listed blocks in order, and the query blocks that list them, (B G, E).
 
     Keys are counted in their row of the batch, query blocks among those that read the key head.
@@ -227,7 +227,7 @@ def _naming(names: Tensor, edges: Tensor, columns: int, key_block: int) -> tuple
 
 
 def _seeing(
-    positions: Tensor, starts: Tensor, edges: Tensor, columns: int, lists: Sizes
+    positions: Tensor, starts: Tensor, edges: Tensor, columns: int, lists: BlockSparseSizes
 ) -> list[Tensor]:
     """Bounds of one head's rows that have a key of each tile near, and as a sink, (B G, T) each."""
     B, H, G = lists[:3]

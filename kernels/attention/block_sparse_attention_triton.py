@@ -4,7 +4,7 @@ One program owns the rows of a query block (outputs; `block_sparse_attention_bac
 gradients) and walks over its slots: listed keys, sinks, window. Sums are ordered and nothing is
 atomic. Softmax statistics and sums are float32; products are as in `interval_attention`, and take
 16 rows at least, so that a row that chooses alone leaves 15 of them empty. It reads slots (P + Q)
-numbers for as many products: memory and caches bound it. Not run on a GPU so far: tested in
+numbers for as many products: memory and caches bound it. Not yet run on a GPU: tested in
 Triton's interpreter, compiled ahead of time.
 """
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention.block_sparse_operator import Sizes
+from kernels.attention.block_sparse_operator import BlockSparseSizes
 from kernels.attention.interval_attention_triton import PART, load_rows, products, store_rows
 from kernels.triton_launch import interpreting, is_recording, launch
 
@@ -103,7 +103,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, positions: Tensor, begins: Tensor, *sizes: int
 ) -> tuple[Tensor, Tensor]:
     """Start the forward kernel; arguments and results are those of the operator."""
-    (M, R, P), (K, Q), lists = q.shape, (kept.shape[1], v.shape[1]), Sizes(*sizes)
+    (M, R, P), (K, Q), lists = q.shape, (kept.shape[1], v.shape[1]), BlockSparseSizes(*sizes)
     outputs, logs = v.new_empty(M, R, Q), q.new_empty(M, R, dtype=torch.float32)
     tile = row_tile(q, k, v)
     launch(
@@ -116,7 +116,7 @@ def forward(
     return outputs, logs
 
 
-def products_of(R: int, K: int, lists: Sizes, tile: dict) -> int:
+def products_of(R: int, K: int, lists: BlockSparseSizes, tile: dict) -> int:
     """Pairs of a row and a slot that the tiles of one query block multiply, empty rows too."""
     rows = triton.cdiv(R, tile["ROWS"]) * tile["ROWS"]
     return rows * (K * lists.key_block + lists.n_sink + lists.window)

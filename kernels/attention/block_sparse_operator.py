@@ -13,7 +13,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 from kernels.dispatch import define_operator
 
 
-class Sizes(NamedTuple):
+class BlockSparseSizes(NamedTuple):
     """Rows of the batch, heads of queries and of keys, and what a list stands for."""
 
     B: int
@@ -30,7 +30,7 @@ def attend_to_lists(
     values: Float[Tensor, "X Q"],
     kept: Int[Tensor, "M K"],
     places: tuple[Int[Tensor, "M R"], Int[Tensor, " M"]],
-    sizes: Sizes,
+    sizes: BlockSparseSizes,
 ) -> Float[Tensor, "M R Q"]:
     """Attend with the queries of each block, on tensors that `path_of` sends to Triton.
 
@@ -62,7 +62,7 @@ class _Listed(torch.autograd.Function):
         kept: Tensor,
         positions: Tensor,
         begins: Tensor,
-        sizes: Sizes,
+        sizes: BlockSparseSizes,
     ) -> Tensor:
         inputs = (queries, keys, values, kept, positions, begins)
         outputs, logs = _forward(*inputs, *sizes)

@@ -4,7 +4,7 @@ One program owns some ranges of a list. It multiplies the keys that stand for th
 that choose together and keeps the largest score of each range, so that a round of a search stores a
 number a range. Products accumulate in float32 and are as in `interval_attention`, 16 rows at least.
 A list's keys are read from caches, which hold those of a document's head; what it cannot do without
-is its places and scores. Not run on a GPU so far: tested in Triton's interpreter, compiled ahead of
+is its places and scores. Not yet run on a GPU: tested in Triton's interpreter, compiled ahead of
 time.
 """
 

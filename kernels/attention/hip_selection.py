@@ -166,7 +166,7 @@ def recall_at_k(
     return torch.gather(rows, 2, blocks.places[:, None].expand(B, H, L))
 
 
-class _Tile(NamedTuple):
+class _QueryBlockTile(NamedTuple):
     """A few query blocks of single heads; key t of one is row `begins + stride * t` of `keys`."""
 
     queries: Float[Tensor, "M R P"]
@@ -181,15 +181,19 @@ def _held(queries: Tensor) -> int:
     return TABLES if uses_triton(queries) else queries.shape[3]
 
 
-def _cut(queries: Tensor, keys: Tensor, blocks: QueryBlocks, each: int) -> Iterator[_Tile]:
+def _cut(
+    queries: Tensor, keys: Tensor, blocks: QueryBlocks, each: int
+) -> Iterator[_QueryBlockTile]:
     """Tiles of as many query blocks as may hold so many numbers each."""
     listed, where = in_one_list(queries, keys, blocks)
     flat = keys.reshape(-1, keys.shape[-1])
     for part in tiles(len(listed), each, keys.device):
-        yield _Tile(listed[part], flat, where.positions[part], where.begins[part], where.stride)
+        yield _QueryBlockTile(
+            listed[part], flat, where.positions[part], where.begins[part], where.stride
+        )
 
 
-def _descend(tile: _Tile, search: Search, rounds: int) -> Int[Tensor, "M K"]:
+def _descend(tile: _QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, "M K"]:
     """The tree: split every range, keep the best halves, until all hold one block."""
     n_blocks = tile.positions[:, -1:] // search.key_block + 1
     number = torch.arange(search.kept, device=n_blocks.device)
@@ -209,7 +213,7 @@ def _descend(tile: _Tile, search: Search, rounds: int) -> Int[Tensor, "M K"]:
 
 
 def _prune(
-    tile: _Tile, search: Search, stages: tuple[Stage, ...], region: Region
+    tile: _QueryBlockTile, search: Search, stages: tuple[Stage, ...], region: Region
 ) -> Int[Tensor, "M K"]:
     """The stages: judge every chunk, keep the best, cut them up for the next stage."""
     last = tile.positions[:, -1:]
@@ -243,7 +247,9 @@ def _strongest(
     return ordered.indices[:, :kept].sort(dim=1).values
 
 
-def _best_scores(tile: _Tile, firsts: Int[Tensor, "M J"], width: int = 1) -> Float[Tensor, "M J"]:
+def _best_scores(
+    tile: _QueryBlockTile, firsts: Int[Tensor, "M J"], width: int = 1
+) -> Float[Tensor, "M J"]:
     """The largest product of any of `width` keys from each place on with a row that may see it."""
     if uses_triton(tile.queries):
         tensors = (tile.queries, tile.keys, tile.positions.int(), tile.begins, firsts.int())
@@ -260,7 +266,7 @@ def _best_scores(tile: _Tile, firsts: Int[Tensor, "M J"], width: int = 1) -> Flo
     return best.unflatten(1, (-1, width)).amax(dim=2)
 
 
-def _centre(tile: _Tile, key_block: int) -> Judge:
+def _centre(tile: _QueryBlockTile, key_block: int) -> Judge:
     """Judge ranges of whole blocks by the keys of the central one."""
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
@@ -270,7 +276,7 @@ def _centre(tile: _Tile, key_block: int) -> Judge:
     return judge
 
 
-def _halving(tile: _Tile, length: int) -> Judge:
+def _halving(tile: _QueryBlockTile, length: int) -> Judge:
     """Judge ranges of at most `length` keys by the key that halving them by centres ends at."""
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
@@ -289,7 +295,7 @@ def _halving(tile: _Tile, length: int) -> Judge:
     return judge
 
 
-def _every_key(tile: _Tile, longest: int) -> Judge:
+def _every_key(tile: _QueryBlockTile, longest: int) -> Judge:
     """Judge ordered ranges by all of their keys."""
     places = torch.arange(longest, device=tile.positions.device).expand(len(tile.positions), -1)
     scores = _best_scores(tile, places)
@@ -305,7 +311,7 @@ def _every_key(tile: _Tile, longest: int) -> Judge:
 
 
 def _found(
-    tile: _Tile, lists: Int[Tensor, "M K"], longest: int, key_block: int
+    tile: _QueryBlockTile, lists: Int[Tensor, "M K"], longest: int, key_block: int
 ) -> Float[Tensor, "M R"]:
     """Share of each row's best keys, as many as its list has room for, that are on the list."""
     places = torch.arange(longest, device=lists.device)

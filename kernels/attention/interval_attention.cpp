@@ -1,6 +1,6 @@
 // Softmax attention of each query to an interval of keys on the CPU (Dao 2023, sections 3.1, 3.2).
 //
-// A task is a head and some neighbouring blocks of queries, which meet their keys tile by tile; a
+// A task is a head and some consecutive blocks of queries, which go over their keys tile by tile; a
 // tile of scores never leaves the cache.
 
 #include <torch/library.h>
@@ -16,7 +16,8 @@ namespace {
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 constexpr int64_t TOGETHER = 16;
 
-// The largest score so far of each query, the sum of powers relative to it, and the mixed values.
+// The online softmax: each query's largest score so far, and relative to it the sum of powers and
+// the weighted values. Powers of 2 instead of e, with log2(e) folded into the scale.
 struct Softmax {
   Lanes most[QUERIES / LANES], sum[QUERIES / LANES];
   Workspace mixed;
@@ -30,28 +31,29 @@ struct Softmax {
     begun = false;
   }
 
-  // Powers take the place of a tile's scores; returns by what earlier sums of the queries shrink.
+  // Replaces a tile's scores by powers; returns the factor that rescales the earlier sums.
   Lanes take(const Attention& in, const Block& block, const Range& tile, int64_t v, float* scores) {
     const float scale = LOG2_E * in.scale();
-    const Sight sight(block, v * LANES, tile);
+    const VisibleKeys visible(block, v * LANES, tile);
     float* column = scores + v * LANES - tile.begin * QUERIES;
-    Lanes largest[Sight::CHAINS];
-    std::fill(largest, largest + Sight::CHAINS, Lanes{} + NOTHING);
-    sight.for_each_key([&](int64_t k, int64_t chain, const auto& keep) {
+    Lanes largest[VisibleKeys::CHAINS];
+    std::fill(largest, largest + VisibleKeys::CHAINS, Lanes{} + NOTHING);
+    visible.for_each_key([&](int64_t k, int64_t chain, const auto& keep) {
       largest[chain] = larger(largest[chain], keep(load(column + k * QUERIES, LANES), NOTHING));
     });
     for (const Lanes& found : largest) largest[0] = larger(largest[0], found);
     const Lanes now = larger(most[v], scale * largest[0]);
+    // A query without any key so far: -inf minus -inf would be NaN.
     const Lanes shift = now == NOTHING ? Lanes{} : now;
     const Lanes factor = exp2(most[v] - shift);
     Lanes added{};
-    sight.for_each_key([&](int64_t k, int64_t, const auto& keep) {
+    visible.for_each_key([&](int64_t k, int64_t, const auto& keep) {
       const Lanes power = exp2(scale * load(column + k * QUERIES, LANES) - shift);
       const Lanes kept = keep(power, 0.0f);
       store(column + k * QUERIES, kept, LANES);
       added += kept;
     });
-    sight.clear_rest(tile, scores + v * LANES);
+    visible.clear_rest(tile, scores + v * LANES);
     most[v] = now;
     sum[v] = sum[v] * factor + added;
     return factor;
@@ -84,12 +86,12 @@ void attend_segment(const Attention& in, const Block& block, int64_t head, Work&
                     Softmax& softmax) {
   const Range seen = block.seen().within(work.segment.places());
   if (seen.empty()) return;
-  gather_both(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
-                block.count, in.width, work.together.data(), work.transposed.data());
+  gather_and_transpose(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
+                       block.count, in.width, work.together.data(), work.transposed.data());
   float* scores = work.scores.data();
   for_each_stretch(seen, TILE, [&](const Range& tile) {
-    meet(block, tile, work.segment.key(in, tile.begin), in.key_row(), in.width,
-         work.transposed.data(), scores);
+    multiply_keys(block, tile, work.segment.key(in, tile.begin), in.key_row(), in.width,
+                  work.transposed.data(), scores);
     for (int64_t v = 0; v < block.lanes() / LANES; ++v) {
       const Lanes factor = softmax.take(in, block, tile, v, scores);
       if (softmax.begun) softmax.shrink(in, v, factor);
@@ -107,7 +109,7 @@ void finish(const Attention& in, const Block& block, int64_t head, Softmax& soft
     const float share = 1.0f / sum;
     const float* mixed = softmax.mixed.data() + i * in.value_row();
     float* output = outputs + in.output_at(block.row, block.begin + i, head);
-    // A query that sees nothing gets zeros.
+    // A query without keys gets zeros.
     for_each_vector(in.value_width, [&](int64_t j, int64_t count) {
       store(output + j, softmax.begun ? share * load(mixed + j, count) : Lanes{}, count);
     });
@@ -115,13 +117,14 @@ void finish(const Attention& in, const Block& block, int64_t head, Softmax& soft
   }
 }
 
-// Neighbouring blocks of a row that a head works on at a time.
+// One head and some consecutive blocks of a row.
 struct Task {
   const Block* blocks;
   int64_t count, head;
 };
 
-// Head after head of a row: the blocks of one see ever more keys, and threads share them alike.
+// Ordered by head, then block: under causality later blocks see more keys, and this order spreads
+// them evenly over threads.
 std::vector<Task> tasks_of(const Attention& in, const std::vector<std::vector<Block>>& rows) {
   std::vector<Task> tasks;
   for (const std::vector<Block>& blocks : rows) {

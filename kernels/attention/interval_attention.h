@@ -1,7 +1,8 @@
-// What both directions of attention to intervals share: blocks of queries that meet some keys.
+// What the forward and the backward pass of attention to intervals share: blocks of queries, tiles
+// of keys, and their products.
 //
-// Keys are worked on in segments, whose keys and values are laid side by side. Scores of a block
-// lie with a vector of queries for each key, so that a query's softmax stays in its lane.
+// Keys and values are copied to contiguous memory segment by segment. Scores are stored as (key,
+// query), so that each query's softmax stays in one vector lane.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -28,7 +29,7 @@ struct Attention {
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(width)); }
   // Keys of a segment at most.
   int64_t segment() const { return std::min(SEGMENT, keys_in_all); }
-  // Of a key and of a value in a workspace.
+  // Padded widths of a key and a value in a workspace.
   int64_t key_row() const { return whole_vectors(width); }
   int64_t value_row() const { return whole_vectors(value_width); }
   int64_t token(int64_t row, int64_t t) const { return row * length + t; }
@@ -38,21 +39,21 @@ struct Attention {
   int64_t output_at(int64_t row, int64_t t, int64_t head) const {
     return (token(row, t) * heads + head) * value_width;
   }
-  // Which key head of which row, in all of them.
+  // Index of a (row, token, key head) among all keys.
   int64_t key_at(int64_t row, int64_t place, int64_t group) const {
     return (row * keys_in_all + place) * groups + group;
   }
 };
 
-// Neighbouring queries of a row and what they see, of which both ends never fall. The last stands
-// for those that would fill its vector.
+// Consecutive queries of a row and the keys that each sees, an interval with nondecreasing ends.
+// The last query's interval pads the arrays to whole vectors.
 struct Block {
   int64_t row, begin, count = 0;
   int32_t first[QUERIES], past[QUERIES];
 
   Range seen() const { return {first[0], past[count - 1]}; }
   int64_t lanes() const { return whole_vectors(count); }
-  // The keys that any of some queries sees, and the queries that see any of some keys.
+  // The keys that any of the given queries sees, and the queries that see any of the given keys.
   Range keys_of(const Range& queries) const {
     return {first[queries.begin], past[queries.end - 1]};
   }
@@ -64,8 +65,8 @@ struct Block {
   }
 };
 
-// Those of a row in order. One ends where the next query sees nothing that this one sees, so that
-// no number of one document meets those of another.
+// The blocks of a row in order. A block also ends where the next query shares no key with this one:
+// so no product mixes documents, where 0 * NaN would carry a NaN across.
 inline std::vector<Block> blocks_of(const Attention& in, int64_t row) {
   std::vector<Block> all;
   int32_t end = 0;
@@ -100,7 +101,7 @@ inline Attention attention_of(const at::Tensor& q, const at::Tensor& k, const at
           past.const_data_ptr<int32_t>()};
 }
 
-// Neighbouring keys and values of a head, side by side.
+// A contiguous copy of some consecutive keys and values of one head.
 class Segment {
  public:
   explicit Segment(const Attention& in)
@@ -127,7 +128,7 @@ class Segment {
   Workspace keys_, values_;
 };
 
-// Runs over the stretches of `places`, each of at most `size`.
+// Calls run(stretch) for consecutive stretches of `places` of at most `size`.
 template <typename Run>
 void for_each_stretch(const Range& places, int64_t size, const Run& run) {
   for (int64_t begin = places.begin; begin < places.end; begin += size) {
@@ -135,19 +136,19 @@ void for_each_stretch(const Range& places, int64_t size, const Run& run) {
   }
 }
 
-// Lays a block's rows side by side, and transposed: a vector of queries for each of their numbers.
-inline void gather_both(const float* source, int64_t stride, int64_t rows, int64_t size,
-                          float* together, float* transposed) {
+// Copies a block's rows to contiguous memory, and to its transpose (channel, query).
+inline void gather_and_transpose(const float* source, int64_t stride, int64_t rows, int64_t size,
+                                 float* together, float* transposed) {
   const int64_t padded = whole_vectors(size);
   gather(source, stride, rows, size, together, padded);
   std::fill(together + rows * padded, together + whole_vectors(rows) * padded, 0.0f);
   transpose(together, whole_vectors(rows), padded, padded, transposed, QUERIES);
 }
 
-// What of the keys of a tile each query of a block meets: scores (key, query), or their gradients.
-// `transposed` has the queries in its columns; what no query of a vector sees is left out.
-inline void meet(const Block& block, const Range& tile, const float* keys, int64_t row,
-                 int64_t width, const float* transposed, float* scores) {
+// Products of a tile's keys (or values) with a block's queries (or output gradients), (key, query).
+// `transposed` is (channel, query). Products that no query of a vector needs are skipped.
+inline void multiply_keys(const Block& block, const Range& tile, const float* keys, int64_t row,
+                          int64_t width, const float* transposed, float* scores) {
   product(tile.size(), {keys, row, 1}, {transposed, QUERIES}, false, scores, QUERIES,
           [&](const Range& some) {
             const Range queries =
@@ -156,7 +157,7 @@ inline void meet(const Block& block, const Range& tile, const float* keys, int64
           });
 }
 
-// out (query, number) += what of `rows`, one for each key of a tile, the scores say.
+// out[query] += sum over a tile's keys of scores[key, query] * rows[key].
 inline void mix_keys(const Block& block, const Range& tile, const float* scores, const float* rows,
                      int64_t row, bool kept, float* out) {
   product(block.count, {scores, 1, QUERIES}, {rows, row}, kept, out, row,
@@ -166,13 +167,13 @@ inline void mix_keys(const Block& block, const Range& tile, const float* scores,
           });
 }
 
-// A vector of queries, with what it sees of a tile.
-struct Sight {
+// The keys of a tile that a vector of queries sees: `some` by any of them, `all` by all of them.
+struct VisibleKeys {
   static constexpr int64_t CHAINS = 4;
   IntegerLanes first, past;
   Range some, all;
 
-  Sight(const Block& block, int64_t lane, const Range& tile) {
+  VisibleKeys(const Block& block, int64_t lane, const Range& tile) {
     std::memcpy(&first, block.first + lane, sizeof(first));
     std::memcpy(&past, block.past + lane, sizeof(past));
     some = Range{first[0], past[LANES - 1]}.within(tile);
@@ -180,9 +181,9 @@ struct Sight {
     if (all.empty()) all = {some.end, some.end};
   }
 
-  // Runs over the keys of the tile that any of the queries sees: run(key, chain, keep), where
-  // keep(x, other) is x for the queries that see it and `other` for the rest, and neighbouring
-  // keys have different chains, for sums whose terms wait for one another.
+  // Calls run(key, chain, keep) for the keys in `some`. keep(x, other) is x for the queries that
+  // see the key and `other` for the rest. Consecutive keys have different chains, so that a
+  // reduction can use independent accumulators.
   template <typename Run>
   void for_each_key(const Run& run) const {
     const auto keep = [](Lanes x, float) { return x; };
@@ -196,7 +197,7 @@ struct Sight {
     for_each_masked({all.end, some.end}, run);
   }
 
-  // Scores of a tile that none of the queries sees become zero.
+  // Zeroes the scores of keys that none of the queries sees.
   void clear_rest(const Range& tile, float* scores) const {
     for (int64_t k = tile.begin; k < tile.end; ++k) {
       if (k == some.begin) k = std::max(k, some.end);

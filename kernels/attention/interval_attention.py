@@ -70,7 +70,7 @@ def neighbours(documents: Int[Tensor, "b S"], queries: int, before: int, after: 
     """What each of the last `queries` tokens sees: those of its document that are near enough.
 
     Args:
-        documents: document of each token; those of one stand together.
+        documents: document of each token; each document is contiguous.
         queries: tokens that see others.
         before: keys before its own that a token sees at most.
         after: keys after its own.
@@ -90,7 +90,7 @@ class _Interval(torch.autograd.Function):
     def forward(ctx: FunctionCtx, *inputs: Tensor | None) -> Tensor:
         outputs, logs = _forward(*inputs)
         saved = (*inputs, outputs, logs)
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return outputs
 

@@ -1,8 +1,8 @@
-// Attention to intervals on the CPU, back (Dao 2023, section 3.2): probabilities are computed again
-// from the logs of their sums.
+// The gradients of attention to intervals on the CPU (Dao 2023, section 3.2): probabilities are
+// recomputed from the log-sum-exp of each query.
 //
-// A task is a row and a head of keys, which sums their gradients over blocks in order: results do
-// not depend on the number of threads.
+// A task is a row and a key head, and sums the gradients of its keys over blocks of queries in
+// order: results do not depend on the number of threads.
 
 #include <torch/library.h>
 
@@ -18,7 +18,7 @@ struct Gradients {
   float *queries, *keys, *values;
 };
 
-// A block of a head's queries, their gradients and those of their outputs; also transposed.
+// A block of a head's queries and output gradients, also transposed, and the query gradients.
 struct Side {
   Workspace queries, transposed_queries, d_outputs, transposed_d_outputs, d_queries;
   alignas(Lanes) float logs[QUERIES], shared[QUERIES];
@@ -30,15 +30,16 @@ struct Side {
 
   void take(const Attention& in, const Gradients& to, const Block& block, int64_t head) {
     const int64_t at = in.output_at(block.row, block.begin, head), step = in.heads * in.value_width;
-    gather_both(in.queries + in.query_at(block.row, block.begin, head), in.heads * in.width,
-                  block.count, in.width, queries.data(), transposed_queries.data());
-    gather_both(to.outputs + at, step, block.count, in.value_width, d_outputs.data(),
-                  transposed_d_outputs.data());
+    gather_and_transpose(in.queries + in.query_at(block.row, block.begin, head),
+                         in.heads * in.width, block.count, in.width, queries.data(),
+                         transposed_queries.data());
+    gather_and_transpose(to.outputs + at, step, block.count, in.value_width, d_outputs.data(),
+                         transposed_d_outputs.data());
     std::fill(logs, logs + QUERIES, 0.0f);
     std::fill(shared, shared + QUERIES, 0.0f);
     const float* sums = to.logs + (block.row * in.heads + head) * in.length + block.begin;
     std::copy(sums, sums + block.count, logs);
-    // What of the gradients of powers is that of their sum: <output, its gradient>.
+    // The softmax's row term, <output, its gradient>: D in Dao 2023, algorithm 2.
     for (int64_t i = 0; i < block.count; ++i) {
       const int64_t of = at + i * step;
       shared[i] = total(dot(to.outputs + of, to.results + of, in.value_width));
@@ -56,28 +57,28 @@ struct Work {
         d_keys(in.segment() * in.key_row()), d_values(in.segment() * in.value_row()) {}
 };
 
-// Probabilities take the place of scores, and the gradients of scores that of `slopes`.
+// Replaces scores by probabilities, and in `slopes` the probabilities' gradients by the scores'.
 void slopes_of_scores(const Attention& in, const Block& block, const Range& tile, Work& work) {
   const float scale = in.scale(), log_scale = LOG2_E * scale;
   for (int64_t lane = 0; lane < block.lanes(); lane += LANES) {
-    const Sight sight(block, lane, tile);
+    const VisibleKeys visible(block, lane, tile);
     const Lanes log = load(work.side.logs + lane, LANES);
     const Lanes shared = load(work.side.shared + lane, LANES);
     float* scores = work.scores.data() + lane;
     float* slopes = work.slopes.data() + lane;
-    sight.for_each_key([&](int64_t k, int64_t, const auto& keep) {
+    visible.for_each_key([&](int64_t k, int64_t, const auto& keep) {
       const int64_t at = (k - tile.begin) * QUERIES;
       const Lanes share = keep(exp2(log_scale * load(scores + at, LANES) - log), 0.0f);
       const Lanes slope = scale * share * (load(slopes + at, LANES) - shared);
       store(scores + at, share, LANES);
       store(slopes + at, keep(slope, 0.0f), LANES);
     });
-    sight.clear_rest(tile, scores);
-    sight.clear_rest(tile, slopes);
+    visible.clear_rest(tile, scores);
+    visible.clear_rest(tile, slopes);
   }
 }
 
-// out (key, number) += what of `rows`, one for each query, the scores say.
+// out[key] += sum over queries of scores[key, query] * rows[query].
 void mix_queries(const Block& block, const Range& tile, const float* scores, const float* rows,
                  int64_t row, float* out) {
   product(tile.size(), {scores, QUERIES, 1}, {rows, row}, true, out, row,
@@ -87,15 +88,16 @@ void mix_queries(const Block& block, const Range& tile, const float* scores, con
           });
 }
 
-void tile_back(const Attention& in, const Block& block, const Range& tile, Work& work, bool kept) {
+void tile_backward(const Attention& in, const Block& block, const Range& tile, Work& work,
+                   bool kept) {
   const int64_t key_row = in.key_row(), value_row = in.value_row();
   const int64_t place = tile.begin - work.segment.places().begin;
   Side& side = work.side;
   float *scores = work.scores.data(), *slopes = work.slopes.data();
-  meet(block, tile, work.segment.key(in, tile.begin), key_row, in.width,
-       side.transposed_queries.data(), scores);
-  meet(block, tile, work.segment.value(in, tile.begin), value_row, in.value_width,
-       side.transposed_d_outputs.data(), slopes);
+  multiply_keys(block, tile, work.segment.key(in, tile.begin), key_row, in.width,
+                side.transposed_queries.data(), scores);
+  multiply_keys(block, tile, work.segment.value(in, tile.begin), value_row, in.value_width,
+                side.transposed_d_outputs.data(), slopes);
   slopes_of_scores(in, block, tile, work);
   mix_queries(block, tile, scores, side.d_outputs.data(), value_row,
               work.d_values.data() + place * value_row);
@@ -114,14 +116,14 @@ void for_each_query(const Attention& in, const Gradients& to, const Block& block
   }
 }
 
-// Adds to the queries' gradients, or sets them where no earlier segment did.
-void block_back(const Attention& in, const Gradients& to, const Block& block, int64_t head,
-                Work& work) {
+// Adds to the queries' gradients, or sets them in the first segment that the block sees.
+void block_backward(const Attention& in, const Gradients& to, const Block& block, int64_t head,
+                    Work& work) {
   const Range seen = block.seen().within(work.segment.places());
   work.side.take(in, to, block, head);
   bool kept = false;
   for_each_stretch(seen, TILE, [&](const Range& tile) {
-    tile_back(in, block, tile, work, kept);
+    tile_backward(in, block, tile, work, kept);
     kept = true;
   });
   const bool earlier = block.seen().begin < work.segment.places().begin;
@@ -134,8 +136,8 @@ void block_back(const Attention& in, const Gradients& to, const Block& block, in
   });
 }
 
-// Queries that see nothing are met by no segment.
-void clear_blind(const Attention& in, const Gradients& to, const std::vector<Block>& blocks) {
+// Queries without keys appear in no segment; their gradients are zero.
+void clear_unseeing(const Attention& in, const Gradients& to, const std::vector<Block>& blocks) {
   for (const Block& block : blocks) {
     if (!block.seen().empty()) continue;
     for (int64_t head = 0; head < in.heads; ++head) {
@@ -153,20 +155,20 @@ void spread(const float* source, int64_t padded, int64_t rows, int64_t size, flo
   }
 }
 
-void segment_back(const Attention& in, const Gradients& to, const std::vector<Block>& blocks,
-                  int64_t row, int64_t group, const Range& places, Work& work) {
+void segment_backward(const Attention& in, const Gradients& to, const std::vector<Block>& blocks,
+                      int64_t row, int64_t group, const Range& places, Work& work) {
   const int64_t together = in.heads / in.groups;
   float *d_keys = work.d_keys.data(), *d_values = work.d_values.data();
   work.segment.take(in, row, group, places);
   std::fill(d_keys, d_keys + places.size() * in.key_row(), 0.0f);
   std::fill(d_values, d_values + places.size() * in.value_row(), 0.0f);
-  // Neither end of what blocks see falls from one to the next.
+  // Both ends of what the blocks see are nondecreasing, so a binary search finds the first block.
   const auto first = std::partition_point(
       blocks.begin(), blocks.end(),
       [&](const Block& block) { return block.seen().end <= places.begin; });
   for (int64_t head = group * together; head < (group + 1) * together; ++head) {
     for (auto block = first; block != blocks.end() && block->seen().begin < places.end; ++block) {
-      if (!block->seen().empty()) block_back(in, to, *block, head, work);
+      if (!block->seen().empty()) block_backward(in, to, *block, head, work);
     }
   }
   const int64_t at = in.key_at(row, places.begin, group);
@@ -188,14 +190,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
                      d_q.mutable_data_ptr<float>(), d_k.mutable_data_ptr<float>(),
                      d_v.mutable_data_ptr<float>()};
   const std::vector<std::vector<Block>> rows = blocks_of(in);
-  for (const std::vector<Block>& blocks : rows) clear_blind(in, to, blocks);
+  for (const std::vector<Block>& blocks : rows) clear_unseeing(in, to, blocks);
   at::parallel_for(0, in.batch * in.groups, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     Work work(in);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t row = task / in.groups, group = task % in.groups;
       for_each_stretch({0, in.keys_in_all}, SEGMENT, [&](const Range& places) {
-        segment_back(in, to, rows[row], row, group, places, work);
+        segment_backward(in, to, rows[row], row, group, places, work);
       });
     }
   });

@@ -4,7 +4,7 @@ One program owns a tile of queries (outputs, and the gradient of queries) or a t
 gradients), and walks over what sees or is seen in order, so that sums are ordered and nothing is
 atomic. Softmax statistics and sums are float32. Products take bfloat16 operands where activations
 are bfloat16, as flash attention does, else float32; the interpreter always takes float32. Loops
-hold one load in flight, because they carry sums. Not run on a GPU so far: tested in Triton's
+hold one load in flight, because they carry sums. Not yet run on a GPU: tested in Triton's
 interpreter, compiled ahead of time.
 """
 

@@ -36,7 +36,7 @@ def packed_attention(
         queries: those of the last L of the S tokens.
         keys: one for each token; G divides H, and query head h reads key head h // (H / G).
         values: one for each token.
-        documents: document of each token; those of one stand together.
+        documents: document of each token; each document is contiguous.
         causal: whether later tokens are hidden. Otherwise all tokens must be queries.
 
     Raises:

@@ -1,7 +1,7 @@
-// What the causal depthwise convolution reads forward and back, and what may stand behind it.
+// What the forward and the backward pass of the causal depthwise convolution share.
 //
-// A tap is known by its age: the number of tokens between the input it reads and the output. Which
-// ages a token sees ends at its document's first token, so a masked input is never read.
+// A tap is indexed by its age: how many tokens before the output its input lies. At each token the
+// ages end with its document's first token, so inputs of other documents are never read.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -22,7 +22,7 @@ constexpr int64_t CONV_BLOCK = 64;
 struct Convolution {
   int64_t batch, length, channels, taps;
   const float* values;
-  // Of one tap, carried inputs are there and have no numbers.
+  // Whether `initial` was given; with one tap it is given but empty.
   bool carries;
   const float* initial;
   const int32_t* documents;
@@ -59,7 +59,7 @@ struct Convolution {
   Lanes tap(int64_t age, int64_t channel, int64_t count) const {
     return load(&kernel[age * channels + channel], count);
   }
-  // How many ages token t of a row sees: its own document's inputs, within the taps.
+  // How many taps apply at token t: those whose inputs belong to its document.
   int64_t reach(int64_t row, int64_t t) const {
     const int32_t* ids = documents == nullptr ? nullptr : documents + row * length;
     int64_t age = 1;
@@ -67,7 +67,7 @@ struct Convolution {
     const bool continues = carries && (ids == nullptr || ids[t] == 0);
     return age == t + 1 && continues ? taps : age;
   }
-  // The output of token t, which sees so many ages, at some channels.
+  // The output of token t at some channels, summed over the first `reach` ages.
   Lanes output(int64_t row, int64_t t, int64_t reach, const float* bias, int64_t channel,
                int64_t count) const {
     Lanes total = load(bias + channel, count);
@@ -78,7 +78,7 @@ struct Convolution {
   }
 };
 
-// Some channels of all tokens as a tensor of their own.
+// A slice of the channels, stored as a contiguous tensor of its own.
 template <typename Number>
 struct Part {
   int64_t first, past;

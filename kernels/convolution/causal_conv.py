@@ -35,7 +35,7 @@ def causal_conv(
         weight: taps, the oldest input's first, as in torch's convolutions.
         bias: added to each output.
         initial: the inputs of the K - 1 tokens before the first; zero if not given.
-        documents: document of each token; those of one stand together. Inputs of another document
+        documents: document of each token; each document is contiguous. Inputs of another document
             are not seen; `initial` belongs to document 0.
 
     Raises:
@@ -94,7 +94,7 @@ class _CausalConv(torch.autograd.Function):
         initial: Float[Tensor, "B K-1 E"] | None,
         documents: Int[Tensor, "B L"] | None,
     ) -> Tensor:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (values, weight, initial, documents)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return _forward(values, weight, bias, initial, documents)

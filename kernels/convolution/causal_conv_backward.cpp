@@ -1,7 +1,7 @@
-// The gradients of the causal depthwise convolution on the CPU, and of a silu behind it.
+// The gradients of the causal depthwise convolution on the CPU, with or without a SiLU after it.
 //
-// Tasks have a fixed size: the gradients of weight and bias do not depend on the number of threads.
-// What the silu was given is computed anew, for a tile of channels and all tokens that a task needs.
+// Tasks have a fixed size, so the gradients of weight and bias do not depend on the number of
+// threads. The input of the SiLU is recomputed, tile by tile of channels, not kept.
 
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -13,10 +13,10 @@
 namespace crossladder {
 namespace {
 
-// Channels of a tile, which with the tokens of a task fill a part of the nearest cache.
+// Channels of a tile, few enough for a task's tokens to stay in a core's cache.
 constexpr int64_t TILE = 128;
 
-// What a call writes; each task has sums of its own by age, and then of the bias.
+// What a call writes. `sums` has a slice per task: the weight's gradient by age, then the bias's.
 struct Gradients {
   at::Tensor values, initial, sums;
 
@@ -32,19 +32,19 @@ struct Gradients {
   }
 };
 
-// Gradients of some channels of the outputs, and the bias if a silu stands behind them.
-struct Behind {
+// The gradient of some channels of the outputs, and the bias if a SiLU follows the convolution.
+struct OutputGradients {
   Part<const float> outputs;
   const float* bias;
 
-  // The gradient of what the silu was given, x.
+  // The gradient with respect to the SiLU's input x.
   Lanes before_silu(Lanes given, Lanes x) const {
     const Lanes share = sigmoid(x);
     return given * (share + x * share * (1.0f - share));
   }
 };
 
-// The block of tokens that a task collects for.
+// The block of tokens whose gradients a task computes.
 class Block {
  public:
   Block(const Convolution& conv, const Gradients& gradients, int64_t task)
@@ -59,39 +59,39 @@ class Block {
     for (int64_t t = begin_; t < past_; ++t) reach_.push_back(conv.reach(row_, t));
   }
 
-  void collect(const Behind& behind, std::vector<float>& scratch) const {
-    const auto [first, past, data] = behind.outputs;
-    if (conv_.taps == 4 && in_full()) return collect_in_full<4>(behind);
-    if (conv_.taps == 7 && in_full()) return collect_in_full<7>(behind);
+  void collect(const OutputGradients& d, std::vector<float>& scratch) const {
+    const auto [first, past, data] = d.outputs;
+    if (conv_.taps == 4 && in_full()) return collect_in_full<4>(d);
+    if (conv_.taps == 7 && in_full()) return collect_in_full<7>(d);
     for (int64_t tile = first; tile < past; tile += TILE) {
-      collect_tile(behind, {tile, std::min(tile + TILE, past), nullptr}, scratch);
+      collect_tile(d, {tile, std::min(tile + TILE, past), nullptr}, scratch);
     }
   }
 
  private:
-  // Whether all tokens see as many ages as there are taps, and are seen by as many.
+  // Whether no document begins or row ends near the block: then every tap applies everywhere.
   bool in_full() const {
     const auto sees_all = [&](int64_t reach) { return reach == conv_.taps; };
     return begin_ > 0 && past_ == end_ + conv_.taps - 1 &&
            std::all_of(reach_.begin(), reach_.end(), sees_all);
   }
 
-  Lanes given(const Behind& behind, int64_t t, int64_t channel, int64_t count) const {
-    return load(behind.outputs.at(row_ * conv_.length + t, channel), count);
+  Lanes given(const OutputGradients& d, int64_t t, int64_t channel, int64_t count) const {
+    return load(d.outputs.at(row_ * conv_.length + t, channel), count);
   }
 
-  // One walk over the tokens, by a few channels at a time whose sums stay in registers.
+  // One pass over the tokens for one vector of channels at a time, with all sums in registers.
   template <int64_t TAPS>
-  void collect_in_full(const Behind& behind) const {
-    for_each_vector(behind.outputs.first, behind.outputs.past, [&](int64_t channel, int64_t count) {
-      // By age: inputs that token t sees, and gradients of the outputs up to its own.
+  void collect_in_full(const OutputGradients& d) const {
+    for_each_vector(d.outputs.first, d.outputs.past, [&](int64_t channel, int64_t count) {
+      // Indexed by age: the inputs that token t reads, and the gradients of the last TAPS outputs.
       Lanes taps[TAPS], seen[TAPS] = {}, owed[TAPS] = {}, sums[TAPS + 1] = {};
       for (int64_t age = 0; age < TAPS; ++age) taps[age] = conv_.tap(age, channel, count);
       const float* inputs = conv_.input(row_, begin_) + channel;
       for (int64_t age = 1; age < TAPS; ++age) {
         seen[age - 1] = load(inputs - age * conv_.channels, count);
       }
-      const Lanes bias = behind.bias == nullptr ? Lanes{} : load(behind.bias + channel, count);
+      const Lanes bias = d.bias == nullptr ? Lanes{} : load(d.bias + channel, count);
       for (int64_t t = begin_; t < past_; ++t, inputs += conv_.channels) {
 #pragma GCC unroll 8
         for (int64_t age = TAPS - 1; age > 0; --age) {
@@ -99,12 +99,12 @@ class Block {
           owed[age] = owed[age - 1];
         }
         seen[0] = load(inputs, count);
-        owed[0] = given(behind, t, channel, count);
-        if (behind.bias != nullptr) {
+        owed[0] = given(d, t, channel, count);
+        if (d.bias != nullptr) {
           Lanes x = bias;
 #pragma GCC unroll 8
           for (int64_t age = 0; age < TAPS; ++age) x += taps[age] * seen[age];
-          owed[0] = behind.before_silu(owed[0], x);
+          owed[0] = d.before_silu(owed[0], x);
         }
         if (t - begin_ >= TAPS - 1) {
           Lanes d_input{};
@@ -123,18 +123,18 @@ class Block {
     });
   }
 
-  // Gradients of what stands before a silu are laid down first, since tokens need several.
-  void collect_tile(const Behind& behind, const Part<const float>& tile,
+  // The general case. The SiLU's input gradients go to `scratch` first: each is read TAPS times.
+  void collect_tile(const OutputGradients& d, const Part<const float>& tile,
                     std::vector<float>& scratch) const {
     scratch.resize(reach_.size() * TILE);
     for (int64_t t = begin_; t < past_; ++t) {
       for_each_vector(tile.first, tile.past, [&](int64_t channel, int64_t count) {
-        Lanes d = given(behind, t, channel, count);
-        if (behind.bias != nullptr) {
+        Lanes gradient = given(d, t, channel, count);
+        if (d.bias != nullptr) {
           const int64_t reach = reach_[t - begin_];
-          d = behind.before_silu(d, conv_.output(row_, t, reach, behind.bias, channel, count));
+          gradient = d.before_silu(gradient, conv_.output(row_, t, reach, d.bias, channel, count));
         }
-        store(&scratch[(t - begin_) * TILE + channel - tile.first], d, count);
+        store(&scratch[(t - begin_) * TILE + channel - tile.first], gradient, count);
       });
     }
     const auto owed = [&](int64_t t, int64_t channel, int64_t count) {
@@ -151,7 +151,7 @@ class Block {
     }
   }
 
-  // The outputs that see an input lie at the ages after it.
+  // An input at `position` is read by the outputs at position + age.
   template <typename Owed>
   void to_input(const Owed& owed, int64_t position, float* d_input,
                 const Part<const float>& tile) const {
@@ -189,22 +189,23 @@ class Block {
 
   const Convolution& conv_;
   int64_t row_, begin_, end_;
-  // Behind the last token that sees one of the block.
+  // End of the outputs that read an input of the block.
   int64_t past_;
   float *d_values_, *d_initial_, *sums_;
-  // How many ages each of these tokens sees.
+  // Taps that apply at each token from `begin_` to `past_`; fewer near a document's beginning.
   std::vector<int64_t> reach_;
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run(
-    const Convolution& conv, const std::vector<Behind>& parts, const at::TensorOptions& options) {
+    const Convolution& conv, const std::vector<OutputGradients>& parts,
+    const at::TensorOptions& options) {
   const Gradients gradients(conv, options);
   at::parallel_for(0, conv.batch * conv.blocks(), 1, [&](int64_t first, int64_t last) {
     const FlushDenormals flush;
     std::vector<float> scratch;
     for (int64_t task = first; task < last; ++task) {
       const Block block(conv, gradients, task);
-      for (const Behind& part : parts) block.collect(part, scratch);
+      for (const OutputGradients& part : parts) block.collect(part, scratch);
     }
   });
   return gradients.all(conv.taps);
@@ -223,7 +224,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> silu_backward(
     const at::Tensor& bias, const std::optional<at::Tensor>& initial,
     const std::optional<at::Tensor>& documents) {
   const Convolution conv(values, weight, initial, documents);
-  std::vector<Behind> parts;
+  std::vector<OutputGradients> parts;
   int64_t first = 0;
   for (const at::Tensor& given : d_outputs) {
     const int64_t past = first + given.size(2);

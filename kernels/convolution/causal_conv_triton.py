@@ -2,7 +2,7 @@
 
 Inputs and outputs stay in the dtype of the values; sums are in float32. The backward kernel meets
 each pair of an input and an output once, for all three gradients; weight and bias are summed within
-a tile there, and over tiles by torch, in a fixed order. Not run on a GPU so far: tested in Triton's
+a tile there, and over tiles by torch, in a fixed order. Not yet run on a GPU: tested in Triton's
 interpreter, compiled ahead of time.
 """
 

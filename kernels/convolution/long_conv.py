@@ -118,13 +118,13 @@ def _convolve_documents(
 ) -> Tensor:
     """Convolve each document as a row of its own, those of about a length together."""
     layout = _layout(documents)
-    slots = _take(values.flatten(0, 1), layout.tokens, layout.slots)
+    slots = _gather_rows(values.flatten(0, 1), layout.tokens, layout.slots)
     outputs, begin = [], 0
     for size, count in layout.sizes:
         rows = slots[begin : begin + size * count].view(count, size, -1)
         begin += size * count
         outputs.append(long_conv(rows, taps, None, reverse).flatten(0, 1))
-    return _take(torch.cat(outputs), layout.slots, layout.tokens).view(values.shape)
+    return _gather_rows(torch.cat(outputs), layout.slots, layout.tokens).view(values.shape)
 
 
 class _Layout(NamedTuple):
@@ -162,13 +162,13 @@ def _layout(documents: Int[Tensor, "B L"]) -> _Layout:
     return _Layout(slots, tokens, list(zip(sizes.tolist(), counts.tolist(), strict=True)))
 
 
-def _take(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    taken = _Take.apply(rows, index, inverse)
+def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    taken = _GatherRows.apply(rows, index, inverse)
     assert isinstance(taken, Tensor)
     return taken
 
 
-class _Take(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     """Pick rows, zeros at -1; `inverse` says where each row goes, so that the adjoint picks too."""
 
     @staticmethod
@@ -179,16 +179,16 @@ class _Take(torch.autograd.Function):
         inverse: Int[Tensor, "S"],
     ) -> Tensor:
         ctx.save_for_backward(index, inverse)
-        return _pick(rows, index)
+        return _rows_or_zeros(rows, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: BackwardCFunction, d_taken: Tensor) -> tuple[Tensor | None, ...]:
         _, inverse = list(ctx.saved_tensors)
-        return _pick(d_taken.contiguous(), inverse), None, None
+        return _rows_or_zeros(d_taken.contiguous(), inverse), None, None
 
 
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
+def _rows_or_zeros(rows: Tensor, index: Tensor) -> Tensor:
     taken = rows.index_select(0, index.clamp(min=0))
     return taken.masked_fill_((index < 0)[:, None], 0.0)
 
@@ -203,7 +203,7 @@ class _LongConv(torch.autograd.Function):
         taps: Float32[Tensor, "E K"],
         reverse: Float32[Tensor, "E R"] | None,
     ) -> Tensor:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(values, taps, reverse)  # pyright: ignore[reportArgumentType]
         L, n = values.shape[1], _points(values, taps, reverse)
         outputs = torch.empty_like(values, dtype=torch.float32)

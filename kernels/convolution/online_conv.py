@@ -15,7 +15,7 @@ Taps = Callable[[int], Tensor]
 """Gives the first so many taps of a filter, (E, K), or fewer where it ends."""
 
 
-class Block(NamedTuple):
+class InputBlock(NamedTuple):
     """Inputs that follow one another, and what they add to the outputs right after them.
 
     Attributes:
@@ -29,10 +29,10 @@ class Block(NamedTuple):
 def extend_blocks(
     values: Float[Tensor, "B L E"],
     taps: Taps,
-    blocks: list[Block],
+    blocks: list[InputBlock],
     documents: Int[Tensor, "B L"] | None = None,
     longest: int | None = None,
-) -> tuple[Float[Tensor, "B L E"], list[Block]]:
+) -> tuple[Float[Tensor, "B L E"], list[InputBlock]]:
     """Convolve the tokens that follow those of the blocks; return the outputs and the blocks then.
 
     This is the relaxed tiling of Oncescu et al. 2024, "Flash Inference", section 3, for pieces of
@@ -60,7 +60,7 @@ def extend_blocks(
         carried = carried.masked_fill((documents != 0)[:, :, None], 0.0)
         values = values.masked_fill((documents != documents[:, -1:])[:, :, None], 0.0)
         blocks = _forget(blocks, documents[:, -1] != 0)
-    blocks = _drop([*blocks, Block(values, outputs[:, :0])], longest)
+    blocks = _drop([*blocks, InputBlock(values, outputs[:, :0])], longest)
     return (outputs + carried).to(values.dtype), _cover(blocks, 1, taps)
 
 
@@ -83,18 +83,18 @@ def following(
         return torch.fft.irfft(spectrum, n=n)[..., U : U + count].transpose(1, 2)
 
 
-def _cover(blocks: list[Block], count: int, taps: Taps) -> list[Block]:
+def _cover(blocks: list[InputBlock], count: int, taps: Taps) -> list[InputBlock]:
     """Join blocks, where need be, until all of them know what they add to the next outputs."""
     for i, (block, age) in enumerate(zip(blocks, _ages(blocks), strict=True)):
         if block.ahead.shape[1] < age + count:
             joined = torch.cat([later.values for later in blocks[i:]], dim=1)
             U = joined.shape[1]
             known = max(U, count)
-            return [*blocks[:i], Block(joined, following(joined, taps(U + known), known))]
+            return [*blocks[:i], InputBlock(joined, following(joined, taps(U + known), known))]
     return blocks
 
 
-def _drop(blocks: list[Block], longest: int | None) -> list[Block]:
+def _drop(blocks: list[InputBlock], longest: int | None) -> list[InputBlock]:
     """Leave out what lies before the longest open document."""
     if longest is None:
         return blocks
@@ -105,15 +105,17 @@ def _drop(blocks: list[Block], longest: int | None) -> list[Block]:
     return [*blocks[:-1], blocks[-1]._replace(values=newest)]
 
 
-def _forget(blocks: list[Block], changed: Bool[Tensor, "B"]) -> list[Block]:
+def _forget(blocks: list[InputBlock], changed: Bool[Tensor, "B"]) -> list[InputBlock]:
     """Empty the rows that have gone on to another document."""
     if not bool(changed.any()):
         return blocks
     away = changed[:, None, None]
-    return [Block(b.values.masked_fill(away, 0.0), b.ahead.masked_fill(away, 0.0)) for b in blocks]
+    return [
+        InputBlock(b.values.masked_fill(away, 0.0), b.ahead.masked_fill(away, 0.0)) for b in blocks
+    ]
 
 
-def _ages(blocks: list[Block]) -> list[int]:
+def _ages(blocks: list[InputBlock]) -> list[int]:
     """How many inputs have followed each block."""
     sizes = [block.values.shape[1] for block in blocks]
     return [sum(sizes[i + 1 :]) for i in range(len(sizes))]

@@ -53,7 +53,7 @@ class _SiluConv(torch.autograd.Function):
         documents: Int[Tensor, "B L"] | None,
         *sizes: int,
     ) -> tuple[Tensor, ...]:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (values, weight, bias, initial, documents)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return tuple(_forward(*saved, list(sizes)))

@@ -51,7 +51,7 @@ inline Lanes sum_neighbours(Lanes first, Lanes second) {
 #endif
 }
 
-// Lanes of `first` and `second` in turn: those of their first halves, then of their second.
+// Interleaves two vectors: zipped[0] gets their first halves, zipped[1] their second.
 inline void zip(Lanes first, Lanes second, Lanes* zipped) {
 #if defined(__clang__)
   zipped[0] = __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6,
@@ -154,8 +154,8 @@ constexpr float LOG2_E = 1.44269504088896341f;
 
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp2(-LOG2_E * x)); }
 
-// exp(x) - 1 of x <= 0, which does not lose what is small: by its series above -0.35, where the
-// first term left out is below 2e-8 of it.
+// exp(x) - 1 for x <= 0 without cancellation near 0: by its Taylor series above -0.35, where the
+// first omitted term is below 2e-8 of the result.
 inline Lanes expm1(Lanes x) {
   const Lanes power = exp2(LOG2_E * x) - 1.0f;
   Lanes series = 1.0f + x * (1.0f / 7.0f);
@@ -179,8 +179,8 @@ inline Lanes root(Lanes x) {
 #endif
 }
 
-// Denormal numbers count as zero while this lives: a decayed state would otherwise cost a hundred
-// times as much, and worker threads do not share the setting of the thread that calls.
+// Flushes denormal numbers to zero during its lifetime; arithmetic on a decayed state would be a
+// hundred times slower. Every task sets it, as worker threads do not inherit the caller's setting.
 class FlushDenormals {
  public:
 #if defined(__SSE__)

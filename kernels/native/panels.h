@@ -1,7 +1,7 @@
-// Small products inside a task: out += left right, with a panel of `out` in registers at a time.
+// Small matrix products inside a task: out += left right, a panel of `out` in registers at a time.
 //
-// What is read in vectors lies in a workspace, whose rows are padded to whole vectors and lie side
-// by side: rows of a tensor that are a power of two apart share a few sets of the caches.
+// Vector operands are copied to a contiguous workspace first, with rows padded to whole vectors:
+// rows of a tensor whose stride is a power of two would compete for a few cache sets.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,8 @@
 
 namespace crossladder {
 
-// Numbers of a register, rows of a panel, and its columns in registers: as many as there are beside
-// what a row of products needs. `Lanes` would not do: where they are more than one register,
-// compilers keep an array of them in memory.
+// Floats of a register, and a panel's rows and registers per row: as many as the register file
+// holds. Not in `Lanes`: where that is wider than a register, compilers spill arrays of it.
 #if defined(__AVX512F__)
 constexpr int64_t REGISTER = 16, PANEL_ROWS = 6, PANEL_REGISTERS = 4;
 #elif defined(__AVX__)
@@ -36,7 +35,7 @@ inline Register load_register(const float* source) {
 
 inline int64_t whole_vectors(int64_t size) { return (size + LANES - 1) / LANES * LANES; }
 
-// Floats that begin where a vector does, and are not set.
+// Uninitialised floats, aligned to vectors.
 class Workspace {
  public:
   explicit Workspace(int64_t size)
@@ -57,19 +56,19 @@ struct Range {
   }
 };
 
-// Read one by one: number i of row r lies at data[r * row + i * step].
+// The left operand, read one number at a time: element (r, i) is data[r * row + i * step].
 struct Scalars {
   const float* data;
   int64_t row, step;
 };
 
-// Read in vectors: row i begins at data[i * row].
+// The right operand, read in vectors: row i begins at data[i * row].
 struct Rows {
   const float* data;
   int64_t row;
 };
 
-// Which numbers some rows of a product sum over, and which columns it has there, in whole vectors.
+// What some rows of a product need: the inner range to sum over, and the columns, in whole vectors.
 struct Extent {
   Range inner, columns;
 };
@@ -115,7 +114,7 @@ void panels(const Scalars& left, const Rows& right, const Extent& extent, bool k
   }
 }
 
-// out = left right, or out += where `kept`, over `rows`: `extent(rows)` for each few of them.
+// out = left right, or out += left right if `kept`; `extent(rows)` says what each panel needs.
 template <typename Choice>
 void product(int64_t rows, const Scalars& left, const Rows& right, bool kept, float* out,
              int64_t stride, const Choice& extent) {
@@ -135,8 +134,7 @@ void product(int64_t rows, const Scalars& left, const Rows& right, bool kept, fl
   }
 }
 
-// The rows of `size` numbers that lie `stride` apart get places side by side, `padded` apart; zeros
-// fill their last vector.
+// Copies rows of `size` numbers from a stride of `stride` to one of `padded`, and pads with zeros.
 inline void gather(const float* source, int64_t stride, int64_t rows, int64_t size, float* target,
                    int64_t padded) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -146,7 +144,7 @@ inline void gather(const float* source, int64_t stride, int64_t rows, int64_t si
   }
 }
 
-// Transposes 16 vectors of 16: vectors half of all apart are zipped, four times.
+// Transposes a 16 x 16 block: four rounds that interleave vectors i and i + 8.
 inline void transpose(Lanes* rows) {
   Lanes other[LANES];
 #pragma GCC unroll 4

@@ -1,4 +1,4 @@
-// Products of matrices inside a task: small ones, by the BLAS that torch itself brings.
+// Small matrix products inside a task, by the BLAS that torch links.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -14,17 +14,17 @@ extern "C" __attribute__((weak)) void sgemm_(const char*, const char*, const int
 
 namespace crossladder {
 
-// A matrix of floats by rows, which lie `stride` apart; read as its transpose where that is asked.
+// A row-major matrix of floats, or its transpose.
 struct Matrix {
   const float* data;
   int64_t stride;
-  bool turned = false;
+  bool is_transposed = false;
 
-  Matrix transposed() const { return {data, stride, !turned}; }
+  Matrix transposed() const { return {data, stride, !is_transposed}; }
 };
 
 inline at::Tensor as_tensor(const Matrix& x, int64_t rows, int64_t columns) {
-  if (x.turned) return as_tensor(x.transposed(), columns, rows).t();
+  if (x.is_transposed) return as_tensor(x.transposed(), columns, rows).t();
   return at::from_blob(const_cast<float*>(x.data), {rows, columns}, {x.stride, 1}, at::kFloat);
 }
 
@@ -38,12 +38,12 @@ inline void multiply(int64_t rows, int64_t columns, int64_t inner, const Matrix&
     target.addmm_(a, b, kept);
     return;
   }
-  // BLAS reads by columns: a matrix by rows is its transpose, and so is the result.
+  // BLAS is column-major: to it, row-major out = left right is out^T = right^T left^T.
   const int m = columns, n = rows, k = inner, c = stride;
   const int a = right.stride, b = left.stride;
   const float one = 1.0f;
-  sgemm_(right.turned ? "T" : "N", left.turned ? "T" : "N", &m, &n, &k, &one, right.data, &a,
-         left.data, &b, &kept, out, &c);
+  sgemm_(right.is_transposed ? "T" : "N", left.is_transposed ? "T" : "N", &m, &n, &k, &one,
+         right.data, &a, left.data, &b, &kept, out, &c);
 }
 
 }  // namespace crossladder

@@ -1,5 +1,4 @@
-// What kernels read, and partial sums of threads and tiles, added in an order that does not depend
-// on who made them.
+// Checked access to tensors, and partial sums added in a fixed order, whichever thread made them.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -11,7 +10,7 @@ namespace crossladder {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a kernel reads, which is refused if it does not lie as the kernel expects.
+// The data of a tensor; refuses one that is not contiguous float32.
 inline const float* read(const at::Tensor& x, const char* kernel) {
   TORCH_CHECK(x.is_contiguous() && x.scalar_type() == at::kFloat, kernel,
               " was given a tensor that is not contiguous float32");

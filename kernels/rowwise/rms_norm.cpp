@@ -1,9 +1,9 @@
-// Root-mean-square norms on the CPU, channels in vector lanes, blocks of rows as tasks.
+// RMS norms on the CPU (Zhang and Sennrich 2019, equation 4): channels in vector lanes, blocks of
+// rows as tasks.
 //
-// A group of channels is read twice, the second time from the nearest cache: memory is passed over
-// once. What the second reading needs of the first is kept where results will be written. Which
-// rows form a block depends on the shape alone, and so does the order of the sums that make up the
-// gradient of the weight.
+// A group of channels is read twice, the second time from L1, so memory is read once. Intermediate
+// results are kept in the output buffers. Blocks depend on the shape alone, and with them the order
+// of the sums in the weight's gradient.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -22,10 +22,10 @@ namespace crossladder {
 namespace {
 
 constexpr int64_t MOST_BLOCKS = 64;
-// Numbers of a block that are worth a task.
+// A block has at least so many numbers, or starting a task costs more than its work.
 constexpr int64_t LEAST_NUMBERS = 8192;
 
-// A matrix whose rows may lie apart; `data` is null for a gate that is not there.
+// A matrix with a row stride; `data` is null if there is no gate.
 struct Rows {
   const float* data;
   int64_t stride;
@@ -63,8 +63,8 @@ struct Blocks {
   }
 };
 
-// By how much each row is turned behind its norm: `heads` rows in turn are a token, and tokens take
-// one place after the other and begin again. Null where none is.
+// The rotary angles applied after the norm: `heads` consecutive rows are a token, and token t has
+// the angles of place t modulo `places`. Null for no rotation.
 struct Angles {
   const float *cos = nullptr, *sin = nullptr;
   int64_t heads, places, width;
@@ -80,9 +80,9 @@ struct Angles {
     sin = read(*sines, "rms_norm");
     places = cosines->size(0);
   }
-  void turn(const float* x, int64_t row, bool back, float* turned) const {
+  void rotate(const float* x, int64_t row, bool back, float* rotated) const {
     const int64_t place = row / heads % places * width;
-    rotate_head(x, cos + place, sin + place, width, back, turned);
+    rotate_head(x, cos + place, sin + place, width, back, rotated);
   }
 };
 
@@ -94,7 +94,7 @@ struct Group {
   int64_t width;
 };
 
-// Write the outputs and return what the group was multiplied by.
+// Writes the outputs and returns the scale, 1 / sqrt(mean of squares + eps).
 float forward_group(const Group& group, float eps, float* outputs) {
   Lanes squares{};
   for_each_vector(group.width, [&](int64_t channel, int64_t count) {
@@ -115,7 +115,7 @@ float forward_group(const Group& group, float eps, float* outputs) {
   return scale;
 }
 
-// Write the gradients of x and gate, and add to that of the weight.
+// Writes the gradients of x and gate, and adds to the weight's.
 void backward_group(const Group& group, const float* d_outputs, float scale, float* d_x,
                     float* d_gate, float* d_weight) {
   Lanes products{};
@@ -166,7 +166,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x,
       scales[row * groups + group] = forward_group(each, eps, y + row * channels + first);
     }
     float* normed = y + row * channels;
-    if (angles.cos != nullptr) angles.turn(normed, row, false, normed);
+    if (angles.cos != nullptr) angles.rotate(normed, row, false, normed);
   });
   return {outputs, scale};
 }
@@ -197,8 +197,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& d_outp
       const Group each{inputs.at(row, first), gates.at(row, first), weights + first, width};
       const float* gradient = d_y.at(row, first);
       if (angles.cos != nullptr) {
-        // A gradient takes the place of the one it is made of, number by number.
-        angles.turn(gradient, row, true, d_inputs + place);
+        // In place: each number is read before it is overwritten.
+        angles.rotate(gradient, row, true, d_inputs + place);
         gradient = d_inputs + place;
       }
       backward_group(each, gradient, scales[row * groups + group], d_inputs + place,

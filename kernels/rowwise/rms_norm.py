@@ -1,6 +1,7 @@
-"""Root-mean-square norms over groups of channels, plain or gated, in one pass over memory.
+"""RMS norm over groups of channels, optionally gated or followed by a rotation, fused on a CPU.
 
-A CPU that runs operation by operation would write and read a tensor for each of them.
+Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4. Unfused, a CPU
+would write and read a tensor for each operation.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
 
 from kernels.dispatch import Path, define_operator, path_of
-from kernels.rowwise.rotary import turn_halves
+from kernels.rowwise.rotary import rotate_halves
 
 
 def rms_norm(
@@ -32,7 +33,7 @@ def rms_norm(
         x: the inputs.
         weight: a factor for each channel of the last dimension.
         eps: added to mean squares.
-        groups: how many parts of the last dimension, equally wide, are normalised by themselves.
+        groups: number of equal parts of the last dimension, each normalised by itself.
         gate: z = x if not given.
 
     Raises:
@@ -42,25 +43,25 @@ def rms_norm(
     if path_of(x) is not Path.NATIVE:
         return rms_norm_reference(x, weight, eps, groups, gate)
     gates = None if gate is None else _rows(gate)
-    return _normed(x, gates, weight, groups, eps, Turn(None, None, 1))
+    return _normed(x, gates, weight, groups, eps, Angles(None, None, 1))
 
 
-def turned_rms_norm(
+def rotated_rms_norm(
     x: Float[Tensor, "B L H P"],
     weight: Float[Tensor, "P"],
     eps: float,
     cos: Float[Tensor, "b L 1 P"],
     sin: Float[Tensor, "b L 1 P"],
 ) -> Float[Tensor, "B L H P"]:
-    """Turn what `rms_norm` makes of each head, as `turn_halves` does, without a pass of its own.
+    """Apply `rms_norm` to each head, then `rotate_halves`, in one pass over memory.
 
     Returns the dtype of `x`.
     """
     _check_shapes(x, weight, 1, None)
     if path_of(x) is not Path.NATIVE:
-        return turn_halves(rms_norm_reference(x, weight, eps), cos, sin).to(x.dtype)
-    turn = Turn(_rows(cos).contiguous(), _rows(sin).contiguous(), x.shape[2])
-    return _normed(x, None, weight, 1, eps, turn)
+        return rotate_halves(rms_norm_reference(x, weight, eps), cos, sin).to(x.dtype)
+    angles = Angles(_rows(cos).contiguous(), _rows(sin).contiguous(), x.shape[2])
+    return _normed(x, None, weight, 1, eps, angles)
 
 
 def rms_norm_reference(
@@ -83,8 +84,8 @@ def rms_norm_reference(
     return (normed * weight).to(x.dtype)
 
 
-class Turn(NamedTuple):
-    """By what rows are turned behind their norm, if they are: `heads` rows in turn are a token."""
+class Angles(NamedTuple):
+    """The rotation after the norm, None for none; `heads` consecutive rows belong to one token."""
 
     cos: Float32[Tensor, "places P"] | None
     sin: Float32[Tensor, "places P"] | None
@@ -92,10 +93,10 @@ class Turn(NamedTuple):
 
 
 def _normed(
-    x: Tensor, gates: Tensor | None, weight: Tensor, groups: int, eps: float, turn: Turn
+    x: Tensor, gates: Tensor | None, weight: Tensor, groups: int, eps: float, angles: Angles
 ) -> Tensor:
     rows, weights = _rows(x), weight.float().contiguous()
-    outputs = _RMSNorm.apply(rows, gates, weights, groups, eps, *turn)
+    outputs = _RMSNorm.apply(rows, gates, weights, groups, eps, *angles)
     assert isinstance(outputs, Tensor)
     return outputs.view(x.shape).to(x.dtype)
 
@@ -109,12 +110,12 @@ class _RMSNorm(torch.autograd.Function):
         weight: Float32[Tensor, "D"],
         groups: int,
         eps: float,
-        *turn: Tensor | int | None,
+        *rotation: Tensor | int | None,
     ) -> Tensor:
-        outputs, scale = _forward(x, gate, weight, groups, eps, *turn)
-        *angles, heads = turn
+        outputs, scale = _forward(x, gate, weight, groups, eps, *rotation)
+        *angles, heads = rotation
         ctx.heads = heads  # pyright: ignore[reportAttributeAccessIssue]
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (x, gate, weight, scale, *angles)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return outputs
@@ -129,7 +130,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _rows(x: Float[Tensor, "*batch D"]) -> Float32[Tensor, "R D"]:
-    """Lay all rows out as a matrix: a view wherever their channels lie side by side, evenly far."""
+    """All rows as a matrix; a view where strides allow, as the kernel takes any row stride."""
     rows = x.float().reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings: pairs of channels turned by an angle, in one pass over memory on a CPU."""
+"""Rotary embeddings (Su et al. 2021, section 3.4.2), fused on a CPU."""
 
 import torch
 from jaxtyping import Float
@@ -8,55 +8,55 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 from kernels.dispatch import Path, define_operator, path_of
 
 
-def turn_halves(
+def rotate_halves(
     x: Float[Tensor, "B L H P"], cos: Float[Tensor, "b L 1 P"], sin: Float[Tensor, "b L 1 P"]
 ) -> Float[Tensor, "B L H P"]:
-    """Turn each pair of channels (p, p + P/2) by its angle (Su et al. 2021, section 3.4.2).
+    """Rotate each pair of channels (p, p + P/2) by its angle.
 
-    Where no CPU kernel serves, and under a compiler, which fuses them, it is torch's operations in
-    the wider dtype of channels and angles, which it returns; else it computes in float32.
+    The CPU kernel computes in float32. Elsewhere torch's operations compute in the wider dtype of
+    `x` and the angles, and return it.
 
     Args:
         x: P is even.
-        cos: of every channel's angle, for all rows or for each; carries no gradient.
+        cos: cosine of each channel's angle, for all rows or for each; gets no gradient.
         sin: likewise.
     """
-    turned = _Turn.apply(x, cos, sin)
-    assert isinstance(turned, Tensor)
-    return turned
+    rotated = _Rotate.apply(x, cos, sin)
+    assert isinstance(rotated, Tensor)
+    return rotated
 
 
-class _Turn(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, back=False)
+        return _rotate(x, cos, sin, back=False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: BackwardCFunction, d_turned: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: BackwardCFunction, d_rotated: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = list(ctx.saved_tensors)
-        return _turned(d_turned, cos, sin, back=True), None, None
+        return _rotate(d_rotated, cos, sin, back=True), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
-    """Turn channels, or gradients back by the transpose."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
+    """Rotate channels or, if `back`, apply the transpose, which maps gradients."""
     if path_of(x) is not Path.NATIVE:
         half = x.shape[-1] // 2
-        turned, (left, right) = x * cos, sin.chunk(2, dim=-1)
+        rotated, (left, right) = x * cos, sin.chunk(2, dim=-1)
         to_left, to_right = (right, -left) if back else (-left, right)
-        turned[..., :half].addcmul_(x[..., half:], to_left)
-        turned[..., half:].addcmul_(x[..., :half], to_right)
-        return turned
+        rotated[..., :half].addcmul_(x[..., half:], to_left)
+        rotated[..., half:].addcmul_(x[..., :half], to_right)
+        return rotated
     tokens = x.float().reshape(-1, *x.shape[2:]).contiguous()
     angles = (y.float().reshape(-1, y.shape[-1]).contiguous() for y in (cos, sin))
-    return _turn(tokens, *angles, back).view(x.shape)
+    return _operator(tokens, *angles, back).view(x.shape)
 
 
-def _turn_shapes(x: Tensor, _cos: Tensor, _sin: Tensor, _back: bool) -> Tensor:
+def _operator_shapes(x: Tensor, _cos: Tensor, _sin: Tensor, _back: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-_turn = define_operator(
-    "rotary_turn(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _turn_shapes
+_operator = define_operator(
+    "rotary_embedding(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor", _operator_shapes
 )

@@ -1,4 +1,5 @@
-// silu(gate) up on the CPU, forward and back in one pass over memory each; tokens are tasks.
+// silu(gate) * up on the CPU (Shazeer 2020, equation 6), one pass over memory forward and one
+// backward; tokens are tasks.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -14,10 +15,10 @@
 namespace crossladder {
 namespace {
 
-// Numbers that are worth another thread.
+// Numbers per thread, at least.
 constexpr int64_t GRAIN = 16384;
 
-// Gates and ups of each token, (tokens, width) each; where there is one tensor, a row holds both.
+// Gates and ups, (tokens, width) each; a single tensor holds gates, then ups, in each row.
 struct Gates {
   int64_t tokens, width, stride;
   const float *gates, *ups;

@@ -1,4 +1,4 @@
-"""Gates by silu, in one pass over memory on a CPU."""
+"""SwiGLU and gates by SiLU (Shazeer 2020, "GLU Variants Improve Transformer"), fused on a CPU."""
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +10,10 @@ from kernels.dispatch import Path, define_operator, path_of
 
 
 def swiglu(joint: Float[Tensor, "*batch F2"]) -> Float[Tensor, "*batch F"]:
-    """silu(gate) * up of channels that hold gates in front and ups behind (Shazeer 2020, (6)).
+    """silu(gate) * up, with the gates in the first half of the channels (Shazeer 2020, equation 6).
 
-    Where no CPU kernel serves it is torch's operations in the dtype of `joint`, which a compiler
-    fuses; else it computes in float32.
+    The CPU kernel computes in float32; elsewhere torch's operations compute in the dtype of
+    `joint`.
 
     Raises:
         ValueError: the channels are an odd number.
@@ -61,7 +61,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, gates: Float32[Tensor, "R F"], ups: Float32[Tensor, "R F"] | None
     ) -> Tensor:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(gates, ups)  # pyright: ignore[reportArgumentType]
         return _forward(gates, ups)
 

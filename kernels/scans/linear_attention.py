@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kernels.precision import without_autocast
 
-# Tokens of a chunk: work within chunks grows with it, states between them shrink with it.
+# Tokens per chunk: a longer chunk takes more work inside and stores fewer states between chunks.
 CHUNK = 64
 
 
-class LinearAttention(NamedTuple):
+class Scan(NamedTuple):
     """The outputs, and the state after the last token."""
 
     outputs: Float[Tensor, "B L H P"]
@@ -31,20 +31,20 @@ def linear_attention(
     values: Float[Tensor, "B L H P"],
     initial: Float[Tensor, "B H N P"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
-) -> LinearAttention:
+) -> Scan:
     """Compute S[t] = S[t-1] + keys[t] (x) values[t] and outputs[t] = queries[t] S[t].
 
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
     (float64 in, float64 out).
 
     Args:
-        queries: how the state enters a token's output.
-        keys: how a token's value enters the state.
+        queries: a token's output is its query times the state.
+        keys: a token adds the outer product of its key and value to the state.
         values: the inputs.
         initial: S[-1], zero if not given.
-        documents: document of each token, never falling along the length but for padding at its
-            end. Document 0 continues the initial state; where the id changes, the state is zero
-            before the token.
+        documents: document of each token, nondecreasing along the length except for padding at the
+            end. Document 0 continues the initial state; where the id changes, the state is reset to
+            zero before the token.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.
@@ -63,7 +63,7 @@ def linear_attention(
             carried = carried.masked_fill(~continuing(ids)[:, :, None, :, None], 0.0)
         outputs = scores @ v + carried
     outputs = outputs.transpose(2, 3).flatten(1, 2)[:, :L]
-    return LinearAttention(outputs.to(values.dtype), final)
+    return Scan(outputs.to(values.dtype), final)
 
 
 def linear_attention_reference(
@@ -72,7 +72,7 @@ def linear_attention_reference(
     values: Float[Tensor, "B L H P"],
     initial: Float[Tensor, "B H N P"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
-) -> LinearAttention:
+) -> Scan:
     """Compute `linear_attention` token by token, in float32 or wider."""
     wide = torch.promote_types(values.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (queries, keys, values))
@@ -84,18 +84,18 @@ def linear_attention_reference(
             state = torch.where((documents[:, t] == before)[:, None, None, None], state, 0.0)
         state = state + k[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((q[:, t, :, :, None] * state).sum(-2))
-    return LinearAttention(torch.stack(outputs, dim=1).to(values.dtype), state)
+    return Scan(torch.stack(outputs, dim=1).to(values.dtype), state)
 
 
 def chunked_documents(documents: Int[Tensor, "B L"], chunk: int) -> Int[Tensor, "B C T"]:
-    """Document ids in chunks, the last of which is filled up with its last id."""
+    """Document ids in chunks; the last chunk is padded with the last id."""
     L = documents.shape[1]
     filled = documents[:, -1:].expand(-1, -L % chunk)
     return torch.cat([documents, filled], dim=1).unflatten(1, (-1, chunk))
 
 
 def continuing(ids: Int[Tensor, "B C T"]) -> Tensor:
-    """Which tokens go on with the document of the last token before their chunk."""
+    """Mark tokens in the document of the last token before their chunk."""
     before = F.pad(ids[:, :-1, -1], (1, 0), value=0)
     return ids == before[:, :, None]
 
@@ -115,12 +115,12 @@ def _states(
     initial: Float[Tensor, "B H N P"] | None,
     ids: Int[Tensor, "B C T"] | None,
 ) -> tuple[Float[Tensor, "B C H N P"], Float[Tensor, "B H N P"]]:
-    """The state before each chunk, and the one after the last."""
+    """The state before each chunk, and the state after the last."""
     if ids is None:
         added = (keys.transpose(-1, -2) @ values).unbind(dim=1)
         kept = [None] * len(added)
     else:
-        # Only the document that a chunk ends in leaves anything behind.
+        # Only tokens in a chunk's last document contribute to the state after it.
         ending = (ids == ids[:, :, -1:])[:, :, None, :, None]
         added = (keys.masked_fill(~ending, 0.0).transpose(-1, -2) @ values).unbind(dim=1)
         kept = continuing(ids)[:, :, -1, None, None, None].unbind(dim=1)

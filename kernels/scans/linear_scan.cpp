@@ -1,8 +1,8 @@
-// Linear scan of gated recurrences on the CPU: h = exp(log_decay) h + value for each channel.
+// Linear scan on the CPU: h = exp(log_decay) h + value for each channel (Martin and Cundy 2018).
 //
 // Channels lie in vector lanes, so nothing is summed across lanes and the result does not depend on
-// the number of threads. The states that the backward pass needs are the outputs, and decays are
-// computed anew there. Memory bounds the speed: wider tiles of channels gained less than a tenth.
+// the number of threads. The backward pass reads the states from the outputs and recomputes decays.
+// Memory bandwidth bounds the speed: wider tiles of channels gained less than a tenth.
 
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -17,7 +17,6 @@
 
 namespace crossladder {
 namespace {
-
 
 // The tensors of one call that both passes read, as the pointers and sizes that the loops need.
 struct Scan {

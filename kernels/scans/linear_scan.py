@@ -1,8 +1,8 @@
-"""The linear scan of gated recurrences: one decaying sum per channel, the decays given as logs.
+"""The linear scan of gated recurrences: a decaying sum per channel, with decays given as logs.
 
 Source: Martin and Cundy 2018, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length",
-section 2. Changed: initial and final states that carry gradients, resets at document boundaries,
-and no cumulative sums of logs, whose rounding grows with the length.
+section 2. Changed: initial and final states with gradients, resets at document boundaries, and no
+cumulative sums of logs, whose rounding error grows with the length.
 """
 
 from typing import NamedTuple
@@ -34,11 +34,11 @@ def linear_scan(
     (float64 in, float64 out). Deterministic, whatever the number of threads.
 
     Args:
-        log_decay: logs of the decays, at most 0; in float32 or wider, because a decay near 1 that
-            is rounded to half precision forgets at another rate.
+        log_decay: logs of the decays, at most 0; float32 or wider, because rounding a decay near 1
+            to half precision changes its time scale.
         values: what each token adds.
         initial: h[-1], zero if not given.
-        documents: document of each token; those of one stand together. Document 0 continues the
+        documents: document of each token; each document is contiguous. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
 
     Raises:
@@ -85,8 +85,8 @@ class _LinearScan(torch.autograd.Function):
         documents: Int[Tensor, "B L"] | None,
     ) -> Tensor:
         outputs = _forward(log_decay, values, initial, documents)
-        # The outputs are the states that the backward pass needs, so nothing else is kept. Torch
-        # saves None as None; its stub does not say so.
+        # The outputs are the states that the backward pass needs. save_for_backward accepts None,
+        # but its stub does not.
         saved = (log_decay, outputs, initial, documents)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return outputs
@@ -114,7 +114,7 @@ def _check(
         raise ValueError("linear_scan was given no tokens; the length must be at least 1")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"linear_scan log_decay is {log_decay.dtype}, which cannot hold slow decays; "
+            f"linear_scan log_decay is {log_decay.dtype}, which cannot represent slow decays; "
             "compute it in float32"
         )
     expected = {

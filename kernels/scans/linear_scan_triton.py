@@ -1,9 +1,9 @@
-"""The linear scan as Triton kernels: tiles of tokens, scanned inside, chained in order.
+"""The linear scan as Triton kernels (Martin and Cundy 2018, section 2).
 
-One program owns some channels of one row and walks over its tokens, so that sums are ordered and
-nothing is atomic. A tile always holds four numbers a thread: few channels make it long and narrow,
-so that there are enough programs in flight at any batch. Not run on a GPU so far: tested in
-Triton's interpreter, compiled ahead of time.
+A program handles some channels of one row, and goes over its tokens tile by tile with an
+associative scan inside each tile. Sums have a fixed order, and there are no atomics. A tile holds
+four numbers per thread; narrow tiles give enough programs at small batch sizes. Not yet run on a
+GPU: tested in Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -14,18 +14,19 @@ from torch import Tensor
 from kernels.triton_launch import launch, or_other
 
 TILE, WARPS = 512, 4
-"""Numbers in a tile, which 4 warps hold at 4 a thread."""
+"""Elements of a tile: 4 per thread of 4 warps."""
 CHANNELS = (32, 16, 8)
-"""Widths of a tile, the widest first; 8 numbers are a sector of memory."""
+"""Widths of a tile, the widest first; 8 floats are one 32-byte memory sector."""
 PROGRAMS = 512
-"""Programs below which narrower tiles pay: about four for each multiprocessor."""
+"""Narrower tiles are used below this number of programs, about four per multiprocessor."""
 
 
 @triton.jit
 def _chain(log, value, next_log, next_value):
-    """Compose two affine maps, given as logs of decays; infinity begins a document.
+    """Compose two affine maps (log decay, value); a log of infinity marks a document's begin.
 
-    A selection, not a product with zero: NaN of another document must not come through.
+    It selects instead of multiplying by zero, because 0 * NaN is NaN: a NaN of another document
+    must not pass.
     """
     forgets = next_log == float("inf")
     before = tl.where(log == float("inf"), log, log + next_log)
@@ -44,7 +45,7 @@ def begins_document(documents, tokens, inside):  # noqa: ANN201
 
 @triton.jit
 def _scanned(log, value, carry):
-    """The states of a tile after the state that its first token finds."""
+    """The states of a tile, from the state before its first token."""
     log, value = tl.associative_scan((log, value), 0, _chain)
     forgets = log == float("inf")
     decay = tl.exp(tl.where(forgets, 0.0, log))
@@ -66,7 +67,7 @@ def _forward_kernel(
     channels = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     real = channels < E
     rows = tl.arange(0, ROWS)
-    # 64 bits for the tile's place, 32 within it: offsets take half the registers.
+    # A 64-bit offset for the tile and 32-bit offsets within it, which takes half the registers.
     within = rows[:, None] * E + channels[None, :]
     carry = tl.zeros((COLUMNS,), tl.float32)
     if INITIAL:
@@ -91,10 +92,10 @@ def _backward_kernel(
     d_outputs, log_decay, outputs, initial, documents, d_log_decay, d_values, d_initial, L, E,
     INITIAL: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Scan the adjoint from the last token to the first; tiles are loaded in that order.
+    """Scan the adjoint from the last token to the first: g[t] = dy[t] + decay[t + 1] g[t + 1].
 
-    The adjoint of a token is multiplied by the decay of the token after it, which is therefore read
-    one token late; a token that begins a document hands nothing back.
+    Tiles are loaded in reversed order. Decays are read one token late, as the decay of t + 1 enters
+    the adjoint of t; nothing passes back across the begin of a document.
     """
     row = tl.program_id(0).to(tl.int64)
     channels = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,6 +1,7 @@
-"""What is not finite kept to its document, where products of matrices would multiply it by zeros.
+"""Keep NaN and infinity in their own document, where documents share a product of matrices.
 
-0 times NaN is NaN: the zeros by which products keep documents apart do not keep these apart.
+The product masks other documents by zeros, and 0 * NaN is NaN. So tokens with a non-finite input
+are found first and left out, and the outputs that depend on them are set to NaN afterwards.
 """
 
 import torch
@@ -8,34 +9,37 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+NON_FINITE = -(2**31)
+"""Document id for Triton kernels of tokens after a non-finite input; they are never loaded."""
 
-def unfit_tokens(
+
+def non_finite_tokens(
     values: Tensor, dt: Tensor, B: Tensor, C: Tensor, initial: Tensor | None
 ) -> tuple[Bool[Tensor, "B L"], Bool[Tensor, "B"]]:
-    """Which tokens, and which rows' initial states, hold what is not finite.
+    """Mark the tokens, and the rows' initial states, that hold a NaN or an infinity.
 
-    An infinity or a NaN is found by a sum, which inherits it.
+    Tests the sum over each token's channels, which is non-finite if one of them is.
     """
     states = values.new_zeros(len(values), 1, 1) if initial is None else initial.unsqueeze(1)
     return _not_finite(values, dt, B, C), _not_finite(states)[:, 0]
 
 
-def spoilt_tokens(
-    unfit: Bool[Tensor, "B L"], no_start: Bool[Tensor, "B"], documents: Int[Tensor, "B L"]
+def tokens_after_non_finite(
+    non_finite: Bool[Tensor, "B L"], bad_initial: Bool[Tensor, "B"], documents: Int[Tensor, "B L"]
 ) -> Bool[Tensor, "B L"]:
-    """Which tokens have an unfit one in their document, at them or before.
+    """Mark the tokens at or after the first non-finite one of their document.
 
     Args:
-        unfit: which tokens are.
-        no_start: which rows' initial states are, which document 0 continues.
-        documents: document of each token; those of one stand together.
+        non_finite: the tokens with a non-finite input.
+        bad_initial: the rows with a non-finite initial state, which document 0 continues.
+        documents: document of each token; each document is contiguous.
     """
-    first = unfit[:, :1] | (no_start[:, None] & (documents[:, :1] == 0))
-    unfit = torch.cat([first, unfit[:, 1:]], dim=1)
-    count = unfit.int().cumsum(1)
+    first = non_finite[:, :1] | (bad_initial[:, None] & (documents[:, :1] == 0))
+    non_finite = torch.cat([first, non_finite[:, 1:]], dim=1)
+    count = non_finite.int().cumsum(1)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    # Counts never fall, so that the latest beginning has the largest.
-    before = torch.where(begins, count - unfit.int(), 0).cummax(1).values
+    # The count before each token's document: counts never fall, so cummax finds the latest one.
+    before = torch.where(begins, count - non_finite.int(), 0).cummax(1).values
     return count > before
 
 
@@ -45,6 +49,6 @@ def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
     return ~torch.stack([x.isfinite() for x in wide]).all(0)
 
 
-def blanked(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
-    """A copy with a value in place of the tokens, or rows, at which a mask is set."""
+def filled_where(x: Tensor, where: Bool[Tensor, "B *L"], value: float = 0.0) -> Tensor:
+    """Copy a tensor, with `value` in the tokens, or rows, that a mask marks."""
     return x.masked_fill(where.view(*where.shape, *[1] * (x.ndim - where.ndim)), value)

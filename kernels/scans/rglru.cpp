@@ -1,4 +1,5 @@
-// The gates of an RG-LRU on the CPU, forward and back in one pass over memory each.
+// The gates of an RG-LRU on the CPU (De et al. 2024, section 2.4), one pass over memory forward and
+// one backward.
 //
 // Blocks of tokens are tasks; the gradient of the rates is summed over them in order, so that it
 // does not depend on the number of threads.
@@ -19,7 +20,7 @@ namespace crossladder {
 namespace {
 
 constexpr int64_t BLOCK = 64;
-// Of a derivative of the square root, which grows without end where a decay is near 1: 1000.
+// The derivative of the square root diverges as the decay nears 1; this bounds it by 1000.
 constexpr float LEAST_UNDER_ROOT = 1e-6f;
 
 struct Gates {
@@ -66,6 +67,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& recurrence, const a
     const Lanes speed = load(gates.rate + channel, count);
     const Lanes log = -speed * sigmoid(load(gates.recurrence + at, count));
     Lanes written = sigmoid(load(gates.input + at, count));
+    // 1 - decay^2 by expm1: subtracting from 1 would lose the digits of a decay near 1.
     if (!begin) written *= root(-expm1(2.0f * log));
     if (gates.candidate != nullptr) written *= tanh(load(gates.candidate + at, count));
     store(logs + at, log, count);

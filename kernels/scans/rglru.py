@@ -1,4 +1,4 @@
-"""The gates of an RG-LRU: from maps of each token to its decay and to what it writes."""
+"""The gates of an RG-LRU (De et al. 2024, "Griffin", section 2.4), fused on a CPU."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from kernels.dispatch import Path, define_operator, path_of
 
 
 class Steps(NamedTuple):
-    """What a token does to the state of each channel, in float32 or wider."""
+    """One step of a gated recurrence: log decay and input factor, in float32 or wider."""
 
     log_decay: Float[Tensor, "B L E"]
     write: Float[Tensor, "B L E"]
@@ -26,14 +26,15 @@ def rglru(
 ) -> Steps:
     """log_decay = -rate r, write = i sqrt(1 - decay^2), with gates r and i (De et al. 2024, 2.4).
 
-    The derivative of the root is bounded by 1000, so that a decay near 1 can be learnt.
+    The derivative of the square root is bounded by 1000, as in the authors' release, so that decays
+    near 1 can be learned.
 
     Args:
         recurrence: the gate r before its sigmoid.
         inputs: the gate i before its sigmoid.
-        rate: the fastest decay of each channel, at least 0.
-        begins: the first token of each document, which has nothing to keep and writes i.
-        candidate: what is written, before its tanh; a factor of the caller's if not given.
+        rate: the rate of each channel with r = 1, at least 0.
+        begins: marks the first token of each document, which has no state to keep and writes i.
+        candidate: multiplies `write` by its tanh; None for a factor of 1.
     """
     maps = (recurrence, inputs) if candidate is None else (recurrence, inputs, candidate)
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
@@ -69,7 +70,7 @@ class _RGLRU(torch.autograd.Function):
         candidate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         saved = (recurrence, inputs, rate, begins, candidate)
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         return _forward(*saved)
 

@@ -9,7 +9,7 @@
 namespace crossladder {
 namespace {
 
-// Tokens that the channels of a tile take in turn where no state is kept.
+// Tokens of a chunk in inference, where no checkpoints are kept.
 constexpr int64_t UNKEPT_CHUNK = 64;
 
 struct ForwardEntry {
@@ -41,7 +41,7 @@ void scan_tokens(const SelectiveScan& scan, const Group& group, int64_t begin, i
   }
 }
 
-// Chunk after chunk, so that all of a tile's channels are read where they lie side by side.
+// Chunk by chunk over all channels of a tile, so that the rows of a chunk stay in the cache.
 void forward_tile(const SelectiveScan& scan, int64_t row, int64_t tile, const float* initial,
                   float* outputs, float* final) {
   const std::vector<Group> groups = scan.groups_of(row, tile);

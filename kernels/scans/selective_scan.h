@@ -1,4 +1,4 @@
-// What both directions of Mamba-1's selective scan share: h = exp(dt A) h + dt B x, y = sum of C h.
+// What both passes of Mamba-1's selective scan share: h = exp(dt A) h + dt B x, y = <C, h> + D x.
 //
 // Channels lie in vector lanes and the state's N entries are a loop. Tiles of channels have a fixed
 // size, and partial sums of tiles are added in a fixed order: no result depends on the number of
@@ -33,7 +33,7 @@ struct SelectiveScan {
   const float* A;
   const float* B;
   const float* C;
-  // Null where the values themselves are not added.
+  // Null if not given.
   const float* D;
   const int32_t* documents;
   float* checkpoints;
@@ -71,7 +71,7 @@ struct SelectiveScan {
   }
 };
 
-// Lane l of entry n of a state, as `state[l, n]` lies in memory.
+// Gathers entry n of `count` channels from a state stored as (channel, entry).
 inline Lanes load_entry(const float* state, int64_t count, int64_t states, int64_t n) {
   Lanes entry{};
   for (int64_t lane = 0; lane < count; ++lane) entry[lane] = state[lane * states + n];

@@ -1,7 +1,7 @@
 """The selective scan of Mamba-1: a gated recurrence per channel and state entry.
 
 Source: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", section
-3.2. Changed: initial and final states that carry gradients, and resets at document boundaries.
+3.2. Changed: initial and final states with gradients, and resets at document boundaries.
 """
 
 from typing import NamedTuple
@@ -13,10 +13,10 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from kernels.dispatch import Path, define_operator, path_of
 
-# The backward pass replays this many tokens at a time from a kept state. Twice as many make it a
-# fifth slower, because a chunk then leaves the L1 cache; half as many double the kept memory.
+# Tokens between kept states on a CPU; the backward pass recomputes the states between. 16 make it a
+# fifth slower, because a chunk then exceeds the L1 cache; 4 double the kept memory.
 CHUNK = 8
-# A tile of the Triton kernels; a longer one keeps less and has fewer programs in flight.
+# The same for Triton, where a chunk is a program; a longer one keeps less and runs fewer programs.
 TRITON_CHUNK = 32
 
 
@@ -46,12 +46,12 @@ def selective_scan(
         values: the inputs.
         dt: step sizes, at least 0; softplus is the caller's.
         A: rates, at most 0.
-        B: how a token's input enters each state entry, the same for all channels.
-        C: how each state entry enters a token's output, the same for all channels.
+        B: the input map of each token, shared by all channels.
+        C: the output map of each token, shared by all channels.
         initial: h[-1], zero if not given.
-        documents: document of each token, never falling along the length. Document 0 continues the
-            initial state; where the id changes, the state is zero before the token.
-        D: a factor for each channel; D values[t] is added to the outputs if given.
+        documents: document of each token, nondecreasing along the length. Document 0 continues the
+            initial state; where the id changes, the state is reset to zero before the token.
+        D: skip factor per channel; D values[t] is added to the outputs if given.
 
     Raises:
         ValueError: the shapes differ, or the length is 0.
@@ -121,7 +121,7 @@ class _SelectiveScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.chunk = chunk  # pyright: ignore[reportAttributeAccessIssue]
         outputs, final, checkpoints = _forward(values, dt, A, B, C, initial, documents, chunk, D)
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (values, dt, A, B, C, documents, checkpoints, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.set_materialize_grads(False)

@@ -1,5 +1,6 @@
-// Selective scan of Mamba-1 on the CPU, back: a chunk's states are made again, and then walked from
-// its end. Nothing is summed across lanes but the gradients of B and C, once per tile of channels.
+// The gradients of Mamba-1's selective scan on the CPU (Gu and Dao 2023, section 3.3): each chunk's
+// states are recomputed from its checkpoint, then the adjoint recurrence runs from the chunk's end.
+// Only the gradients of B and C are summed across lanes, once per tile of channels.
 
 #include <torch/library.h>
 
@@ -10,7 +11,8 @@
 namespace crossladder {
 namespace {
 
-// What the backward pass is given and writes; A and D have a slice per row, B and C one per tile.
+// Inputs and outputs of the backward pass. The gradients of A and D have a slice per row, those of
+// B and C a slice per tile; the slices are summed afterwards in a fixed order.
 struct Gradients {
   const float* outputs;
   const float* final;

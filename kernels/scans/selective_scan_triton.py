@@ -1,11 +1,11 @@
-"""The selective scan as Triton kernels: chunks in parallel, their states chained in between.
+"""The selective scan as Triton kernels, parallel over chunks (Gu and Dao 2023, section 3.3).
 
-Three steps, forward and backward alike: what each chunk adds to the state (`_summary_kernel`), the
-states at all borders of chunks (`_carry_kernel`), and then every chunk by itself from its border.
-That costs one exponential more than a walk over the length, and fills the chip at any batch. The
-states at the borders are all that the backward pass keeps. Sums over channels and chunks are
-written out in parts and added by torch, in a fixed order. Not run on a GPU so far: tested in
-Triton's interpreter, compiled ahead of time.
+Forward and backward take three steps: the contribution of each chunk to the state
+(`_summary_kernel`), the states between chunks (`_carry_kernel`), and all chunks in parallel from
+these states. That takes one exponential more per element than a sequential scan, and fills the GPU
+at any batch size. Only the states between chunks are kept for the backward pass. Sums over channels
+and chunks are written as partial sums and added by torch, in a fixed order. Not yet run on a GPU:
+tested in Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -17,22 +17,23 @@ from kernels.scans.linear_scan_triton import begins_document
 from kernels.triton_launch import launch, or_other
 
 CHUNK = 32
-"""Tokens between kept states where the caller keeps none."""
+"""Tokens per chunk when no states are kept."""
 CHANNELS, WARPS = 32, 8
-"""Of a tile of a chunk: four numbers a thread."""
+"""Width and warps of a chunk's tile: four elements per thread."""
 BACKWARD_WARPS = 16
-"""Two numbers a thread: at four, the backward kernel spills on two of three chips."""
+"""Two elements per thread: with four, the backward kernel spills on two of three chips."""
 COLUMNS = 8
-"""Channels of a program that walks over the tokens of a chunk: one warp holds all their states."""
+"""Channels per program of the output kernel: one warp holds all their states in registers."""
 ENTRIES = 256
-"""State entries of a program that walks over the chunks."""
+"""State entries per program of the carry kernel."""
 
 
 @triton.jit
 def _chain(decay, value, next_decay, next_value):
-    """Compose two affine maps; a decay below zero begins a document.
+    """Compose two affine maps (decay, value); a negative decay marks a document's begin.
 
-    A selection, not a product with zero: NaN of another document must not come through.
+    It selects instead of multiplying by zero, because 0 * NaN is NaN: a NaN of another document
+    must not pass.
     """
     forgets = next_decay < 0
     chained = tl.where(forgets, next_value, next_decay * value + next_value)
@@ -41,13 +42,13 @@ def _chain(decay, value, next_decay, next_value):
 
 @triton.jit
 def _after(decay, value, carry):
-    """The states that scanned maps make of the one before them."""
+    """Apply scanned affine maps to the state before them."""
     return tl.where(decay < 0, value, decay * carry[None, :] + value)
 
 
 @triton.jit
 def _tile(x, rows, inside, channels, real, E):
-    # 64 bits for the tile's place, 32 within it: offsets take half the registers.
+    # A 64-bit offset for the tile and 32-bit offsets within it, which takes half the registers.
     within = rows[:, None] * E + channels[None, :]
     return tl.load(x + within, mask=inside[:, None] & real[None, :], other=0.0).to(tl.float32)
 
@@ -57,11 +58,11 @@ def _summary_kernel(
     values, dt, A, factors, documents, summaries, totals, L, E, N,
     ADJOINT: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write a chunk's state from zero, or what it hands back to its start, and its sum of steps.
+    """Write each chunk's state from zero (or, adjoint, the gradient at its start), and dt's sum.
 
-    Exponents are sums of the steps behind a token (before it, for the adjoint), added up as they
-    are: differences of sums from the start would lose the small ones. A sum of steps that is
-    infinite says that a document begins in the chunk.
+    Exponents are sums of the steps after a token (before it, for the adjoint), accumulated
+    directly: differences of prefix sums would lose small ones. An infinite sum marks that a
+    document begins in the chunk.
     """
     chunk, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -102,12 +103,12 @@ def _carry_kernel(
     summaries, totals, A, first, last, chunks, E, N,
     FIRST: tl.constexpr, ADJOINT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Replace each chunk's summary by the state that it starts from (the adjoint at its end)."""
+    """Replace each chunk's summary by the state before it (or the adjoint after it), in place."""
     row = tl.program_id(0).to(tl.int64)
     entries = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
     real = entries < N * E
     channels = entries % E
-    # Borders lie as (N, E), states outside as (E, N).
+    # Borders are stored as (N, E), initial and final states as (E, N).
     outside = row * N * E + channels * N + entries // E
     rate = tl.load(A + channels * N + entries // E, mask=real, other=0.0)
     state = tl.zeros((SIZE,), tl.float32)
@@ -130,7 +131,7 @@ def _output_kernel(
     values, dt, A, B, C, documents, borders, outputs, L, E, N,
     PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Walk over a chunk's tokens with all states of some channels in the registers of a warp."""
+    """Run over a chunk's tokens sequentially, with all states of some channels in registers."""
     chunk, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     n = tl.arange(0, STATES)
@@ -159,10 +160,10 @@ def _backward_kernel(
     d_values, d_dt, part_A, part_B, part_C, L, E, N,
     PACKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Scan a chunk's states and adjoints, one state entry after the other.
+    """Scan a chunk's states and adjoints, one state entry at a time.
 
-    Both scans are shifted by a token, so that decay * state before is a product of its own and not
-    a difference: the state that a token finds, and the adjoint that the token after it hands back.
+    Both scans are shifted by one token, to give decay * (state before the token) directly:
+    computing it as the state minus the token's input would cancel.
     """
     chunk, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -300,7 +301,7 @@ def _bordering(
     *,
     adjoint: bool,
 ) -> tuple[Tensor, Tensor]:
-    """What reaches the borders of the chunks (B, chunks, N, E), and what leaves the last one."""
+    """States (or adjoints) between chunks (B, chunks, N, E), and the one after the last chunk."""
     batch, L, E = values.shape
     N, chunks = A.shape[1], triton.cdiv(L, rows)
     columns = min(CHANNELS, triton.next_power_of_2(E))

@@ -1,8 +1,8 @@
 // SSD by chunks on the CPU, forward (Dao and Gu 2024, section 6): within a chunk of tokens the scan
 // is a masked product of matrices, between chunks it is a recurrence of states.
 //
-// A task is some heads of a row, small enough that all it works on stays in a core's cache, and
-// walks over the chunks. Tasks do not depend on the number of threads, and neither do results.
+// A task is a few heads of a row, few enough for their data to stay in a core's cache. It goes over
+// the chunks in order. Tasks, and so results, do not depend on the number of threads.
 
 #include <torch/library.h>
 
@@ -14,7 +14,7 @@
 namespace crossladder {
 namespace {
 
-// What a task needs for itself.
+// Scratch memory of one thread.
 struct Workspace {
   std::vector<Decays> decays;
   std::vector<float> matrix, tokens, state;
@@ -25,18 +25,18 @@ struct Workspace {
         state(in.heads_of_part() * in.width * in.states) {}
 };
 
-// Add what the state before the chunk gives to the outputs of its tokens.
-void add_heard(const Inputs& in, const Part& x, Workspace& work, float* outputs) {
+// Adds what the state before the chunk contributes to the outputs of its tokens.
+void add_carried(const Inputs& in, const Part& x, Workspace& work, float* outputs) {
   const int64_t channels = x.heads * in.width;
-  float* heard = work.tokens.data();
+  float* carried = work.tokens.data();
   multiply(x.length, channels, in.states, in.leaving(x), Matrix{work.state.data(), in.states, true},
-           0.0f, heard, channels);
+           0.0f, carried, channels);
   for (int64_t q = 0; q < x.length; ++q) {
-    for (int64_t h = 0; h < x.heads; ++h, heard += in.width) {
+    for (int64_t h = 0; h < x.heads; ++h, carried += in.width) {
       float* output = outputs + q * in.channels() + h * in.width;
       const float entering = work.decays[h].entering[q];
       for_each_vector(in.width, [&](int64_t p, int64_t count) {
-        store(output + p, load(output + p, count) + entering * load(heard + p, count), count);
+        store(output + p, load(output + p, count) + entering * load(carried + p, count), count);
       });
     }
   }
@@ -50,8 +50,8 @@ void write_chunk(const Inputs& in, const Part& x, const float* pairs, Workspace&
     multiply(x.length, in.width, x.length, Matrix{work.matrix.data(), x.length}, in.value(x, h),
              0.0f, outputs + h * in.width, in.channels());
   }
-  if (x.begin > 0 || in.initial != nullptr) add_heard(in, x, work, outputs);
-  fill_left(in, x, work.decays, work.tokens.data());
+  if (x.begin > 0 || in.initial != nullptr) add_carried(in, x, work, outputs);
+  fill_added(in, x, work.decays, work.tokens.data());
   advance(in, x, work.decays, work.tokens.data(), work.state.data());
 }
 

@@ -1,8 +1,8 @@
-"""Mamba-2's state space duality: a recurrence with one decay per head, as products of matrices.
+"""Mamba-2's state space duality (SSD): a recurrence with one decay per head, as matrix products.
 
 Source: Dao and Gu 2024, "Transformers are SSMs", sections 6 and 7. Changed: initial and final
-states that carry gradients, resets at document boundaries, and a backward pass in closed form that
-keeps nothing but its inputs.
+states with gradients, resets at document boundaries, and a closed-form backward pass that keeps
+only the inputs.
 """
 
 from typing import NamedTuple
@@ -14,15 +14,18 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differe
 
 from kernels.dispatch import Path, define_operator, path_of
 from kernels.precision import without_autocast
-from kernels.scans.not_finite import blanked, spoilt_tokens, unfit_tokens
+from kernels.scans.not_finite import (
+    NON_FINITE,
+    filled_where,
+    non_finite_tokens,
+    tokens_after_non_finite,
+)
 from kernels.scans.ssd_chunks import ssd_in_chunks
 
-# Tokens of a chunk. Work within chunks grows with it; memory between them, for which the backward
-# pass holds a state each, shrinks with it.
 CHUNK = 64
-
-# The document, to the Triton kernels, of tokens that no other may hear: nothing of them is loaded.
-SPOILT = -(2**31)
+"""Tokens of a chunk, in every implementation. Longer chunks take more work inside, and keep fewer
+states between them for the backward pass. `ssd_chunks.h` repeats the number; a test compares.
+"""
 
 
 class Scan(NamedTuple):
@@ -45,26 +48,26 @@ def ssd(
     """Compute h[t] = exp(dt[t] A) h[t-1] + dt[t] values[t] (x) B[t] and outputs[t] = h[t] C[t].
 
     Accumulates in float32 and returns outputs in the dtype of `values`, the final state in float32
-    (float64 in, float64 out). From a token with an input that is not finite on, the outputs of its
-    document are NaN, and no gradient comes back through them; other documents do not notice.
+    (float64 in, float64 out). From a token with a non-finite input on, the outputs of its document
+    are NaN and pass no gradient; other documents are unaffected.
 
     Args:
         values: the inputs of each head.
         dt: step sizes, at least 0; softplus is the caller's.
         A: rates, at most 0.
-        B: how a token's input enters the state; H / G heads that follow each other share one.
-        C: how the state enters a token's output.
+        B: the input map of each token; each group of H / G consecutive heads shares one.
+        C: the output map of each token.
         initial: h[-1], zero if not given.
-        documents: document of each token; those of one stand together. Document 0 continues the
+        documents: document of each token; each document is contiguous. Document 0 continues the
             initial state; where the id changes, the state is zero before the token.
-        D: a factor for each head; D values[t] is added to the outputs if given.
+        D: skip factor per head; D values[t] is added to the outputs if given.
 
     Raises:
         ValueError: the shapes differ, G does not divide H, or the length is 0.
     """
     _check_shapes(values, dt, A, B, C, initial, documents, D)
     if values.shape[1] == 1:
-        # Decoding: one step of the recurrence costs a third of the many small products of a chunk.
+        # Decoding: one step of the recurrence takes a third of the time of a chunk's products.
         return ssd_reference(values, dt, A, B, C, initial, documents, D)
     if path_of(values) is Path.TRITON:
         outputs, final = _by_kernels(values, dt, A, B, C, initial, documents)
@@ -72,15 +75,17 @@ def ssd(
         return Scan(outputs.to(values.dtype), final)
     if documents is None or documents.is_meta:
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
-    unfit, no_start = unfit_tokens(values, dt, B, C, initial)
-    if not (unfit.any() or no_start.any()):
+    non_finite, bad_initial = non_finite_tokens(values, dt, B, C, initial)
+    if not (non_finite.any() or bad_initial.any()):
         return _by_chunks(values, dt, A, B, C, initial, documents, D)
-    # Products of matrices would multiply it by the zeros that keep documents apart.
-    x, steps, enter, leave = (blanked(tensor, unfit) for tensor in (values, dt, B, C))
-    start = None if initial is None else blanked(initial, no_start)
+    # 0 * NaN is NaN: the zeros that mask other documents in the chunk's matrix would not stop it.
+    x, steps, enter, leave = (filled_where(tensor, non_finite) for tensor in (values, dt, B, C))
+    start = None if initial is None else filled_where(initial, bad_initial)
     outputs, final = _by_chunks(x, steps, A, enter, leave, start, documents, D)
-    spoilt = spoilt_tokens(unfit, no_start, documents)
-    return Scan(blanked(outputs, spoilt, torch.nan), blanked(final, spoilt[:, -1], torch.nan))
+    affected = tokens_after_non_finite(non_finite, bad_initial, documents)
+    return Scan(
+        filled_where(outputs, affected, torch.nan), filled_where(final, affected[:, -1], torch.nan)
+    )
 
 
 def ssd_reference(
@@ -122,19 +127,19 @@ def _by_kernels(
     initial: Float[Tensor, "B H P N"] | None,
     documents: Int[Tensor, "B L"] | None,
 ) -> Scan:
-    """Scan by the Triton kernels, which leave tokens out where others blank them."""
+    """Scan by the Triton kernels, which skip tokens of the document `NON_FINITE`."""
     ids = None if documents is None else documents.int()
-    spoilt = None
+    affected = None
     if ids is not None:
-        spoilt = spoilt_tokens(*unfit_tokens(values, dt, B, C, initial), ids)
-        ids = ids.masked_fill(spoilt, SPOILT).contiguous()
+        affected = tokens_after_non_finite(*non_finite_tokens(values, dt, B, C, initial), ids)
+        ids = ids.masked_fill(affected, NON_FINITE).contiguous()
     dtype = torch.promote_types(torch.promote_types(values.dtype, B.dtype), C.dtype)
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
     steps, rates = dt.float().contiguous(), A.float().contiguous()
     start = None if initial is None else initial.float().contiguous()
     outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids, None)
-    if spoilt is not None:
-        final = blanked(final, spoilt[:, -1], torch.nan)
+    if affected is not None:
+        final = filled_where(final, affected[:, -1], torch.nan)
     return Scan(outputs.to(values.dtype), final)
 
 
@@ -148,7 +153,7 @@ def _by_chunks(
     documents: Int[Tensor, "B L"] | None,
     D: Float[Tensor, "H"] | None,
 ) -> Scan:
-    """Scan on the CPU, by compiled kernels or in plain torch; tokens must be finite."""
+    """Scan on the CPU, by the compiled kernels or in plain torch; inputs must be finite."""
     if path_of(values) is Path.REFERENCE:
         with without_autocast(values):
             outputs, final = ssd_in_chunks(values, dt, A, B, C, initial, documents, CHUNK)
@@ -163,7 +168,7 @@ def _by_chunks(
 
 
 class _Ssd(torch.autograd.Function):
-    """The scan by the operators."""
+    """The scan by the native or Triton operators."""
 
     @staticmethod
     def forward(
@@ -177,7 +182,7 @@ class _Ssd(torch.autograd.Function):
         documents: Int[Tensor, "B L"] | None,
         D: Float[Tensor, "H"] | None,
     ) -> tuple[Tensor, Tensor]:
-        # Torch saves None as None; its stub does not say so.
+        # save_for_backward accepts None, but its stub does not.
         saved = (values, dt, A, B, C, initial, documents, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
         ctx.set_materialize_grads(False)

@@ -1,5 +1,7 @@
-// SSD by chunks on the CPU, back: a task walks forward over the states between chunks, which it
-// keeps, and then back over the chunks. What heads of several tasks add to is summed in order.
+// The gradients of SSD by chunks on the CPU (Dao and Gu 2024, section 6).
+//
+// A task recomputes and keeps the states between chunks, then goes over the chunks from the last to
+// the first. Gradients that heads of several tasks contribute to are summed in a fixed order.
 
 #include <torch/library.h>
 
@@ -10,7 +12,7 @@
 namespace crossladder {
 namespace {
 
-// Gradients of what heads share, each task's apart: (part, row, group, ...).
+// Gradients of B, C, A and D, which heads share; a slice per task: (part, row, group, ...).
 struct Shared {
   at::Tensor enter, leave, rates, skips;
 
@@ -30,18 +32,18 @@ struct Gradients {
   float *values, *dt, *initial;
 };
 
-// What a task needs for itself; `d_state` is the gradient of the state after the chunk.
+// Scratch memory of one thread; `d_state` is the gradient of the state after the chunk.
 struct Workspace {
   std::vector<Decays> decays;
-  std::vector<float> heard, left, tokens, steps, states, d_state;
+  std::vector<float> carried, added, tokens, steps, states, d_state;
   float matrix[CHUNK * CHUNK], pairs[CHUNK * CHUNK];
-  // Gradients by head and token of the logarithms of decays: of pairs inside the chunk, of
-  // `entering`, of `leaving`; by head of the decay across the chunk; and of dt beside them.
+  // Gradients of the log decays, (head, token): through pairs inside the chunk, through `entering`
+  // and through `leaving`; (head) through the decay across the chunk; and dt's other gradient.
   std::vector<float> inside, by_entering, by_leaving, across, by_dt;
 
   explicit Workspace(const Inputs& in) : decays(in.heads_of_part()) {
     const int64_t heads = in.heads_of_part(), channels = heads * in.width;
-    for (auto* x : {&heard, &left, &tokens}) x->resize(CHUNK * channels);
+    for (auto* x : {&carried, &added, &tokens}) x->resize(CHUNK * channels);
     steps.resize(CHUNK * in.width);
     states.resize(in.chunks() * channels * in.states);
     d_state.resize(channels * in.states);
@@ -59,42 +61,42 @@ void dots(const Inputs& in, const Part& x, const float* a, const float* b, float
   }
 }
 
-// Back through what the tokens hear of the state before the chunk.
-void heard_back(const Inputs& in, const Part& x, const float* d_outputs, const float* state,
-                Workspace& work, float* d_leave) {
+// Gradients of what the state before the chunk contributes to the chunk's outputs.
+void carried_backward(const Inputs& in, const Part& x, const float* d_outputs, const float* state,
+                      Workspace& work, float* d_leave) {
   const int64_t channels = x.heads * in.width;
-  float* heard = work.heard.data();
+  float* carried = work.carried.data();
   for (int64_t q = 0; q < x.length; ++q) {
-    for (int64_t h = 0; h < x.heads; ++h, heard += in.width) {
+    for (int64_t h = 0; h < x.heads; ++h, carried += in.width) {
       const float* d_output = d_outputs + q * in.channels() + h * in.width;
       const float entering = work.decays[h].entering[q];
       for_each_vector(in.width, [&](int64_t p, int64_t count) {
-        store(heard + p, entering * load(d_output + p, count), count);
+        store(carried + p, entering * load(d_output + p, count), count);
       });
     }
   }
   multiply(x.length, channels, in.states, in.leaving(x), Matrix{state, in.states, true}, 0.0f,
            work.tokens.data(), channels);
-  dots(in, x, work.tokens.data(), work.heard.data(), work.by_entering.data());
-  multiply(x.length, in.states, channels, Matrix{work.heard.data(), channels},
+  dots(in, x, work.tokens.data(), work.carried.data(), work.by_entering.data());
+  multiply(x.length, in.states, channels, Matrix{work.carried.data(), channels},
            Matrix{state, in.states}, 0.0f, d_leave, in.groups * in.states);
 }
 
-// Back through what the tokens leave in the state after the chunk; `tokens` gets what each
-// token's addition to it gets, still to decay.
-void left_back(const Inputs& in, const Part& x, Workspace& work, float* d_enter) {
+// Gradients of what the tokens add to the state after the chunk; `tokens` gets the gradient of each
+// token's contribution, before its decay is applied.
+void added_backward(const Inputs& in, const Part& x, Workspace& work, float* d_enter) {
   const int64_t channels = x.heads * in.width;
   const float* d_state = work.d_state.data();
-  fill_left(in, x, work.decays, work.left.data());
+  fill_added(in, x, work.decays, work.added.data());
   multiply(x.length, channels, in.states, in.entering(x), Matrix{d_state, in.states, true}, 0.0f,
            work.tokens.data(), channels);
-  dots(in, x, work.tokens.data(), work.left.data(), work.by_leaving.data());
-  multiply(x.length, in.states, channels, Matrix{work.left.data(), channels},
+  dots(in, x, work.tokens.data(), work.added.data(), work.by_leaving.data());
+  multiply(x.length, in.states, channels, Matrix{work.added.data(), channels},
            Matrix{d_state, in.states}, 0.0f, d_enter, in.groups * in.states);
 }
 
-// The gradient of the state moves to before the chunk.
-void state_back(const Inputs& in, const Part& x, const float* state, Workspace& work) {
+// Turns the gradient of the state after the chunk into that of the state before it.
+void state_backward(const Inputs& in, const Part& x, const float* state, Workspace& work) {
   const int64_t each = in.width * in.states, channels = x.heads * in.width;
   for (int64_t h = 0; h < x.heads; ++h) {
     float *own = work.d_state.data() + h * each, kept = work.decays[h].kept(x);
@@ -103,15 +105,15 @@ void state_back(const Inputs& in, const Part& x, const float* state, Workspace& 
       store(own + i, kept * load(own + i, count), count);
     });
   }
-  multiply(channels, in.states, x.length, Matrix{work.heard.data(), channels, true},
+  multiply(channels, in.states, x.length, Matrix{work.carried.data(), channels, true},
            in.leaving(x), 1.0f, work.d_state.data(), in.states);
 }
 
-// From `scores`, products of gradients of outputs and of values, of one head: what the products of
-// C and B get, added to `d_pairs`, and each token's log decay, by the pairs on either side of it.
-// The matrix without step sizes takes the place of the scores.
-void matrix_back(const Decays& decays, const float* pairs, int64_t length, float* scores,
-                 float* d_pairs, float* by_log) {
+// Gradients of one head's matrix, given `scores`, the products of output gradients and values: that
+// of C B^T is added to `d_pairs`, that of each token's log decay goes to `by_log`. `scores` is
+// overwritten by the matrix without step sizes.
+void matrix_backward(const Decays& decays, const float* pairs, int64_t length, float* scores,
+                     float* d_pairs, float* by_log) {
   Lanes later[CHUNK / LANES] = {};
   for (int64_t i = length - 1; i >= 0; --i) {
     float *row = scores + i * length, *shared = d_pairs + i * length;
@@ -123,8 +125,8 @@ void matrix_back(const Decays& decays, const float* pairs, int64_t length, float
       const Lanes product = load(pairs + i * length + j, count);
       store(shared + j, load(shared + j, count) + scaled, count);
       store(row + j, decay * product, count);
-      // Sums over later tokens of the pairs with each earlier one: differences of row and column
-      // sums would lose what strong decays leave.
+      // A log decay is part of every pair that spans it. Adding these pairs up, instead of taking
+      // differences of row and column sums, keeps the digits that strong decays leave.
       later[j / LANES] += scaled * product;
       earlier += first_lanes(later[j / LANES], i - j);
     });
@@ -134,10 +136,10 @@ void matrix_back(const Decays& decays, const float* pairs, int64_t length, float
   }
 }
 
-// Put together what one head's additions get, and hand it to values and dt; values get what counts
-// without a scan as well. Returns the gradient of the factor that it counts by.
-float steps_back(const Inputs& in, const Part& x, int64_t head, const float* d_outputs,
-                 Workspace& work, float* d_values) {
+// Gradients of one head's values and step sizes, from those of dt x inside the chunk (`steps`) and
+// in the state (`tokens`). Returns the gradient of D.
+float steps_backward(const Inputs& in, const Part& x, int64_t head, const float* d_outputs,
+                     Workspace& work, float* d_values) {
   const Decays& decays = work.decays[head];
   const float skip = in.skip(x, head);
   Lanes d_skip{};
@@ -160,26 +162,27 @@ float steps_back(const Inputs& in, const Part& x, int64_t head, const float* d_o
   return total(d_skip);
 }
 
-void inside_back(const Inputs& in, const Part& x, const float* d_outputs, const float* pairs,
-                 Workspace& work, float* d_values, float* d_skips) {
+void inside_backward(const Inputs& in, const Part& x, const float* d_outputs, const float* pairs,
+                     Workspace& work, float* d_values, float* d_skips) {
   const int64_t length = x.length;
   std::fill(work.pairs, work.pairs + length * length, 0.0f);
   for (int64_t h = 0; h < x.heads; ++h) {
     const Matrix d_output = {d_outputs + h * in.width, in.channels()};
     multiply(length, length, in.width, d_output, in.value(x, h).transposed(), 0.0f, work.matrix,
              length);
-    matrix_back(work.decays[h], pairs, length, work.matrix, work.pairs, &work.inside[h * CHUNK]);
+    matrix_backward(work.decays[h], pairs, length, work.matrix, work.pairs,
+                    &work.inside[h * CHUNK]);
     multiply(length, in.width, length, Matrix{work.matrix, length, true}, d_output, 0.0f,
              work.steps.data(), in.width);
-    const float d_skip = steps_back(in, x, h, d_outputs, work, d_values);
+    const float d_skip = steps_backward(in, x, h, d_outputs, work, d_values);
     if (d_skips != nullptr) d_skips[h] += d_skip;
   }
-  hide_pairs(in, x, work.pairs);
+  mask_pairs(in, x, work.pairs);
 }
 
 // Gradients of dt and of each head's rate from those of the logarithms of decays.
-void logs_back(const Inputs& in, const Part& x, const Workspace& work, float* d_dt,
-               float* d_rates) {
+void logs_backward(const Inputs& in, const Part& x, const Workspace& work, float* d_dt,
+                   float* d_rates) {
   for (int64_t h = 0; h < x.heads; ++h) {
     const Decays& decays = work.decays[h];
     const float rate = in.rates[x.first + h];
@@ -196,7 +199,7 @@ void logs_back(const Inputs& in, const Part& x, const Workspace& work, float* d_
   }
 }
 
-// The states before all chunks of a task, one after the other.
+// Fills `states` with the state before each chunk.
 void recompute_states(const Inputs& in, Part x, Workspace& work) {
   const int64_t size = x.heads * in.width * in.states;
   float* state = work.states.data();
@@ -205,14 +208,14 @@ void recompute_states(const Inputs& in, Part x, Workspace& work) {
   for (int64_t chunk = 0; chunk + 1 < in.chunks(); ++chunk, state += size) {
     in.move_to(x, chunk);
     for (int64_t h = 0; h < x.heads; ++h) work.decays[h].fill(in, x, h);
-    fill_left(in, x, work.decays, work.left.data());
+    fill_added(in, x, work.decays, work.added.data());
     std::copy_n(state, size, state + size);
-    advance(in, x, work.decays, work.left.data(), state + size);
+    advance(in, x, work.decays, work.added.data(), state + size);
   }
 }
 
-void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const Gradients& to,
-               const Shared& shared, Workspace& work) {
+void task_backward(const Inputs& in, Part x, const std::vector<float>& pairs, const Gradients& to,
+                   const Shared& shared, Workspace& work) {
   const int64_t size = x.heads * in.width * in.states, spread = in.groups * in.states;
   recompute_states(in, x, work);
   std::fill(work.d_state.begin(), work.d_state.end(), 0.0f);
@@ -228,15 +231,15 @@ void task_back(const Inputs& in, Part x, const std::vector<float>& pairs, const 
     const float* own = pairs_of(in, pairs, x);
     const float* state = work.states.data() + chunk * size;
     for (int64_t h = 0; h < x.heads; ++h) work.decays[h].fill(in, x, h);
-    heard_back(in, x, d_outputs, state, work, d_leave);
-    left_back(in, x, work, d_enter);
-    state_back(in, x, state, work);
-    inside_back(in, x, d_outputs, own, work, to.values + in.value_at(x), d_skips);
+    carried_backward(in, x, d_outputs, state, work, d_leave);
+    added_backward(in, x, work, d_enter);
+    state_backward(in, x, state, work);
+    inside_backward(in, x, d_outputs, own, work, to.values + in.value_at(x), d_skips);
     multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length, true}, in.leaving(x),
              1.0f, d_enter, spread);
     multiply(x.length, in.states, x.length, Matrix{work.pairs, x.length}, in.entering(x), 1.0f,
              d_leave, spread);
-    logs_back(in, x, work, to.dt + in.token(x) * in.heads + x.first, d_rates);
+    logs_backward(in, x, work, to.dt + in.token(x) * in.heads + x.first, d_rates);
   }
   std::copy_n(work.d_state.data(), size, to.initial + in.state_at(x));
 }
@@ -259,7 +262,7 @@ backward(
     const FlushDenormals flush;
     Workspace work(in);
     for (int64_t task = first; task < end; ++task) {
-      task_back(in, in.part(task), pairs, to, shared, work);
+      task_backward(in, in.part(task), pairs, to, shared, work);
     }
   });
   return {d_values,                  d_dt,

@@ -1,8 +1,9 @@
-"""The gradients of SSD as Triton kernels: what one head has for itself, and what heads share.
+"""The gradients of SSD as Triton kernels (Dao and Gu 2024, section 6).
 
-States and their adjoints beside each chunk are recomputed by the walk of
-`kernels.scans.ssd_triton`. What several programs add to is written apart and summed in order
-afterwards. Not run on a GPU so far: tested in Triton's interpreter, compiled ahead of time.
+One kernel computes gradients per head (values, dt, A), another those that heads share (B, C). The
+states before each chunk and their adjoints are recomputed by `walk` of `kernels.scans.ssd_triton`.
+Gradients to which several programs contribute are written as partial sums and added in order. Not
+yet run on a GPU: tested in Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -10,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scans.ssd import CHUNK
 from kernels.scans.ssd_triton import (
     ENTERING,
+    EXCLUDED,
     LEAVING,
     ROWS,
-    SPOILT,
     STEP,
-    TOKENS,
     Sizes,
     chunk_decays,
     documents_of,
@@ -31,7 +32,7 @@ from kernels.scans.ssd_triton import (
 )
 from kernels.triton_launch import launch
 
-# Heads whose gradients of B and C one program adds up.
+# Most heads over which one program sums the gradients of B and C.
 HEADS = 8
 
 
@@ -42,7 +43,7 @@ def _head_kernel(
     PACKED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of some channels of one head; their shares in dt and A come apart."""
+    """One program: one chunk of some channels of one head; writes partial sums for dt and A."""
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head, chunk, row = program % H, program // H % K, program // H // K
     batch = tl.num_programs(0) // H // K
@@ -50,50 +51,52 @@ def _head_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, real = ids != SPOILT, channels < P
+    valid, real = ids != EXCLUDED, channels < P
     decays += (row * H + head) * ROWS * L
     at = (first * G + head // (H // G)) * N
     pairs = tl.zeros((TOKENS, TOKENS), tl.float32)
-    heard = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    left = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    carried = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    added = tl.zeros((TOKENS, CHANNELS), tl.float32)
     kept = tl.zeros((CHANNELS,), tl.float32)
     for n in range(0, N, ENTRIES):
         entries = n + tl.arange(0, ENTRIES)
         some = entries < N
-        b = load_tile(B + at, index, entries, G * N, fit, some).to(COMPUTE)
-        c = load_tile(C + at, index, entries, G * N, fit, some).to(COMPUTE)
+        b = load_tile(B + at, index, entries, G * N, valid, some).to(COMPUTE)
+        c = load_tile(C + at, index, entries, G * N, valid, some).to(COMPUTE)
         pairs += tl.dot(c, tl.trans(b), input_precision=PRECISION)
         before = load_tile(states + program * P * N, channels, entries, N, real, some)
         after = load_tile(d_states + program * P * N, channels, entries, N, real, some)
         kept += tl.sum(before * after, axis=1)
-        heard += tl.dot(c, tl.trans(before.to(COMPUTE)), input_precision=PRECISION)
-        left += tl.dot(b, tl.trans(after.to(COMPUTE)), input_precision=PRECISION)
+        carried += tl.dot(c, tl.trans(before.to(COMPUTE)), input_precision=PRECISION)
+        added += tl.dot(b, tl.trans(after.to(COMPUTE)), input_precision=PRECISION)
     at = (first * H + head) * P
-    x = load_tile(values + at, index, channels, H * P, fit, real)
-    dy = load_tile(d_outputs + at, index, channels, H * P, fit, real)
+    x = load_tile(values + at, index, channels, H * P, valid, real)
+    dy = load_tile(d_outputs + at, index, channels, H * P, valid, real)
     entering, leaving = factors(decays, tokens, L, ENTERING), factors(decays, tokens, L, LEAVING)
     step = factors(decays, tokens, L, STEP)
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs, 0.0)
-    left = tl.where((leaving != 0)[:, None], leaving[:, None] * left, 0.0)
+    added = tl.where((leaving != 0)[:, None], leaving[:, None] * added, 0.0)
     received = tl.trans(matrix.to(COMPUTE))
-    d_steps = left + tl.dot(received, dy.to(COMPUTE), input_precision=PRECISION)
+    d_steps = added + tl.dot(received, dy.to(COMPUTE), input_precision=PRECISION)
     to = d_values + at
     store_tile(to, index, channels, H * P, tokens < L, real, step[:, None] * d_steps)
-    # Gradient of each token's log decay: pairs on either side of it, what it and later tokens
-    # heard of the state before the chunk, what earlier ones left, what was kept.
+    # The gradient of each token's log decay sums everything that decays across it: pairs of an
+    # earlier and a later token, the previous state's contribution to it and later tokens, earlier
+    # tokens' contributions to the next state, and the state carried across the chunk. All terms are
+    # added as they are; differences of running sums would cancel under strong decay.
     scores = tl.dot(dy.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision=PRECISION)
     later = tl.cumsum(matrix * scores * step[None, :], axis=0, reverse=True)
-    by_left = step * tl.sum(left * x, axis=1)
-    by_heard = tl.sum(dy * heard, axis=1)
-    by_heard = tl.where(entering != 0, entering * by_heard, 0.0)
+    by_added = step * tl.sum(added * x, axis=1)
+    by_carried = tl.sum(dy * carried, axis=1)
+    by_carried = tl.where(entering != 0, entering * by_carried, 0.0)
     earlier = index[None, :] < index[:, None]
-    d_log = tl.sum(tl.where(earlier, later + by_left[None, :], 0.0), axis=1)
-    d_log += tl.sum(tl.where(earlier, 0.0, by_heard[None, :]), axis=1)
+    d_log = tl.sum(tl.where(earlier, later + by_added[None, :], 0.0), axis=1)
+    d_log += tl.sum(tl.where(earlier, 0.0, by_carried[None, :]), axis=1)
     last = tl.load(decays + ENTERING * L + tl.minimum(chunk * TOKENS + TOKENS, L) - 1)
     d_log += tl.where(last != 0, last * tl.sum(kept, axis=0), 0.0)
     d_step = tl.sum(d_steps * x, axis=1) + tl.load(A + head) * d_log
     to = d_dt + ((part * batch + row) * L + tokens) * H + head
-    tl.store(to, tl.where(fit, d_step, 0.0), mask=tokens < L)
+    tl.store(to, tl.where(valid, d_step, 0.0), mask=tokens < L)
     tl.store(d_A + part * batch * K * H + program, tl.sum(step * d_log, axis=0))
 
 
@@ -111,7 +114,7 @@ def _shared_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, visible = ids != SPOILT, seen(ids)
+    valid, visible = ids != EXCLUDED, seen(ids)
     entries = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     some = entries < N
     by_b = tl.zeros((TOKENS, ENTRIES), tl.float32)
@@ -127,8 +130,8 @@ def _shared_kernel(
             channels = p + tl.arange(0, CHANNELS)
             real = channels < P
             at = (first * H + head) * P
-            x = load_tile(values + at, index, channels, H * P, fit, real)
-            dy = load_tile(d_outputs + at, index, channels, H * P, fit, real)
+            x = load_tile(values + at, index, channels, H * P, valid, real)
+            dy = load_tile(d_outputs + at, index, channels, H * P, valid, real)
             scores += tl.dot(dy.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision=PRECISION)
             after = load_tile(d_states + state_at, channels, entries, N, real, some).to(COMPUTE)
             x = (x * share[:, None]).to(COMPUTE)
@@ -139,8 +142,8 @@ def _shared_kernel(
         weight = pair_decays(own, tokens, L) * step[None, :]
         d_pairs += tl.where(visible, weight * scores, 0.0)
     at = (first * G + part * EACH // (H // G)) * N
-    b = load_tile(B + at, index, entries, G * N, fit, some).to(COMPUTE)
-    c = load_tile(C + at, index, entries, G * N, fit, some).to(COMPUTE)
+    b = load_tile(B + at, index, entries, G * N, valid, some).to(COMPUTE)
+    c = load_tile(C + at, index, entries, G * N, valid, some).to(COMPUTE)
     d_pairs = d_pairs.to(COMPUTE)
     by_b += tl.dot(tl.trans(d_pairs), c, input_precision=PRECISION)
     by_c += tl.dot(d_pairs, b, input_precision=PRECISION)
@@ -194,7 +197,7 @@ def _head_gradients(
         _head_kernel, (batch * K * H, parts),
         d_outputs, values, decays, A, B, C, either(documents, decays), states, d_states,
         d_values, d_dt, d_A, *size[1:],
-        flops=2 * batch * L * H * (TOKENS * (N + 2 * P) + 2 * P * N),
+        flops=2 * batch * L * H * (CHUNK * (N + 2 * P) + 2 * P * N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     return d_values, _ordered_sum(d_dt, 0), d_A.sum((0, 1, 2))
@@ -215,14 +218,14 @@ def _shared_gradients(
     batch, L, H, G, P, N, K = size
     each = max(heads for heads in range(1, HEADS + 1) if H // G % heads == 0)
     parts, how = H // each, plan("shared", values, N)
-    # Parts that are all there is are gradients in their own dtype; otherwise they are summed.
+    # Without partial sums the kernel writes the final dtype; otherwise float32, summed afterwards.
     dtype = B.dtype if parts == G else torch.float32
     d_B, d_C = (values.new_empty(batch, L, parts, N, dtype=dtype) for _ in range(2))
     launch(
         _shared_kernel, (batch * K * parts, triton.cdiv(N, how["ENTRIES"])),
         d_outputs, values, decays, B, C, either(documents, decays), states, d_states, d_B, d_C,
         *size[1:], each,
-        flops=2 * batch * L * (H * P * (TOKENS + 2 * N) + 2 * parts * TOKENS * N),
+        flops=2 * batch * L * (H * P * (CHUNK + 2 * N) + 2 * parts * CHUNK * N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     by_group = (x.unflatten(2, (G, parts // G)) for x in (d_B, d_C))

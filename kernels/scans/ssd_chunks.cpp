@@ -1,3 +1,5 @@
+// Decays and matrices of one chunk of SSD, which both passes use.
+
 #include "ssd_chunks.h"
 
 namespace crossladder {
@@ -26,13 +28,13 @@ std::vector<float> products_of_pairs(const Inputs& in) {
       float* out = pairs.data() + i * CHUNK * CHUNK;
       multiply(x.length, x.length, in.states, in.leaving(x), in.entering(x).transposed(), 0.0f,
                out, x.length);
-      hide_pairs(in, x, out);
+      mask_pairs(in, x, out);
     }
   });
   return pairs;
 }
 
-void hide_pairs(const Inputs& in, const Part& x, float* pairs) {
+void mask_pairs(const Inputs& in, const Part& x, float* pairs) {
   const int32_t* ids = in.ids(x);
   for (int64_t i = 0; i < x.length; ++i) {
     float* row = pairs + i * x.length;
@@ -48,6 +50,8 @@ void Decays::fill(const Inputs& in, const Part& x, int64_t head) {
   const double rate = in.rates[x.first + head];
   const int32_t* ids = in.ids(x);
   const int64_t last = x.length - 1;
+  // In float64: the exponential turns the absolute rounding of these sums into a relative error of
+  // the decays.
   double sum = 0.0, exact[CHUNK];
   for (int64_t q = 0; q <= last; ++q) {
     if (ids != nullptr && q > 0 && ids[q] != ids[q - 1]) sum = 0.0;
@@ -82,7 +86,7 @@ void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float
   }
 }
 
-void fill_left(const Inputs& in, const Part& x, const std::vector<Decays>& decays, float* out) {
+void fill_added(const Inputs& in, const Part& x, const std::vector<Decays>& decays, float* out) {
   for (int64_t q = 0; q < x.length; ++q) {
     for (int64_t h = 0; h < x.heads; ++h, out += in.width) {
       const float* value = in.value(x, h).data + q * in.channels();
@@ -94,7 +98,7 @@ void fill_left(const Inputs& in, const Part& x, const std::vector<Decays>& decay
   }
 }
 
-void advance(const Inputs& in, const Part& x, const std::vector<Decays>& decays, const float* left,
+void advance(const Inputs& in, const Part& x, const std::vector<Decays>& decays, const float* added,
              float* state) {
   const int64_t each = in.width * in.states, channels = x.heads * in.width;
   for (int64_t h = 0; h < x.heads; ++h) {
@@ -103,7 +107,7 @@ void advance(const Inputs& in, const Part& x, const std::vector<Decays>& decays,
       store(own + i, kept * load(own + i, count), count);
     });
   }
-  multiply(channels, in.states, x.length, Matrix{left, channels, true}, in.entering(x), 1.0f,
+  multiply(channels, in.states, x.length, Matrix{added, channels, true}, in.entering(x), 1.0f,
            state, in.states);
 }
 

@@ -1,4 +1,4 @@
-// What both directions of SSD share: chunks of tokens, the heads of a task, decays, matrices.
+// What the forward and the backward pass of SSD share: chunks, the heads of a task, decays.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -14,11 +14,12 @@
 
 namespace crossladder {
 
+// Equal to `CHUNK` of ssd.py, which a test checks; a constant here because it sizes stack arrays.
 constexpr int64_t CHUNK = 64;
-// Channels that a task takes on: enough for its products, few enough for a core's cache.
+// Channels of a task: enough for efficient products, few enough for a core's cache.
 constexpr int64_t TOGETHER = 256;
 
-// Smaller decays count for nothing, but the denormal numbers that they lead to are slow.
+// exp(-60) is negligible; smaller decays would produce denormal numbers, which are slow.
 constexpr float FLOOR = -60.0f;
 
 inline Lanes decay_of(Lanes exponent) { return exp2(LOG2_E * clamp(exponent, FLOOR, 0.0f)); }
@@ -32,7 +33,7 @@ struct Inputs {
   int64_t batch, length, heads, width, groups, states;
   const float *values, *dt, *rates, *enter, *leave, *initial;
   const int32_t* documents;
-  // By head; null where the values themselves are not added to the outputs.
+  // D, by head; null if not given.
   const float* skips;
 
   int64_t chunks() const { return ceil_div(length, CHUNK); }
@@ -86,14 +87,15 @@ inline const float* pairs_of(const Inputs& in, const std::vector<float>& pairs, 
   const int64_t chunk = x.begin / CHUNK, group = x.row * in.groups + x.group;
   return pairs.data() + (group * in.chunks() + chunk) * CHUNK * CHUNK;
 }
-// Sets to zero what `products_of_pairs` does.
-void hide_pairs(const Inputs& in, const Part& x, float* pairs);
+// In each token's row, zeroes the tokens of other documents and those after it.
+void mask_pairs(const Inputs& in, const Part& x, float* pairs);
 
 // Decays inside one chunk, for each head of a part (head, token).
 struct Decays {
-  // The sum of dt A over the document's tokens in the chunk, as two floats: differences lose
-  // nothing. Decay from the state before the chunk, and to the state after it, zero in other
-  // documents; and dt times the latter.
+  // `log` + `rest`: the running sum of dt A over the document's tokens in the chunk, as two floats,
+  // so that differences keep all digits. `entering`: the decay since the state before the chunk;
+  // `leaving`: the decay until the state after it; both zero in other documents. `share`: dt times
+  // `leaving`.
   float log[CHUNK], rest[CHUNK], entering[CHUNK], leaving[CHUNK], dt[CHUNK], share[CHUNK];
 
   void fill(const Inputs& in, const Part& x, int64_t head);
@@ -104,15 +106,15 @@ struct Decays {
   }
 };
 
-// The matrix from values to outputs inside a chunk: decay, product of C and B, step size; and on its
-// diagonal what the values themselves count.
+// The matrix from values to outputs inside a chunk: decay * (C B^T) * dt, with D on its diagonal
+// (Dao and Gu 2024, section 6, the diagonal blocks).
 void fill_matrix(const Decays& decays, const float* pairs, int64_t length, float skip, float* out);
 
-// Values times their share of the state after the chunk, (token, head and channel).
-void fill_left(const Inputs& in, const Part& x, const std::vector<Decays>& decays, float* out);
+// What each token adds to the state after the chunk, before the product with B: (token, channel).
+void fill_added(const Inputs& in, const Part& x, const std::vector<Decays>& decays, float* out);
 
-// The state after a chunk in place of that before it; `left` is what `fill_left` gives.
-void advance(const Inputs& in, const Part& x, const std::vector<Decays>& decays, const float* left,
+// Replaces the state before a chunk by the state after it; `added` is what `fill_added` gives.
+void advance(const Inputs& in, const Part& x, const std::vector<Decays>& decays, const float* added,
              float* state);
 
 }  // namespace crossladder

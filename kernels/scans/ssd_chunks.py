@@ -1,7 +1,7 @@
-"""The chunked algorithm of SSD in plain torch, for autograd: where no kernel serves.
+"""The chunked SSD algorithm in plain torch, differentiated by autograd, for when no kernel applies.
 
-Source: Dao and Gu 2024, section 6: within a chunk of tokens the scan is a masked product of
-matrices, between chunks it is a recurrence of states. Logarithms of decays are summed in float64.
+Source: Dao and Gu 2024, section 6: a masked matrix product within chunks, and a recurrence of
+states between chunks. Log decays are summed in float64.
 """
 
 import torch
@@ -20,7 +20,7 @@ def ssd_in_chunks(
     documents: Int[Tensor, "B L"] | None,
     chunk: int,
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H P N"]]:
-    """Outputs and final state by chunks of so many tokens, in float32 or wider."""
+    """Outputs and final state, by chunks of `chunk` tokens, in float32 or wider."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     L, G = values.shape[1], B.shape[2]
     x, steps, enter, leave = (_cut(tensor.to(dtype), chunk) for tensor in (values, dt, B, C))
@@ -36,27 +36,28 @@ def ssd_in_chunks(
         same = (ids[:, :, :, None] == ids[:, :, None])[:, :, None, None]
         entering, leaving = ((ids == other)[:, :, None, None] for other in (before, ids[..., -1:]))
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=values.device).tril()
+    # The decay from token j to token i >= j: exp of the sum of dt A over the tokens between them.
     between = _decay(sums[..., :, None] - sums[..., None, :], same & later, dtype)
     pairs = torch.einsum("bkign,bkjgn->bkgij", leave, enter)
     matrix = between * pairs[:, :, :, None] * steps.movedim(2, -1)[..., None, :]
     inside = torch.einsum("bkgrij,bkjgrp->bkigrp", matrix, x)
     share = _decay(sums[..., -1:] - sums, leaving, dtype).movedim(-1, 2) * steps
     added = torch.einsum("bkjgrp,bkjgn->bkgrpn", share[..., None] * x, enter)
-    heard_share = _decay(sums, entering, dtype)
+    entering_decay = _decay(sums, entering, dtype)
     state = torch.zeros_like(added[:, 0])
     if initial is not None:
         state = initial.to(dtype).view_as(state)
     states = []
-    for kept, more in zip(heard_share[..., -1].unbind(1), added.unbind(1), strict=True):
+    for kept, more in zip(entering_decay[..., -1].unbind(1), added.unbind(1), strict=True):
         states.append(state)
         state = kept[..., None, None] * state + more
-    heard = torch.einsum("bkign,bkgrpn->bkigrp", leave, torch.stack(states, dim=1))
-    outputs = inside + heard_share.movedim(-1, 2)[..., None] * heard
+    carried = torch.einsum("bkign,bkgrpn->bkigrp", leave, torch.stack(states, dim=1))
+    outputs = inside + entering_decay.movedim(-1, 2)[..., None] * carried
     return outputs.flatten(1, 2)[:, :L].flatten(2, 3), state.flatten(1, 2)
 
 
 def _cut(x: Tensor, chunk: int, *, last: bool = False) -> Tensor:
-    """(B, L, ...) as (B, K, chunk, ...), filled up with zeros or with what stands last."""
+    """(B, L, ...) as (B, K, chunk, ...), padded with zeros or, if `last`, with the last entry."""
     missing = -x.shape[1] % chunk
     filling = x[:, -1:].expand(-1, missing, *x.shape[2:])
     return torch.cat([x, filling if last else torch.zeros_like(filling)], 1).unflatten(
@@ -65,14 +66,18 @@ def _cut(x: Tensor, chunk: int, *, last: bool = False) -> Tensor:
 
 
 def _decay(exponents: Tensor, seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The exponential where one token sees the other, else 0."""
+    """The exponential where `seen`, else 0; masked first, as an unseen exponent could overflow."""
     return exponents.masked_fill(~seen, -torch.inf).exp().to(dtype)
 
 
 def _sum_in_documents(
     x: Float[Tensor, "*batch Q"], ids: Int[Tensor, "*rows Q"]
 ) -> Float[Tensor, "*batch Q"]:
-    """The running sum that starts anew with each document, in doubling strides."""
+    """Cumulative sums that restart with each document, by recursive doubling.
+
+    A plain cumulative sum minus its value at the document's begin would add the rounding, or a NaN,
+    of other documents.
+    """
     stride = 1
     while stride < x.shape[-1]:
         same = ids[..., stride:] == ids[..., :-stride]

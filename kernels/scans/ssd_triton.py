@@ -1,16 +1,16 @@
-"""SSD as Triton kernels: products of matrices inside chunks, a recurrence of states between them.
+"""SSD as Triton kernels (Dao and Gu 2024, section 6).
 
-Forward: decays inside each chunk; states, by programs that own a tile of one head's state and walk
-over the chunks; outputs, by programs that own a chunk. The walk is also the adjoint's, from the
-last chunk to the first. Nothing is atomic.
+Three kernels: decays inside each chunk; states, where a program goes over the chunks with one tile
+of one head's state (also used for the adjoint, from the last chunk to the first); and outputs, one
+program per chunk. There are no atomics.
 
-All sums are in float32, and so are decays and states; logs of decays inside a chunk are summed in
-float64 and kept as two floats, whose differences lose nothing. Operands of products are bfloat16
-where the activations are, a state among them when it is read but not when it is carried on. Not run
-on a GPU so far: tested in Triton's interpreter, compiled ahead of time.
+Sums, decays and states are float32. Log decays inside a chunk are summed in float64 and stored as
+two floats, so that differences keep all digits. Operands of products are bfloat16 if activations
+are; a state is rounded when it is read, but not when it is carried on. Not yet
+run on a GPU: tested in Triton's interpreter, compiled ahead of time.
 
-Tokens that nothing may come from, those beyond the end among them, have the document SPOILT. They
-are never loaded, so that what they hold meets no product.
+Tokens after a non-finite input and tokens beyond the end have the document id EXCLUDED. They are
+never loaded, so a NaN in them enters no product.
 """
 
 from typing import NamedTuple
@@ -20,23 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scans.not_finite import NON_FINITE
+from kernels.scans.ssd import CHUNK
 from kernels.triton_launch import interpreting, launch
-
-TOKENS = 64
-"""Tokens of a chunk."""
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: sides of its tiles, and warps that work on one program."""
+    """Tile sizes of a kernel, and warps per program."""
 
     channels: int
     entries: int
     warps: int
 
 
-# From the ahead-of-time report at P 64 and N 128: no spills on sm_80, sm_90 and sm_100. The walk's
-# tiles are small because its programs are as few as the heads' tiles. Products in float32 do not
-# go to tensor cores and hold their operands in registers.
+# From the ahead-of-time report at P 64 and N 128: no spills on sm_80, sm_90 and sm_100. The walk
+# has small tiles because it has only one program per tile of a head's state. Float32 products do
+# not use tensor cores and hold their operands in registers.
 _TILES = {
     ("walk", tl.bfloat16): Tiles(32, 32, 4),
     ("outputs", tl.bfloat16): Tiles(64, 32, 8),
@@ -48,7 +47,7 @@ _TILES = {
     ("shared", tl.float32): Tiles(32, 32, 8),
 }
 
-SPOILT = tl.constexpr(-(2**31))
+EXCLUDED = tl.constexpr(NON_FINITE)
 
 # Rows of `decays`: the log of the decay from the chunk's start as two floats; the decay from the
 # state before the chunk, and to the state after it, zero in other documents; the step size.
@@ -58,10 +57,10 @@ HIGH, LOW, ENTERING, LEAVING, STEP = (tl.constexpr(row) for row in range(5))
 
 @triton.jit
 def documents_of(documents, tokens, L, PACKED: tl.constexpr) -> tl.tensor:
-    """Load the tokens' documents; tokens beyond the end are spoilt."""
+    """Load the tokens' documents; tokens beyond the end are excluded."""
     if PACKED:
-        return tl.load(documents + tokens, mask=tokens < L, other=SPOILT)
-    return tl.where(tokens < L, 0, SPOILT)
+        return tl.load(documents + tokens, mask=tokens < L, other=EXCLUDED)
+    return tl.where(tokens < L, 0, EXCLUDED)
 
 
 @triton.jit
@@ -72,14 +71,17 @@ def factors(decays, tokens, L, ROW: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def seen(ids) -> tl.tensor:
-    """Mark the pairs in which the first token, the later one, sees the second."""
+    """Mark the pairs (later token, earlier token) of one document."""
     index = tl.arange(0, ids.shape[0])
     return (index[:, None] >= index[None, :]) & (ids[:, None] == ids[None, :])
 
 
 @triton.jit
 def pair_decays(decays, tokens, L) -> tl.tensor:
-    """The decay from each token (last) to each later one, at most 1 elsewhere."""
+    """The decay from each token (second axis) to each later one (first axis).
+
+    For other pairs the exponent may be positive; it is clamped at 0, so that nothing overflows.
+    """
     high, low = factors(decays, tokens, L, HIGH), factors(decays, tokens, L, LOW)
     exponents = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     return tl.exp(tl.minimum(exponents, 0.0))
@@ -87,9 +89,9 @@ def pair_decays(decays, tokens, L) -> tl.tensor:
 
 @triton.jit
 def load_tile(x, rows, columns, stride, real_rows, real_columns) -> tl.tensor:
-    """Load x[rows, columns], zero where either is not real, in float32.
+    """Load x[rows, columns] in float32, zero outside the tensor.
 
-    `x` points to the tile's corner, so that offsets need 32 bits, which saves registers.
+    `x` points to the tile's corner, so that 32-bit offsets suffice, which saves registers.
     """
     offsets = rows[:, None] * stride + columns[None, :]
     mask = real_rows[:, None] & real_columns[None, :]
@@ -98,7 +100,7 @@ def load_tile(x, rows, columns, stride, real_rows, real_columns) -> tl.tensor:
 
 @triton.jit
 def store_tile(x, rows, columns, stride, real_rows, real_columns, tile) -> None:
-    """Store to x[rows, columns] where both are real, in the dtype of x."""
+    """Store to x[rows, columns] inside the tensor, in the dtype of x."""
     offsets = rows[:, None] * stride + columns[None, :]
     mask = real_rows[:, None] & real_columns[None, :]
     tl.store(x + offsets, tile.to(x.dtype.element_ty), mask=mask)
@@ -115,26 +117,26 @@ def _decay_kernel(
     begin, end = chunk * TOKENS, tl.minimum(chunk * TOKENS + TOKENS, L)
     tokens = begin + tl.arange(0, TOKENS)
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit = ids != SPOILT
-    step = tl.load(dt + (row * L + tokens) * H + head, mask=fit, other=0.0)
+    valid = ids != EXCLUDED
+    step = tl.load(dt + (row * L + tokens) * H + head, mask=valid, other=0.0)
     exponents = step.to(tl.float64) * tl.load(A + head).to(tl.float64)
-    # A sum over a triangle of zeros and exponents: another document adds nothing, not even its
-    # rounding.
+    # A masked sum over all pairs instead of a cumulative sum: other documents contribute nothing,
+    # not even rounding.
     exact = tl.sum(tl.where(seen(ids), exponents[None, :], 0.0), axis=1)
     total = tl.sum(tl.where(tokens == end - 1, exact, 0.0), axis=0)
-    heard, left = fit, fit
+    enters, leaves = valid, valid
     if PACKED:
         before = tl.load(documents + row * L + begin - 1, mask=begin > 0, other=0)
-        heard = fit & (ids == before)
-        left = fit & (ids == tl.load(documents + row * L + end - 1))
+        enters = valid & (ids == before)
+        leaves = valid & (ids == tl.load(documents + row * L + end - 1))
     high = exact.to(tl.float32)
     inside = tokens < L
     to = decays + (row * H + head) * ROWS * L + tokens
     tl.store(to + HIGH * L, high, mask=inside)
     tl.store(to + LOW * L, (exact - high.to(tl.float64)).to(tl.float32), mask=inside)
-    tl.store(to + ENTERING * L, tl.where(heard, tl.exp(high), 0.0), mask=inside)
+    tl.store(to + ENTERING * L, tl.where(enters, tl.exp(high), 0.0), mask=inside)
     leaving = tl.exp(tl.minimum(total - exact, 0.0).to(tl.float32))
-    tl.store(to + LEAVING * L, tl.where(left, leaving, 0.0), mask=inside)
+    tl.store(to + LEAVING * L, tl.where(leaves, leaving, 0.0), mask=inside)
     tl.store(to + STEP * L, step, mask=inside)
 
 
@@ -144,11 +146,11 @@ def _state_kernel(
     START: tl.constexpr, ADJOINT: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of one head's state, chunk after chunk.
+    """One program: one tile of one head's state, chunk by chunk.
 
-    The state takes up what leaves a chunk, values and B. Its adjoint, from the last chunk to the
-    first, takes up what the chunk heard, gradients of outputs and C. `states` gets the state on
-    that side of each chunk from which the walk comes.
+    The state adds each chunk's values times B; `states` gets the state before each chunk. The
+    adjoint runs from the last chunk to the first and adds output gradients times C; `states` then
+    gets the adjoint after each chunk.
     """
     program = tl.program_id(0).to(tl.int64)
     head, row = program % H, program // H
@@ -159,7 +161,7 @@ def _state_kernel(
     index = tl.arange(0, TOKENS)
     state = tl.zeros((CHANNELS, ENTRIES), tl.float32)
     if START:
-        # An initial state that the first token does not hear is not loaded.
+        # Not loaded if the first token belongs to another document: it may hold a NaN.
         wanted = P
         if not ADJOINT:
             wanted = tl.where(tl.load(decays + ENTERING * L) != 0, P, 0)
@@ -200,26 +202,26 @@ def _output_kernel(
     index = tl.arange(0, TOKENS)
     tokens, first = chunk * TOKENS + index, row * L + chunk * TOKENS
     ids = documents_of(documents + row * L, tokens, L, PACKED)
-    fit, real = ids != SPOILT, channels < P
+    valid, real = ids != EXCLUDED, channels < P
     decays += (row * H + head) * ROWS * L
     at = (first * G + head // (H // G)) * N
     states += program * P * N
     pairs = tl.zeros((TOKENS, TOKENS), tl.float32)
-    heard = tl.zeros((TOKENS, CHANNELS), tl.float32)
+    carried = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for n in range(0, N, ENTRIES):
         entries = n + tl.arange(0, ENTRIES)
-        b = load_tile(B + at, index, entries, G * N, fit, entries < N).to(COMPUTE)
-        c = load_tile(C + at, index, entries, G * N, fit, entries < N).to(COMPUTE)
+        b = load_tile(B + at, index, entries, G * N, valid, entries < N).to(COMPUTE)
+        c = load_tile(C + at, index, entries, G * N, valid, entries < N).to(COMPUTE)
         state = load_tile(states, channels, entries, N, real, entries < N).to(COMPUTE)
         pairs += tl.dot(c, tl.trans(b), input_precision=PRECISION)
-        heard += tl.dot(c, tl.trans(state), input_precision=PRECISION)
+        carried += tl.dot(c, tl.trans(state), input_precision=PRECISION)
     entering, step = factors(decays, tokens, L, ENTERING), factors(decays, tokens, L, STEP)
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs * step[None, :], 0.0)
     at = (first * H + head) * P
-    x = load_tile(values + at, index, channels, H * P, fit, real).to(COMPUTE)
+    x = load_tile(values + at, index, channels, H * P, valid, real).to(COMPUTE)
     y = tl.dot(matrix.to(COMPUTE), x, input_precision=PRECISION)
-    y += tl.where((entering != 0)[:, None], entering[:, None] * heard, 0.0)
-    y = tl.where(fit[:, None], y, float("nan"))
+    y += tl.where((entering != 0)[:, None], entering[:, None] * carried, 0.0)
+    y = tl.where(valid[:, None], y, float("nan"))
     store_tile(outputs + at, index, channels, H * P, tokens < L, real, y)
 
 
@@ -239,13 +241,13 @@ class Sizes(NamedTuple):
         """Read them off the values and one of the factors that heads share."""
         batch, L, H, P = values.shape
         G, N = B.shape[2:]
-        return cls(batch, L, H, G, P, N, triton.cdiv(L, TOKENS))
+        return cls(batch, L, H, G, P, N, triton.cdiv(L, CHUNK))
 
 
 def plan(kernel: str, values: Tensor, N: int) -> dict[str, object]:
-    """How a kernel is started; no tile side is below 16, the least that tensor cores take.
+    """Launch options of a kernel. Tile sides are at least 16, the minimum of tensor cores.
 
-    The interpreter multiplies bfloat16 as if it were integers, so it computes in float32.
+    The interpreter does not multiply bfloat16 correctly, so it computes in float32.
     """
     half = values.dtype is torch.bfloat16 and not interpreting()
     compute = tl.bfloat16 if half else tl.float32
@@ -254,7 +256,7 @@ def plan(kernel: str, values: Tensor, N: int) -> dict[str, object]:
         "num_warps": tiles.warps,
         "CHANNELS": min(tiles.channels, max(16, triton.next_power_of_2(values.shape[3]))),
         "ENTRIES": min(tiles.entries, max(16, triton.next_power_of_2(N))),
-        "TOKENS": TOKENS,
+        "TOKENS": CHUNK,
         "COMPUTE": compute,
         "PRECISION": "ieee",
     }
@@ -266,11 +268,11 @@ def chunk_decays(
     """Start the kernel of decays; returns (B, H, ROWS, L)."""
     size = Sizes.of(values, B)
     decays = dt.new_empty(size.batch, size.H, ROWS.value, size.L)
-    # Float64 sums of pairs take 80 to 96 registers with 4 warps, 48 with 8: 0.31 becomes 0.62.
+    # The float64 sums take 80 to 96 registers with 4 warps, 48 with 8: occupancy 0.31 against 0.62.
     launch(
         _decay_kernel, (size.batch * size.K * size.H,),
         dt, A, either(documents, dt), decays, size.L, size.H, size.K,
-        num_warps=8, PACKED=documents is not None, TOKENS=TOKENS,
+        num_warps=8, PACKED=documents is not None, TOKENS=CHUNK,
     )  # fmt: skip
     return decays
 
@@ -278,7 +280,7 @@ def chunk_decays(
 def walk(
     inputs: Tensor, shared: Tensor, decays: Tensor, start: Tensor | None, adjoint: bool
 ) -> tuple[Tensor, Tensor]:
-    """Start the kernel of states; returns those beside each chunk, and the one at the walk's end.
+    """Start the state kernel; returns the states between chunks, and the one after the last step.
 
     Args:
         inputs: values, or gradients of the outputs.
@@ -320,12 +322,12 @@ def forward(
         _output_kernel,
         (size.batch * size.K * size.H, triton.cdiv(size.P, how["CHANNELS"])),
         values, decays, B, C, either(documents, values), states, outputs, *size[1:],
-        flops=2 * values.numel() // size.P * (TOKENS * (size.N + size.P) + size.P * size.N),
+        flops=2 * values.numel() // size.P * (CHUNK * (size.N + size.P) + size.P * size.N),
         PACKED=documents is not None, **how,
     )  # fmt: skip
     return outputs, final
 
 
 def either(given: Tensor | None, instead: Tensor) -> Tensor:
-    """The tensor, or another in the place of one that the kernel will not touch."""
+    """The tensor or, if it is None, a placeholder that the kernel does not read."""
     return instead if given is None else given

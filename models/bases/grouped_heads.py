@@ -1,15 +1,14 @@
-"""Rotary query heads that share key heads, with parameters named as `attention` names its own."""
+"""Base of mixers with rotary grouped-query heads, whose weights load from those of `attention`."""
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.bases.heads import HeadsConfig, Projected
+from models.bases.heads import HeadsConfig, Projected, head_width
 from models.mixer import Coefficients, Mixer, Slot
 from models.parts.layers import Linear, RMSNorm
-from models.parts.rotary import Rotation, rotation
+from models.parts.rotary import Rotation, rotation_of
 from models.sequences.whole import WholeSequence
 
 
@@ -39,12 +38,12 @@ class GroupedHeadsConfig(HeadsConfig):
 
 
 class GroupedHeads(Mixer):
-    """A mixer with queries, keys and values, whose weights are those of `attention`."""
+    """A mixer with grouped queries, keys and values; parameters are named as in `attention`."""
 
     def __init__(self, config: GroupedHeadsConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.n_heads, self.n_kv_heads = config.n_heads, config.kv_heads
-        P = self.head_dim = config.head_dim(slot.d_model)
+        P = self.head_dim = head_width(slot.d_model, config.n_heads)
         self.rope_theta, std = config.rope_theta, config.initial_std
         self.qkv = Linear(slot.d_model, (self.n_heads + 2 * self.n_kv_heads) * P, std=std)
         self.out = Linear(self.n_heads * P, slot.d_model, std=std, scale=slot.residual_scale)
@@ -53,7 +52,7 @@ class GroupedHeads(Mixer):
             self.q_norm, self.k_norm = RMSNorm(P), RMSNorm(P)
 
     def heads(self, x: Float[Tensor, "B L D"]) -> Projected:
-        """Queries and keys, normalised but not turned, and values."""
+        """Queries and keys, normalised but not yet rotated, and values."""
         P, (H, G) = self.head_dim, (self.n_heads, self.n_kv_heads)
         parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
         queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
@@ -61,13 +60,9 @@ class GroupedHeads(Mixer):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         return Projected(queries, keys, values)
 
-    def turn(self, sequence: WholeSequence) -> Rotation:
-        """What turns queries and keys by their positions."""
-        P, theta = self.head_dim, self.rope_theta
-        made = sequence.memo(
-            ("rotation", P, theta), lambda: torch.stack(rotation(sequence.positions(), P, theta))
-        )
-        return Rotation(made[0], made[1])
+    def rotation(self, sequence: WholeSequence) -> Rotation:
+        """The rotation of queries and keys by their positions."""
+        return rotation_of(sequence, self.head_dim, self.rope_theta)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients

@@ -1,23 +1,22 @@
-"""Queries, keys and values of several heads, as the mixers have them that attend in other ways."""
+"""Multi-head queries, keys and values for the efficient attentions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.mixer import MixerConfig, Slot
 from models.parts.layers import Linear, RMSNorm
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence
 
 
 @dataclass(frozen=True)
 class HeadsConfig(MixerConfig):
-    """What is common to mixers with queries, keys and values.
+    """Heads of a mixer with queries, keys and values.
 
     Attributes:
         n_heads: heads; head_dim is d_model / n_heads and even.
@@ -29,19 +28,20 @@ class HeadsConfig(MixerConfig):
     qk_norm: bool = False
     initial_std: float | None = 0.02
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head.
 
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if self.n_heads < 1 or d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
+def head_width(d_model: int, n_heads: int) -> int:
+    """Width of each of the heads that d_model is split into; even, so that rotary pairs fit.
+
+    Raises:
+        ValueError: the heads do not divide d_model into even widths.
+    """
+    if n_heads < 1 or d_model % (2 * n_heads):
+        fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+        raise ValueError(
+            f"mixer.n_heads {n_heads} does not divide d_model {d_model} into heads of even "
+            f"width; choose from {', '.join(map(str, fitting))}"
+        )
+    return d_model // n_heads
 
 
 class Projected(NamedTuple):
@@ -53,12 +53,12 @@ class Projected(NamedTuple):
 
 
 class Heads(nn.Module):
-    """Maps to queries, keys and values without bias, and the map back."""
+    """Projections to queries, keys and values, and the output projection, without bias."""
 
     def __init__(self, config: HeadsConfig, slot: Slot) -> None:
         super().__init__()
         D, std = slot.d_model, config.initial_std
-        self.n_heads, self.head_dim = config.n_heads, config.head_dim(D)
+        self.n_heads, self.head_dim = config.n_heads, head_width(D, config.n_heads)
         self.qkv = Linear(D, 3 * D, std=std)
         self.out = Linear(D, D, std=std, scale=slot.residual_scale)
         self.normalised = config.qk_norm
@@ -66,14 +66,14 @@ class Heads(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(self.head_dim), RMSNorm(self.head_dim)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Projected:
-        """Project tokens that attend to each other."""
+        """Project tokens for a self pattern."""
         parts = self.qkv.in_parts(x, 3 * [x.shape[2]])
         return self._normalise(*(part.unflatten(2, (self.n_heads, -1)) for part in parts))
 
     def across(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory
     ) -> Projected:
-        """Project tokens that attend to a memory, which is projected once."""
+        """Project tokens and a memory for a cross pattern; the memory is projected once."""
         H, P = self.n_heads, self.head_dim
         to_queries, to_pairs = self.qkv.weight.split([H * P, 2 * H * P])
         seen = memory.sequence.without_padding(memory.x)
@@ -92,12 +92,8 @@ class Heads(nn.Module):
 
 
 def rotated(projected: Projected, sequence: WholeSequence, theta: float) -> Projected:
-    """Turn queries and keys of tokens that attend to each other by their positions."""
-    P = projected.queries.shape[-1]
-    made = sequence.memo(
-        ("rotation", P, theta), lambda: torch.stack(rotation(sequence.positions(), P, theta))
-    )
-    turn = Rotation(made[0], made[1])
+    """Rotate queries and keys of the same sequence by their positions."""
+    by = rotation_of(sequence, projected.queries.shape[-1], theta)
     return projected._replace(
-        queries=rotate(projected.queries, turn), keys=rotate(projected.keys, turn)
+        queries=rotate(projected.queries, by), keys=rotate(projected.keys, by)
     )

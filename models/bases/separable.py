@@ -1,4 +1,4 @@
-"""Matrices made of scans of Mamba-2's state space, in the block of Hydra's ablation.
+"""Base of matrices computed by Mamba-2 scans, in the block of Hydra's ablation.
 
 Source: Hwang et al. 2024, sections 3.1 and 3.2; Dao and Gu 2024, section 6, for the scan.
 """
@@ -25,7 +25,7 @@ from models.sequences.whole import WholeSequence
 
 
 class StateSpace(NamedTuple):
-    """What decides a state space: step sizes of each direction, and how a state is met and read."""
+    """A state space's inputs: step sizes of each direction, and B and C, which directions share."""
 
     dt: Float[Tensor, "B L R H"]
     B: Float[Tensor, "B L 1 N"]
@@ -33,13 +33,13 @@ class StateSpace(NamedTuple):
 
 
 class SeparableMixer(StructuredMixer):
-    """A matrix made of scans of Mamba-2's state space, whose B and C all heads share.
+    """A matrix computed by Mamba-2 scans, whose heads share B and C.
 
-    The state has n_heads times d_qk entries, as in the release. There the form that is not sequence
-    aligned has one step size for all places; here each place has its own.
+    The state has n_heads * d_qk entries, as in the release. Changed: without sequence alignment
+    each position has its own step size; the release has one for all.
 
     Attributes:
-        directions: scans.
+        directions: number of scans, 1 or 2.
     """
 
     directions: ClassVar[int]
@@ -59,7 +59,7 @@ class SeparableMixer(StructuredMixer):
             self.dt = PlaceTable((config.longest, R, H), step_sizes, decayed=False)
 
     def recurrence(self, features: Features, sequence: WholeSequence) -> StateSpace:
-        """Step sizes, B and C from the tokens' channels, or from their places."""
+        """Step sizes, B and C, from the tokens' channels or from their positions."""
         if self.config.sequence_aligned:
             BC = F.silu(features.convolved)
             steps = widened(features.plain).unflatten(2, (self.directions, -1))
@@ -71,7 +71,7 @@ class SeparableMixer(StructuredMixer):
         return StateSpace(F.softplus(steps), B, C)
 
     def rates(self) -> Float[Tensor, "H"]:
-        """The rate of each head, below 0."""
+        """The rate A of each head, below 0."""
         return -torch.exp(widened(self.A_log))
 
     def scans_flops(self, tokens: int) -> MixFlops:
@@ -83,16 +83,16 @@ class SeparableMixer(StructuredMixer):
         return MixFlops(R * products.needed, R * products.full_square, R * pointwise)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Rates of -1; biases that make the release's step sizes."""
+        """Rates of -1, and biases for the release's step sizes."""
         if name == "A_log":
             return torch.zeros(self.A_log.shape)
         return step_sizes(self.dt_bias.shape, generator)
 
 
 def step_sizes(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw what softplus makes step sizes of: log-uniform in [0.001, 0.1], one a head.
+    """Biases whose softplus is log-uniform in [0.001, 0.1], one per head (the last dimension).
 
-    The heads come last; places and directions of a head start alike, as in the release.
+    All positions and directions of a head start equal, as in the release.
     """
     low, high = math.log(1e-3), math.log(0.1)
     dt = torch.exp(torch.rand(shape[-1:], generator=generator) * (high - low) + low)
@@ -100,10 +100,10 @@ def step_sizes(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def chunk_flops(tokens: int, channels: int, groups: int, d_state: int) -> MixFlops:
-    """Count the products of one scan by chunks (Dao and Gu 2024, section 6).
+    """Matrix products of one chunked scan (Dao and Gu 2024, section 6).
 
-    For each token: into the state and out of it, 2 d_state for each channel; within its chunk, for
-    each pair 2 d_state for each group and 2 for each channel.
+    Per token and channel: 2 d_state into the state and 2 d_state out of it. Per pair of tokens in a
+    chunk: 2 d_state per group for C B^T, and 2 per channel.
     """
     states = 4.0 * d_state * channels * tokens
     pair, seen = 2.0 * (d_state * groups + channels), pairs_in_chunks(tokens)
@@ -111,6 +111,6 @@ def chunk_flops(tokens: int, channels: int, groups: int, d_state: int) -> MixFlo
 
 
 def pairs_in_chunks(tokens: int) -> float:
-    """Pairs within chunks whose second token is not after the first."""
+    """Pairs of tokens in the same chunk, ordered causally."""
     whole, rest = divmod(tokens, CHUNK)
     return (whole * CHUNK**2 + rest**2 + tokens) / 2

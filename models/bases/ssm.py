@@ -1,4 +1,4 @@
-"""What the state-space mixers share: sizes of heads, gated norms, step biases, FLOPs of a scan."""
+"""What state-space mixers share: head sizes, the gated norm, step size biases, FLOPs of a scan."""
 
 import math
 
@@ -12,7 +12,7 @@ from models.mixer import MixFlops
 
 
 class GroupedNorm(nn.Module):
-    """Gate, divide each group of channels by its root mean square, in float32, and scale each.
+    """RMS norm of x silu(gate) over groups of channels, in float32 (Dao and Gu 2024, section 7.1).
 
     Args:
         width: channels.
@@ -37,17 +37,18 @@ class GroupedNorm(nn.Module):
 
 
 def step_biases(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """Draw what softplus makes step sizes of that are log-uniform, and 1e-4 at least."""
+    """Biases whose softplus is log-uniform in [low, high], but at least 1e-4."""
     share = torch.rand(count, generator=generator)
     dt = torch.exp(share * (math.log(high) - math.log(low)) + math.log(low)).clamp(min=1e-4)
+    # The inverse of softplus, log(exp(dt) - 1), in a form that keeps the digits of a small dt.
     return dt + torch.log(-torch.expm1(-dt))
 
 
 def count_heads(width: int, head_dim: int, n_groups: int) -> int:
-    """Heads that fill the inner width.
+    """Number of heads of width `head_dim` in the inner width.
 
     Raises:
-        ValueError: they do not, or the groups do not divide them.
+        ValueError: head_dim does not divide the width, or n_groups the number of heads.
     """
     heads = width // head_dim
     if width % head_dim:
@@ -74,21 +75,20 @@ def require_positive(name: str, value: int) -> None:
 
 
 def require_range(name: str, ends: tuple[float, ...]) -> None:
-    """Refuse ends that no positive number lies between."""
+    """Refuse what is not a range of positive numbers."""
     if len(ends) != 2 or not 0 < ends[0] <= ends[1]:
-        raise ValueError(f"{name} {ends} is no range; take 0 < low <= high")
+        raise ValueError(f"{name} {ends} is not a range; take 0 < low <= high")
 
 
 def scan_flops(tokens: int, heads: int, head_dim: int, groups: int, d_state: int) -> MixFlops:
-    """Count the scan by chunks of one row (Dao and Gu 2024, section 6).
+    """FLOPs of the chunked scan of one row (Dao and Gu 2024, section 6).
 
-    Products, 2 for each multiply-add: C B for each pair of a chunk and group, that of pairs and
-    values for each pair and channel, and each channel's way into the state and out of it. A pair is
-    needed where the second token is not after the first. Elementwise, for each head: 3 for a needed
-    pair (a difference, its exponential, times C B) and 6 for a token (dt A, the running sum, its
-    distance from the chunk's end, two exponentials, dt times one); for each channel 4 for a token
-    (two scaled copies of the input; what the state gives, scaled and added); and 2 for each entry
-    of the state and chunk.
+    Products, a multiply-add counted as 2: C B^T per pair in a chunk and group; its product with the
+    values per pair and channel; into the state and out of it per token and channel. A pair counts
+    as needed if it is causal. Elementwise, per head: 3 per needed pair (difference, exp, times C
+    B^T) and 6 per token (dt A, its running sum, distance from the chunk's end, two exps, dt times
+    one of them); per channel and token 4 (two scaled inputs, and scaling and adding what the state
+    gives); 2 per state entry and chunk.
     """
     channels = heads * head_dim
     whole, rest = divmod(tokens, CHUNK)

@@ -1,15 +1,15 @@
-"""The block that stands around every matrix of Hydra's ablation: only the matrix differs.
+"""The common block of Hydra's ablation of matrix mixers: only the matrix differs between kinds.
 
 Source: Hwang et al. 2024, "Hydra: Bidirectional State Space Models Through Generalized Matrix
 Mixers", sections 2 and 4.1, and the authors' release. Changed:
 
 - The release divides outputs by the square root of the training length. Here a token's output is
-  divided by the root of the number of tokens it may see: the length of its document, and in a
-  causal pattern its place plus one. So the size of a sum does not depend on the document's length,
-  no matrix needs a training length, and what shares a row with a document changes nothing in it.
-- What is learned for each place (the forms that are not sequence aligned) goes by the place in the
-  document; a shorter document has the leading part of the longest one's matrix.
-- In a causal pattern the short convolution looks back, not around.
+  divided by the square root of the number of tokens it may see: the length of its document or, in a
+  causal pattern, its position plus one. So scales do not depend on a training length, and not on
+  the other documents of a row.
+- What is learned per position (forms that are not sequence aligned) is indexed by the position in
+  the document; a shorter document uses the leading part of the longest one's matrix.
+- In a causal pattern the short convolution is causal instead of centred.
 """
 
 import abc
@@ -33,20 +33,19 @@ from models.sequences.positions import PADDING, positions_in_documents
 from models.sequences.whole import WholeSequence
 
 Structure: TypeAlias = Any
-"""What decides a matrix: private to its mixer."""
+"""What determines a matrix; its type is private to the mixer."""
 
 
 @dataclass(frozen=True)
 class StructuredConfig(MixerConfig):
-    """What all matrices have in common.
+    """Sizes that all matrices have.
 
     Attributes:
-        n_heads: matrices, each of which mixes an equal share of the channels.
-        max_len: longest document that can be mixed; None for any, which only sequence aligned
-            matrices can.
-        sequence_aligned: whether what decides the matrix at a place comes from the token there
-            (Hydra paper, definition 2.2), and is not learned for the place.
-        d_conv: width of the short convolution; None for 7, and 4 in a causal pattern.
+        n_heads: number of matrices; each mixes an equal part of the channels.
+        max_len: longest document; None for no limit, which only sequence-aligned matrices allow.
+        sequence_aligned: whether the matrix parameters of a position are computed from its token
+            (Hydra paper, definition 2.2) instead of learned per position.
+        d_conv: width of the short convolution; None for 7, or 4 in a causal pattern.
         expand: inner width over d_model.
     """
 
@@ -63,8 +62,8 @@ class StructuredConfig(MixerConfig):
                 raise ValueError(f"{name} {size} is not positive; take 1 or more")
         if not self.sequence_aligned and self.max_len is None:
             raise ValueError(
-                f"{self.kind} with sequence_aligned false learns something for each place, but "
-                "max_len is not given; give the length of the longest document"
+                f"{self.kind} with sequence_aligned false has parameters per position, but max_len "
+                "is not given; set it to the length of the longest document"
             )
 
     @property
@@ -76,7 +75,7 @@ class StructuredConfig(MixerConfig):
 
 @dataclass(frozen=True)
 class UnalignedConfig(StructuredConfig):
-    """A matrix that no token can decide a part of: all of it is learned."""
+    """A matrix that has no sequence-aligned form: all of it is learned."""
 
     max_len: int = field()
     sequence_aligned: bool = False
@@ -85,18 +84,18 @@ class UnalignedConfig(StructuredConfig):
         if self.sequence_aligned:
             able = (kind for kind, config in mixer_kinds().items() if _can_align(config))
             raise ValueError(
-                f"{self.kind} is asked to be sequence aligned, but nothing in its matrix belongs "
-                f"to one token; set sequence_aligned to false or choose from {', '.join(able)}"
+                f"{self.kind} has no sequence-aligned form, but sequence_aligned is true; set it "
+                f"to false or choose from {', '.join(able)}"
             )
         super().__post_init__()
 
 
 class Features(NamedTuple):
-    """What is known of each token: the values, and channels for whatever decides the matrix.
+    """Projected features of each token: the values, and channels for the matrix parameters.
 
     Attributes:
-        convolved: channels that went through the short convolution.
-        plain: channels that did not.
+        convolved: channels after the short convolution.
+        plain: channels without it.
     """
 
     values: Float[Tensor, "B L E"]
@@ -105,25 +104,24 @@ class Features(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What decides the matrix, and the gate of its output."""
+    """What determines the matrix, and the gate of its output."""
 
     structure: Structure
     gate: Float[Tensor, "B L E"]
 
 
 class StructuredMixer(Mixer):
-    """out(norm(M values) * silu(gate)), the values convolved; M is a kind's own, plus the identity.
+    """out(norm((M + 1) values) * silu(gate)) with convolved values; subclasses define M.
 
     Args:
         config: sizes.
-        slot: where it stands.
-        convolved: channels of each token, beside the values, that a kind convolves.
-        plain: channels of each token that a kind takes as they are.
-        gain: factor on a kind's matrix, beside one over the root of the tokens seen; None for a
-            matrix that is not scaled at all.
+        slot: its place in the backbone.
+        convolved: convolved channels that the subclass needs besides the values.
+        plain: channels without convolution that the subclass needs.
+        gain: factor on M besides 1 / sqrt(tokens seen); None for an unscaled M.
 
     Attributes:
-        residual: whether the identity is added to the matrix.
+        residual: whether the identity is added to M.
         remembers: whether decoding keeps the values of all tokens.
     """
 
@@ -157,18 +155,18 @@ class StructuredMixer(Mixer):
 
     @abc.abstractmethod
     def structure(self, features: Features, sequence: WholeSequence) -> Structure:
-        """Compute what decides the matrix."""
+        """Compute what determines the matrix."""
 
     @abc.abstractmethod
     def multiply(
         self, values: Float[Tensor, "B S H P"], structure: Structure, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Apply the kind's own matrix, before it is scaled."""
+        """Apply the unscaled M."""
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S H P"], Coefficients]:
-        """Values are convolved channels, and so may be what decides the matrix."""
+        """Values are convolved channels; `structure` computes what determines the matrix."""
         del memory
         self._check_lengths(sequence)
         E, convolved, plain = self._widths
@@ -183,7 +181,7 @@ class StructuredMixer(Mixer):
     def mix(
         self, values: Float[Tensor, "B S H P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Apply the matrix, scaled, and the identity."""
+        """Apply M, scaled, and the identity."""
         mixed = self.multiply(values, coefficients.structure, sequence)
         if self.gain is not None:
             seen = self._seen(sequence).to(widened(mixed).dtype)
@@ -195,11 +193,11 @@ class StructuredMixer(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Normalise, gate and project back."""
+        """Normalise, gate and project out."""
         return self.out_proj(silu_gated(self.norm(mixed.flatten(2)), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """A kind's own work, and 2 for each output: its scale and the identity."""
+        """`multiply`, and 2 per output for the scale and the identity."""
         work = self.multiply_flops(queries, keys)
         each = (self.gain is not None) + self.residual
         return MixFlops(
@@ -208,25 +206,25 @@ class StructuredMixer(Mixer):
 
     @abc.abstractmethod
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:
-        """Count one `multiply`, entries of the matrix included where it is written out."""
+        """Count one `multiply`, including the entries of a materialised matrix."""
 
     @property
     def inner_width(self) -> int:
-        """Channels of all heads."""
+        """Value channels of all heads."""
         return self._widths[0]
 
     def pairs(self, queries: int, keys: int) -> float:
-        """Entries of one head's matrix that are not zero."""
+        """Nonzero entries of one head's matrix."""
         if not self.slot.causal:
             return float(queries * keys)
         return queries * (keys - queries) + queries * (queries + 1) / 2
 
     def places(self, sequence: WholeSequence) -> Int[Tensor, "B L"]:
-        """The place of each token in its document, 0 in padding."""
+        """The position of each token in its document, 0 in padding."""
         return sequence.positions().masked_fill(sequence.documents == PADDING, 0)
 
     def key_places(self, sequence: WholeSequence) -> Int[Tensor, "B S"]:
-        """The place of each token that `gather` returns, 0 in padding."""
+        """The position of each token that `gather` returns, 0 in padding."""
         ids = sequence.gathered_documents()
         return sequence.memo(
             ("structured", "key places"),
@@ -246,17 +244,17 @@ class StructuredMixer(Mixer):
         longest = int(self.key_places(sequence).max()) + 1 if sequence.packed else tokens
         if longest > limit:
             raise ValueError(
-                f"{self.config.kind} is asked to mix a document of {longest} tokens, but its "
-                f"max_len is {limit}; give it a larger max_len or shorter documents"
+                f"{self.config.kind} got a document of {longest} tokens, but its max_len is "
+                f"{limit}; take a larger max_len or shorter documents"
             )
 
 
 class EntrywiseMixer(StructuredMixer):
-    """A matrix that is written out: work and memory are quadratic in the length of a row."""
+    """A materialised matrix: work and memory are quadratic in the length of a row."""
 
     @abc.abstractmethod
     def entries(self, structure: Structure, sequence: WholeSequence) -> Float[Tensor, "#B H L S"]:
-        """Every entry, those that no token may see included."""
+        """All entries, without a mask."""
 
     @abc.abstractmethod
     def entry_flops(self, queries: int, keys: int) -> MixFlops:
@@ -265,7 +263,7 @@ class EntrywiseMixer(StructuredMixer):
     def multiply(
         self, values: Float[Tensor, "B S H P"], structure: Structure, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Write the matrix out and multiply."""
+        """Materialise the matrix, mask it and multiply."""
         with without_autocast(values):
             matrix = self.entries(structure, sequence)
         if self.slot.causal or sequence.packed:
@@ -273,7 +271,7 @@ class EntrywiseMixer(StructuredMixer):
         return torch.einsum("bhls,bshp->blhp", matrix.to(values.dtype), values)
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:
-        """Two for each channel and pair that is seen, beside the entries."""
+        """Two per channel and visible pair, and the entries."""
         made = self.entry_flops(queries, keys)
         each = 2.0 * self.inner_width
         return MixFlops(
@@ -284,12 +282,12 @@ class EntrywiseMixer(StructuredMixer):
 
 
 class PlaceTable(nn.Module):
-    """Values learned for each place in a document.
+    """Parameters per position in a document.
 
     Args:
-        shape: of the values, the places first.
-        draw: their initial values, of that shape.
-        decayed: whether weight decay may touch them.
+        shape: shape of all values, positions first.
+        draw: draws initial values of that shape.
+        decayed: whether weight decay applies.
     """
 
     def __init__(
@@ -305,7 +303,7 @@ class PlaceTable(nn.Module):
         self._draw = draw
 
     def forward(self, places: Int[Tensor, "B L"]) -> Float[Tensor, "B L *rest"]:
-        """The values of some places."""
+        """The values at some positions."""
         return self.values[places]
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
@@ -314,7 +312,7 @@ class PlaceTable(nn.Module):
 
 
 def xavier_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw from N(0, 2 / (fans)), the fans counted as torch counts those of any tensor."""
+    """Xavier normal initial values, N(0, 2 / (fan_in + fan_out)), with torch's count of fans."""
     fans = (shape[0] + shape[1]) * math.prod(shape[2:])
     return torch.randn(shape, generator=generator) * math.sqrt(2 / fans)
 

@@ -1,4 +1,4 @@
-"""No mixing at all: every token keeps to itself. The line that a real mixer must beat."""
+"""The identity mixer, a baseline without any interaction between tokens."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +21,7 @@ class IdentityConfig(MixerConfig):
 
 @register(IdentityConfig)
 class Identity(Mixer):
-    """M = 1 between the two dense maps that every mixer has."""
+    """M = 1, between the input and output maps that every mixer has."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
     sharded = patterns
@@ -36,7 +36,7 @@ class Identity(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L 1 D"], Coefficients]:
-        """Values are a map of the tokens; nothing decides."""
+        """Values are a dense map of the tokens."""
         del sequence, memory
         return self.into(x).unsqueeze(2), None
 
@@ -46,14 +46,14 @@ class Identity(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L 1 P"]:
-        """Leave every token as it is."""
+        """Return the values."""
         del coefficients, sequence
         return values
 
     def merge(
         self, mixed: Float[Tensor, "B L 1 P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Project back."""
+        """Project out."""
         del coefficients
         return self.out(mixed.squeeze(2))
 

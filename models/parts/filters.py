@@ -1,8 +1,7 @@
-"""Filters as long as a document, given by a small network of the lag (Poli et al. 2023, "Hyena").
+"""Implicit long filters: a small network maps each lag to a tap (Poli et al. 2023, "Hyena").
 
-The network, its features and its window are those that M2's release uses (Fu et al. 2023, "Monarch
-Mixer"). Changed: `max_len` is the unit of time whatever the length of the tokens at hand, and no
-filter is longer.
+Network, features and window follow M2's release (Fu et al. 2023, "Monarch Mixer"). Changed: the
+unit of time is `max_len`, whatever the length of the input, and no filter is longer.
 """
 
 import math
@@ -47,8 +46,8 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if self.filter_features < 3 or self.filter_features % 2 == 0:
             raise ValueError(
-                f"filter_features {self.filter_features} are not a lag and pairs of cosine and "
-                "sine; take an odd number from 3 on"
+                f"filter_features {self.filter_features} is not one lag plus pairs of cosine and "
+                "sine; take an odd number, 3 or more"
             )
         for name in ("max_len", "filter_hidden"):
             if getattr(self, name) < 1:
@@ -58,21 +57,21 @@ class FilterConfig:
         if not (self.fast_decay > 0 and self.slow_decay > 0 and 0 < self.decay_target < 1):
             raise ValueError(
                 f"fast_decay {self.fast_decay}, slow_decay {self.slow_decay} and decay_target "
-                f"{self.decay_target} make no window; take decays above 0 and a target within 0, 1"
+                f"{self.decay_target} define no window; take decays above 0 and a target in (0, 1)"
             )
 
 
 class ImplicitFilter(nn.Module):
-    """One filter a channel and direction: k[l] = network(features(l)) * window(l), beta at lag 0.
+    """A filter per channel and direction: k[l] = network(features(l)) * window(l), plus a skip.
 
-    Its maps act on lags, not on tokens, so they are parameters of its own and no part of any count
-    per token. Nothing falls below float32, where neighbouring lags would have the same features;
-    the sines are in float64, because each multiplies the rounding of the one before by about six.
+    Its maps act on lags, not on tokens, so no count of FLOPs per token includes them. It computes
+    in float32 or wider: in half precision neighbouring lags would have equal features. The sines
+    are in float64, because each amplifies the rounding of its input about sixfold.
 
     Args:
-        channels: filters a direction.
-        directions: 1, or 2 where later tokens have a filter too, which starts at lag -1. Features
-            and frequencies belong to both.
+        channels: filters per direction.
+        directions: 1, or 2 with another filter for later tokens, from lag -1 on. Both use the same
+            features and frequencies.
     """
 
     no_decay = frozenset({"features", "frequency", "inner_bias", "in_bias", "skip"})
@@ -94,7 +93,7 @@ class ImplicitFilter(nn.Module):
         self.skip = nn.Parameter(torch.empty(channels))
 
     def forward(self, length: int, direction: int = 0) -> Float[Tensor, "C K"]:
-        """The first `length` taps of a direction, and no more than max_len."""
+        """The first `length` taps of a direction, at most max_len."""
         length = min(length, self.config.max_len)
         with without_autocast(self.frequency):
             taps = self._network(length, direction) * self._window(length)
@@ -104,18 +103,18 @@ class ImplicitFilter(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> Float[Tensor, "C"]:
-        """The 1-norm of each channel, both directions together."""
+        """The 1-norm of each channel's filter, both directions together."""
         taps = [self(self.config.max_len, r) for r in range(len(self.in_bias))]
         return torch.cat(taps, dim=1).abs().sum(dim=1)
 
     def flops(self, length: int) -> float:
-        """Forward FLOPs of computing the filters of one use, for all channels and directions."""
+        """Forward FLOPs of computing the filters once, for all channels and directions."""
         lags = min(length, self.config.max_len)
         maps = self.in_weight, self.inner_weight, self.out_weight
         return 2.0 * lags * sum(weight.numel() for weight in maps)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial values: torch's for dense maps, N(0, 1) for the skip, the lag's own features."""
+        """Initial values: torch's for dense maps, N(0, 1) for the skip, `lag_features`."""
         shape = getattr(self, name).shape
         if name == "features":
             return lag_features(self.config.max_len, self.config, torch.device("cpu")).float()
@@ -156,7 +155,7 @@ def lag_times(length: int, config: FilterConfig, device: torch.device) -> Float[
 
 
 def lag_features(length: int, config: FilterConfig, device: torch.device) -> Float[Tensor, "K E"]:
-    """Each lag's share of the longest, cosines and negative sines of it, in float64."""
+    """Features of each lag: its share of the longest, cosines and negative sines, in float64."""
     bands = (config.filter_features - 1) // 2
     frequencies = torch.linspace(1e-4, bands - 1, bands, device=device, dtype=torch.float64)
     lags = torch.arange(length, device=device, dtype=torch.float64)
@@ -166,5 +165,5 @@ def lag_features(length: int, config: FilterConfig, device: torch.device) -> Flo
 
 
 def fft_flops(length: int) -> float:
-    """Forward FLOPs of one channel's convolution through FFTs, the filter's spectrum left out."""
+    """Forward FLOPs of convolving one channel by FFT, without the filter's spectrum."""
     return 10.0 * length * math.log2(2 * length) + 6.0 * length

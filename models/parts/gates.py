@@ -1,8 +1,8 @@
-"""Gates of linear recurrences: how much each channel keeps of its state, and how much it writes.
+"""Gates of linear recurrences: how much each channel keeps of its state, and how much it adds.
 
-The recurrence h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t] is linear in v because the gates read
-the tokens but not the state. RG-LRU: De et al. 2024 ("Griffin"), section 2.4; minGRU: Feng et al.
-2024 ("Were RNNs All We Needed?"), section 3.1.
+The recurrence h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t] is linear in v: the gates depend on
+the tokens but not on the state. RG-LRU: De et al. 2024 ("Griffin"), section 2.4; minGRU: Feng et
+al. 2024 ("Were RNNs All We Needed?"), section 3.1.
 """
 
 import math
@@ -29,12 +29,12 @@ SLOWEST, FASTEST = 0.999, 0.9
 class RGLRU(nn.Module):
     """log_decay = -8 r softplus(Lambda), write = i sqrt(1 - decay^2), with gates r and i.
 
-    A document's first token has nothing to keep and writes i v. Initial values are those of the
-    paper: the decay at r = 1 is uniform in [0.9, 0.999]. Its released code draws decay^(1/8) there,
-    which forgets eight times as fast.
+    The first token of a document has no state to keep and writes i v. Initial values follow the
+    paper: the decay at r = 1 is uniform in [0.9, 0.999]. The released code draws decay^(1/8) from
+    that range instead, which forgets eight times as fast.
 
     Args:
-        n_heads: blocks of channels that a gate mixes.
+        n_heads: blocks of the block-diagonal gate maps.
         width: channels.
     """
 
@@ -54,9 +54,9 @@ class RGLRU(nn.Module):
         begins: Bool[Tensor, "B L"],
         candidate: Float[Tensor, "B L E"] | None = None,
     ) -> Steps:
-        """The steps of tokens with features u, some of which begin a document.
+        """The steps for features u; `begins` marks the first token of each document.
 
-        With a candidate they write its tanh times the value instead of the value.
+        With a candidate, tanh(candidate) multiplies what is written.
         """
         rate = SHARPNESS * F.softplus(widened(self.Lambda))
         return rglru(self.recurrence_gate(u), self.input_gate(u), rate, begins, candidate)
@@ -72,11 +72,11 @@ class RGLRU(nn.Module):
 class MinGRU(nn.Module):
     """decay = 1 - z and write = z, with one gate z; the state starts at zero.
 
-    Changed: the gate reads the features u instead of the layer's input, and the candidate is what
-    the caller writes, of either sign, so no logs of it are taken.
+    Changed: the gate reads the features u, not the layer's input. The candidate may have either
+    sign, so the paper's log-space form does not apply to it.
 
     Args:
-        n_heads: blocks of channels that the gate mixes.
+        n_heads: blocks of the block-diagonal gate map.
         width: channels.
     """
 
@@ -92,7 +92,7 @@ class MinGRU(nn.Module):
         begins: Bool[Tensor, "B L"],
         candidate: Float[Tensor, "B L E"] | None = None,
     ) -> Steps:
-        """The steps of tokens with features u; a candidate is that of an RG-LRU."""
+        """The steps for features u; the candidate is as in `RGLRU`."""
         del begins
         z = widened(self.update_gate(u))
         write = torch.sigmoid(z)
@@ -105,27 +105,27 @@ GATES: dict[Mode, type[RGLRU] | type[MinGRU]] = {"rglru": RGLRU, "mingru": MinGR
 
 
 def gate_map(n_heads: int, width: int) -> BlockDiagonal:
-    """A map within each head's channels, with a bias, drawn from N(0, 1 / inputs of a block)."""
+    """A block-diagonal map with bias; weights from N(0, 1 / inputs of a block)."""
     std = math.sqrt(n_heads / width)
     return BlockDiagonal(n_heads, width, width, bias=True, std=std)
 
 
 def begins_document(sequence: WholeSequence) -> Bool[Tensor, "B L"]:
-    """Mark the first token of each document, which may stand in an earlier piece."""
+    """Mark tokens that begin a document; a document continued from earlier tokens has none."""
     return sequence.positions() == 0
 
 
 def recur(
     values: Float[Tensor, "B L E P"], steps: Steps, sequence: WholeSequence
 ) -> Float[Tensor, "B L E P"]:
-    """The states h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t], one recurrence for each channel.
+    """The states h[t] = exp(log_decay[t]) h[t-1] + write[t] v[t] of each channel.
 
-    P above 1 runs the same recurrence on several values.
+    P > 1 applies each channel's recurrence to several values.
     """
     log_decay, P = steps.log_decay, values.shape[-1]
     if P > 1:
         log_decay = log_decay.repeat_interleave(P, dim=-1)
     written = (steps.write[..., None] * values).flatten(2)
-    documents = sequence.documents if sequence.packed else None
+    documents = sequence.packed_documents
     states = sequence.recur(LinearScan(log_decay, written, documents))
     return states.view(values.shape).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Layers that two mixers or more use, each of which knows its own initial values."""
+"""Layers that several mixers use; each defines its own initial values."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels.rowwise.rms_norm import rms_norm, turned_rms_norm
+from kernels.rowwise.rms_norm import rms_norm, rotated_rms_norm
 from models.parts.linear_in_parts import linear_in_parts
 from models.parts.rotary import Rotation
 
 
 @runtime_checkable
 class Drawn(Protocol):
-    """A module that knows the initial values of the parameters it holds itself."""
+    """A module that defines the initial values of its own parameters, not of its submodules'."""
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
         """Initial values of a parameter."""
@@ -25,9 +25,9 @@ class Linear(nn.Linear):
     """A dense map of each token.
 
     Args:
-        n_in: width it reads.
-        n_out: width it writes.
-        bias: whether a vector is added, which starts at zero.
+        n_in: input width.
+        n_out: output width.
+        bias: whether to add a bias, which starts at zero.
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n_in), 1/sqrt(n_in)),
             torch's default, which has the standard deviation 0.58/sqrt(n_in).
         scale: factor on the initial weights; 1/sqrt(residual branches) for maps that write to the
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
     def in_parts(
         self, x: Float[Tensor, "*batch I"], sizes: Sequence[int]
     ) -> tuple[Float[Tensor, "*batch O_i"], ...]:
-        """Map, and cut what comes out into so many channels each."""
+        """Map, and split the output channels into parts of the given sizes."""
         return linear_in_parts(x, self.weight, self.bias, sizes)
 
     def token_flops(self) -> int:
@@ -69,13 +69,13 @@ class Linear(nn.Linear):
 
 
 class BlockDiagonal(nn.Module):
-    """A map of each token that is dense within blocks of channels and nothing between them.
+    """A block-diagonal map of each token.
 
     Args:
-        blocks: how many; they divide both widths.
-        n_in: width it reads.
-        n_out: width it writes.
-        bias: whether a vector is added, which starts at zero.
+        blocks: number of blocks; divides both widths.
+        n_in: input width.
+        n_out: output width.
+        bias: whether to add a bias, which starts at zero.
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n), 1/sqrt(n)) with n
             the inputs of a block.
         scale: factor on the initial weights, as that of `Linear`.
@@ -106,7 +106,7 @@ class BlockDiagonal(nn.Module):
         """Map each block of channels."""
         blocks = self.weight.shape[0]
         pieces = x.unflatten(-1, (blocks, -1))
-        # One product a block: a broadcast matmul would copy the weights for each token.
+        # A batched product over blocks: a broadcast matmul would copy the weights for each token.
         mapped = torch.einsum("...bi,boi->...bo", pieces, self.weight).flatten(-2)
         return mapped if self.bias is None else mapped + self.bias
 
@@ -141,7 +141,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """Divide each token by its root mean square, in float32, and scale it (Zhang 2019)."""
+    """RMS norm of each token, in float32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -152,9 +152,9 @@ class RMSNorm(nn.Module):
         """Normalise the last dimension."""
         return rms_norm(x, self.weight, self._eps)
 
-    def turned(self, x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
-        """Normalise each head, and turn it by its angles."""
-        return turned_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
+    def rotated(self, x: Float[Tensor, "B L H P"], by: Rotation) -> Float[Tensor, "B L H P"]:
+        """Normalise each head, and rotate it."""
+        return rotated_rms_norm(x, self.weight, self._eps, by.cos, by.sin)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """Ones."""

@@ -1,9 +1,8 @@
-"""Parts of layers with their gradients by hand, in fewer passes over memory.
+"""A dense map whose output is split into parts, with a hand-written gradient that copies less.
 
-Autograd would write and read a tensor for every operation of them, and lay tensors side by side,
-which beside the matrix products of a few hundred channels costs a CPU a good part of its time.
-Nothing is approximated. What is worth a kernel has one: `kernels.rowwise.rms_norm`, `rotary`,
-`swiglu`, `rglru`.
+Split by autograd, the parts' gradients are concatenated before the backward products, and kernels
+copy their part of the output. At a few hundred channels these copies cost a CPU as much as a good
+part of the products. Results are the same.
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,10 @@ def linear_in_parts(
     bias: Float[Tensor, "O"] | None,
     sizes: Sequence[int],
 ) -> tuple[Float[Tensor, "*batch O_i"], ...]:
-    """Map each token, and cut what comes out into so many channels each.
+    """Map each token, and split the output channels into parts of the given sizes.
 
-    On a CPU that is to go back, each part is a product of its own, and so is its gradient: autograd
-    would lay the gradients of all parts side by side first, and kernels would copy their part out.
-    A compiler is given the products, and adds their gradients up itself.
+    When training on a CPU, each part is a product of its own, forward and backward. Under
+    torch.compile the forward products are separate too, and the compiler sums their gradients.
     """
     if torch.compiler.is_compiling() and x.device.type == "cpu":
         return _products(x, weight, bias, sizes)
@@ -37,7 +35,7 @@ def linear_in_parts(
 
 
 def _by_torch(x: Tensor) -> bool:
-    """Whether parts are torch's own: for autocast, GPUs and inference."""
+    """Whether one product and a split is better: on GPUs, under autocast and in inference."""
     return x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
 
 
@@ -67,7 +65,7 @@ class _LinearInParts(torch.autograd.Function):
         maps = zip(weight.split(sizes), d_weight.split(sizes), strict=True)
         for i, (rows, (w, into)) in enumerate(zip(d_rows, maps, strict=True)):
             torch.mm(rows.T, tokens, out=into)
-            # What is not yet set counts for nothing.
+            # The buffer is uninitialised: beta 0 ignores what it holds, even a NaN.
             d_x.addmm_(rows, w, beta=0 if i == 0 else 1)
         needs_bias = list(ctx.needs_input_grad)[2]
         d_bias = torch.cat([rows.sum(0) for rows in d_rows]) if needs_bias else None

@@ -1,4 +1,4 @@
-"""Short depthwise convolutions along the sequence, in front of recurrent and structured mixers."""
+"""Short depthwise convolutions along the sequence, before recurrent and structured mixers."""
 
 from collections.abc import Sequence
 
@@ -19,8 +19,8 @@ class ShortConv(nn.Module):
     Args:
         channels: width.
         width: taps.
-        std: standard deviation of its initial taps, beside a bias of zeros; None draws both as
-            torch draws those of a Conv1d, from U(-1/sqrt(width), 1/sqrt(width)).
+        std: standard deviation of the initial taps, with a bias of zeros; None draws both as
+            torch's Conv1d does, from U(-1/sqrt(width), 1/sqrt(width)).
     """
 
     def __init__(self, channels: int, width: int, *, std: float | None = None) -> None:
@@ -36,11 +36,11 @@ class ShortConv(nn.Module):
     def silu_in_parts(
         self, x: Float[Tensor, "B L E"], sequence: WholeSequence, sizes: Sequence[int]
     ) -> tuple[Float[Tensor, "B L E_i"], ...]:
-        """Convolve, take silu, and cut what comes out into so many channels each."""
+        """Convolve, apply SiLU, and split the channels into parts of the given sizes."""
         return silu_conv(x, self.weight, self.bias, sizes, *self._around(x, sequence))
 
     def _around(self, x: Tensor, sequence: WholeSequence) -> tuple[Tensor | None, Tensor | None]:
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.halo(x, self.weight.shape[1] - 1), documents
 
     def token_flops(self) -> int:
@@ -58,7 +58,7 @@ class ShortConv(nn.Module):
 
 
 class CentredConv(nn.Module):
-    """A depthwise convolution over the tokens on both sides, which never leaves a document.
+    """A centred depthwise convolution, within documents.
 
     Args:
         channels: width.
@@ -68,18 +68,19 @@ class CentredConv(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         if width < 1 or width % 2 == 0:
-            raise ValueError(f"d_conv {width} has no middle; take an odd number")
+            raise ValueError(f"d_conv {width} has no central tap; take an odd number")
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Float[Tensor, "B L E"], sequence: WholeSequence) -> Float[Tensor, "B L E"]:
-        """Convolve each channel: tap k sees the token k - (width - 1) / 2 places further on."""
+        """Convolve each channel: tap k reads the token at offset k - (width - 1) / 2."""
         half, weight, bias = self.weight.shape[1] // 2, self.weight, self.bias
         if not sequence.packed:
             before, ahead = self._ahead(x, sequence)
             return causal_conv(ahead, weight, bias, before).outputs
         around = sequence.around(x, half, half)
-        # Taps up to the token's own, and the others from the other end.
+        # The causal kernel masks other documents on its left only. So the taps are split: those up
+        # to the own token run forward, the later ones run on the reversed sequence.
         ids = sequence.documents_around(half, half)
         later = torch.cat([weight[:, half + 1 :].flip(1), torch.zeros_like(weight[:, :1])], dim=1)
         behind = causal_conv(around, weight[:, : half + 1], bias, documents=ids)
@@ -92,14 +93,14 @@ class CentredConv(nn.Module):
     def silu_in_parts(
         self, x: Float[Tensor, "B L E"], sequence: WholeSequence, sizes: Sequence[int]
     ) -> tuple[Float[Tensor, "B L E_i"], ...]:
-        """Convolve, take silu, and cut what comes out into so many channels each."""
+        """Convolve, apply SiLU, and split the channels into parts of the given sizes."""
         if sequence.packed:
             return F.silu(self(x, sequence)).split(list(sizes), dim=-1)
         before, ahead = self._ahead(x, sequence)
         return silu_conv(ahead, self.weight, self.bias, sizes, before)
 
     def _ahead(self, x: Tensor, sequence: WholeSequence) -> tuple[Tensor, ...]:
-        """The latest token that each token sees, of one document, and those before the first."""
+        """Inputs that make the centred convolution causal: carried ones, then shifted ones."""
         half = self.weight.shape[1] // 2
         return sequence.around(x, half, half).split([2 * half, x.shape[1]], dim=1)
 
@@ -108,6 +109,6 @@ class CentredConv(nn.Module):
         return 2 * self.weight.numel()
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial values as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
+        """Initial values as in torch's Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
         shape = getattr(self, name).shape
         return uniform(shape, self.weight.shape[1] ** -0.5, generator)

@@ -1,7 +1,7 @@
-"""Matrices that go through slots: tokens enter them by shares, and read them by weights.
+"""Matrices that pass through slots: each token is written to the slots, and reads from them.
 
-M[t, s] = sum_c weights[t, c] shares[s, c] over whole documents (`LowRank`) or, in a causal pattern,
-with shares among the tokens so far (`Running`).
+M[t, s] = sum over slots c of weights[t, c] * shares[s, c]. In `SlotMatrix` a slot averages a whole
+document, in `CausalSlotMatrix` the tokens so far.
 """
 
 import math
@@ -20,51 +20,52 @@ from models.sequences.recurrence import AssociativeRecurrence
 from models.sequences.whole import WholeSequence
 
 SOFTMAX_FLOPS = 5.0
-"""Pointwise work for an entry: largest, difference, exponential, sum, division."""
+"""Pointwise operations per entry of a softmax: maximum, difference, exp, sum, division."""
 
 RUNNING_FLOPS = 10.0
-"""Pointwise work for a token and slot: six for the log-sum (larger, difference, its size, its
-exponential, logarithm, sum), and difference and exponential for the share and for the decay."""
+"""Pointwise operations per token and slot of running averages: six for the log-sum (maximum,
+difference, absolute value, exp, log, sum), and a difference and exp for the share and the decay."""
 
 
-class Filling(NamedTuple):
-    """How the tokens of whole documents enter their slots.
+class SlotFilling(NamedTuple):
+    """How the tokens of whole documents are written to slots.
 
     Attributes:
-        sequence: the tokens.
-        stacks: their documents.
-        shares: gives the shares of each stack; not called where later pieces keep what it made.
+        sequence: the sequence that is written.
+        buckets: its documents.
+        shares: computes each token's share in each slot, by bucket; lazy, because decoding computes
+            slots only in the first chunk.
     """
 
     sequence: WholeSequence
-    stacks: list[DocumentRows]
+    buckets: list[DocumentRows]
     shares: Callable[[], list[Float[Tensor, "N S H C"]]]
 
     def fill(self, x: Float[Tensor, "B S H P"]) -> Float[Tensor, "B D H C P"]:
-        """Sum the tokens' features by their shares, for each row and document."""
+        """The slots of each row and document: the tokens' features weighted by their shares."""
         shares = self.shares()
         with without_autocast(x):
             parts = [
-                torch.einsum("nshc,nshp->nhcp", share, widened(stack.take(x)))
-                for share, stack in zip(shares, self.stacks, strict=True)
+                torch.einsum("nshc,nshp->nhcp", share, widened(bucket.take(x)))
+                for share, bucket in zip(shares, self.buckets, strict=True)
             ]
-        return tabulate(parts, self.stacks, self.sequence)
+        return tabulate(parts, self.buckets, self.sequence)
 
 
-class LowRank(NamedTuple):
-    """A matrix for each document whose rank is at most the number of its slots.
+class SlotMatrix(NamedTuple):
+    """A matrix per document, whose rank is at most the number of slots.
 
-    A token whose document has no token on the filling side has a row of zeros.
+    A reading token whose document is not on the written side has a row of zeros.
 
     Attributes:
-        filling: how values enter the slots.
-        weights: those of each stack of reading documents.
-        stacks: the documents that read.
+        filling: how values are written to slots.
+        weights: how tokens read the slots, by bucket.
+        buckets: the documents that read.
     """
 
-    filling: Filling
+    filling: SlotFilling
     weights: list[Float[Tensor, "N T H C"]]
-    stacks: list[DocumentRows]
+    buckets: list[DocumentRows]
 
     def mix(
         self, values: Float[Tensor, "B S H P"], sequence: WholeSequence
@@ -73,19 +74,19 @@ class LowRank(NamedTuple):
         slots = sequence.once(lambda: self.filling.fill(values))
         with without_autocast(values):
             parts = [
-                torch.einsum("nthc,nhcp->nthp", weights, stack.look_up(slots)).to(values.dtype)
-                for weights, stack in zip(self.weights, self.stacks, strict=True)
+                torch.einsum("nthc,nhcp->nthp", weights, bucket.look_up(slots)).to(values.dtype)
+                for weights, bucket in zip(self.weights, self.buckets, strict=True)
             ]
-        return put_back(parts, self.stacks, sequence)
+        return put_back(parts, self.buckets, sequence)
 
 
-class Running(NamedTuple):
-    """A causal matrix: slots are averages of the tokens so far, weighed by exponentials of logits.
+class CausalSlotMatrix(NamedTuple):
+    """A causal matrix: each slot is a softmax-weighted average of the tokens so far.
 
     Attributes:
         weights: how each token reads the slots.
-        logits: how it enters them.
-        log_sums: logarithms of the sums of the logits' exponentials so far.
+        logits: the softmax logit of each token in each slot.
+        log_sums: log-sum-exp of the logits so far.
     """
 
     weights: Float[Tensor, "B L H C"]
@@ -96,7 +97,7 @@ class Running(NamedTuple):
         self, values: Float[Tensor, "B L H P"], sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
         """Apply the matrix, in float32 or wider."""
-        documents = documents_of(sequence)
+        documents = sequence.packed_documents
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)
@@ -109,11 +110,11 @@ class Running(NamedTuple):
 
 @dataclass
 class SlotAverages(AssociativeRecurrence):
-    """Averages of tokens by exponentials of logits, and the logarithms of these sums.
+    """Softmax-weighted running averages of tokens, and their log-sum-exps, as a recurrence.
 
     Attributes:
-        outputs: what a run from a state gives, and the state after it.
-        logits: how each token enters each slot.
+        outputs: maps an initial state to outputs and the final state.
+        logits: the softmax logit of each token in each slot.
         x: what is averaged; None for the log-sums alone.
     """
 
@@ -141,7 +142,7 @@ class SlotAverages(AssociativeRecurrence):
         return torch.cat([averages, log_sums[..., None]], dim=-1)
 
     def identity(self, like: Float[Tensor, "B H C *P1"]) -> Float[Tensor, "B H C *P1"]:
-        """No sums, whose logarithm is minus infinity."""
+        """An empty sum: its logarithm is minus infinity."""
         empty = torch.full_like(like, -math.inf)
         if self.x is not None:
             empty[..., :-1] = 0.0
@@ -150,17 +151,12 @@ class SlotAverages(AssociativeRecurrence):
     def join(
         self, before: Float[Tensor, "B H C *P1"], after: Float[Tensor, "B H C *P1"]
     ) -> Float[Tensor, "B H C *P1"]:
-        """Average the averages by their sums."""
+        """The average over both spans: their averages, weighted by their sums."""
         if self.x is None:
             return torch.logaddexp(before, after)
         both = torch.logaddexp(before[..., -1:], after[..., -1:])
         earlier, later = (s[..., :-1] * torch.exp(s[..., -1:] - both) for s in (before, after))
         return torch.cat([earlier + later, both], dim=-1)
-
-
-def documents_of(sequence: WholeSequence) -> Tensor | None:
-    """The document of each token, None where there is but one."""
-    return sequence.documents if sequence.packed else None
 
 
 def packed(
@@ -171,5 +167,5 @@ def packed(
 
 
 def unpacked(state: Float[Tensor, "B H C N"] | None) -> tuple[Tensor | None, Tensor | None]:
-    """Averages and log-sums of a state; None where nothing precedes."""
+    """Averages and log-sums of a state; None for no state."""
     return (None, None) if state is None else (state[..., :-1], state[..., -1])

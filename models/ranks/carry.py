@@ -1,4 +1,4 @@
-"""Pass the state of a recurrence from rank to rank, and its gradient back."""
+"""State passing between ranks as a differentiable operation (LASP: Sun et al. 2024, section 3)."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from models.ranks.state_passing import STATE_PASSINGS, Decay, StatePassing, mask
 
 
 class Summary(NamedTuple):
-    """What the tokens of a rank do to the state: after = exp(sums * rates) * before + state.
+    """What a rank's tokens do to a state: after = exp(sums * rates) * before + state.
 
     Attributes:
-        state: that after the last token, from zero, in float32 or wider; real or complex.
-        sums: of the logs of the decays, or of what they are proportional to, which broadcasts to
-            the state; None where nothing decays.
-        rates: the factor of the sums, the same on every rank; None for 1.
+        state: the state after the last token, from a zero state; float32 or wider, real or complex.
+        sums: the sum of log decays, or of what they are proportional to, such as step sizes;
+            broadcasts to the state; None without decay.
+        rates: a factor of the sums, equal on all ranks and so never sent; None for 1.
     """
 
     state: Shaped[Tensor, "B *rest"]
@@ -28,62 +28,65 @@ class Summary(NamedTuple):
 
 
 class Carry:
-    """The states before the tokens of each rank, from a summary of each.
+    """The state before each rank's tokens, from the summaries of all ranks.
 
-    `publish` starts to send and `before` waits for the other ranks, so that other work may run in
-    between. In the backward pass the gradient of the state before a rank's tokens is sent first,
-    and the gradients of its summary wait for the answers.
+    `publish` starts sending and `before` waits, so that computation between the two overlaps with
+    communication. The backward pass mirrors this: the gradient of the state is sent first, and the
+    gradients of the summary wait for those of the other ranks.
 
     Args:
-        keep: whether the state before each rank's tokens still counts after them, by row.
-        turned: how many rows, the last ones, run from the last rank to the first.
-        ranks: who takes part.
+        keep: per rank and row, whether the state before the rank's tokens still counts after them.
+        n_reversed: number of rows, the last ones, that run from the last rank to the first.
+        ranks: the communicator.
         scheme: how states are sent; None for the fastest over the assumed link.
     """
 
     def __init__(
         self,
         keep: Bool[Tensor, "R B"],
-        turned: int,
+        n_reversed: int,
         ranks: Communicator,
         scheme: Scheme | None = None,
     ) -> None:
-        self.keep, self.turned, self.ranks, self.scheme = keep, turned, ranks, scheme
+        self.keep, self.n_reversed, self.ranks, self.scheme = keep, n_reversed, ranks, scheme
         self.passing: StatePassing | None = None
         self.initial: Tensor | None = None
 
     def publish(self, summary: Summary) -> Tensor:
-        """Start to send this rank's summary; return the token that `before` takes."""
+        """Start sending this rank's summary.
+
+        Returns an empty tensor for `before`, which ties the two together in the autograd graph.
+        """
         token = _Publish.apply(self, *summary)
         assert isinstance(token, Tensor)
         return token
 
     def before(self, token: Tensor) -> Shaped[Tensor, "B *rest"]:
         """The state before this rank's tokens."""
-        initial = _Take.apply(self, token)
+        initial = _Receive.apply(self, token)
         assert isinstance(initial, Tensor)
         return initial
 
     def start(self, state: Tensor, decay: Decay) -> None:
         """Choose a scheme, and start sending."""
         scheme = self.scheme or choose(self.ranks.size, self._payload(state, decay), ASSUMED)
-        self.passing = STATE_PASSINGS[scheme](self.keep, self.turned, decay, self.ranks)
-        self.passing.start(state, back=False)
+        self.passing = STATE_PASSINGS[scheme](self.keep, self.n_reversed, decay, self.ranks)
+        self.passing.start(state, backward=False)
 
     def _payload(self, state: Tensor, decay: Decay) -> Payload:
         sums = 0 if decay.sums is None else decay.sums.numel() * real(state).element_size()
-        return Payload(state.numel() * state.element_size(), sums, 2 if self.turned else 1)
+        return Payload(state.numel() * state.element_size(), sums, 2 if self.n_reversed else 1)
 
 
 class _Publish(torch.autograd.Function):
-    """Forward: start sending. Backward: wait for the gradients that `_Take` sent."""
+    """Forward: start sending the state. Backward: wait for the gradients that `_Receive` sent."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, carry: Carry, state: Tensor, sums: Tensor | None, rates: Tensor | None
     ) -> Tensor:
         ctx.carry = carry  # pyright: ignore[reportAttributeAccessIssue]
-        # Without their history, which would keep the graph that holds this node.
+        # Detached: their history contains this node, so keeping it would be a reference cycle.
         carry.start(state.detach(), Decay(*(x if x is None else x.detach() for x in (sums, rates))))
         return state.new_empty(0)
 
@@ -95,7 +98,7 @@ class _Publish(torch.autograd.Function):
         assert initial is not None, "the state before the tokens was taken"
         assert passing is not None, "its gradient was sent"
         d_state, (sums, rates) = passing.finish(), passing.decay
-        factor = passing.decay.factor(back=True)
+        factor = passing.decay.factor(backward=True)
         if sums is None or factor is None:
             return None, d_state, None, None
         d_log = masked(factor * initial.conj() * d_state, carry.keep[carry.ranks.rank])
@@ -106,7 +109,7 @@ class _Publish(torch.autograd.Function):
         return None, d_state, d_sums.real if d_sums.is_complex() else d_sums, d_rates
 
 
-class _Take(torch.autograd.Function):
+class _Receive(torch.autograd.Function):
     """Forward: wait for the state. Backward: start sending its gradient."""
 
     @staticmethod
@@ -115,7 +118,7 @@ class _Take(torch.autograd.Function):
         ctx.carry = carry  # pyright: ignore[reportAttributeAccessIssue]
         assert carry.passing is not None, "the summary was published"
         initial = carry.passing.finish()
-        # Without its history: nothing frees an output that its own node holds.
+        # Detached: a node that holds its own output is never freed.
         carry.initial = initial.detach()
         return initial
 
@@ -124,5 +127,5 @@ class _Take(torch.autograd.Function):
     def backward(ctx: BackwardCFunction, d_initial: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
         assert carry.passing is not None, "the summary was published"
-        carry.passing.start(d_initial, back=True)
+        carry.passing.start(d_initial, backward=True)
         return None, d_initial.new_empty(0)

@@ -1,4 +1,4 @@
-"""The ranks of a process group, how tensors go from one to another, and a record of what went."""
+"""Point-to-point and collective communication in a process group, with a record of sent bytes."""
 
 import itertools
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Sent(NamedTuple):
-    """Bytes that this rank sent to others at once.
+    """One communication call of this rank: how many bytes it sent to which ranks.
 
     Attributes:
-        to: the receivers, in order, each of which got as many.
+        to: the receivers, in order; each got an equal part.
     """
 
     what: str
@@ -26,9 +26,9 @@ class Communicator:
     """The ranks of a group, in order, and a record of what this one sent.
 
     Attributes:
-        rank: this one's place.
-        size: how many there are.
-        sent: everything so far.
+        rank: this process's rank in the group.
+        size: number of ranks.
+        sent: all calls so far.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -38,21 +38,21 @@ class Communicator:
         self._tags = itertools.count()
 
     def tag(self) -> int:
-        """A number for messages that belong together, the same on every rank that asks as often."""
+        """The next message tag. Ranks that make the same calls get the same tags."""
         return next(self._tags)
 
-    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "Gathered":
-        """Start to give everyone's tensor to everyone; shapes and dtypes are equal."""
+    def gather(self, x: Shaped[Tensor, "*shape"], what: str) -> "PendingGather":
+        """Start an all-gather; shapes and dtypes must be equal on all ranks."""
         x = x.contiguous()
         everyones = [torch.empty_like(x) for _ in range(self.size)]
         work = dist.all_gather(everyones, x, group=self.group, async_op=True)
         assert work is not None, "this rank is in the group"
         others = tuple(r for r in range(self.size) if r != self.rank)
         self.sent.append(Sent(what, len(others) * x.numel() * x.element_size(), others))
-        return Gathered(everyones, work)
+        return PendingGather(everyones, work)
 
     def exchange(self, pieces: list[Tensor], shapes: list[torch.Size], what: str) -> list[Tensor]:
-        """Send a piece to each rank; return what each sent, of these shapes."""
+        """All-to-all: send one tensor to each rank; return those received, of the given shapes."""
         outgoing = torch.cat([piece.reshape(-1) for piece in pieces])
         sizes = [shape.numel() for shape in shapes]
         incoming = outgoing.new_empty(sum(sizes))
@@ -63,28 +63,28 @@ class Communicator:
         self.sent.append(Sent(what, sent, others))
         return [x.view(s) for x, s in zip(incoming.split(sizes), shapes, strict=True)]
 
-    def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "Passing":
-        """Start to give a tensor to one other rank, which calls `receive` with the tag."""
+    def send(self, x: Shaped[Tensor, "*shape"], to: int, tag: int, what: str) -> "PendingTransfer":
+        """Start sending a tensor to another rank, which must call `receive` with the same tag."""
         x = x.contiguous()
         self.sent.append(Sent(what, x.numel() * x.element_size(), (to,)))
         return self._pass(dist.isend, x, to, tag)
 
-    def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "Passing":
-        """Start to take a tensor of this shape and dtype from one other rank."""
+    def receive(self, like: Shaped[Tensor, "*shape"], sender: int, tag: int) -> "PendingTransfer":
+        """Start receiving a tensor of this shape and dtype from another rank."""
         return self._pass(dist.irecv, like.new_empty(like.shape), sender, tag)
 
     def _pass(
         self, action: Callable[..., dist.Work | None], x: Tensor, other: int, tag: int
-    ) -> "Passing":
-        # One at a time: NCCL ends a batch as a whole, and a state that is to go on would wait for
-        # one that comes the other way.
+    ) -> "PendingTransfer":
+        # A batch of one: NCCL completes a batch as a whole, so a state to be passed on would wait
+        # for one of the opposite direction.
         operation = dist.P2POp(action, x, group=self.group, tag=tag, group_peer=other)
         (work,) = dist.batch_isend_irecv([operation])
-        return Passing(x, work)
+        return PendingTransfer(x, work)
 
 
-class Gathered(NamedTuple):
-    """A gather under way."""
+class PendingGather(NamedTuple):
+    """An all-gather in flight."""
 
     everyones: list[Tensor]
     work: dist.Work
@@ -95,8 +95,8 @@ class Gathered(NamedTuple):
         return self.everyones
 
 
-class Passing(NamedTuple):
-    """A tensor on its way to or from one other rank; held here until it has arrived."""
+class PendingTransfer(NamedTuple):
+    """A send or receive in flight; holds the tensor, which must stay alive until it is done."""
 
     x: Tensor
     work: dist.Work

@@ -1,9 +1,9 @@
-"""What the ranks of a process group tell each other about a sequence that they share.
+"""Differentiable exchanges of tensor slices between the ranks that share a sequence.
 
-Two things only. `fetch` and `swap` hand pieces of tensors from rank to rank, and their gradients
-back (`_Exchange`); `Carry` passes the state of a recurrence, in a way of `models.ranks.schemes`.
-Every rank calls every exchange, also where it has nothing to send, and uses what it returns,
-because the backward pass is an exchange as well.
+`fetch` gives each rank a slice of a tensor that is sharded along the length; `swap` is the
+all-to-all between sharding the length and sharding the channels. The backward pass of each is an
+exchange too, so every rank must call every exchange, even with nothing to send, and use its result.
+The state of a recurrence is passed by `models.ranks.carry`.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from models.ranks.communicator import Communicator
 
 
 class Spans:
-    """Where the share of each rank begins and ends along the length that all of them share."""
+    """Begin and end of each rank's shard along the length."""
 
     def __init__(self, lengths: Iterable[int]) -> None:
         ends = list(itertools.accumulate(lengths))
@@ -26,11 +26,11 @@ class Spans:
         self.total = ends[-1]
 
     def widened(self, left: int, right: int) -> list[tuple[int, int]]:
-        """Each span, longer on both sides as far as there is anything."""
+        """Each span, extended on both sides but not beyond the sequence."""
         return [(max(0, a - left), min(self.total, b + right)) for a, b in self.each]
 
     def before(self, left: int) -> list[tuple[int, int]]:
-        """What lies at most so far before each span."""
+        """The `left` places before each span, or fewer at the beginning of the sequence."""
         return [(max(0, a - left), a) for a, _ in self.each]
 
     def up_to(self) -> list[tuple[int, int]]:
@@ -45,14 +45,14 @@ def fetch(
     ranks: Communicator,
     what: str,
 ) -> Num[Tensor, "B W *rest"]:
-    """Give each rank the stretch that it wants of a tensor whose shares the ranks hold.
+    """Give each rank the slice that it wants of a tensor sharded along the length.
 
     Args:
-        x: this rank's share.
-        spans: where the shares lie.
-        wanted: begin and end of what each rank wants.
-        ranks: who takes part.
-        what: a name for the record.
+        x: this rank's shard.
+        spans: the shards of all ranks.
+        wanted: begin and end of the slice for each rank.
+        ranks: the communicator.
+        what: a name for the record of sent bytes.
     """
     mine, (begin, end) = spans.each[ranks.rank], wanted[ranks.rank]
     pieces = []
@@ -69,7 +69,7 @@ def fetch(
 def swap(
     x: Float[Tensor, "B L E"], spans: Spans, ranks: Communicator, what: str
 ) -> Float[Tensor, "B T F"]:
-    """Give up a share of the length with all channels for all of the length with some channels."""
+    """All-to-all from a shard of the length to the whole length of a shard of the channels."""
     pieces = x.split(shares(x.shape[2], ranks.size), dim=2)
     mine = pieces[ranks.rank].shape[2]
     shapes = [torch.Size((x.shape[0], b - a, mine)) for a, b in spans.each]
@@ -93,7 +93,7 @@ def shares(count: int, parts: int) -> list[int]:
 
 
 class _Exchange(torch.autograd.Function):
-    """A piece to each rank and from each rank; gradients go the other way."""
+    """An all-to-all; in the backward pass gradients return to the rank that sent the slice."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class _Exchange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: BackwardCFunction, *d_incoming: Tensor) -> tuple[Tensor | None, ...]:
         ranks, sizes, what = ctx.ranks, ctx.sizes, ctx.what  # pyright: ignore[reportAttributeAccessIssue]
-        return (None, None, None, *ranks.exchange(list(d_incoming), sizes, f"{what} back"))
+        return (None, None, None, *ranks.exchange(list(d_incoming), sizes, f"{what} gradient"))
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

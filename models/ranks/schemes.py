@@ -1,9 +1,8 @@
-"""Which ways there are to put the states of ranks together, what each takes, and which is fastest.
+"""Communication schemes for state passing, and a cost model that chooses among them.
 
-The state before a rank's tokens follows from what the tokens of all earlier ranks do to any state:
-an exclusive prefix over the ranks. The time of a scheme is counted as that of rounds, one after
-another, each of which takes a latency and the most bytes that a rank sends or receives in it over
-the bandwidth of a rank. The few operations of putting states together are left out.
+The state before a rank's tokens is an exclusive prefix over the ranks: it combines what the tokens
+of all earlier ranks do to a state. The cost model adds up rounds; a round costs the latency, and
+the most bytes that any rank sends or receives in it over the bandwidth. Arithmetic is neglected.
 """
 
 import enum
@@ -11,15 +10,15 @@ from typing import NamedTuple
 
 
 class Scheme(enum.StrEnum):
-    """How the prefix over the ranks is found.
+    """How the prefix over the ranks is computed.
 
     Attributes:
-        GATHER: everyone tells everyone in one collective, and each goes over the ranks before it
-            (Sun et al. 2025, LASP-2, section 3).
-        RING: each waits for the rank before it and tells the one after it (Sun et al. 2024,
-            LASP-1, section 3); the least bytes.
-        DOUBLING: in round k each tells the rank 2^k further what its last 2^k ranks do (Hillis and
-            Steele 1986, made exclusive without a round of its own).
+        GATHER: one all-gather; each rank then combines the summaries of the ranks before it (Sun
+            et al. 2025, LASP-2, section 3).
+        RING: each rank receives from the rank before it and sends to the one after it (Sun et al.
+            2024, LASP-1, section 3); the fewest bytes.
+        DOUBLING: recursive doubling; in round k each rank sends the summary of the last 2^k ranks
+            to the rank 2^k further (Hillis and Steele 1986, made exclusive without another round).
     """
 
     GATHER = "gather"
@@ -28,7 +27,7 @@ class Scheme(enum.StrEnum):
 
 
 class Link(NamedTuple):
-    """What connects the ranks: each to all others, and each as fast out as in.
+    """The network between the ranks: fully connected and full duplex.
 
     Attributes:
         latency: seconds until the first byte of a message arrives.
@@ -44,52 +43,53 @@ ASSUMED = Link(latency=10e-6, bandwidth=25e9)
 
 
 class Payload(NamedTuple):
-    """What a rank tells of its tokens.
+    """The size of the summary that a rank sends of its tokens.
 
     Attributes:
-        state: bytes of the state that they leave.
-        decay: bytes of the sums that say how any state decays over them.
-        ways: 2 where half of the rows run from the last rank to the first, else 1.
+        state: bytes of the state after its tokens.
+        decay: bytes of the summed log decays.
+        directions: 2 if half of the rows run from the last rank to the first, else 1.
     """
 
     state: int
     decay: int
-    ways: int = 1
+    directions: int = 1
 
 
 def choose(ranks: int, payload: Payload, link: Link) -> Scheme:
-    """The scheme that takes the least time there and back; of equal ones, the first."""
+    """The fastest scheme for a forward and a backward pass; the first of equal ones."""
     return min(Scheme, key=lambda scheme: seconds(scheme, ranks, payload, link))
 
 
 def seconds(scheme: Scheme, ranks: int, payload: Payload, link: Link) -> float:
-    """The time of the states' way there and that of their gradients' way back."""
+    """Time of passing the states forward and their gradients backward."""
     return (
         rounds(scheme, ranks) * 2 * link.latency + volume(scheme, ranks, payload) / link.bandwidth
     )
 
 
 def rounds(scheme: Scheme, ranks: int) -> int:
-    """Rounds that follow each other, one way."""
+    """Consecutive rounds of one pass."""
     if scheme is Scheme.GATHER:
         return min(1, ranks - 1)
     return ranks - 1 if scheme is Scheme.RING else (ranks - 1).bit_length()
 
 
 def volume(scheme: Scheme, ranks: int, payload: Payload) -> float:
-    """Bytes that the rounds there and back wait for, one after another.
+    """Bytes on the critical path of both passes.
 
-    Decays are gathered once and not passed along a ring at all, as each rank has its own; doubling
-    joins those of several ranks, and in either direction others.
+    GATHER sends decays once, as the backward pass needs the same; RING sends none, as each rank
+    applies its own; DOUBLING sends combined decays, which differ between the passes.
     """
-    state, decay, ways = payload
+    state, decay, directions = payload
     if scheme is Scheme.GATHER:
         return float((ranks - 1) * (2 * state + decay))
     if scheme is Scheme.RING:
-        # The two ways of an odd number meet at the rank in the middle, which takes both, and then
-        # gives both.
-        meetings = 2 if ways == 2 and ranks % 2 and ranks > 1 else 0
-        return 2 * (ranks - 1 + meetings) * state / ways
-    # The last distance is half of the ranks or more: none has one behind it and one before it.
-    halved = 0.5 if ways == 2 and ranks > 1 else 0.0
+        # With an odd number of ranks both directions reach the middle rank in the same round: it
+        # receives two states, then sends two.
+        meetings = 2 if directions == 2 and ranks % 2 and ranks > 1 else 0
+        return 2 * (ranks - 1 + meetings) * state / directions
+    # In the last round the distance is at least half of the ranks, so no rank sends or receives in
+    # both directions.
+    halved = 0.5 if directions == 2 and ranks > 1 else 0.0
     return 2 * (rounds(scheme, ranks) - halved) * (state + decay)

@@ -1,8 +1,9 @@
-"""The state before each rank's tokens, found under each of the schemes of `models.ranks.schemes`.
+"""State passing under each scheme of `models.ranks.schemes`.
 
-State passing solves c <- keep exp(log) c + added, rank after rank, for the c before each rank's
-tokens. It runs twice: for the states, and then for their gradients, which take the same decays in
-the opposite direction. `start` sends what can be sent at once, and `finish` waits for the answers.
+The recurrence over the ranks is c <- keep * exp(log) * c + added, and each rank needs the c before
+its tokens. It is solved twice: for the states and, in the backward pass, for their gradients, with
+the same decays in the opposite direction. `start` sends what does not depend on other ranks;
+`finish` waits for the rest.
 """
 
 import abc
@@ -12,32 +13,33 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from models.ranks.communicator import Communicator, Gathered, Passing
+from models.ranks.communicator import Communicator, PendingGather, PendingTransfer
 from models.ranks.schemes import Scheme
 
 
 class Decay(NamedTuple):
-    """What a rank's tokens make of any state before them, but for what they add: exp(log) of it.
+    """The decay of a state over a rank's tokens, exp(sums * rates).
 
     Attributes:
-        sums: of the logs, or of what they are proportional to; None where nothing decays.
-        rates: the factor of the sums, the same on every rank; None for 1.
+        sums: the sum of log decays, or of what they are proportional to; None without decay.
+        rates: a factor of the sums, equal on all ranks; None for 1.
     """
 
     sums: Float[Tensor, "B *some"] | None
     rates: Shaped[Tensor, "*same"] | None
 
-    def applied(self, state: Tensor, *, back: bool) -> Tensor:
-        """A state after the tokens, or its gradient before them if `back`."""
-        factor = self.factor(back=back)
+    def applied(self, state: Tensor, *, backward: bool) -> Tensor:
+        """The state decayed or, if `backward`, the gradient with respect to it."""
+        factor = self.factor(backward=backward)
         return state if factor is None else factor * state
 
-    def factor(self, *, back: bool) -> Tensor | None:
-        """The factor of the state, or that of gradients if `back`."""
+    def factor(self, *, backward: bool) -> Tensor | None:
+        """The factor of a state or, if `backward`, of its gradient; None for 1."""
         if self.sums is None:
             return None
         log = self.sums if self.rates is None else self.sums * self.rates
-        return torch.exp(log.conj() if back else log)
+        # A complex gradient is multiplied by the conjugate of the factor, as torch defines it.
+        return torch.exp(log.conj() if backward else log)
 
     def of(self, sums: Tensor | None) -> "Decay":
         """The decay over other tokens."""
@@ -60,49 +62,54 @@ class Direction(NamedTuple):
     behind: list[int]
     ahead: list[int]
 
-    def turned(self) -> "Direction":
+    def opposite(self) -> "Direction":
         """The same rows in the opposite direction."""
         return Direction(self.rows, self.ahead[::-1], self.behind[::-1])
 
 
 class StatePassing(abc.ABC):
-    """The states before each rank's tokens, and then the gradients of those after them.
+    """Computes the state before each rank's tokens, then the gradient of the state after them.
 
     Args:
-        keep: whether the state before each rank's tokens still counts after them, by row.
-        turned: how many rows, the last ones, run from the last rank to the first.
-        decay: over this rank's tokens.
-        ranks: who takes part.
+        keep: per rank and row, whether the state before the rank's tokens still counts after them.
+        n_reversed: number of rows, the last ones, that run from the last rank to the first.
+        decay: the decay over this rank's tokens.
+        ranks: the communicator.
     """
 
     def __init__(
-        self, keep: Bool[Tensor, "R B"], turned: int, decay: Decay, ranks: Communicator
+        self, keep: Bool[Tensor, "R B"], n_reversed: int, decay: Decay, ranks: Communicator
     ) -> None:
         B, rank = keep.shape[1], ranks.rank
         earlier, later = list(range(rank)), list(range(rank + 1, ranks.size))
-        forward = Direction(slice(0, B - turned), earlier, later)
-        backward = Direction(slice(B - turned, B), later[::-1], earlier[::-1])
+        left_to_right = Direction(slice(0, B - n_reversed), earlier, later)
+        right_to_left = Direction(slice(B - n_reversed, B), later[::-1], earlier[::-1])
         directions = [
             direction
-            for direction in (forward, backward)
+            for direction in (left_to_right, right_to_left)
             if direction.rows.start < direction.rows.stop
         ]
         self.keep, self.decay, self.ranks = keep, decay, ranks
-        self.there, self.directions = directions, directions
-        self.back, self.what, self.tag = False, "state", 0
+        self.forward_directions, self.directions = directions, directions
+        self.backward, self.what, self.tag = False, "state", 0
         self.added: Tensor | None = None
 
-    def start(self, added: Shaped[Tensor, "B *rest"], *, back: bool) -> None:
-        """Start with what this rank adds; `back` runs in the opposite direction, for gradients."""
-        self.directions = [direction.turned() for direction in self.there] if back else self.there
-        self.back, self.what = back, "state back" if back else "state"
-        # States of two recurrences may be in flight between the same ranks.
+    def start(self, added: Shaped[Tensor, "B *rest"], *, backward: bool) -> None:
+        """Start with what this rank adds: a state or, if `backward`, a gradient.
+
+        Gradients go in the opposite direction.
+        """
+        self.directions = self.forward_directions
+        if backward:
+            self.directions = [direction.opposite() for direction in self.forward_directions]
+        self.backward, self.what = backward, "state gradient" if backward else "state"
+        # A new tag per pass: states of two layers may be in flight between the same ranks.
         self.tag = self.ranks.tag()
         self.added = added
         self.begin(added)
 
     def finish(self) -> Shaped[Tensor, "B *rest"]:
-        """The c of this rank."""
+        """Wait, and return the state (or gradient) that reaches this rank."""
         assert self.added is not None, "finished once for each start"
         total = self.end(self.added)
         self.added = None
@@ -110,26 +117,26 @@ class StatePassing(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, added: Tensor) -> None:
-        """Send what can be sent at once."""
+        """Send what does not depend on other ranks."""
 
     @abc.abstractmethod
     def end(self, added: Tensor) -> Tensor:
-        """Wait for the answers; keep none of them."""
+        """Receive the rest and compute the result; keep no reference to received tensors."""
 
     def after(self, direction: Direction, state: Tensor, added: Tensor) -> Tensor:
-        """What this rank's tokens make of some rows of a state."""
-        decayed = self.decay.of_rows(direction.rows).applied(state, back=self.back)
+        """Some rows of the state after this rank's tokens, from those before them."""
+        decayed = self.decay.of_rows(direction.rows).applied(state, backward=self.backward)
         return masked(decayed, self.keep[self.ranks.rank, direction.rows]) + added[direction.rows]
 
 
 class GatherPassing(StatePassing):
-    """Every rank sends to every rank once; gradients reuse the decays that came with the states."""
+    """One all-gather; gradients reuse the decays that were gathered with the states."""
 
-    in_flight: Gathered | None = None
+    in_flight: PendingGather | None = None
     decays: list[Decay] | None = None
 
     def begin(self, added: Tensor) -> None:
-        """Start the gather, of decays as well where they are not yet known."""
+        """Start the all-gather; it includes decays in the forward pass."""
         sums = None if self.decays is not None else self.decay.sums
         self.in_flight = self.ranks.gather(packed(added, sums), self.what)
 
@@ -139,17 +146,17 @@ class GatherPassing(StatePassing):
         received = [unpacked(x, added, self.decay.sums) for x in self.in_flight.wait()]
         self.in_flight = None
         if self.decays is None:
-            # Copies: a view would keep the states of all ranks.
+            # Copies: views would keep the gathered states alive until the backward pass.
             clones = [None if sums is None else sums.clone() for _, sums in received]
             self.decays = [self.decay.of(sums) for sums in clones]
         return self.run([state for state, _ in received], self.decays)
 
     def run(self, added: list[Tensor], decays: list[Decay]) -> Tensor:
-        """Go over ranks, each with its decay and addend."""
+        """Apply the recurrence over the ranks before this one, in order."""
         total = torch.zeros_like(added[0])
         for rows, behind, _ in self.directions:
             for rank in behind:
-                decayed = decays[rank].of_rows(rows).applied(total[rows], back=self.back)
+                decayed = decays[rank].of_rows(rows).applied(total[rows], backward=self.backward)
                 total[rows] = masked(decayed, self.keep[rank, rows]) + added[rank][rows]
         return total
 
@@ -159,8 +166,8 @@ class RingPassing(StatePassing):
 
     def begin(self, added: Tensor) -> None:
         """Post the receives, and send where no rank comes before this one."""
-        self.coming: list[tuple[Direction, Passing | None]] = []
-        self.going: list[Passing] = []
+        self.coming: list[tuple[Direction, PendingTransfer | None]] = []
+        self.going: list[PendingTransfer] = []
         # Shortest wait first, so that one direction never blocks the other.
         for direction in sorted(self.directions, key=lambda direction: len(direction.behind)):
             passing = None
@@ -173,7 +180,7 @@ class RingPassing(StatePassing):
             self.coming.append((direction, passing))
 
     def end(self, added: Tensor) -> Tensor:
-        """Hand each state on as it comes."""
+        """Pass each state on as soon as it arrives."""
         total = torch.zeros_like(added)
         for direction, passing in self.coming:
             if passing is None:
@@ -221,8 +228,8 @@ class DoublingPassing(StatePassing):
 
     def round(self, distance: int, added: Tensor) -> None:
         """Send to the rank `distance` after this one, and receive from the one as far before it."""
-        self.coming: list[Passing | None] = []
-        self.going: list[Passing] = []
+        self.coming: list[PendingTransfer | None] = []
+        self.going: list[PendingTransfer] = []
         for direction, total, sums in zip(self.directions, self.totals, self.sums, strict=True):
             own = self.decay.of_rows(direction.rows).sums
             joined = None if sums is None or own is None else own + sums
@@ -244,7 +251,7 @@ class DoublingPassing(StatePassing):
             state, received = unpacked(passing.wait(), total, sums)
             nearest = direction.behind[len(direction.behind) - distance + 1 :]
             keep = self.keep[nearest, direction.rows].all(dim=0)
-            passed_on = self.decay.of(sums).applied(state, back=self.back)
+            passed_on = self.decay.of(sums).applied(state, backward=self.backward)
             self.totals[i] = masked(passed_on, keep) + total
             self.sums[i] = None if sums is None or received is None else sums + received
         for passing in self.going:
@@ -259,24 +266,24 @@ STATE_PASSINGS: dict[Scheme, type[StatePassing]] = {
 
 
 def masked(x: Shaped[Tensor, "B *rest"], keep: Bool[Tensor, "B"]) -> Shaped[Tensor, "B *rest"]:
-    """The rows that are kept, zeros elsewhere."""
+    """Zero the rows that are not kept."""
     return x.masked_fill(~keep.view(-1, *[1] * (x.ndim - 1)), 0.0)
 
 
 def real(x: Tensor) -> Tensor:
-    """Real and imaginary parts in a dimension of their own, where there are some."""
+    """A complex tensor as real and imaginary parts in a last dimension; a real one as it is."""
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def like(numbers: Tensor, pattern: Tensor) -> Tensor:
-    """Real numbers as a tensor of another's shape."""
+    """Undo `real`: view numbers in the shape and type of `pattern`."""
     if pattern.is_complex():
         return torch.view_as_complex(numbers.view(*pattern.shape, 2))
     return numbers.view(pattern.shape)
 
 
 def packed(state: Tensor, sums: Tensor | None) -> Float[Tensor, "numbers"]:
-    """A state and sums as one message, in the state's precision."""
+    """Flatten a state and summed decays into one message, in the state's precision."""
     parts = [real(state)] if sums is None else [real(state), sums]
     return torch.cat([x.to(parts[0].dtype).reshape(-1) for x in parts])
 
@@ -284,7 +291,7 @@ def packed(state: Tensor, sums: Tensor | None) -> Float[Tensor, "numbers"]:
 def unpacked(
     numbers: Float[Tensor, "numbers"], state: Tensor, sums: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The state, and the sums where some came along."""
+    """The state of a message, and its summed decays if it has any."""
     size = real(state).numel()
     if sums is None or len(numbers) == size:
         return like(numbers[:size], state), None

@@ -1,4 +1,4 @@
-"""A sequence that goes on where earlier pieces ended: what each exchange remembers for decoding."""
+"""Chunks of a sequence one after another, for prefill and decoding, and the state between them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.convolution.online_conv import Block, Taps, extend_blocks
+from kernels.convolution.online_conv import InputBlock, Taps, extend_blocks
 from models.sequences.positions import positions_in_documents
 from models.sequences.whole import Collected, WholeSequence
 
@@ -22,13 +22,13 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodingState:
-    """What the tokens seen so far leave behind: enough to go on as if they were still there.
+    """The decoding state: continuing from it equals running on all tokens seen so far.
 
     Attributes:
-        documents: ids of all tokens seen, counted on from piece to piece.
+        documents: ids of all tokens seen, counted across chunks.
         position: tokens seen of the last document.
-        layers: for each layer what its exchanges remember, in call order.
-        collected: documents and positions of the tokens that `collect` has returned, by distance.
+        layers: for each layer, what its calls stored, in call order.
+        collected: documents and positions of the tokens that `collect` returned, by `every`.
     """
 
     documents: Int[Tensor, "B S"]
@@ -37,16 +37,16 @@ class DecodingState:
     collected: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def bytes(self) -> int:
-        """Bytes held for all rows of the batch, token bookkeeping left out."""
+        """Bytes of the layers' states for all rows, without document ids and positions."""
         return sum(t.numel() * t.element_size() for layer in self.layers for t in layer)
 
 
 class ContinuedSequence(WholeSequence):
-    """Tokens that earlier pieces precede.
+    """A chunk of tokens after earlier chunks.
 
     Args:
-        documents: ids of the piece's documents; 0 continues the document of the last token seen.
-        state: what the earlier pieces left, or None at the very beginning.
+        documents: ids of the chunk's documents; 0 continues the document of the last token seen.
+        state: the state after the earlier chunks; None for the first.
     """
 
     def __init__(self, documents: Int[Tensor, "B L"], state: DecodingState | None) -> None:
@@ -62,56 +62,56 @@ class ContinuedSequence(WholeSequence):
         self._collected = {} if state is None else dict(state.collected)
 
     def enter_layer(self) -> None:
-        """Say that the exchanges of the next layer follow."""
+        """Begin the next layer: its calls read and store that layer's state."""
         number = len(self._finished)
         self._incoming = [] if self._earlier is None else list(self._earlier.layers[number])
         self._outgoing = []
 
     def leave_layer(self) -> None:
-        """Say that the exchanges of this layer are complete."""
+        """End the layer, and store its state."""
         self._finished.append(tuple(self._outgoing))
 
     def state(self) -> DecodingState:
-        """What this piece leaves to the next one."""
+        """The state after this chunk."""
         last = self.positions()[:, -1:] + 1
         return DecodingState(self._all_documents, last, tuple(self._finished), self._collected)
 
     def positions(self) -> Int[Tensor, "B L"]:
-        """The place of each token in its document, counted from the document's first piece."""
+        """The position of each token in its document, earlier chunks included."""
         return self.memo("positions", self._positions)
 
     def own_documents(self) -> Int[Tensor, "B L"]:
-        """The document id of each token, counted from the first piece."""
+        """The document id of each token, counted from the first chunk."""
         return self._all_documents[:, -self.documents.shape[1] :]
 
     def gathered_documents(self) -> Int[Tensor, "B S"]:
-        """The document id of every token seen so far, this piece included."""
+        """The document id of every token seen so far, this chunk included."""
         return self._all_documents
 
     def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Tensor | None:
-        """The `left` inputs before this piece; zeros stand where its document had not begun."""
+        """The `left` inputs before this chunk; zeros where its document had not begun."""
         before = self._recall()
         if before is None:
             before = x.new_zeros((x.shape[0], left, *x.shape[2:]))
-        # A copy: a view would keep the whole piece alive in the state.
+        # A copy: a view would keep the whole chunk alive in the state.
         self._outgoing.append(torch.cat([before, x], dim=1)[:, x.shape[1] :].clone())
         others = self.halo_documents(left) != 0
         return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
 
     def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
-        """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
+        """For each token of `halo`, 0 if the first token continues its document, else -1."""
         known = torch.zeros_like(self.documents[:, :1]) if self._earlier is None else self._before()
         ago = torch.arange(left, 0, -1, device=self.documents.device)
         return -(ago > known).to(self.documents.dtype)
 
     def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
-        """The outputs of a recurrence started from the state that the earlier pieces left."""
+        """The outputs of a recurrence, started from the state after the earlier chunks."""
         mixed, final = outputs(self._recall())
         self._outgoing.append(final)
         return mixed
 
     def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
-        """The features of every token seen so far, this piece included."""
+        """The features of every token seen so far, this chunk included."""
         before = self._recall()
         gathered = x if before is None else torch.cat([before, x], dim=1)
         self._outgoing.append(gathered)
@@ -120,24 +120,24 @@ class ContinuedSequence(WholeSequence):
     def convolve(
         self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
     ) -> Float[Tensor, "B L E"]:
-        """Each channel's sum over the tokens of its document, those of earlier pieces included."""
+        """A causal convolution of each channel within documents, earlier chunks included."""
         assert reverse is None, "a filter of later tokens needs all of them at once"
         known, take = self._incoming, self._incoming.pop
-        blocks = [Block(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
-        documents = self.documents if self.packed else None
+        blocks = [InputBlock(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
+        documents = self.packed_documents
         longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None
         outputs, blocks = extend_blocks(x, taps, blocks, documents, longest)
-        # How many blocks follow: a tensor without elements, because a state holds tensors alone.
+        # The number of blocks that follow, as the size of an empty tensor: a state holds tensors.
         self._outgoing.append(x.new_empty(len(blocks), 0))
         self._outgoing.extend(tensor for block in blocks for tensor in block)
         return outputs
 
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
-        """Features of every `every`-th token of each document seen so far, this piece included."""
+        """Features of every `every`-th token of each document so far, this chunk included."""
         before = self._recall()
         if before is None or self._earlier is None:
             new = super().collect(x, every)
-            # A copy: a view would keep the whole piece alive in the state.
+            # A copy: a view would keep the whole chunk alive in the state.
             new = new._replace(features=new.features.clone())
         else:
             new = self._collect_ends(x, every)
@@ -152,7 +152,7 @@ class ContinuedSequence(WholeSequence):
         return new
 
     def once(self, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
+        """A tensor that is computed in the first chunk and kept, such as a memory's keys."""
         before = self._recall()
         kept = make() if before is None else before
         self._outgoing.append(kept)

@@ -1,7 +1,7 @@
-"""Documents of a batch in stacks: for mixers whose matrix depends on a whole document at once.
+"""Documents of a batch, bucketed by length, for mixers that need whole documents at once.
 
-Documents of about one length are stacked, none filled up to twice its length, so work and memory
-stay linear in the tokens however a row is packed, and no sum runs over two documents.
+A bucket's documents are padded to the longest, at most to twice their length: work and memory stay
+linear in the tokens however rows are packed, and no sum runs across documents.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from models.sequences.whole import WholeSequence
 
 
 class DocumentRows(NamedTuple):
-    """Some documents, filled up at their ends; without `index` each is a whole row.
+    """One bucket: documents padded at their ends. Without `index`, each document is a whole row.
 
     Attributes:
-        index: place of each token among all tokens of the batch, row after row.
-        present: which places hold a token.
-        rows: row of each document.
-        ids: id of each document in its row.
+        index: index of each token in the flattened batch.
+        present: False in padding.
+        rows: the row that holds each document.
+        ids: the id of each document in its row.
     """
 
     index: Int[Tensor, "N T"] | None = None
@@ -32,26 +32,26 @@ class DocumentRows(NamedTuple):
     ids: Int[Tensor, "N"] | None = None
 
     def take(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "N T *rest"]:
-        """Cut the documents out, with zeros where no token is."""
+        """Gather the documents, with zeros in padding."""
         if self.index is None:
             return x
         return self.where_present(x.flatten(0, 1)[self.index], 0.0)
 
     def where_present(self, x: Num[Tensor, "N T *rest"], value: float | int) -> Tensor:
-        """The features, or `value` where no token is."""
+        """The features, with `value` in padding."""
         if self.present is None:
             return x
         shape = (*self.present.shape, *[1] * (x.ndim - 2))
         return x.masked_fill(~self.present.view(shape), value)
 
     def lengths(self, x: Float[Tensor, "N T *rest"]) -> Int[Tensor, "N"]:
-        """Tokens of each of the documents that `x` holds."""
+        """Number of tokens of each document in `x`."""
         if self.present is None:
             return torch.full(x.shape[:1], x.shape[1], device=x.device)
         return self.present.sum(dim=1)
 
     def look_up(self, table: Float[Tensor, "B D *rest"]) -> Float[Tensor, "N *rest"]:
-        """The entry of each document; zero where the table has none for it."""
+        """The table entry of each document; zero if the table has none."""
         if self.rows is None or self.ids is None:
             return table[:, 0]
         found = table[self.rows, self.ids.clamp(max=table.shape[1] - 1)]
@@ -60,75 +60,75 @@ class DocumentRows(NamedTuple):
 
 
 def documents_by_length(sequence: WholeSequence) -> list[DocumentRows]:
-    """Cut a batch into its documents, padding left out."""
+    """Bucket the documents of a batch by length, without padding."""
     if not sequence.packed:
         return [DocumentRows()]
     places = sequence.memo("documents", lambda: _places(sequence.own_documents()))
     first, length, rows, ids = places.unbind(dim=1)
-    # Lengths in a stack lie between one power of two and the next.
+    # Lengths in a bucket lie between consecutive powers of two.
     size = torch.ceil(torch.log2(length.double()))
-    stacks = []
+    buckets = []
     for each in size.unique().tolist():
         chosen = size == each
         begin, n = first[chosen, None], length[chosen, None]
         offset = torch.arange(int(n.max()), device=n.device)
         present = offset < n
         index = begin + torch.where(present, offset, 0)
-        stacks.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
-    return stacks
+        buckets.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
+    return buckets
 
 
 def put_back(
-    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
+    parts: list[Tensor], buckets: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B L *rest"]:
-    """Put features of documents (N, T, *rest) back to where they stand, with zeros in padding."""
-    if stacks[0].index is None:
+    """Scatter features of documents (N, T, *rest) to their rows, with zeros in padding."""
+    if buckets[0].index is None:
         return parts[0]
     shape = sequence.documents.shape
     out = parts[0].new_zeros((shape.numel(), *parts[0].shape[2:]))
-    for part, stack in zip(parts, stacks, strict=True):
-        assert stack.index is not None
-        assert stack.present is not None
-        out = out.index_put((stack.index[stack.present],), part[stack.present])
+    for part, bucket in zip(parts, buckets, strict=True):
+        assert bucket.index is not None
+        assert bucket.present is not None
+        out = out.index_put((bucket.index[bucket.present],), part[bucket.present])
     return out.unflatten(0, shape)
 
 
 def tabulate(
-    parts: list[Tensor], stacks: list[DocumentRows], sequence: WholeSequence
+    parts: list[Tensor], buckets: list[DocumentRows], sequence: WholeSequence
 ) -> Float[Tensor, "B D *rest"]:
-    """Put what belongs to whole documents (N, *rest) into a table by row and id."""
-    if stacks[0].rows is None:
+    """Arrange one entry per document (N, *rest) in a table indexed by row and document id."""
+    if buckets[0].rows is None:
         return parts[0][:, None]
     ids = sequence.own_documents()
     table = parts[0].new_zeros((ids.shape[0], int(ids.max()) + 1, *parts[0].shape[1:]))
-    for part, stack in zip(parts, stacks, strict=True):
-        assert stack.rows is not None
-        assert stack.ids is not None
-        table = table.index_put((stack.rows, stack.ids), part)
+    for part, bucket in zip(parts, buckets, strict=True):
+        assert bucket.rows is not None
+        assert bucket.ids is not None
+        table = table.index_put((bucket.rows, bucket.ids), part)
     return table
 
 
 class Landmarks(NamedTuple):
-    """Means of a document's equal segments.
+    """Landmarks: the means of equal segments of a document.
 
     Attributes:
-        present: which landmarks each document of a stack has, one a token if its tokens are fewer;
-            None for all.
+        present: which landmarks each document has; a document shorter than the number of landmarks
+            has one per token. None for all.
     """
 
     means: Float[Tensor, "N C H P"]
     present: Bool[Tensor, "N C"] | None
 
 
-def landmarks_of(x: Float[Tensor, "N T H P"], stack: DocumentRows, count: int) -> Landmarks:
-    """Cut each document into `count` segments, equal up to one token, and average them in float32.
+def landmarks_of(x: Float[Tensor, "N T H P"], bucket: DocumentRows, count: int) -> Landmarks:
+    """Average `count` segments of each document, equal in length up to one token, in float32.
 
     Segment c of n tokens begins at token floor(c n / count).
     """
     T = x.shape[1]
-    if stack.present is None:
+    if bucket.present is None:
         count = min(count, T)
-    length = stack.lengths(x)[:, None]
+    length = bucket.lengths(x)[:, None]
     segments = length.clamp(max=count)
     place = torch.arange(count, device=x.device)
     begin = place * length // segments
@@ -140,11 +140,11 @@ def landmarks_of(x: Float[Tensor, "N T H P"], stack: DocumentRows, count: int) -
     taken = widened(x)[rows, index.clamp(max=T - 1)]  # (N, C, W, H, P)
     taken = taken.masked_fill(~inside[..., None, None], 0.0)
     means = taken.sum(dim=2) / size.clamp(min=1)[:, :, None, None]
-    return Landmarks(means, None if stack.present is None else place < segments)
+    return Landmarks(means, None if bucket.present is None else place < segments)
 
 
 def _places(ids: Int[Tensor, "B L"]) -> Int[Tensor, "N 4"]:
-    """Of each document its first place among all tokens, its length, its row and its id."""
+    """For each document: index of its first token in the flattened batch, length, row and id."""
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     row, column = begins.nonzero(as_tuple=True)
@@ -159,13 +159,13 @@ def by_document(
     sequence: WholeSequence,
     mix: Callable[..., Float[Tensor, "N T H P"]],
 ) -> Float[Tensor, "B L H P"]:
-    """Run `mix` on the features of documents, each from its place 0, with zeros behind its end.
+    """Run `mix` on each bucket of documents, padded with zeros.
 
     Args:
-        tensors: features of the tokens; `mix` gets those of N documents of similar lengths.
-        sequence: says which documents there are.
-        mix: what it returns behind a document's end is dropped.
+        tensors: features of the tokens, which `mix` gets by document.
+        sequence: the documents.
+        mix: maps features of N documents to features of the same; outputs in padding are dropped.
     """
-    stacks = documents_by_length(sequence)
-    parts = [mix(*(stack.take(x) for x in tensors)) for stack in stacks]
-    return put_back(parts, stacks, sequence)
+    buckets = documents_by_length(sequence)
+    parts = [mix(*(bucket.take(x) for x in tensors)) for bucket in buckets]
+    return put_back(parts, buckets, sequence)

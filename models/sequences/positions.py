@@ -5,7 +5,7 @@ from jaxtyping import Bool, Int, Num
 from torch import Tensor
 
 PADDING = -1
-"""Document id of tokens that fill up a row; they stand at its end."""
+"""Document id of padding, which is at the end of a row."""
 
 
 def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
@@ -27,21 +27,22 @@ def same_documents(
 def segment_ends(
     documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"], every: int
 ) -> Int[Tensor, "B S"]:
-    """Index of each token that ends a whole segment of its document; -1 fills up the rows."""
+    """Index of each token that ends a segment of `every` tokens; rows are padded with -1."""
     ends = ((positions + 1) % every == 0) & (documents != PADDING)
     counts = ends.sum(dim=1)
+    # A stable sort of the negated marks puts the marked tokens first, in order.
     index = torch.argsort((~ends).to(torch.int8), dim=1, stable=True)[:, : int(counts.max())]
     filled = torch.arange(index.shape[1], device=index.device) < counts[:, None]
     return torch.where(filled, index, -1)
 
 
 def picked(x: Num[Tensor, "B L *rest"], index: Int[Tensor, "B S"]) -> Num[Tensor, "B S *rest"]:
-    """The features of some tokens of each row; of any token at -1."""
+    """Select tokens of each row; an index of -1 selects an arbitrary token."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index.clamp(min=0)]
 
 
 def picked_places(
     index: Int[Tensor, "B S"], documents: Int[Tensor, "B L"], positions: Int[Tensor, "B L"]
 ) -> tuple[Int[Tensor, "B S"], Int[Tensor, "B S"]]:
-    """Documents and positions of some tokens of each row; `PADDING` at -1."""
+    """Documents and positions of selected tokens; the document is `PADDING` at an index of -1."""
     return picked(documents, index).masked_fill(index < 0, PADDING), picked(positions, index)

@@ -1,9 +1,10 @@
-"""Recurrences that run over the tokens at hand, and over ranks: what `recur` of a sequence takes.
+"""Recurrences in the form that `recur` of a sequence takes, including over ranks.
 
-Each runs from a given state, which is all that a whole sequence and a continued one ask for. Where
-the tokens are cut over ranks, none of which waits for the one before, each also says what its
-tokens do to any state. Mostly that is an affine map (`Recurrence`; Martin and Cundy 2018, section
-2.2), else any associative way to put two states together (`AssociativeRecurrence`).
+Whole and continued sequences only run them from a given state. Over ranks no rank may wait for the
+one before: each runs from a zero state, sends what its tokens do to any state, and adds what the
+state before its tokens contributes once that is known. The effect on a state is an affine map
+(`Recurrence`; Martin and Cundy 2018, section 2.2) or any associative operation
+(`AssociativeRecurrence`).
 """
 
 import abc
@@ -17,23 +18,24 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kernels.precision import widened, without_autocast
+from kernels.scans.bidirectional_ssd import bidirectional_ssd
 from kernels.scans.linear_attention import linear_attention
 from kernels.scans.linear_scan import linear_scan
 from kernels.scans.selective_scan import selective_scan
 from kernels.scans.ssd import ssd
-from kernels.scans.two_way_ssd import two_way_ssd
 from models.ranks.carry import Summary
 from models.sequences.whole import WholeSequence
 
 
 class Recurrence(abc.ABC):
-    """A recurrence over the tokens at hand.
+    """A recurrence whose effect on the state is affine.
 
     Attributes:
-        two_way: whether its state has twice the rows, the last of which run from the end.
+        bidirectional: whether the state has twice the rows: first the forward scan's, then those of
+            the scan from the end.
     """
 
-    two_way: ClassVar[bool] = False
+    bidirectional: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -41,29 +43,29 @@ class Recurrence(abc.ABC):
 
     @abc.abstractmethod
     def summary(self) -> Summary:
-        """What the tokens do to any state before them."""
+        """The affine map from the state before the tokens to the state after them."""
 
     @abc.abstractmethod
     def carried(
-        self, initial: Shaped[Tensor, "B *rest"], heard: Bool[Tensor, "B L"]
+        self, initial: Shaped[Tensor, "B *rest"], continues: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L *rest"]:
-        """What a state before the first token adds to the outputs.
+        """The contribution of a state before the first token to the outputs.
 
         Args:
             initial: the state.
-            heard: the tokens that go on with the document of the state.
+            continues: marks the tokens in the document that the state belongs to.
         """
 
     def from_zero(self) -> Tensor:
-        """The outputs where nothing precedes."""
+        """The outputs from a zero state."""
         return self(None)[0]
 
 
 class AssociativeRecurrence(abc.ABC):
-    """A recurrence whose states combine associatively: that before a span, joined with the span's.
+    """A recurrence whose states combine by an associative operation.
 
     Attributes:
-        documents: of the tokens, those that go on with the state before them being 0.
+        documents: document of each token; 0 continues the state before the first.
     """
 
     documents: Int[Tensor, "B L"] | None
@@ -100,13 +102,14 @@ class LinearScan(Recurrence):
         return linear_scan(self.log_decay, self.values, initial, self.documents)
 
     def summary(self) -> Summary:
-        """The values that are left after the last token, and the decay of all tokens."""
-        left = torch.exp(sums_after(self.log_decay)) * widened(self.values)
-        return Summary(in_last_document(left, self.documents).sum(dim=1), self.log_decay.sum(dim=1))
+        """The sum of the values, each decayed up to the last token; the decay of all tokens."""
+        decayed = torch.exp(sums_after(self.log_decay)) * widened(self.values)
+        state = in_last_document(decayed, self.documents).sum(dim=1)
+        return Summary(state, self.log_decay.sum(dim=1))
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """The state, decayed up to each token."""
-        return zero_unless(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], heard)
+        return zero_unless(torch.exp(self.log_decay.cumsum(dim=1)) * initial[:, None], continues)
 
 
 @dataclass
@@ -126,16 +129,16 @@ class SelectiveScan(Recurrence):
         return self._scan(self.values, initial)
 
     def summary(self) -> Summary:
-        """The state from zero; the sum of step sizes, which one number a channel holds."""
+        """The state from zero; the step sizes' sum, with A as rates, one number per channel."""
         return Summary(self._zero[1], widened(self.dt).sum(dim=1)[..., None], self.A)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
-        """The outputs of no values from the state."""
-        del heard
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
+        """The outputs of a scan of zero values from the state."""
+        del continues
         return self._scan(torch.zeros_like(self.values), initial)[0]
 
     def from_zero(self) -> Tensor:
-        """The outputs of the run that made the summary."""
+        """The outputs of the scan that also gave the summary."""
         return self._zero[0]
 
     @functools.cached_property
@@ -169,20 +172,20 @@ class Ssd(Recurrence):
         return ssd(*own, initial, self.documents, self.D)
 
     def summary(self) -> Summary:
-        """One product of matrices over all tokens."""
+        """A single matrix product over all tokens."""
         return ssd_summary(self.values, self.dt, self.A, self.B, self.documents)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
-        """One product of matrices, decayed up to each token."""
-        return ssd_carried(initial, self.dt, self.A, self.C, heard)
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
+        """A single matrix product, decayed up to each token."""
+        return ssd_carried(initial, self.dt, self.A, self.C, continues)
 
 
 @dataclass
-class TwoWaySsd(Recurrence):
-    """The sum of an SSD up to the token before and of one from the end to the token after.
+class BidirectionalSsd(Recurrence):
+    """The sum of an SSD up to the previous token and one from the end to the next token.
 
     Attributes:
-        sequence: says which tokens stand around those at hand.
+        sequence: gives the neighbouring tokens, also those on other ranks.
     """
 
     values: Float[Tensor, "B L H P"]
@@ -192,32 +195,33 @@ class TwoWaySsd(Recurrence):
     C: Float[Tensor, "B L 2 G N"]
     sequence: WholeSequence
 
-    two_way: ClassVar[bool] = True
+    bidirectional: ClassVar[bool] = True
 
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the kernel, which has no state to begin with and leaves none."""
-        assert initial is None, "both ways at once there is nothing to go on from"
-        documents = self.sequence.documents if self.sequence.packed else None
-        outputs = two_way_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
+        """Run the kernel, which takes no initial state and returns no final one."""
+        assert initial is None, "a bidirectional scan has no initial state"
+        documents = self.sequence.packed_documents
+        outputs = bidirectional_ssd(self.values, self.dt, self.A, self.B, self.C, documents)
         return outputs, outputs.new_empty(0)
 
     def summary(self) -> Summary:
-        """What the tokens leave at their end, then what they leave at their beginning."""
-        self._leaving  # noqa: B018 - asked for here, its exchange does not come after the gather
+        """The forward scan's final state, then that of the scan from the end."""
+        # Evaluated before the state is sent, so that its halo exchange comes first on every rank.
+        self._reading_C  # noqa: B018
         values, documents = (
             torch.cat([x, x.flip(1)]) for x in (self.values, self.sequence.documents)
         )
-        return ssd_summary(values, _lined_up(self.dt), self.A, _lined_up(self.B), documents)
+        return ssd_summary(values, _stacked(self.dt), self.A, _stacked(self.B), documents)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
-        """What each state adds: a token reads it as the one before reads, decayed up to there."""
-        dt = F.pad(_lined_up(self.dt), (0, 0, 1, 0))[:, :-1]
-        before, after = ssd_carried(initial, dt, self.A, self._leaving, heard).chunk(2)
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
+        """The contribution of both states; output t reads the state with C and decay of t - 1."""
+        dt = F.pad(_stacked(self.dt), (0, 0, 1, 0))[:, :-1]
+        before, after = ssd_carried(initial, dt, self.A, self._reading_C, continues).chunk(2)
         return before + after.flip(1)
 
     @functools.cached_property
-    def _leaving(self) -> Float[Tensor, "B2 L G N"]:
-        """C of the token before each, then of the token after each from the end."""
+    def _reading_C(self) -> Float[Tensor, "B2 L G N"]:
+        """C of the previous token, then C of the next token in reversed order."""
         around = self.sequence.around(self.C, 1, 1)
         return torch.cat([around[:, :-2, 0], around[:, 2:, 1].flip(1)])
 
@@ -236,16 +240,16 @@ class LinearAttention(Recurrence):
         return linear_attention(self.queries, self.keys, self.values, initial, self.documents)
 
     def summary(self) -> Summary:
-        """One product of matrices over all tokens; nothing decays."""
+        """A single matrix product over all tokens, without decay."""
         keys, values = in_last_document(widened(self.keys), self.documents), widened(self.values)
         with without_autocast(keys):
             return Summary(torch.einsum("blhn,blhp->bhnp", keys, values))
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
-        """What each token reads of the state."""
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
+        """The product of each query with the state."""
         with without_autocast(initial):
             read = torch.einsum("blhn,bhnp->blhp", widened(self.queries), initial)
-        return zero_unless(read, heard)
+        return zero_unless(read, continues)
 
 
 def ssd_summary(
@@ -255,12 +259,12 @@ def ssd_summary(
     B: Float[Tensor, "B L G N"],
     documents: Int[Tensor, "B L"] | None,
 ) -> Summary:
-    """What the tokens of an SSD do to any state (Dao and Gu 2024, section 8.2)."""
+    """The summary of an SSD's tokens (Dao and Gu 2024, section 8.2, sequence parallelism)."""
     log_decay = widened(dt) * A
     share = torch.exp(sums_after(log_decay)) * widened(dt)
-    left = in_last_document(share[..., None] * widened(values), documents)
-    with without_autocast(left):
-        grouped = left.unflatten(2, (B.shape[2], -1))
+    added = in_last_document(share[..., None] * widened(values), documents)
+    with without_autocast(added):
+        grouped = added.unflatten(2, (B.shape[2], -1))
         state = torch.einsum("blgrp,blgn->bgrpn", grouped, widened(B)).flatten(1, 2)
     return Summary(state, log_decay.sum(dim=1)[..., None, None])
 
@@ -270,18 +274,21 @@ def ssd_carried(
     dt: Float[Tensor, "B L H"],
     A: Float[Tensor, "H"],
     C: Float[Tensor, "B L G N"],
-    heard: Bool[Tensor, "B L"],
+    continues: Bool[Tensor, "B L"],
 ) -> Float[Tensor, "B L H P"]:
-    """What a state before the first token adds to the outputs of an SSD."""
+    """The contribution of a state before the first token to the outputs of an SSD."""
     decay = torch.exp((widened(dt) * A).cumsum(dim=1))
     with without_autocast(initial):
         grouped = initial.unflatten(1, (C.shape[2], -1))
         read = torch.einsum("blgn,bgrpn->blgrp", widened(C), grouped).flatten(2, 3)
-    return zero_unless(decay[..., None] * read, heard)
+    return zero_unless(decay[..., None] * read, continues)
 
 
 def sums_after(x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
-    """The sum over the tokens after each; no difference of sums, which would lose small ones."""
+    """The sum over the tokens after each.
+
+    A reversed cumulative sum: total minus prefix would cancel, and lose small sums near the end.
+    """
     later = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], dim=1)
     return later.flip(1).cumsum(dim=1).flip(1)
 
@@ -300,6 +307,6 @@ def zero_unless(
     return x.masked_fill(~present.view(*present.shape, *[1] * (x.ndim - 2)), 0.0)
 
 
-def _lined_up(x: Float[Tensor, "B L 2 *rest"]) -> Float[Tensor, "B2 L *rest"]:
-    """Rows in order, then those of the other way in their own order."""
+def _stacked(x: Float[Tensor, "B L 2 *rest"]) -> Float[Tensor, "B2 L *rest"]:
+    """The forward direction's rows, then the backward direction's with the length reversed."""
     return torch.cat([x[:, :, 0], x[:, :, 1].flip(1)])

@@ -1,4 +1,4 @@
-"""A sequence that is cut into contiguous shards, one for each rank of a process group."""
+"""Sequence parallelism: a sequence in contiguous shards, one per rank of a process group."""
 
 from collections.abc import Callable
 
@@ -26,18 +26,18 @@ from models.sequences.whole import Collected, WholeSequence
 
 
 class ShardedSequence(WholeSequence):
-    """Tokens that those of earlier ranks precede, and those of later ranks follow.
+    """One rank's shard of the rows; the other shards are reached by communication.
 
     Args:
-        documents: this rank's shard of the ids of whole rows, which are as `WholeSequence` takes
-            them and never counted anew. Shards may differ in length, from 1 token on.
-        group: the ranks that hold the rows, in order; all of them make a sequence at the same time.
+        documents: this rank's shard of the document ids that a `WholeSequence` of the full rows
+            would take. Shards may differ in length but not be empty.
+        group: the ranks in the order of their shards; all must construct the sequence together.
         scheme: how states go from rank to rank; None for the fastest by
             `models.ranks.schemes.choose`.
 
     Attributes:
-        documents: the shard's ids, counted so that 0 goes on with the last token before it.
-        ranks: the group; `ranks.sent` tells what this rank has sent.
+        documents: the shard's ids, renumbered so that 0 continues the last token before it.
+        ranks: the communicator; `ranks.sent` records what this rank sent.
 
     Raises:
         ValueError: the ranks hold different numbers of rows, or one holds no token.
@@ -56,12 +56,12 @@ class ShardedSequence(WholeSequence):
         self._begin, self._end = begin, end
         before = self._row[:, begin - 1 : begin] if begin else torch.zeros_like(documents[:, :1])
         super().__init__(torch.where(documents == PADDING, PADDING, documents - before))
-        # Of the whole row: ranks that took different ways would wait for each other for ever.
+        # Of the whole row, not the shard: ranks that branch differently would deadlock.
         self.packed = bool(self._row[:, -1].any())
         self.padded = self.packed and bool((documents[:, -1] == PADDING).any())
 
     def positions(self) -> Int[Tensor, "B L"]:
-        """The place of each token in its document, counted from the document's first shard."""
+        """The position of each token in its document, earlier shards included."""
         return self._all_positions()[:, self._begin : self._end]
 
     def own_documents(self) -> Int[Tensor, "B L"]:
@@ -73,7 +73,7 @@ class ShardedSequence(WholeSequence):
         return self._row[:, : self._end]
 
     def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Float[Tensor, "B W *rest"]:
-        """The `left` inputs before this shard; zeros stand where its document had not begun."""
+        """The `left` inputs before this shard; zeros where its document had not begun."""
         if left == 0:
             return x[:, :0]
         wanted = self.spans.before(left)
@@ -83,7 +83,7 @@ class ShardedSequence(WholeSequence):
         return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
 
     def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
-        """For each token of `halo`, 0 if it is of the document of the last of them, else -1."""
+        """For each token of `halo`, 0 if it is in the document of the last of them, else -1."""
         before = self._row[:, max(0, self._begin - left) : self._begin]
         ids = -(before != before[:, -1:]).to(self.documents.dtype)
         return F.pad(ids, (left - ids.shape[1], 0), value=-1)
@@ -91,7 +91,7 @@ class ShardedSequence(WholeSequence):
     def around(
         self, x: Float[Tensor, "B L *rest"], left: int, right: int
     ) -> Float[Tensor, "B W *rest"]:
-        """The inputs with those of so many tokens before and after; zeros beyond the row."""
+        """The inputs extended by `left` tokens before and `right` after; zeros beyond the row."""
         wanted = self.spans.widened(left, right)
         wide = fetch(x, self.spans, wanted, self.ranks, "halo")
         begin, end = wanted[self.ranks.rank]
@@ -103,27 +103,27 @@ class ShardedSequence(WholeSequence):
         return filled[:, self._begin : self._end + left + right]
 
     def recur(self, outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]]) -> Tensor:
-        """The outputs of a recurrence started from the state that the earlier shards left.
+        """The outputs of a recurrence, started from the state after the earlier shards.
 
-        What the tokens do to any state goes out; meanwhile the outputs from zero are computed, to
-        which the state that the answers make is added.
+        Sends the summary of the shard, computes the outputs from a zero state meanwhile, and then
+        adds the contribution of the state that the other ranks' summaries give.
         """
         if isinstance(outputs, AssociativeRecurrence):
             return self._join(outputs)
         if not isinstance(outputs, Recurrence):
             raise ValueError(
-                "a recurrence is asked to run over ranks, but it says only how to run from a "
-                "state; give it the form of models.sequences.recurrence.Recurrence"
+                "a recurrence is asked to run over ranks, but it can only run from a given state; "
+                "implement models.sequences.recurrence.Recurrence for it"
             )
-        keep, heard, turned = self._going_on(), self.documents == 0, 0
-        if outputs.two_way:
-            keep = torch.cat([keep, self._going_back()], dim=1)
-            heard = torch.cat([heard, self._leading_on().flip(1)])
-            turned = len(self.documents)
-        carry = Carry(keep, turned, self.ranks, self.scheme)
+        keep, continues, n_reversed = self._keeps_forward(), self.documents == 0, 0
+        if outputs.bidirectional:
+            keep = torch.cat([keep, self._keeps_backward()], dim=1)
+            continues = torch.cat([continues, self._continues_after().flip(1)])
+            n_reversed = len(self.documents)
+        carry = Carry(keep, n_reversed, self.ranks, self.scheme)
         token = carry.publish(outputs.summary())
         from_zero = outputs.from_zero()
-        carried = outputs.carried(carry.before(token), heard)
+        carried = outputs.carried(carry.before(token), continues)
         return (from_zero + carried).to(from_zero.dtype)
 
     def gather(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B S *rest"]:
@@ -133,9 +133,10 @@ class ShardedSequence(WholeSequence):
     def convolve(
         self, x: Float[Tensor, "B L E"], taps: Taps, reverse: Taps | None = None
     ) -> Float[Tensor, "B L E"]:
-        """Each channel's sum over its document: every rank convolves whole rows of some channels.
+        """Convolve each channel within documents, each rank whole rows of some channels.
 
-        The filters are computed on every rank, and each uses its channels' own.
+        An all-to-all shards the channels instead of the length, and another one undoes it. Every
+        rank computes all filters and uses those of its channels.
         """
         rows, E = swap(x, self.spans, self.ranks, "channels"), x.shape[2]
         mine = slice(E * self.ranks.rank // self.ranks.size, None)
@@ -159,18 +160,19 @@ class ShardedSequence(WholeSequence):
         return Collected(features, documents, positions)
 
     def once(self, make: Callable[[], Tensor]) -> Tensor:  # noqa: ARG002
-        """Refuse: what is made once for a memory has no form over ranks."""
-        raise ValueError("a memory is asked for over ranks, but it has no sharded form; use 1 rank")
+        """Refuse: cross patterns have no sharded form."""
+        raise ValueError("a memory has no sharded form, but the sequence is sharded; use 1 rank")
 
     def _join(self, recurrence: AssociativeRecurrence) -> Tensor:
-        """The outputs from the joined states of the earlier shards."""
+        """The outputs of an associative recurrence: gather all final states, join the earlier."""
         final, ids, ranks = recurrence.final_state_from_zero(), recurrence.documents, self.ranks
         kept = final.new_ones(len(final)) if ids is None else (ids[:, -1] == 0).to(final)
         keep = [x > 0 for x in ranks.gather(kept, "keep").wait()]
         wanted = [(0, rank) for rank in range(ranks.size)]
         earlier = fetch(final[:, None], Spans([1] * ranks.size), wanted, ranks, "state")
         identity = recurrence.identity(final)
-        # Begun with what was fetched, so that the first rank takes part in the way back as well.
+        # The identity is concatenated even on the first rank, which fetches nothing: so its
+        # backward pass takes part in the exchange of gradients.
         state, *others = torch.cat([identity[:, None], earlier], dim=1).unbind(dim=1)
         for rank, after in enumerate(others):
             counts = keep[rank].view(-1, *[1] * (final.ndim - 1))
@@ -181,7 +183,7 @@ class ShardedSequence(WholeSequence):
         return self.memo("all positions", lambda: positions_in_documents(self._row))
 
     def _segment_ends(self, every: int) -> list[Int[Tensor, "B S"]]:
-        """What `segment_ends` finds among the tokens of each rank."""
+        """The segment ends in each rank's shard."""
         places = self._all_positions()
         return [
             self.memo(
@@ -191,21 +193,21 @@ class ShardedSequence(WholeSequence):
             for a, b in self.spans.each
         ]
 
-    def _going_on(self) -> Bool[Tensor, "R B"]:
-        """For each rank, whether its last token is of the document of the last one before it."""
+    def _keeps_forward(self) -> Bool[Tensor, "R B"]:
+        """For each rank, whether its last token is in the document of the last token before it."""
         return torch.stack(
             [self._row[:, b - 1] == self._row[:, max(0, a - 1)] for a, b in self.spans.each]
         )
 
-    def _going_back(self) -> Bool[Tensor, "R B"]:
-        """For each rank, whether its first token is of the document of the first one after it."""
+    def _keeps_backward(self) -> Bool[Tensor, "R B"]:
+        """For each rank, whether its first token is in the document of the first token after it."""
         last = self.spans.total - 1
         return torch.stack(
             [self._row[:, a] == self._row[:, min(b, last)] for a, b in self.spans.each]
         )
 
-    def _leading_on(self) -> Bool[Tensor, "B L"]:
-        """The tokens of the document of the first one after this shard."""
+    def _continues_after(self) -> Bool[Tensor, "B L"]:
+        """Mark the tokens in the document of the first token after this shard."""
         after = min(self._end, self.spans.total - 1)
         return self.own_documents() == self._row[:, after : after + 1]
 
@@ -215,8 +217,8 @@ def _spans(documents: Int[Tensor, "B L"], ranks: Communicator) -> Spans:
     shapes = torch.stack(ranks.gather(shape, "lengths").wait()).tolist()
     if len({rows for rows, _ in shapes}) > 1 or min(length for _, length in shapes) < 1:
         raise ValueError(
-            f"the ranks' shards have {shapes} rows and tokens; give each as many rows, "
-            "and 1 token or more"
+            f"the ranks' shards have {shapes} rows and tokens; give all of them the same number of "
+            "rows, and at least 1 token"
         )
     return Spans(length for _, length in shapes)
 
@@ -232,5 +234,5 @@ def _whole_rows(
 
 
 def _filled(x: Tensor, left: int, right: int) -> Tensor:
-    """The features with so many zeros before and after, along the length."""
+    """Pad the length with zeros."""
     return F.pad(x, (*[0, 0] * (x.ndim - 2), left, right))

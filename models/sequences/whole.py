@@ -1,10 +1,9 @@
-"""The tokens at hand, and what a mixer may ask of the tokens that came before them.
+"""The interface through which mixers access preceding tokens, and its form for whole sequences.
 
-A mixer never asks *why* something precedes its tokens. It calls an exchange, and the sequence
-object answers: nothing precedes (`WholeSequence`), earlier pieces do (`ContinuedSequence`), or the
-tokens of other ranks do (`models.sequences.sharded.ShardedSequence`). What each exchange must
-remember, in call order, is the decoding state, so forward, any split and any number of ranks are
-one piece of code.
+A mixer is written once. It calls methods such as `halo`, `recur` and `gather` on its sequence,
+which supplies what precedes the tokens at hand: nothing (`WholeSequence`), earlier chunks of the
+sequence (`ContinuedSequence`, for prefill and decoding) or the shards of earlier ranks
+(`models.sequences.sharded.ShardedSequence`). What these calls store is the decoding state.
 """
 
 from collections.abc import Callable
@@ -28,11 +27,11 @@ from models.sequences.positions import (
 
 
 class Collected(NamedTuple):
-    """Features of the tokens that end a segment of their document, the rows filled up at the end.
+    """Features of the tokens that end a segment of their document, padded at the end of rows.
 
     Attributes:
-        documents: their document ids, `PADDING` where a row has no more.
-        positions: their places in their documents.
+        documents: their document ids; `PADDING` in padding.
+        positions: their positions in their documents.
     """
 
     features: Float[Tensor, "B S *rest"]
@@ -41,26 +40,31 @@ class Collected(NamedTuple):
 
 
 class WholeSequence:
-    """Tokens that nothing precedes.
+    """A batch of complete rows: no tokens precede them.
 
     Args:
-        documents: ids of the documents packed into each row, starting at 0 and never falling, then
-            `PADDING` where the row is filled up.
+        documents: ids of the documents packed into each row, from 0 and nondecreasing, then
+            `PADDING` for the tokens that fill up the row.
     """
 
     def __init__(self, documents: Int[Tensor, "B L"]) -> None:
         self.documents = documents
-        # On the meta device there is nothing to look at: its sequences hold one document a row.
+        # Meta tensors have no values: count them as one document a row.
         self.packed = not documents.is_meta and bool(documents[:, -1].any())
         self.padded = self.packed and bool((documents[:, -1] == PADDING).any())
         self._memo: dict[object, Tensor] = {}
 
+    @property
+    def packed_documents(self) -> Int[Tensor, "B L"] | None:
+        """The document id of each token; None if each row is a single document."""
+        return self.documents if self.packed else None
+
     def positions(self) -> Int[Tensor, "B L"]:
-        """The place of each token in its document."""
+        """The position of each token in its document."""
         return self.memo("positions", lambda: positions_in_documents(self.documents))
 
     def own_documents(self) -> Int[Tensor, "B L"]:
-        """The document id of each token, counted from the first piece."""
+        """The document id of each token, counted from the beginning of the row."""
         return self.documents
 
     def gathered_documents(self) -> Int[Tensor, "B S"]:
@@ -72,24 +76,24 @@ class WholeSequence:
         return self.memo(("visible", causal), lambda: self._visible(causal))
 
     def without_padding(self, x: Float[Tensor, "B L *rest"]) -> Float[Tensor, "B L *rest"]:
-        """The features with zeros in padding, whatever stood there."""
+        """The features with zeros in padding; a NaN in padding does not survive."""
         if not self.padded:
             return x
         padding = self.documents == PADDING
         return x.masked_fill(padding.view(*padding.shape, *[1] * (x.ndim - 2)), 0.0)
 
     def halo(self, x: Float[Tensor, "B L *rest"], left: int) -> Tensor | None:  # noqa: ARG002
-        """The `left` inputs before the first token, or None where there are none."""
+        """The `left` inputs before the first token; None if nothing precedes."""
         return None
 
     def halo_documents(self, left: int) -> Int[Tensor, "B W"] | None:  # noqa: ARG002
-        """For each token of `halo`, 0 if the first token goes on with its document, else -1."""
+        """For each token of `halo`, 0 if the first token continues its document, else -1."""
         return None
 
     def around(
         self, x: Float[Tensor, "B L *rest"], left: int, right: int
     ) -> Float[Tensor, "B W *rest"]:
-        """The inputs with those of so many tokens before and after; zeros beyond the row."""
+        """The inputs extended by `left` tokens before and `right` after; zeros beyond the row."""
         return F.pad(x, (*[0, 0] * (x.ndim - 2), left, right))
 
     def documents_around(self, left: int, right: int) -> Int[Tensor, "B W"]:
@@ -100,11 +104,11 @@ class WholeSequence:
         self,
         outputs: Callable[[Tensor | None], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """The outputs of a recurrence started from the state that the earlier tokens left.
+        """The outputs of a recurrence, started from the state after the preceding tokens.
 
         Args:
             outputs: maps the state before the first token (None for zero) to the outputs and the
-                state after the last token. Over ranks it is a
+                state after the last token. Sharded sequences need a
                 `models.sequences.recurrence.Recurrence`.
         """
         return outputs(None)[0]
@@ -123,7 +127,7 @@ class WholeSequence:
             taps: gives the filter's first taps, as many as asked for or fewer where it ends.
             reverse: the same for the tokens s > t, that of s = t + 1 first.
         """
-        L, documents = x.shape[1], self.documents if self.packed else None
+        L, documents = x.shape[1], self.packed_documents
         return long_conv(x, taps(L), documents, None if reverse is None else reverse(L))
 
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
@@ -135,11 +139,11 @@ class WholeSequence:
         return self._collect_ends(x, every)
 
     def once(self, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that the first piece makes and later ones keep, such as a memory's keys."""
+        """A tensor that is computed in the first chunk and kept, such as a memory's keys."""
         return make()
 
     def memo(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that all layers share, made at its first use."""
+        """A tensor that all layers share, computed at its first use."""
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
@@ -160,8 +164,8 @@ def visible_memory(
 ) -> Bool[Tensor, "B 1 L S"]:
     """Mark the tokens of a memory that each query may see: those of its own document.
 
-    A query whose document has none there, such as one in padding, sees all, so that no row is
-    empty; what becomes of it counts nowhere.
+    A query without any, such as padding, is shown all of them: a softmax over nothing would be NaN.
+    Its output is not used.
     """
     same = same_documents(queries, keys) & (keys != PADDING)[:, None, None, :]
     return same | ~same.any(dim=-1, keepdim=True)

@@ -90,7 +90,7 @@ def test_keys_read_are_counted_of_the_keys_there_are(swaps: Path) -> None:
         (("--swap", "attention=window"), "unknown key model.blocks.a.mixer.selection"),
         (("--set", "verse"), "unknown evaluation set 'verse'; known: prose, python"),
         (("--sequences", "100000"), "ask for at most so many"),
-        (("--k", "7"), "k 7 is no whole number of key blocks"),
+        (("--k", "7"), "k 7 is not a multiple of key_block"),
     ],
 )
 def test_bad_input_is_one_clear_message(

@@ -7,6 +7,7 @@ import torch
 from models.mixer import Mixer, MixerConfig, Pattern, Slot, mixer_class, mixer_kinds
 from models.mixers.softmax.attention import AttentionConfig
 from models.parts.layers import Drawn
+from models.parts.monarch_matrix import monarch_multiply
 from models.sequences.whole import WholeSequence
 
 D_MODEL = 16
@@ -80,3 +81,9 @@ def packed(lengths: tuple[int, ...], rows: int = 2) -> torch.Tensor:
 def whole(length: int, rows: int = 2) -> WholeSequence:
     """A sequence of one document a row."""
     return WholeSequence(torch.zeros(rows, length, dtype=torch.int32))
+
+
+def monarch_entries(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The Monarch matrix of two factors, written out."""
+    units = torch.eye(first.shape[0] * first.shape[2], dtype=first.dtype)
+    return monarch_multiply(units, first, second).t()

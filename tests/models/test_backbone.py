@@ -124,7 +124,7 @@ def test_counts_equal_those_of_a_real_module() -> None:
 
 
 def test_a_pattern_of_unknown_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"pattern 'm x' names \['x'\]; blocks are a, m"):
+    with pytest.raises(ValueError, match=r"pattern 'm x' names \['x'\]; choose from blocks a, m"):
         mixed(pattern="m x")
 
 

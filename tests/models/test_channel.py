@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.channel import GELUConfig, MonarchMLPConfig, SwiGLUConfig, channel_kinds
-from models.parts.monarch_matrix import monarch_entries
+from tests.models.conftest import monarch_entries
 
 D, HIDDEN, RESIDUALS = 16, 32, 8
 CONFIGS = (

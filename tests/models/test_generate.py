@@ -56,7 +56,7 @@ def test_a_low_temperature_is_nearly_greedy() -> None:
 
 
 def test_shares_and_temperatures_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"top_p 0\.0 is no share"):
+    with pytest.raises(ValueError, match=r"top_p 0\.0 is not in \(0, 1\]"):
         Sampling(top_p=0.0)
     with pytest.raises(ValueError, match=r"temperature -1\.0 is negative"):
         Sampling(temperature=-1.0)

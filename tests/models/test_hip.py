@@ -289,10 +289,10 @@ def test_state_is_counted_without_memory_as_decoding_keeps_it() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"k": 7}, "k 7 is no whole number of key blocks of 2"),
+        ({"k": 7}, "k 7 is not a multiple of key_block 2"),
         ({"window": 0}, "window 0 is not positive"),
         ({"n_sink": -1}, "n_sink -1 is negative"),
-        ({"refresh": 8, "window": 9}, "window 9 forgets keys .* take 10 or more"),
+        ({"refresh": 8, "window": 9}, "window 9 is shorter than the 8 tokens .* take 10 or more"),
         ({"stage_chunks": (4, 2)}, "do not describe the same stages"),
         ({"stage_chunks": (4, 3, 1)}, "do not narrow down"),
         ({"stage_keeps": (2, 4, 1)}, "do not narrow down"),

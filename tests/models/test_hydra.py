@@ -182,7 +182,7 @@ def test_defaults_are_those_of_the_release():
     ("fields", "words"),
     [
         ({"head_dim": 5}, "head_dim 5 does not divide the inner width 32"),
-        ({"head_dim": 8, "d_conv": 4}, "d_conv 4 has no middle"),
+        ({"head_dim": 8, "d_conv": 4}, "d_conv 4 has no central tap"),
         ({"head_dim": 8, "n_groups": 3}, "n_groups 3 does not divide the 4 heads"),
     ],
 )

@@ -168,7 +168,7 @@ def test_pooling_costs_what_its_sums_do():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"every": 0}, "every 0 is no length; take 1 token or more"),
+        ({"every": 0}, "every 0 is not positive; take 1 token or more"),
         ({"n_kv_heads": 3}, "n_kv_heads 3 does not divide n_heads 4; choose a divisor"),
     ],
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from models.ranks.carry import Carry, Summary
-from models.ranks.communicator import Communicator, Gathered
+from models.ranks.communicator import Communicator, PendingGather
 from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
 from models.sequences.recurrence import LinearScan
@@ -65,7 +65,7 @@ def test_a_carried_state_is_freed_with_its_graph(scheme: Scheme) -> None:
 def test_outputs_from_zero_run_while_states_are_under_way() -> None:
     assert on_ranks(2, _events) == [
         *("state sent", "outputs", "waited"),
-        *("state back sent", "outputs back", "waited"),
+        *("state gradient sent", "outputs back", "waited"),
     ]
 
 
@@ -190,18 +190,18 @@ def _events(group: dist.ProcessGroup) -> list[str]:
     sequence = ShardedSequence(documents, group, Scheme.GATHER)
     scan = _Watched(-torch.rand(1, 4, 3), torch.randn(1, 4, 3, requires_grad=True), None)
     events = scan.events = []
-    gather, wait = Communicator.gather, Gathered.wait
+    gather, wait = Communicator.gather, PendingGather.wait
 
-    def sent(self: Communicator, x: Tensor, what: str) -> Gathered:
+    def sent(self: Communicator, x: Tensor, what: str) -> PendingGather:
         events.append(f"{what} sent")
         return gather(self, x, what)
 
-    def waited(self: Gathered) -> list[Tensor]:
+    def waited(self: PendingGather) -> list[Tensor]:
         events.append("waited")
         return wait(self)
 
     # This process ends with the test.
-    Communicator.gather, Gathered.wait = sent, waited
+    Communicator.gather, PendingGather.wait = sent, waited
     sequence.recur(scan).sum().backward()
     return events
 

@@ -92,7 +92,7 @@ def test_one_rank_sends_nothing() -> None:
 def test_small_states_are_gathered_and_large_ones_doubled_or_passed_along() -> None:
     assert choose(64, Payload(1024, 8), ASSUMED) is Scheme.GATHER
     assert choose(64, Payload(1 << 24, 1 << 17), ASSUMED) is Scheme.DOUBLING
-    assert choose(4, Payload(1 << 26, 1 << 19, ways=2), ASSUMED) is Scheme.RING
+    assert choose(4, Payload(1 << 26, 1 << 19, directions=2), ASSUMED) is Scheme.RING
 
 
 def _payload(state: int, share: float, ways: int) -> Payload:

@@ -93,7 +93,7 @@ def test_states_are_sent_as_simulated_at_any_length(kind: str, ranks: int) -> No
     found = on_ranks(ranks, functools.partial(_messages, kind, (4, 16)))
     assert len(found) == len(Scheme) * 2
     for (scheme, _), everyones in found.items():
-        for what, back in (("state", False), ("state back", True)):
+        for what, back in (("state", False), ("state gradient", True)):
             rounds = prefix_messages.messages(scheme, ranks, sizes, back=back)
             for rank, sent in enumerate(everyones):
                 mine = [(to, x.bytes // len(x.to)) for x in sent if x.what == what for to in x.to]
@@ -110,7 +110,7 @@ def test_convolutions_send_as_much_at_any_length(kind: str) -> None:
 def test_states_are_sent_in_float32_under_bfloat16() -> None:
     plain, lowered = on_ranks(2, _sent_under_autocast)
     assert lowered["state"] == plain["state"]
-    assert lowered["state back"] == plain["state back"]
+    assert lowered["state gradient"] == plain["state gradient"]
     assert lowered["halo"] == plain["halo"] // 2
 
 

@@ -80,7 +80,7 @@ def test_without_a_search_there_is_no_recall(model, batch) -> None:
         ({"atention": {"kind": "hip"}}, "unknown mixer kind 'atention'"),
         ({"mamba": {"kind": "hip"}}, "the model's mixers are attention"),
         ({"attention": {"kind": "mamba"}}, "unknown key model.blocks.a.mixer.n_heads"),
-        ({"attention": {"kind": "hip", "k": 3}}, "k 3 is no whole number of key blocks"),
+        ({"attention": {"kind": "hip", "k": 3}}, "k 3 is not a multiple of key_block"),
     ],
 )
 def test_a_swap_that_cannot_be_is_one_clear_message(model, swap, message) -> None:

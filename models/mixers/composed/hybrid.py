@@ -3,7 +3,7 @@
 After the "Hybrid Attention" system of JohannaWeb (2026, projects/Sisyphus/src/model.py). Changed:
 the gates read the keys but not the state, so that the recurrence is a linear scan; they are those
 of RG-LRU (De et al. 2024, section 2.4) or minGRU (Feng et al. 2024) behind a short convolution; and
-each branch is normalised before the two are mixed, because their scales differ fourfold at first.
+each branch is normalised before the two are mixed, because their initial scales differ fourfold.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from kernels.precision import widened
 from kernels.rowwise.rms_norm import rms_norm
+from models.bases.heads import head_width
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.gates import GATES, Mode, Steps, begins_document, gate_map, recur
 from models.parts.layers import Linear
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.parts.short_convs import ShortConv
 from models.parts.window import attend_window
 from models.sequences.continued import Memory
@@ -33,7 +34,7 @@ class HybridConfig(MixerConfig):
 
     Attributes:
         n_heads: heads of both branches; head_dim is d_model / n_heads and even.
-        window: keys that a query sees at most, its own included.
+        window: most keys that a query sees, its own included.
         mode: the gates of the recurrence.
         branches: both, or one alone without the other's parameters, for ablations.
         rope_theta: base of the rotary frequencies.
@@ -59,30 +60,16 @@ class HybridConfig(MixerConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head.
-
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
-
 
 class Scores(NamedTuple):
-    """Rotated queries and keys, which decide what the window takes in."""
+    """Rotated queries and keys of the window branch."""
 
     queries: Float[Tensor, "B L H P"]
     keys: Float[Tensor, "B L H P"]
 
 
 class Coefficients(NamedTuple):
-    """What decides each branch, None where it is off, and the window's share of each head."""
+    """Coefficients of each branch, None if it is off, and the window branch's share by head."""
 
     scores: Scores | None
     steps: Steps | None
@@ -93,8 +80,8 @@ class Coefficients(NamedTuple):
 class Hybrid(Mixer):
     """y = out(alpha norm(M_window v) + (1 - alpha) norm(M_recurrence v)), alpha for each head.
 
-    A channel is a head of the matrix view, because each has decays of its own, so `materialize`
-    shows the matrices of channel c at 2 c (window, equal within an attention head) and 2 c + 1.
+    Each channel has its own decays and is one head of the matrix view: `materialize` returns the
+    matrices of channel c at 2 c (window; equal within an attention head) and 2 c + 1 (recurrence).
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
@@ -104,7 +91,7 @@ class Hybrid(Mixer):
     def __init__(self, config: HybridConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.config, E, std = config, slot.d_model, config.initial_std
-        self.head_dim, H = config.head_dim(E), config.n_heads
+        self.head_dim, H = head_width(E, config.n_heads), config.n_heads
         self.attends = config.branches != "recurrence"
         self.recurs = config.branches != "window"
         self.qkv = Linear(E, 3 * E if self.attends else 2 * E, std=std)
@@ -122,7 +109,7 @@ class Hybrid(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
-        """Values are the channels of the value heads; scores, steps and shares decide."""
+        """Values are the channels of the value heads."""
         del memory
         parts = 3 if self.attends else 2
         *queries, keys, values = self.qkv.in_parts(x, parts * [x.shape[-1]])
@@ -139,7 +126,7 @@ class Hybrid(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L F P"]:
-        """Apply the matrix of each branch to the same values, and lay them side by side."""
+        """Apply the matrix of each branch to the same values, and interleave the results."""
         mixed = []
         if coefficients.scores is not None:
             heads = values.reshape(*values.shape[:2], self.config.n_heads, -1)
@@ -152,7 +139,7 @@ class Hybrid(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L F 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Normalise each branch, mix the two and project back."""
+        """Normalise each branch, mix the two and project out."""
         heads = mixed.reshape(*mixed.shape[:2], self.config.n_heads, self.head_dim, -1)
         branches = list(heads.unbind(dim=-1))
         if self.config.branch_norms:
@@ -182,13 +169,9 @@ class Hybrid(Mixer):
         return torch.full(self.alpha_bias.shape, self.config.alpha_bias)
 
     def _scores(self, queries: Tensor, keys: Tensor, sequence: WholeSequence) -> Scores:
-        theta, P = self.config.rope_theta, self.head_dim
-        made = sequence.memo(
-            ("rotation", P, theta),
-            lambda: torch.stack(rotation(sequence.positions(), P, theta)),
-        )
-        turn = Rotation(made[0], made[1])
-        return Scores(*(rotate(x.unflatten(-1, (-1, P)), turn) for x in (queries, keys)))
+        P = self.head_dim
+        by = rotation_of(sequence, P, self.config.rope_theta)
+        return Scores(*(rotate(x.unflatten(-1, (-1, P)), by) for x in (queries, keys)))
 
     def _steps(self, keys: Tensor, sequence: WholeSequence) -> Steps:
         u = self.conv(keys, sequence)
@@ -196,7 +179,7 @@ class Hybrid(Mixer):
 
 
 class HeadNorm(nn.Module):
-    """Divide each head by its root mean square, in float32, and scale its channels.
+    """RMS norm of each head, in float32.
 
     Args:
         n_heads: heads.
@@ -218,6 +201,6 @@ class HeadNorm(nn.Module):
 
 
 def visible_in_window(tokens: int, window: int) -> float:
-    """Pairs of a query and a key that it sees among the first tokens of a sequence."""
+    """Visible query-key pairs among the first `tokens` tokens of a sequence."""
     growing = min(tokens, window)
     return growing * (growing + 1) / 2 + (tokens - growing) * window

@@ -44,16 +44,18 @@ class ParallelConfig(MixerConfig):
             raise ValueError("mixers is empty; name one mixer or more")
         for name in self.mixers:
             if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"mixers.{name} is no name for a mixer; take another word")
+                raise ValueError(
+                    f"mixers.{name} is not a valid name for a mixer; take another identifier"
+                )
 
 
 @dataclass
-class Part:
-    """The coefficients of one mixer, and the form of its values.
+class MemberCoefficients:
+    """The coefficients of one mixer, and the shape of its values.
 
     Attributes:
         length, heads, width, dtype: S, G, P and dtype of its values.
-        copies: matrices for each head of its values, which its `mix` alone knows and fills in.
+        copies: output heads per value head, known only after its `mix`, which sets it.
     """
 
     coefficients: Any
@@ -71,12 +73,12 @@ class Part:
 
 @register(ParallelConfig)
 class Parallel(Mixer):
-    """y = sum of w_i mixer_i(x): its matrix has those of its mixers along the diagonal.
+    """y = sum of w_i mixer_i(x): its matrix is block-diagonal in those of its mixers.
 
-    Each channel of each mixer's values is a head, so that values of any number of heads stand side
-    by side. Values of a mixer that remembers fewer tokens than another begin with zeros. Learned
-    weights start at the slot's residual scale over the number of mixers; the mixers then start
-    without that scale, which their norms would undo.
+    Every value channel is a head here, so that values with any number of heads can be concatenated.
+    Values of a mixer that keeps fewer tokens than another are padded with zeros in front. Learned
+    weights start at the slot's residual scale over the number of mixers; the mixers themselves then
+    start without that scale, which the norms would undo.
     """
 
     patterns = frozenset(Pattern)
@@ -90,8 +92,8 @@ class Parallel(Mixer):
         if config.merge == "learned":
             self.weights = nn.Parameter(torch.empty(len(self.mixers), slot.d_model))
         mixers = self._each()
-        # What a class declares is here a matter of the configuration.
-        for name, said in (
+        # Class attributes of other mixers depend here on which mixers are combined.
+        for name, value in (
             ("no_decay", frozenset({"weights"} if config.merge == "learned" else ())),
             ("approximate", "; ".join(m.approximate for m in mixers if m.approximate)),
             ("uses_fft", any(m.uses_fft for m in mixers)),
@@ -99,10 +101,10 @@ class Parallel(Mixer):
             ("constant_state", all(m.constant_state for m in mixers)),
             ("ordered_memory", any(m.ordered_memory for m in mixers)),
         ):
-            setattr(self, name, said)
+            setattr(self, name, value)
 
     def unsharded(self) -> str:
-        """Why one of its mixers' tokens cannot be cut over ranks."""
+        """Why one of its mixers does not support sequence parallelism."""
         named = (
             (name, mixer.unsharded()) for name, mixer in zip(self.mixers, self._each(), strict=True)
         )
@@ -110,38 +112,43 @@ class Parallel(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S E 1"], list[Part]]:
+    ) -> tuple[Float[Tensor, "B S E 1"], list[MemberCoefficients]]:
         """Values are the channels of all mixers' values."""
         parts, channels = [], []
         for mixer in self._each():
             values, coefficients = mixer.project(x, sequence, memory)
             _, S, G, P = values.shape
-            parts.append(Part(coefficients, S, G, P, values.dtype))
+            parts.append(MemberCoefficients(coefficients, S, G, P, values.dtype))
             channels.append(values.flatten(2))
         S = max(part.length for part in parts)
         filled = [F.pad(own, (0, 0, S - own.shape[1], 0)) for own in channels]
         return torch.cat(filled, dim=2).unsqueeze(-1), parts
 
     def mix(
-        self, values: Float[Tensor, "B S E P"], coefficients: list[Part], sequence: WholeSequence
+        self,
+        values: Float[Tensor, "B S E P"],
+        coefficients: list[MemberCoefficients],
+        sequence: WholeSequence,
     ) -> Float[Tensor, "B L F P"]:
         """Let each mixer mix its own values."""
         mixed = []
         channels = values.split([part.channels for part in coefficients], dim=2)
         for mixer, part, own in zip(self._each(), coefficients, channels, strict=True):
             own = own[:, own.shape[1] - part.length :].unflatten(2, (part.heads, part.width))
-            got = mixer.mix(own.flatten(3).to(part.dtype), part.coefficients, sequence)
-            part.copies = got.shape[2] // part.heads
-            got = got.unflatten(3, (part.width, -1)).unflatten(2, (part.heads, part.copies))
-            mixed.append(got.transpose(3, 4).flatten(2, 3))  # (B, L, E_i, copies, P)
+            mixed_values = mixer.mix(own.flatten(3).to(part.dtype), part.coefficients, sequence)
+            part.copies = mixed_values.shape[2] // part.heads
+            mixed_values = mixed_values.unflatten(3, (part.width, -1)).unflatten(
+                2, (part.heads, part.copies)
+            )
+            mixed.append(mixed_values.transpose(3, 4).flatten(2, 3))  # (B, L, E_i, copies, P)
         copies = _common_copies(coefficients)
         repeated = [x.repeat_interleave(copies // x.shape[3], dim=3) for x in mixed]
         return torch.cat(repeated, dim=2).flatten(2, 3)
 
     def merge(
-        self, mixed: Float[Tensor, "B L F 1"], coefficients: list[Part]
+        self, mixed: Float[Tensor, "B L F 1"], coefficients: list[MemberCoefficients]
     ) -> Float[Tensor, "B L D"]:
-        """Let each mixer go back to the residual stream, and add what they bring."""
+        """Merge each mixer, and combine their outputs."""
         copies, outputs = _common_copies(coefficients), []
         channels = mixed.squeeze(-1).unflatten(2, (-1, copies))
         channels = channels.split([part.channels for part in coefficients], dim=2)
@@ -182,11 +189,11 @@ def _built(name: str, config: MixerConfig, slot: Slot) -> Mixer:
         raise ValueError(f"mixers.{name}: {error}") from error
     if not mixer.linear:
         raise ValueError(
-            f"mixers.{name}: {config.kind} is not linear in its values and cannot stand beside "
-            "others; give it a block of its own"
+            f"mixers.{name}: {config.kind} is not linear in its values, so it cannot be one of "
+            "several in parallel; give it a block of its own"
         )
     return mixer
 
 
-def _common_copies(parts: list[Part]) -> int:
+def _common_copies(parts: list[MemberCoefficients]) -> int:
     return lcm(*(part.copies for part in parts))

@@ -1,9 +1,9 @@
-"""A learned Monarch matrix of places that is causal by construction: two parts that add up.
+"""A learned Monarch matrix over positions that is causal by construction, as the sum of two parts.
 
-The Monarch matrices in M2's mixer (Fu et al. 2023) are fixed in its release: the DFT's. One product
-P L P R of two learned block-diagonal factors is no way out: with triangular blocks it is causal but
-leaves out tokens of other blocks, with full ones it is complete but sees what comes later. So the
-pairs within a block of places, and those from one block to a later one, have a part each.
+In M2's release (Fu et al. 2023) the Monarch matrices are fixed: those of the DFT. Learning one
+product P L P R of block-diagonal factors does not work causally: triangular blocks leave out pairs
+of tokens, full blocks include later tokens. So one part covers pairs within a block of positions,
+and another the pairs from a block to a later one.
 """
 
 import math
@@ -24,7 +24,7 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class CausalMonarchConfig(UnalignedConfig):
-    """Sizes of a causal Monarch matrix of max_len places, in blocks of about their root."""
+    """A causal Monarch matrix of max_len positions, in blocks of about sqrt(max_len)."""
 
     kind: ClassVar[str] = "causal_monarch"
 
@@ -33,12 +33,11 @@ class CausalMonarchConfig(UnalignedConfig):
 class CausalMonarch(StructuredMixer):
     """M = lower triangles within blocks + a Monarch product from earlier blocks to later ones.
 
-    With places t = b T + i and s = b S + j in blocks of b, entry m[t, s] is inside[T, i, j] where
-    T = S and j <= i, second[i, T, S] * first[S, i, j] where S < T, and zero elsewhere; all of it is
-    learned, and all that is learned is used. The product gives up rank: for each S and i its slice
-    over T and j has rank 1 instead of up to b, so all later blocks' rows of offset i see block S
-    through the same weighted sum and differ in its factor alone. Work is O(sqrt(max_len)) for each
-    token and channel; a document has the leading part of the longest one's matrix.
+    For positions t = b T + i and s = b S + j in blocks of b, entry m[t, s] is inside[T, i, j] if
+    T = S and j <= i, second[i, T, S] * first[S, i, j] if S < T, and zero otherwise. For each S and
+    i the product's slice over T and j has rank 1 instead of up to b: the rows at offset i of all
+    later blocks see block S through the same weighted sum, up to a factor. Work is O(sqrt(max_len))
+    per token and channel; a document uses the leading part of the longest one's matrix.
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
@@ -60,7 +59,7 @@ class CausalMonarch(StructuredMixer):
     def multiply(
         self, values: Float[Tensor, "B S H P"], structure: Structure, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Multiply each document by the factors, or the tokens of a later piece by their rows."""
+        """Multiply each document by the factors; in a later chunk, the tokens by their rows."""
         del structure
         if values.shape[1] == sequence.documents.shape[1]:
             return by_document((values,), sequence, self._factors)
@@ -78,12 +77,12 @@ class CausalMonarch(StructuredMixer):
         return MixFlops(each * (within + first + second), each * squares)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial factors, each as torch draws dense maps of as many inputs as a full row has."""
+        """Initial factors: uniform, as torch's dense maps with the inputs of a full row."""
         inputs = self.blocks if name == "second" else self.block
         return uniform(getattr(self, name).shape, inputs**-0.5, generator)
 
     def _factors(self, values: Float[Tensor, "N T H P"]) -> Float[Tensor, "N T H P"]:
-        """Apply the blocks that a document of T tokens meets; behind it there are zeros."""
+        """Apply the leading blocks to documents of T tokens, zero-padded to whole blocks."""
         T, b = values.shape[1], self.block
         K = self._count(T)
         blocks = F.pad(values, (0, 0, 0, 0, 0, K * b - T)).unflatten(1, (K, b))
@@ -96,7 +95,7 @@ class CausalMonarch(StructuredMixer):
         return mixed.flatten(1, 2)[:, :T]
 
     def _rows(self, sequence: WholeSequence) -> Float[Tensor, "B H L S"]:
-        """The rows of the tokens at hand, one entry for each token gathered."""
+        """The matrix rows of the tokens at hand, one entry per gathered token."""
         b, K = self.block, self.blocks
         places, keys = self.places(sequence)[:, :, None], self.key_places(sequence)[:, None, :]
         T, i, S, j = places // b, places % b, keys // b, keys % b
@@ -115,7 +114,7 @@ class CausalMonarch(StructuredMixer):
 def _triangle(
     entries: Float[Tensor, "*batch X"], size: int, diagonal: int
 ) -> Float[Tensor, "*batch size size"]:
-    """Square matrices from their entries up to a diagonal, row by row."""
+    """Lower triangular matrices from their entries, row by row."""
     rows, columns = torch.tril_indices(size, size, diagonal, device=entries.device).unbind()
     matrix = entries.new_zeros(*entries.shape[:-1], size, size)
     matrix[..., rows, columns] = entries

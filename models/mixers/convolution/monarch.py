@@ -1,10 +1,10 @@
 """The sequence mixer of Monarch Mixer, M2 (Fu et al. 2023, section 4.2): Hyena of order 2.
 
-Steps, initial values and the bidirectional filter follow the authors' release, whose Monarch
-matrices are the DFT's: only filter, gates and maps are learned. The activation in the paper's
-listing is not in the release, and not here. Changed: padding enters no convolution, and none leaves
-its document; a document longer than the filter is refused; weight decay touches the dense maps of
-the filter network and nothing else of it; decoding is exact, in O(log^2 T) a token.
+Steps, initial values and the bidirectional filter follow the authors' release. Its Monarch matrices
+are those of the DFT; filter, gates and dense maps are learned. The activation in the paper's
+listing is not in the release, and not here. Changed: convolutions stay within documents and skip
+padding; a document longer than the filter is an error; of the filter network, weight decay applies
+to the dense maps only; decoding is exact, in O(log^2 T) per token.
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,8 @@ class MonarchConfig(FilterConfig, MixerConfig):
 
     Attributes:
         d_conv: taps of the short convolution, causal in both patterns as in the release.
-        residual: whether the mixer's input, convolved by a filter of its own, is added to the
-            gated outputs; M2-BERT has it instead of a residual connection.
+        residual: whether to add the mixer's input, convolved with another filter, to the gated
+            outputs, as M2-BERT does.
     """
 
     kind: ClassVar[str] = "monarch"
@@ -43,7 +43,7 @@ class MonarchConfig(FilterConfig, MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """The gates before and after the long convolution, and what is added to its outputs."""
+    """The gates before and after the long convolution, and the convolved residual."""
 
     before: Float[Tensor, "B L D"]
     after: Float[Tensor, "B L D"]
@@ -54,8 +54,8 @@ class Coefficients(NamedTuple):
 class Monarch(Mixer):
     """M = diag(after) (T(filter) + beta) diag(before) for each channel, T a Toeplitz matrix.
 
-    The residual convolution reads the input itself, not the values: `project` computes it and
-    `merge` adds it, so `mix` is linear and `materialize` shows the gated path alone.
+    The residual convolution reads the input, not the values: `project` computes it and `merge` adds
+    it. So `mix` stays linear, and `materialize` returns the gated path only.
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
@@ -75,7 +75,7 @@ class Monarch(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L D 1"], Coefficients]:
-        """Values are one channel a head; the gates decide, and the residual is ready."""
+        """Values are channels, one per head; computes the residual convolution as well."""
         del memory
         self._refuse_longer_documents(sequence)
         after, before, values = self.conv(self.in_proj(x), sequence).chunk(3, dim=-1)
@@ -90,7 +90,7 @@ class Monarch(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L D P"]:
-        """Gate, convolve and gate; P above 1 runs the same matrix on several values."""
+        """Gate, convolve and gate; P > 1 applies each channel's matrix to several values."""
         gated = coefficients.before.unsqueeze(-1) * values
         mixed = self._convolve(gated.flatten(2), self.filter, sequence)
         return coefficients.after.unsqueeze(-1) * mixed.view(values.shape)
@@ -98,24 +98,24 @@ class Monarch(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L D 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Add the residual and project back."""
+        """Add the residual and project out."""
         outputs = mixed.squeeze(-1)
         if coefficients.residual is not None:
             outputs = outputs + coefficients.residual
         return self.out_proj(outputs)
 
     def filter_norm(self) -> float:
-        """The largest 1-norm of all taps that one output sums, the residual filter's included."""
+        """The largest 1-norm of a channel's filters, the residual one included."""
         norms = self.filter.norm()
         if self.residual_filter is not None:
             norms = norms + self.residual_filter.norm()
         return norms.max().item()
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """FFTs and the filter network, once a sequence; two gates pointwise.
+        """FFTs and the filter network, once per sequence; two gates pointwise.
 
-        A token by itself, with the cost of its blocks shared out, needs half an FFT and half of a
-        filter of twice each power of two up to the tokens seen.
+        Decoding, amortised: a block of n tokens for each power of two up to the tokens seen costs
+        an FFT and a filter of 2 n taps, once every 2 n tokens.
         """
         filters = [f for f in (self.filter, self.residual_filter) if f is not None]
         if queries == keys:
@@ -130,7 +130,7 @@ class Monarch(Mixer):
     def _convolve(
         self, x: Float[Tensor, "B L E"], filter: ImplicitFilter, sequence: WholeSequence
     ) -> Float[Tensor, "B L E"]:
-        """Convolve channels that are the filter's, or several in a row of each of them."""
+        """Convolve the filter's channels, each possibly repeated several times in a row."""
         several = x.shape[-1] // len(filter.skip)
 
         def taps(length: int, direction: int = 0) -> Tensor:
@@ -147,6 +147,6 @@ class Monarch(Mixer):
             longest = int(places.max()) + 1
         if longest > limit:
             raise ValueError(
-                f"{self.config.kind} is asked to mix a document of {longest} tokens, but its "
-                f"filter ends at max_len {limit}; give it a larger max_len or shorter documents"
+                f"{self.config.kind} got a document of {longest} tokens, but its filter has "
+                f"max_len {limit} taps; take a larger max_len or shorter documents"
             )

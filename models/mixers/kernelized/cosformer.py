@@ -1,12 +1,11 @@
 """cosFormer: linear attention with a positive feature map and a cosine of distance (Qin 2022).
 
-Sections 3.2 and 3.3. Weights are relu(q_t) relu(k_s) cos(pi (t - s) / (2 max_len)), which splits
-into cos cos + sin sin: 2 P features of tokens and their places. Changed: the scale is `max_len`, a
-constant, and not the length at hand, so that a row does not depend on how many tokens follow. That
-makes causal patterns possible, the cross one too: a query's row depends on itself, its place and
-the memory alone. Places are counted in documents, from 0, so all four factors are at least 0 and no
-sum cancels. A row is divided by its sum without a floor; if no key has a weight, the row is zero.
-There is no rotation: the cosine is the position.
+Sections 3.2 and 3.3. Weights are relu(q_t) relu(k_s) cos(pi (t - s) / (2 max_len)); the cosine
+splits into cos cos + sin sin, so each token has 2 P features. Changed: the scale is the constant
+`max_len`, not the sequence length, so that a row does not depend on later tokens and causal
+patterns are possible. Positions count from 0 in each document, so that all factors are nonnegative
+and no sum cancels. Rows are divided by their sum without a floor; a row without weights is zero.
+There is no rotary embedding, as the cosine encodes positions.
 """
 
 import functools
@@ -23,7 +22,7 @@ from torch import Tensor
 from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.slots import Filling, LowRank, documents_of
+from models.parts.slots import SlotFilling, SlotMatrix
 from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, tabulate
 from models.sequences.positions import PADDING
@@ -36,8 +35,7 @@ class CosformerConfig(HeadsConfig):
     """Sizes of a cosFormer.
 
     Attributes:
-        max_len: the distance at which weights reach zero, and the longest document that can be
-            mixed.
+        max_len: the distance at which weights reach zero, and the longest document.
     """
 
     kind: ClassVar[str] = "cosformer"
@@ -48,8 +46,8 @@ class CosformerConfig(HeadsConfig):
             raise ValueError(f"max_len {self.max_len} is not positive; take 1 or more")
 
 
-class Running(NamedTuple):
-    """Features of a causal matrix, those of a query divided by its row's sum."""
+class CausalFeatures(NamedTuple):
+    """Features of a causal matrix; those of queries are divided by their row's sum."""
 
     queries: Float[Tensor, "B L H N"]
     keys: Float[Tensor, "B L H N"]
@@ -74,8 +72,8 @@ class Cosformer(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
-        """Values are the value heads; features of queries, keys and places decide."""
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalFeatures]:
+        """Values are the value heads; features come from queries, keys and positions."""
         if memory is None:
             other, projected = sequence, self.heads(x)
         else:
@@ -84,24 +82,24 @@ class Cosformer(Mixer):
         if self.slot.pattern is Pattern.CAUSAL_SELF:
             keys = self._features(projected.keys, sequence)
             return projected.values, _running(queries, keys, sequence)
-        # The keys of a memory are wanted by its first reader alone.
+        # Lazy: in decoding only the first chunk computes features of a memory's keys.
         keys = lambda: self._features(projected.keys, other)  # noqa: E731
         return projected.values, _low_rank(queries, keys, other, sequence)
 
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalFeatures,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Sum values by their features, and read the sums."""
-        if isinstance(coefficients, LowRank):
+        if isinstance(coefficients, SlotMatrix):
             return coefficients.mix(values, sequence)
         queries, keys = coefficients
-        return sequence.recur(LinearAttention(queries, keys, values, documents_of(sequence)))
+        return sequence.recur(LinearAttention(queries, keys, values, sequence.packed_documents))
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalFeatures
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
@@ -121,7 +119,7 @@ class Cosformer(Mixer):
     def _features(
         self, x: Float[Tensor, "B L H P"], sequence: WholeSequence
     ) -> Float[Tensor, "B L H N"]:
-        """relu(x) by the cosine and the sine of each place, side by side."""
+        """relu(x) times the cosine and times the sine of each position, concatenated."""
         key = ("cosformer", self.config.max_len)
         cos, sin = sequence.memo(key, lambda: _turns(sequence, self.config.max_len))
         positive = F.relu(widened(x))
@@ -129,7 +127,7 @@ class Cosformer(Mixer):
 
 
 def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
-    """Cosine and sine of the angle of each token's place, in float64.
+    """Cosine and sine of the angle of each token's position, in float64.
 
     Raises:
         ValueError: a document is longer than `max_len`.
@@ -147,10 +145,10 @@ def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
 
 def _running(
     queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
-) -> Running:
+) -> CausalFeatures:
     ones = torch.ones_like(keys[..., :1])
-    sums = sequence.recur(LinearAttention(queries, keys, ones, documents_of(sequence)))
-    return Running(_divided(queries, sums), keys)
+    sums = sequence.recur(LinearAttention(queries, keys, ones, sequence.packed_documents))
+    return CausalFeatures(_divided(queries, sums), keys)
 
 
 def _low_rank(
@@ -158,7 +156,7 @@ def _low_rank(
     keys: Callable[[], Float[Tensor, "B S H N"]],
     other: WholeSequence,
     sequence: WholeSequence,
-) -> LowRank:
+) -> SlotMatrix:
     filled, reading = documents_by_length(other), documents_by_length(sequence)
     shares = functools.cache(lambda: _cut(keys(), filled))
 
@@ -166,20 +164,20 @@ def _low_rank(
         return tabulate([each.sum(dim=1) for each in shares()], filled, other)
 
     table, weights = sequence.once(totals), []
-    for stack in reading:
-        asked, total = stack.take(queries), stack.look_up(table)
+    for bucket in reading:
+        asked, total = bucket.take(queries), bucket.look_up(table)
         with without_autocast(asked):
             sums = torch.einsum("nthf,nhf->nth", asked, total)
         weights.append(_divided(asked, sums[..., None]))
-    return LowRank(Filling(other, filled, shares), weights, reading)
+    return SlotMatrix(SlotFilling(other, filled, shares), weights, reading)
 
 
-def _cut(x: Tensor, stacks: list[DocumentRows]) -> list[Tensor]:
-    return [stack.take(x) for stack in stacks]
+def _cut(x: Tensor, buckets: list[DocumentRows]) -> list[Tensor]:
+    return [bucket.take(x) for bucket in buckets]
 
 
 def _divided(
     queries: Float[Tensor, "B L H N"], sums: Float[Tensor, "B L H 1"]
 ) -> Float[Tensor, "B L H N"]:
-    """Features over the sums of their rows; a row whose sum is 0 has weights of 0 in any case."""
+    """Divide features by row sums; a row with sum 0 has zero weights, whatever it is divided by."""
     return queries / sums.masked_fill(sums == 0, 1.0)

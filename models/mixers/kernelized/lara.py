@@ -11,8 +11,8 @@ Factors of a query alone cancel in the normalisation. The query's own preference
 alpha[t, c] = exp(q_t mu_c); the authors' own release takes by default the balance heuristic with a
 correction that is normalised over queries. Changed: w_c = mu_c, the proposal's mean, always (both
 releases draw around it in training, and do this in evaluation); segments are those of a document,
-equal up to one token, one a token where its tokens are fewer. There is no rotation: means of turned
-keys mean nothing.
+equal up to one token, with one per token in short documents. There is no rotary embedding: a mean
+of rotated keys has no position.
 """
 
 import math
@@ -26,7 +26,7 @@ from torch import Tensor
 from kernels.precision import widened, without_autocast
 from models.bases.heads import Heads, HeadsConfig
 from models.mixer import Mixer, MixFlops, Pattern, Slot, register
-from models.parts.slots import SOFTMAX_FLOPS, Filling, LowRank
+from models.parts.slots import SOFTMAX_FLOPS, SlotFilling, SlotMatrix
 from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, landmarks_of
 from models.sequences.whole import WholeSequence
@@ -37,7 +37,7 @@ class LARAConfig(HeadsConfig):
     """Sizes of a LARA.
 
     Attributes:
-        n_landmarks: proposals of a document at most.
+        n_landmarks: most proposals per document.
     """
 
     kind: ClassVar[str] = "lara"
@@ -65,32 +65,32 @@ class LARA(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B L H P"], LowRank]:
-        """Values are the value heads; queries, keys and their means decide."""
+    ) -> tuple[Float[Tensor, "B L H P"], SlotMatrix]:
+        """Values are the value heads; weights come from queries, keys and landmarks."""
         del memory
         queries, keys, values = self.heads(x)
-        stacks, shares, weights = documents_by_length(sequence), [], []
-        for stack in stacks:
-            share, weight = self._importance(stack, stack.take(queries), stack.take(keys))
+        buckets, shares, weights = documents_by_length(sequence), [], []
+        for bucket in buckets:
+            share, weight = self._importance(bucket, bucket.take(queries), bucket.take(keys))
             shares.append(share)
             weights.append(weight)
-        return values, LowRank(Filling(sequence, stacks, lambda: shares), weights, stacks)
+        return values, SlotMatrix(SlotFilling(sequence, buckets, lambda: shares), weights, buckets)
 
     def mix(
-        self, values: Float[Tensor, "B L H P"], coefficients: LowRank, sequence: WholeSequence
+        self, values: Float[Tensor, "B L H P"], coefficients: SlotMatrix, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Average values for each landmark, and weigh the landmarks."""
+        """Average the values for each landmark, then the landmarks for each query."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """Products of C landmarks with queries and keys, the averages and their use: 8 C P a token.
+        """Products of C landmarks with queries and keys, and both averages: 8 C P per token.
 
         Pointwise, by head: for each token 2 P for the scales, 2 P for the means and 2 P + 1 for the
         key's half square; for each landmark 3 P for its mean, 2 P + 1 for its half square, and 3
@@ -104,19 +104,20 @@ class LARA(Mixer):
         return MixFlops(H * needed, H * needed, H * elementwise)
 
     def _importance(
-        self, stack: DocumentRows, queries: Tensor, keys: Tensor
+        self, bucket: DocumentRows, queries: Tensor, keys: Tensor
     ) -> tuple[Float[Tensor, "N T H C"], Float[Tensor, "N T H C"]]:
-        """Each key's share in the landmarks, and the landmarks' weights for each query."""
+        """Each key's share in each landmark, and each query's weights of the landmarks."""
         scale = queries.shape[-1] ** -0.25
         q, k = widened(queries) * scale, widened(keys) * scale
-        pairs, present = landmarks_of(torch.cat([q, k], dim=2), stack, self.config.n_landmarks)
+        pairs, present = landmarks_of(torch.cat([q, k], dim=2), bucket, self.config.n_landmarks)
         mean_queries, mean_keys = pairs.chunk(2, dim=2)
         mu = mean_queries + mean_keys  # (N, C, H, P)
         with without_autocast(q):
             asked = torch.einsum("nthp,nchp->nthc", q, mu)
             logits = torch.einsum("nthp,nchp->nthc", k, mu)
-        logits = stack.where_present(logits - k.square().sum(dim=-1, keepdim=True) / 2, -math.inf)
-        # At w = mu both exp(q mu) and xi(q, w) give q mu, and the densities' ratio -|mu|^2 / 2.
+        logits = bucket.where_present(logits - k.square().sum(dim=-1, keepdim=True) / 2, -math.inf)
+        # At w = mu, alpha and xi(q, w) contribute q mu each to the logarithm of a query's weight,
+        # hence 2 q mu below, and the ratio of densities contributes -|mu|^2 / 2.
         ratio = (logits.logsumexp(dim=1) - mu.square().sum(dim=-1).transpose(1, 2) / 2)[:, None]
         if present is not None:
             ratio = ratio.masked_fill(~present[:, None, None], -math.inf)

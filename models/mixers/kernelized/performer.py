@@ -6,12 +6,11 @@ logarithm of sum_s phi_f(k_s) over the visible keys, the normalised operator is
 
     M[t, s] = sum_f softmax_f(w_f q_t + l_f) phi_f(k_s) / exp(l_f):
 
-an average of the keys in each feature, and a softmax over features. Every factor is at most 1, the
-queries' own stabiliser and |q|^2 cancel, and neither a maximum over all tokens, which would see the
-future and other documents, nor a constant added to features or normaliser is needed. Changed: that
-form; features are not drawn anew during training, but are constants of their sizes and
-`feature_seed`, the same in all layers and never stored. In self patterns queries and keys are
-rotated.
+an average over keys for each feature, and a softmax over features. Every factor is at most 1, and
+the query's norm and stabiliser cancel: no maximum over all tokens is needed, which would see the
+future and other documents, and no constant added to features. Changed: that form; features are not
+redrawn during training, but depend only on their sizes and `feature_seed`, are the same in all
+layers and are not stored. In self patterns queries and keys are rotated.
 """
 
 import functools
@@ -31,11 +30,10 @@ from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.slots import (
     RUNNING_FLOPS,
     SOFTMAX_FLOPS,
-    Filling,
-    LowRank,
-    Running,
+    CausalSlotMatrix,
     SlotAverages,
-    documents_of,
+    SlotFilling,
+    SlotMatrix,
 )
 from models.sequences.continued import Memory
 from models.sequences.documents import documents_by_length, tabulate
@@ -48,7 +46,7 @@ class PerformerConfig(HeadsConfig):
 
     Attributes:
         n_features: random features of each head.
-        feature_seed: what the features are drawn by, besides their sizes.
+        feature_seed: seed of the features, besides their sizes.
         rope_theta: base of the rotary frequencies of self patterns.
     """
 
@@ -80,8 +78,8 @@ class Performer(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
-        """Values are the value heads; features of queries and keys decide."""
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
+        """Values are the value heads; weights come from features of queries and keys."""
         if memory is not None:
             projected = self.heads.across(x, sequence, memory)
             return projected.values, self._low_rank(projected, memory.sequence, sequence)
@@ -93,21 +91,21 @@ class Performer(Mixer):
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
-        """Average values in the features, and read the features."""
+        """Average the values for each feature, then the features for each query."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalSlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Features of F queries and keys, the averages and reading them, 2 F P each, by head.
+        """F features of queries and keys, and both averages, 2 F P each per token and head.
 
         Pointwise, by head: P for the scale of a query or key, 2 P + 1 for a key's half square; for
         each feature and query, adding the log-sum and the softmax; for each feature and key, the
@@ -123,38 +121,39 @@ class Performer(Mixer):
         pointwise = asked + filled * (3 * P + 1 + F * (1 + share)) + (0 if causal else 2 * F)
         return MixFlops(needed, needed, H * pointwise)
 
-    def _running(self, projected: Projected, sequence: WholeSequence) -> Running:
+    def _running(self, projected: Projected, sequence: WholeSequence) -> CausalSlotMatrix:
         queries, logits = self._features(projected.queries), self._logits(projected.keys)
 
-        documents = documents_of(sequence)
+        documents = sequence.packed_documents
 
         def outputs(initial: Tensor | None) -> tuple[Tensor, Tensor]:
             log_sums = slot_log_sums(logits, initial, documents)
             return log_sums, log_sums[:, -1]
 
         log_sums = sequence.recur(SlotAverages(outputs, logits, None, documents))
-        return Running((queries + log_sums).softmax(dim=-1), logits, log_sums)
+        return CausalSlotMatrix((queries + log_sums).softmax(dim=-1), logits, log_sums)
 
     def _low_rank(
         self, projected: Projected, other: WholeSequence, sequence: WholeSequence
-    ) -> LowRank:
+    ) -> SlotMatrix:
         queries, keys, _ = projected
         filled, reading = documents_by_length(other), documents_by_length(sequence)
 
         @functools.cache
         def logits() -> list[Tensor]:
             found = self._logits(keys)
-            return [stack.where_present(stack.take(found), -math.inf) for stack in filled]
+            return [bucket.where_present(bucket.take(found), -math.inf) for bucket in filled]
 
         def log_sums() -> Tensor:
             return tabulate([each.logsumexp(dim=1) for each in logits()], filled, other)
 
-        filling = Filling(other, filled, lambda: [each.softmax(dim=1) for each in logits()])
+        filling = SlotFilling(other, filled, lambda: [each.softmax(dim=1) for each in logits()])
         table, asked = sequence.once(log_sums), self._features(queries)
         weights = [
-            (stack.take(asked) + stack.look_up(table)[:, None]).softmax(dim=-1) for stack in reading
+            (bucket.take(asked) + bucket.look_up(table)[:, None]).softmax(dim=-1)
+            for bucket in reading
         ]
-        return LowRank(filling, weights, reading)
+        return SlotMatrix(filling, weights, reading)
 
     def _features(self, x: Float[Tensor, "B L H P"]) -> Float[Tensor, "B L H F"]:
         """w_f x for each feature, x scaled by P^(-1/4)."""
@@ -166,7 +165,7 @@ class Performer(Mixer):
             return torch.einsum("blhp,hfp->blhf", wide, features)
 
     def _logits(self, keys: Float[Tensor, "B S H P"]) -> Float[Tensor, "B S H F"]:
-        """The logarithm of each feature."""
+        """The logarithm of each feature of the keys."""
         square = widened(keys).square().sum(dim=-1, keepdim=True) * keys.shape[-1] ** -0.5
         return self._features(keys) - square / 2
 
@@ -175,7 +174,7 @@ class Performer(Mixer):
 def _placed_features(
     sizes: tuple[int, int, int], seed: int, device: torch.device, dtype: torch.dtype
 ) -> Float[Tensor, "H F P"]:
-    # What is kept here must serve training, even if evaluation asks first.
+    # Cached across calls: an inference tensor, made in evaluation, could not be used in training.
     with torch.inference_mode(False):
         return torch.tensor(orthogonal_features(*sizes, seed), device=device, dtype=dtype)
 
@@ -187,10 +186,9 @@ def orthogonal_features(
     blocks = -(-n_features // head_dim)
     generator = np.random.Generator(np.random.PCG64([seed, n_features, head_dim]))
     drawn = generator.standard_normal((n_heads, blocks, head_dim, head_dim))
-    turns, upper = np.linalg.qr(drawn)
-    # The signs make the turns uniform (Mezzadri 2007, section 5).
-    turns = turns * np.sign(np.diagonal(upper, axis1=-2, axis2=-1))[..., None, :]
+    rotations, upper = np.linalg.qr(drawn)
+    # With these signs the orthogonal matrices are Haar-distributed (Mezzadri 2007, section 5).
+    rotations = rotations * np.sign(np.diagonal(upper, axis1=-2, axis2=-1))[..., None, :]
     lengths = np.linalg.norm(generator.standard_normal(drawn.shape), axis=-1, keepdims=True)
-    # Columns of a turn are as good as its rows.
-    features = turns.swapaxes(-1, -2) * lengths
+    features = rotations.swapaxes(-1, -2) * lengths
     return features.reshape(n_heads, blocks * head_dim, head_dim)[:, :n_features]

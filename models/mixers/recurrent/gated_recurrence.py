@@ -1,8 +1,8 @@
 """Griffin's recurrent block: a gated linear recurrence beside a GeLU gate (De et al. 2024).
 
-Source: section 2.3 for the block, 2.4 for the recurrence; `mode: mingru` puts the gate of Feng et
-al. 2024 in its place. Changed: no map but the gates has a bias, and the backbone's residual scale
-stands for the paper's depth-dependent one.
+Source: section 2.3 for the block, 2.4 for the recurrence; `mode: mingru` uses the gate of Feng et
+al. 2024 instead. Changed: only the gates have biases, and the backbone's residual scale replaces
+the paper's depth-dependent one.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence
 
 CONV_SCALE = 0.1
-"""Share of its input's scale that the convolution passes on at the start, as the release has it."""
+"""Initial scale of the convolution's output relative to its input, as in the release."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GatedRecurrenceConfig(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """What decides the recurrence at each token, and the gate of its output."""
+    """The recurrence's gates at each token, and the gate of its output."""
 
     steps: Steps
     gate: Float[Tensor, "B L E"]
@@ -67,8 +67,8 @@ class Coefficients(NamedTuple):
 class GatedRecurrence(Mixer):
     """h[t] = decay[t] h[t-1] + write[t] u[t], y = out(h * gelu(gate)), u a convolved map of x.
 
-    There is no nonlinearity between the convolution and the gates: behind a SiLU no gate could
-    close.
+    There is no nonlinearity between the convolution and the gates: after a SiLU, whose outputs are
+    almost never negative, no gate could close.
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
@@ -86,7 +86,7 @@ class GatedRecurrence(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
-        """Values are the convolved inputs, one channel a head; their gates decide."""
+        """Values are the convolved inputs, one channel per head; the gates read them as well."""
         del memory
         inner, gate = self.in_proj.in_parts(x, 2 * [self.out_proj.in_features])
         u = self.conv(inner, sequence)
@@ -104,7 +104,7 @@ class GatedRecurrence(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Gate and project back."""
+        """Gate and project out."""
         return self.out_proj(mixed.squeeze(-1) * F.gelu(coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002

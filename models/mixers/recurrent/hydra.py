@@ -1,8 +1,8 @@
 """Hydra: a quasiseparable matrix, made of two scans of Mamba-2 (Hwang et al. 2024, section 3).
 
-Layout, defaults and initial values follow the authors' release. Changed: documents and padding are
-kept apart in both scans and in the shifts, which the release cannot do; no initial states are
-learned; the residual scale counts the backbone's residual branches once.
+Layout, defaults and initial values follow the authors' release. Changed: packed documents and
+padding are supported, in both scans and in the shifts; no initial states are learned; the residual
+scale counts the backbone's residual branches once.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
 from models.parts.short_convs import CentredConv
 from models.sequences.continued import Memory
-from models.sequences.recurrence import TwoWaySsd
+from models.sequences.recurrence import BidirectionalSsd
 from models.sequences.whole import WholeSequence
 
 
@@ -61,7 +61,7 @@ class HydraConfig(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """What decides both triangles of the matrix and its diagonal, and the gate of its output."""
+    """What determines both triangles of the matrix and its diagonal, and the gate of its output."""
 
     dt: Float[Tensor, "B L 2 H"]
     B: Float[Tensor, "B L 2 G N"]
@@ -72,10 +72,10 @@ class Coefficients(NamedTuple):
 
 @register(HydraConfig)
 class Hydra(Mixer):
-    """A scan up to the token before, one back to the token after, and a diagonal of its own.
+    """The sum of a shifted forward scan, a shifted backward scan and a diagonal.
 
-    m[i, j] = C[i-1] . B[j] exp(A sum(dt[j+1..i-1])) dt[j] below the diagonal; above it the same
-    from the other end, with dt, B and C of that direction; delta[i] on it.
+    m[i, j] = C[i-1] . B[j] exp(A sum(dt[j+1..i-1])) dt[j] below the diagonal; the mirror image with
+    dt, B and C of the backward direction above it; delta[i] on it.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
@@ -99,7 +99,7 @@ class Hydra(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], Coefficients]:
-        """Values are the convolved inputs, which decide the diagonal; dt, B and C do the rest."""
+        """Values are the convolved inputs, which also determine the diagonal."""
         del memory
         config, H = self.config, self.n_heads
         G, E, GN = config.n_groups, H * config.head_dim, config.n_groups * config.d_state
@@ -113,29 +113,29 @@ class Hydra(Mixer):
     def mix(
         self, values: Float[Tensor, "B L H P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Scan both ways, and add the diagonal."""
+        """Scan in both directions, and add the diagonal."""
         dt, B, C, diagonal, _ = coefficients
         A = -torch.exp(widened(self.A_log))
-        triangles = sequence.recur(TwoWaySsd(values, dt, A, B, C, sequence))
+        triangles = sequence.recur(BidirectionalSsd(values, dt, A, B, C, sequence))
         return torch.addcmul(triangles, diagonal[..., None], values).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Normalise, gate and project back."""
+        """Normalise, gate and project out."""
         normed = self.norm(widened(mixed.flatten(2)))
         gated = silu_gated(normed, widened(coefficients.gate))
         return self.out_proj(gated.to(mixed.dtype))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """Count both scans, and 3 for each channel and token: the diagonal's product, two sums."""
+        """Both scans, and 3 per channel and token: the diagonal's product and two sums."""
         config = self.config
         scan = scan_flops(queries, self.n_heads, config.head_dim, config.n_groups, config.d_state)
         diagonal = 3.0 * self.n_heads * config.head_dim * queries
         return MixFlops(2 * scan.needed, 2 * scan.full_square, 2 * scan.elementwise + diagonal)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Rates of -1, D of ones, and biases that make step sizes."""
+        """Rates of -1, D of ones, and step size biases."""
         if name == "A_log":
             return torch.zeros(self.n_heads)
         if name == "D":

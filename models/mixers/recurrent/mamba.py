@@ -49,13 +49,13 @@ class MambaConfig(MixerConfig):
                 raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(
-                f"dt_min {self.dt_min} and dt_max {self.dt_max} are no range; "
+                f"dt_min {self.dt_min} and dt_max {self.dt_max} are not a range; "
                 "take 0 < dt_min <= dt_max"
             )
 
 
 class Coefficients(NamedTuple):
-    """What decides the state space at each token, and the gate of its output."""
+    """The state space's inputs at each token, and the gate of its output."""
 
     dt: Float[Tensor, "B L E"]
     B: Float[Tensor, "B L N"]
@@ -65,7 +65,7 @@ class Coefficients(NamedTuple):
 
 @register(MambaConfig)
 class Mamba(Mixer):
-    """h[t] = exp(dt A) h[t-1] + dt B x[t], y[t] = C h[t] + D x[t], for each channel by itself."""
+    """h[t] = exp(dt A) h[t-1] + dt B x[t], y[t] = C h[t] + D x[t], for each channel separately."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
     sharded = frozenset({Pattern.CAUSAL_SELF})
@@ -91,7 +91,7 @@ class Mamba(Mixer):
         sequence: WholeSequence,
         memory: Memory | None = None,
     ) -> tuple[Float[Tensor, "B L E 1"], Coefficients]:
-        """Values are the convolved inputs, one channel a head; dt, B and C decide."""
+        """Values are the convolved inputs, one channel per head; dt, B and C come from them."""
         del memory
         inner, gate = self.in_proj.in_parts(x, 2 * [self.out_proj.in_features])
         (inner,) = self.conv.silu_in_parts(inner, sequence, [inner.shape[2]])
@@ -106,7 +106,7 @@ class Mamba(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L E P"]:
-        """Scan the state space; P above 1 runs the same matrix on several values."""
+        """Scan the state space; P > 1 applies each channel's matrix to several values."""
         dt, B, C, _ = coefficients
         P = values.shape[-1]
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
@@ -114,14 +114,14 @@ class Mamba(Mixer):
             dt = dt.repeat_interleave(P, dim=-1)
             A, D = (x.repeat_interleave(P, dim=0) for x in (A, D))
         inputs = values.flatten(2)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         mixed = sequence.recur(SelectiveScan(inputs, dt, A, B, C, documents, D))
         return mixed.view(values.shape).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Gate and project back."""
+        """Gate and project out."""
         return self.out_proj(silu_gated(mixed.squeeze(-1), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002

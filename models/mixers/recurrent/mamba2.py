@@ -1,8 +1,8 @@
 """Mamba-2: a state space with one decay per head (Dao and Gu 2024, sections 6 and 7).
 
 Layout, defaults and initial values follow the authors' release; the residual scale counts the
-backbone's residual branches once. Changed: a limit on step sizes holds in every piece of a
-sequence, where the release forgets it in decoding; all initial weights are drawn once.
+backbone's residual branches once. Changed: the limit on step sizes also holds in decoding, where
+the release ignores it; all initial weights are drawn once.
 """
 
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ class Mamba2Config(MixerConfig):
         if self.dt_limit is not None and (
             len(self.dt_limit) != 2 or not 0 <= self.dt_limit[0] <= self.dt_limit[1]
         ):
-            raise ValueError(f"dt_limit {self.dt_limit} is no range; take 0 <= low <= high")
+            raise ValueError(f"dt_limit {self.dt_limit} is not a range; take 0 <= low <= high")
 
     def n_heads(self, d_model: int) -> int:
         """Heads.
@@ -76,7 +76,7 @@ class Mamba2Config(MixerConfig):
 
 
 class Coefficients(NamedTuple):
-    """What decides the state space at each token, and the gate of its output."""
+    """The state space's inputs at each token, and the gate of its output."""
 
     dt: Float[Tensor, "B L H"]
     B: Float[Tensor, "B L G N"]
@@ -109,7 +109,7 @@ class Mamba2(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], Coefficients]:
-        """Values are the convolved inputs; step sizes, B and C decide."""
+        """Values are the convolved inputs; B and C are convolved too, step sizes are not."""
         del memory
         config, H = self.config, self.n_heads
         E, GN = H * config.head_dim, config.n_groups * config.d_state
@@ -124,27 +124,27 @@ class Mamba2(Mixer):
     def mix(
         self, values: Float[Tensor, "B L H P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Scan the state space by chunks, and add the input itself."""
+        """Scan the state space by chunks, and add D x."""
         dt, B, C, _ = coefficients
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(Ssd(values, dt, A, B, C, documents, D)).to(values.dtype)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Gate, normalise and project back."""
+        """Gate, normalise and project out."""
         return self.out_proj(self.norm(mixed.flatten(2), coefficients.gate))
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """Count the scan by chunks, and 2 for each channel and token: D x and its sum."""
+        """The chunked scan, and 2 per channel and token for adding D x."""
         config = self.config
         scan = scan_flops(queries, self.n_heads, config.head_dim, config.n_groups, config.d_state)
         skip = 2.0 * self.n_heads * config.head_dim * queries
         return MixFlops(scan.needed, scan.full_square, scan.elementwise + skip)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial rates, D of ones, and biases that make step sizes."""
+        """Initial rates, D of ones, and step size biases."""
         config = self.config
         if name == "D":
             return torch.ones(self.n_heads)

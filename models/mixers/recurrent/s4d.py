@@ -1,10 +1,9 @@
-"""S4D: a diagonal state space that is the same at every token (Gu et al. 2022, "S4D").
+"""S4D: a time-invariant diagonal state space (Gu et al. 2022, "S4D").
 
-Complex states in conjugate pairs, zero-order hold, B = 1 and the S4D-Lin initial values of the
-paper's sections 3 and 4; the layer around it is the paper's: skip, GELU, a mixing of the channels
-with a GLU. In two directions each has a C of its own, and the later tokens' starts at lag -1.
-Changed: initial and final states in closed form, so that any split into pieces is the whole;
-documents are apart.
+Complex states in conjugate pairs, zero-order hold, B = 1 and the S4D-Lin initialisation of the
+paper's sections 3 and 4, in the paper's layer: skip, GELU, and a channel map with a GLU. In the
+bidirectional form each direction has its own C, and the backward filter starts at lag -1. Changed:
+initial and final states in closed form, for decoding and sequence parallelism; packed documents.
 """
 
 import math
@@ -32,7 +31,7 @@ class S4DConfig(MixerConfig):
     """Sizes of an S4D.
 
     Attributes:
-        d_state: real numbers in the state of a channel, two for each conjugate pair.
+        d_state: real numbers in a channel's state, two per conjugate pair.
         dt_min, dt_max: range of the initial step sizes, drawn log-uniformly.
         glu: whether the output map is gated by a second one.
     """
@@ -50,7 +49,7 @@ class S4DConfig(MixerConfig):
             )
         if not 0 < self.dt_min <= self.dt_max:
             raise ValueError(
-                f"dt_min {self.dt_min} and dt_max {self.dt_max} are no range; "
+                f"dt_min {self.dt_min} and dt_max {self.dt_max} are not a range; "
                 "take 0 < dt_min <= dt_max"
             )
 
@@ -62,13 +61,13 @@ class Diagonal(NamedTuple):
     out: Complex[Tensor, "E N"]
 
     def several(self, times: int) -> "Diagonal":
-        """The system of each channel so many times in a row."""
+        """The system with each channel repeated."""
         return Diagonal(*(x.repeat_interleave(times, dim=0) for x in self))
 
 
 @register(S4DConfig)
 class S4D(Mixer):
-    """M = the Toeplitz matrix of k[l] = 2 Re <C, A^l B>, plus D, for each channel by itself."""
+    """M = the Toeplitz matrix of k[l] = 2 Re <C, A^l B>, plus D, for each channel separately."""
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
     sharded = patterns
@@ -91,7 +90,7 @@ class S4D(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L D 1"], Coefficients]:
-        """Values are the tokens themselves, one channel a head; nothing of them decides."""
+        """Values are the inputs, one channel per head; the matrix does not depend on them."""
         del sequence, memory
         return x.unsqueeze(-1), None
 
@@ -101,14 +100,14 @@ class S4D(Mixer):
         coefficients: Coefficients,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L E P"]:
-        """Convolve, from the state that precedes; P above 1 runs the same on several values."""
+        """Convolve, from the preceding state; P > 1 applies a channel's matrix several times."""
         del coefficients
         inputs, P = values.flatten(2), values.shape[-1]
         skip = self.D.repeat_interleave(P)
         with without_autocast(values):
             systems = [self.discrete(r).several(P) for r in range(len(self.C))]
             if self.slot.causal:
-                documents = sequence.documents if sequence.packed else None
+                documents = sequence.packed_documents
                 mixed = sequence.recur(DiagonalScan(inputs, systems[0], skip, documents))
             else:
                 ahead, back = (lambda n, s=system: impulse_response(s, n) for system in systems)
@@ -118,20 +117,20 @@ class S4D(Mixer):
     def merge(
         self, mixed: Float[Tensor, "B L E 1"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
-        """Bend with a GELU and mix the channels, gated by a second map of them."""
+        """GELU, then a channel map with a GLU."""
         del coefficients
         outputs = self.out_proj(F.gelu(mixed.squeeze(-1)))
         return F.glu(outputs, dim=-1) if self.config.glu else outputs
 
     def discrete(self, direction: int) -> Diagonal:
-        """The system under zero-order hold, B's factor brought into the output."""
+        """The zero-order-hold discretisation, with the factor of B folded into the output map."""
         A_log, A_imag, C = (widened(x) for x in (self.A_log, self.A_imag, self.C[direction]))
         A = torch.complex(-torch.exp(A_log), A_imag)
         rate = A * torch.exp(widened(self.log_dt))[:, None]
         return Diagonal(rate, torch.view_as_complex(C) * torch.expm1(rate) / A)
 
     def filter_norm(self) -> float:
-        """A bound on the 1-norm of all taps that one output sums, however long the document."""
+        """A bound on the filter's 1-norm at any length."""
         with torch.no_grad():
             systems = [self.discrete(r) for r in range(len(self.C))]
             each = [2 * s.out.abs() / -torch.expm1(s.rate.real) for s in systems]
@@ -165,7 +164,7 @@ class S4D(Mixer):
 
 @dataclass
 class DiagonalScan(Recurrence):
-    """A system over tokens, and what each channel adds of the input itself."""
+    """The recurrence of a diagonal system, and the skip connection of each channel."""
 
     inputs: Float[Tensor, "B L E"]
     system: Diagonal
@@ -173,19 +172,19 @@ class DiagonalScan(Recurrence):
     documents: Int[Tensor, "B L"] | None
 
     def __call__(self, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve, and add what the state gives."""
+        """Convolve, and add the contribution of the state."""
         return run_diagonal(self.inputs, self.system, self.skip, initial, self.documents)
 
     def summary(self) -> Summary:
-        """The state from zero; the rates count for as many tokens as there are."""
+        """The state from zero; the log decay is the rate times the number of tokens."""
         B, L, _ = self.inputs.shape
         state = final_state(self.system, in_last_document(widened(self.inputs), self.documents))
         tokens = torch.full((B, 1, 1), float(L), dtype=state.real.dtype, device=state.device)
         return Summary(state, tokens, self.system.rate)
 
-    def carried(self, initial: Tensor, heard: Tensor) -> Tensor:
-        """What the state gives to each token."""
-        return zero_unless(decayed_outputs(self.system, initial, self.inputs.shape[1]), heard)
+    def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
+        """The state's contribution to each output."""
+        return zero_unless(decayed_outputs(self.system, initial, self.inputs.shape[1]), continues)
 
 
 def run_diagonal(
@@ -198,11 +197,11 @@ def run_diagonal(
     """Run a system over tokens; return the outputs, and the state after the last token.
 
     Args:
-        inputs: one for each token and channel.
-        system: that of each channel.
-        skip: what each channel adds of the input itself.
+        inputs: one number per token and channel.
+        system: the system of each channel.
+        skip: factor D of the input in the output.
         initial: the state before the first token, zero if not given.
-        documents: document of each token; 0 goes on with the initial state.
+        documents: document of each token; 0 continues the initial state.
     """
     L = inputs.shape[1]
     wide = widened(inputs)
@@ -212,11 +211,11 @@ def run_diagonal(
     final = final_state(system, wide)
     if initial is not None:
         before = torch.view_as_complex(initial.contiguous())
-        carried, left = decayed_outputs(system, before, L), before * torch.exp(L * system.rate)
+        carried, decayed = decayed_outputs(system, before, L), before * torch.exp(L * system.rate)
         if documents is not None:
             carried = carried.masked_fill((documents != 0)[:, :, None], 0.0)
-            left = left.masked_fill((documents[:, -1] != 0)[:, None, None], 0.0)
-        outputs, final = outputs + carried, final + left
+            decayed = decayed.masked_fill((documents[:, -1] != 0)[:, None, None], 0.0)
+        outputs, final = outputs + carried, final + decayed
     return outputs.to(inputs.dtype), torch.view_as_real(final)
 
 
@@ -230,7 +229,7 @@ def impulse_response(system: Diagonal, length: int) -> Float[Tensor, "E K"]:
 def decayed_outputs(
     system: Diagonal, initial: Complex[Tensor, "B E N"], length: int
 ) -> Float[Tensor, "B L E"]:
-    """What a state adds to the outputs after it: 2 Re <out, exp((t + 1) rate) initial>."""
+    """A state's contribution to the outputs after it: 2 Re <out, exp((t + 1) rate) initial>."""
     coarse, fine = powers(system.rate, length)
     weight = system.out * torch.exp(system.rate) * initial
     outputs = (coarse * weight[:, :, None]) @ fine.transpose(1, 2)
@@ -241,9 +240,10 @@ def final_state(system: Diagonal, inputs: Float[Tensor, "B L E"]) -> Complex[Ten
     """The state after the last token: the sum of exp((L - 1 - s) rate) u[s]."""
     coarse, fine = powers(system.rate, inputs.shape[1])
     J, C = coarse.shape[1], fine.shape[1]
-    back = F.pad(inputs.flip(1), (0, 0, 0, J * C - inputs.shape[1])).transpose(1, 2)
+    reversed_inputs = F.pad(inputs.flip(1), (0, 0, 0, J * C - inputs.shape[1])).transpose(1, 2)
+    # Real inputs times real and imaginary parts: half the work of a complex product.
     tables = torch.view_as_real(fine).flatten(2)
-    inner = back.unflatten(2, (J, C)) @ tables
+    inner = reversed_inputs.unflatten(2, (J, C)) @ tables
     inner = torch.view_as_complex(inner.unflatten(3, (-1, 2)).contiguous())
     return (coarse * inner).sum(dim=2)
 
@@ -259,5 +259,5 @@ def powers(
 
 
 def with_skip(taps: Float[Tensor, "E K"], skip: Float[Tensor, "E"]) -> Float[Tensor, "E K"]:
-    """The filter whose lag 0 passes the input itself on, times `skip`."""
+    """The filter with `skip` added at lag 0."""
     return torch.cat([taps[:, :1] + skip[:, None], taps[:, 1:]], dim=1)

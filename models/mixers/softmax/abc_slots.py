@@ -1,11 +1,11 @@
 """ABC, attention with bounded-memory control: attention to a few slots (Peng et al. 2022).
 
-A slot's key and value are averages of the tokens' keys and values, with weights exp(a[s, c]) that
-a learned map of the tokens gives (section 4, ABC-MLP). In a causal pattern the averages run over
-the tokens so far, numerator and denominator alike. Changed: CAB's release computes logits from keys
-and, separately, from values, which no matrix describes, and its causal path leaves out the sum over
-tokens; here one control from the tokens serves both, as in the paper. There is no rotation: an
-average of turned keys means nothing.
+A slot's key and value are averages of the tokens' keys and values, with weights exp(a[s, c]) from a
+learned map of the tokens (section 4, ABC-MLP). In a causal pattern the averages run over the tokens
+so far. Changed: CAB's release computes separate logits from keys and from values, which is not a
+matrix applied to the values, and its causal path leaves out the sum over tokens; here one control
+serves both, as in the paper. There is no rotary embedding: an average of rotated keys has no
+position.
 """
 
 import functools
@@ -24,11 +24,10 @@ from models.mixer import Mixer, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear
 from models.parts.slots import (
     RUNNING_FLOPS,
-    Filling,
-    LowRank,
-    Running,
+    CausalSlotMatrix,
     SlotAverages,
-    documents_of,
+    SlotFilling,
+    SlotMatrix,
     packed,
     unpacked,
 )
@@ -42,7 +41,7 @@ class ABCConfig(HeadsConfig):
     """Sizes of an ABC.
 
     Attributes:
-        n_slots: slots of each head.
+        n_slots: slots per head.
     """
 
     kind: ClassVar[str] = "abc"
@@ -72,8 +71,8 @@ class ABC(Mixer):
 
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
-    ) -> tuple[Float[Tensor, "B S H P"], LowRank | Running]:
-        """Values are the value heads; queries, keys and logits decide."""
+    ) -> tuple[Float[Tensor, "B S H P"], SlotMatrix | CausalSlotMatrix]:
+        """Values are the value heads; weights come from queries, keys and logits."""
         if memory is not None:
             projected, other = self.heads.across(x, sequence, memory), memory.sequence
             seen = other.without_padding(memory.x)
@@ -86,21 +85,21 @@ class ABC(Mixer):
     def mix(
         self,
         values: Float[Tensor, "B S H P"],
-        coefficients: LowRank | Running,
+        coefficients: SlotMatrix | CausalSlotMatrix,
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
-        """Average values in the slots, and read the slots."""
+        """Average the values in each slot, then the slots for each query."""
         return coefficients.mix(values, sequence)
 
     def merge(
-        self, mixed: Float[Tensor, "B L H P"], coefficients: LowRank | Running
+        self, mixed: Float[Tensor, "B L H P"], coefficients: SlotMatrix | CausalSlotMatrix
     ) -> Float[Tensor, "B L D"]:
         """Mix the heads."""
         del coefficients
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Slots of keys and of values, 4 C P a key and head; reading both, 4 C P a query and head.
+        """Writing slots, 4 C P per key and head; reading them, 4 C P per query and head.
 
         Pointwise, for each token, slot and head, where slots are running: log-sum, share and decay,
         and 2 P for the decay of both averages. Softmaxes are not counted, as in attention.
@@ -115,9 +114,11 @@ class ABC(Mixer):
     def _logits(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S H C"]:
         return widened(self.control(x)).unflatten(2, (self.config.n_heads, self.config.n_slots))
 
-    def _running(self, projected: Projected, x: Tensor, sequence: WholeSequence) -> Running:
+    def _running(
+        self, projected: Projected, x: Tensor, sequence: WholeSequence
+    ) -> CausalSlotMatrix:
         queries, keys, _ = projected
-        logits, documents = self._logits(x), documents_of(sequence)
+        logits, documents = self._logits(x), sequence.packed_documents
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)
@@ -128,21 +129,23 @@ class ABC(Mixer):
 
         scan = SlotAverages(outputs, logits, keys, documents)
         scores, log_sums = sequence.recur(scan).chunk(2, dim=-1)
-        return Running((scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums)
+        return CausalSlotMatrix(
+            (scores * queries.shape[-1] ** -0.5).softmax(dim=-1), logits, log_sums
+        )
 
     def _low_rank(
         self, projected: Projected, x: Tensor, other: WholeSequence, sequence: WholeSequence
-    ) -> LowRank:
+    ) -> SlotMatrix:
         queries, keys, _ = projected
         filled, reading = documents_by_length(other), documents_by_length(sequence)
 
         @functools.cache
         def shares() -> list[Tensor]:
             logits = self._logits(x)
-            cut = [stack.where_present(stack.take(logits), -math.inf) for stack in filled]
+            cut = [bucket.where_present(bucket.take(logits), -math.inf) for bucket in filled]
             return [each.softmax(dim=1) for each in cut]
 
-        filling = Filling(other, filled, shares)
+        filling = SlotFilling(other, filled, shares)
         slot_keys = sequence.once(lambda: filling.fill(keys))
         with without_autocast(queries):
             scores = [
@@ -152,4 +155,4 @@ class ABC(Mixer):
                 for each in reading
             ]
         scale = queries.shape[-1] ** -0.5
-        return LowRank(filling, [(each * scale).softmax(dim=-1) for each in scores], reading)
+        return SlotMatrix(filling, [(each * scale).softmax(dim=-1) for each in scores], reading)

@@ -1,21 +1,21 @@
-"""Softmax attention with rotary positions, QK-norm and grouped keys (Vaswani 2017; Touvron 2023).
+"""Softmax attention (Vaswani et al. 2017) with rotary embeddings, QK-norm and grouped queries.
 
-QK-norm is a per-head RMSNorm of queries and keys before the rotation (Wortsman et al. 2023).
+QK-norm is a per-head RMS norm of queries and keys before the rotation (Wortsman et al. 2023).
 """
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kernels.attention.packed_attention import packed_attention, serves_one_document
 from kernels.attention.window_attention import window_attention
+from models.bases.heads import head_width
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
 from models.parts.layers import Linear, RMSNorm
-from models.parts.rotary import Rotation, rotate, rotation
+from models.parts.rotary import rotate, rotation_of
 from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence, visible_memory
 
@@ -51,26 +51,12 @@ class AttentionConfig(MixerConfig):
         """Key and value heads."""
         return self.n_kv_heads or self.n_heads
 
-    def head_dim(self, d_model: int) -> int:
-        """Width of a head.
-
-        Raises:
-            ValueError: the heads do not divide d_model into even widths.
-        """
-        if d_model % (2 * self.n_heads):
-            fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
-            raise ValueError(
-                f"mixer.n_heads {self.n_heads} does not divide d_model {d_model} into heads of "
-                f"even width; choose from {', '.join(map(str, fitting))}"
-            )
-        return d_model // self.n_heads
-
 
 class Coefficients(NamedTuple):
-    """Queries and keys, which decide how values are mixed.
+    """Queries and keys, which determine the mixing matrix.
 
     Attributes:
-        visible: which tokens of a memory each query sees, where it holds several documents.
+        visible: mask of a memory that holds several documents; None otherwise.
     """
 
     queries: Float[Tensor, "B L H P"]
@@ -82,8 +68,8 @@ class Coefficients(NamedTuple):
 class Attention(Mixer):
     """M = softmax(queries keys^T / sqrt(P)) over the visible keys.
 
-    In a cross pattern queries come from the tokens and keys and values from the memory, whose
-    distances mean nothing: there is no rotation.
+    In a cross pattern keys and values come from the memory. Distances between its tokens and the
+    queries have no meaning, so nothing is rotated.
     """
 
     patterns = frozenset(Pattern)
@@ -93,7 +79,7 @@ class Attention(Mixer):
     def __init__(self, config: AttentionConfig, slot: Slot) -> None:
         super().__init__(slot)
         self.config, d_model = config, slot.d_model
-        P = self.head_dim = config.head_dim(d_model)
+        P = self.head_dim = head_width(d_model, config.n_heads)
         H, G = config.n_heads, config.kv_heads
         std, scale = config.initial_std, slot.residual_scale
         self.qkv = Linear(d_model, (H + 2 * G) * P, std=std)
@@ -104,29 +90,29 @@ class Attention(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B S G P"], Coefficients]:
-        """Values are the value heads; queries and keys decide."""
+        """Values are the value heads; queries and keys determine the matrix."""
         if memory is not None:
             return self._project_cross(x, sequence, memory)
         H, G = self.config.n_heads, self.config.kv_heads
         P = self.head_dim
         parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
         queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
-        turn = self._rotation(sequence)
+        by = rotation_of(sequence, P, self.config.rope_theta)
         if self.config.qk_norm:
-            queries, keys = self.q_norm.turned(queries, turn), self.k_norm.turned(keys, turn)
+            queries, keys = self.q_norm.rotated(queries, by), self.k_norm.rotated(keys, by)
         else:
-            queries, keys = rotate(queries, turn), rotate(keys, turn)
+            queries, keys = rotate(queries, by), rotate(keys, by)
         return sequence.gather(values), Coefficients(queries, sequence.gather(keys), None)
 
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Attend; whichever kernel serves keeps the statistics in float32."""
+        """Attend, by the fastest kernel; all of them keep softmax statistics in float32."""
         queries, keys, visible = coefficients
         packed = sequence.packed or keys.shape[1] > queries.shape[1]
         if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
             documents = sequence.gathered_documents()
-            # Torch's stub of what it keeps from the compiler loses the arguments.
+            # The stub of torch.compiler.disable loses the function's signature.
             return packed_attention(
                 queries,
                 keys,  # pyright: ignore[reportCallIssue]
@@ -177,11 +163,3 @@ class Attention(Mixer):
         masked = sequence.packed or memory.sequence.packed
         visible = visible_memory(own, other) if masked else None
         return values, Coefficients(queries, keys, visible)
-
-    def _rotation(self, sequence: WholeSequence) -> Rotation:
-        theta, P = self.config.rope_theta, self.head_dim
-        made = sequence.memo(
-            ("rotation", P, theta),
-            lambda: torch.stack(rotation(sequence.positions(), P, theta)),
-        )
-        return Rotation(made[0], made[1])

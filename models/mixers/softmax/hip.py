@@ -1,8 +1,8 @@
-"""HiP attention: attention that searches the keys it reads (Lee et al. 2024; Lee et al. 2025).
+"""HiP attention: a search selects the keys that each query reads (Lee et al. 2024 and 2025).
 
-Changed against the papers: rows may choose for themselves, which makes the search causal and is the
-default; a list's age is counted by the place in the document, so that a split changes nothing; all
-stages of the staged search are refreshed together; keys have their ordinary rotary positions.
+Changed: each query may select keys by itself, which makes the search causal and is the default;
+when a list is refreshed depends on the position in the document, so that chunking changes nothing;
+all stages of the staged search are refreshed together; keys keep their ordinary rotary positions.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.attention.block_sparse_attention import (
+    BlockSparsity,
     QueryBlocks,
-    Reach,
     block_sparse_attention,
     query_blocks,
 )
@@ -36,21 +36,22 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class HipConfig(AttentionConfig):
-    """What of a sequence an attention reads; weights are those of `attention`.
+    """Sizes of the search and of what is always read; parameters are those of `attention`.
 
     Attributes:
-        k: keys that a search keeps, whole blocks of them.
-        key_block: keys of a block, which are kept or left together.
-        query_block: queries of a block, which choose together under selection by block.
+        k: keys that a search keeps; a multiple of `key_block`.
+        key_block: keys of a block, which are selected together.
+        query_block: queries of a block, which select together with selection block.
         n_sink: first keys of a document, always read.
         window: last keys, the query's own included, always read.
-        selection: row lets each query choose by itself; block lets those of a block choose
-            together, as published, so that the choice of earlier ones depends on later ones.
-        method: tree halves k ranges at once; staged prunes ever shorter chunks.
-        stage_chunks: key blocks of a chunk in each stage, the last of them 1.
-        stage_keeps: keys that each stage keeps, in multiples of k, the last of them 1.
-        refresh: tokens that use one search; searches are made where it divides the place.
-        representative: centre, or oracle, which scores every key: for tests and ablations.
+        selection: row for a selection per query; block for one per block of queries, as published,
+            which makes the selection of earlier queries depend on later ones.
+        method: tree halves k ranges at once; staged prunes shorter and shorter chunks.
+        stage_chunks: key blocks per chunk in each stage; the last is 1.
+        stage_keeps: keys that each stage keeps, in multiples of k; the last is 1.
+        refresh: positions between searches; a search is made where it divides the position.
+        representative: centre scores a block by its range's centre; oracle scores every key, for
+            tests and ablations.
     """
 
     kind: ClassVar[str] = "hip"
@@ -75,12 +76,13 @@ class HipConfig(AttentionConfig):
             raise ValueError(f"n_sink {self.n_sink} is negative; take 0 or more")
         if self.k % self.key_block:
             raise ValueError(
-                f"k {self.k} is no whole number of key blocks of {self.key_block}; take a multiple"
+                f"k {self.k} is not a multiple of key_block {self.key_block}; take a multiple"
             )
         if self.refresh > 1 and self.window < self.refresh + self.key_block:
             raise ValueError(
-                f"window {self.window} forgets keys before a search comes by, every {self.refresh} "
-                f"tokens; take {self.refresh + self.key_block} or more, refresh + key_block"
+                f"window {self.window} is shorter than the {self.refresh} tokens between searches "
+                f"plus a key block, so some keys would be in neither; take "
+                f"{self.refresh + self.key_block} or more, refresh + key_block"
             )
         self._check_stages()
 
@@ -88,8 +90,8 @@ class HipConfig(AttentionConfig):
     def approximate_reason(self) -> str:
         """Why it is for evaluation only; empty where it may be trained."""
         if self.selection == "block":
-            return "queries of a block choose keys together, so earlier outputs know later tokens"
-        return "a choice of keys is reused by later queries" if self.refresh > 1 else ""
+            return "queries of a block select keys together, so earlier outputs see later tokens"
+        return "a selection of keys is reused by later queries" if self.refresh > 1 else ""
 
     def search(self, longest: int) -> Search:
         """The search of documents of at most `longest` keys."""
@@ -121,21 +123,21 @@ class HipConfig(AttentionConfig):
         if len(chunks) != len(keeps) or chunks[-1:] != (1,) or keeps[-1:] != (1,):
             raise ValueError(
                 f"stage_chunks {chunks} and stage_keeps {keeps} do not describe the same stages "
-                "down to single blocks and k keys; give as many of both, ending with 1"
+                "down to single blocks and k keys; give lists of equal length that end with 1"
             )
         if not whole or not falling:
             raise ValueError(
-                f"stage_chunks {chunks} or stage_keeps {keeps} do not narrow down; let each chunk "
-                "be a multiple of the next, and keep no more than before"
+                f"stage_chunks {chunks} or stage_keeps {keeps} do not narrow down; make each chunk "
+                "a multiple of the next, and stage_keeps nonincreasing"
             )
 
 
 @register(HipConfig)
 class Hip(Attention):
-    """M = softmax(queries keys^T / sqrt(P)) over the keys that are listed, sinks or in the window.
+    """M = softmax(queries keys^T / sqrt(P)) over selected keys, sinks and the window.
 
-    Lists hold keys that a search found; they carry no gradient. The parameters are those of
-    `attention`, so that a trained model's weights load.
+    The selection has no gradient. Parameters are named as in `attention`, so that the weights of a
+    trained model load.
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF})
@@ -146,10 +148,10 @@ class Hip(Attention):
     def mix(
         self, values: Float[Tensor, "B S G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Attend to what the search lists, with the softmax in float32.
+        """Search, then attend to the selected keys, with the softmax in float32.
 
         Raises:
-            ValueError: gradients are asked of a setting that is for evaluation only.
+            ValueError: gradients are required, but the configuration is for evaluation only.
         """
         config = self.config
         if config.approximate_reason and torch.is_grad_enabled() and values.requires_grad:
@@ -159,7 +161,7 @@ class Hip(Attention):
             )
         queries, keys, _ = coefficients
         blocks = self._blocks(sequence, keys.shape[1])
-        reach = Reach(config.key_block, config.n_sink, config.window)
+        reach = BlockSparsity(config.key_block, config.n_sink, config.window)
 
         def attend(before: Tensor | None) -> tuple[Tensor, Tensor]:
             kept = self._listed(queries, keys, blocks, sequence, before)
@@ -169,18 +171,18 @@ class Hip(Attention):
         return attend(None)[0] if config.refresh == 1 else sequence.recur(attend)
 
     def unsharded(self) -> str:
-        """Why it cannot run over ranks: a list that is used again would have to wait for its."""
+        """Why it does not support sequence parallelism; reused lists would cross ranks."""
         if self.config.refresh > 1 or self.config.selection == "block":
             return (
-                f"selection {self.config.selection} with refresh {self.config.refresh} hands lists "
-                "on from token to token; take selection row and refresh 1"
+                f"selection {self.config.selection} with refresh {self.config.refresh} reuses "
+                "lists of earlier tokens; take selection row and refresh 1"
             )
         return super().unsharded()
 
     def recall(self, x: Float[Tensor, "B L D"], sequence: WholeSequence) -> Float[Tensor, "B H L"]:
-        """Share of each query's best keys, as many as a list has room for, that its search finds.
+        """Share of each query's k highest-scoring keys that its search finds.
 
-        Sinks and window do not count. Takes a score of every key.
+        Ignores sinks and window. Scores every key.
         """
         queries, keys, _ = self.project(sequence.without_padding(x), sequence)[1]
         blocks = self._blocks(sequence, keys.shape[1])
@@ -188,7 +190,7 @@ class Hip(Attention):
         return recall_at_k(queries, keys, kept, blocks, self.config.key_block)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Attention to the keys read, and a product for each key that the search scores (D.3)."""
+        """Attention to the keys read, and a product for each key scored by the search (D.3)."""
         config = self.config
         each = 2.0 * config.n_heads * self.head_dim
         places = torch.arange(keys - queries, keys, device="cpu")
@@ -214,7 +216,7 @@ class Hip(Attention):
         sequence: WholeSequence,
         before: Tensor | None,
     ) -> Int[Tensor, "B H N K"]:
-        """Search for each block of queries, but for one that goes on with a list from before."""
+        """Search for each block of queries; the first may continue with the list of `before`."""
         if before is None:
             return self._search(queries, keys, blocks, sequence)
         first = blocks.positions[:, 0, 0]

@@ -1,16 +1,15 @@
-"""Long-Short attention: a window, and a few averages of what is far away (Zhu et al. 2021).
+"""Long-Short attention: a window for near tokens and averages for far ones (Zhu et al. 2021).
 
 Sections 3.2-3.4 of "Long-Short Transformer". One softmax runs over the keys of a window and over
-key averages, whose weights a learned map of the tokens gives (dynamic projection): `rank` averages
-of each document or, in a causal pattern, `chunk_rank` averages of each of its chunks that was
-complete before the query's own began. Values are averaged by the same weights. Changed:
+averages of keys, weighted by a learned map of the tokens (dynamic projection): `rank` averages per
+document or, in a causal pattern, `chunk_rank` averages of each chunk that ended before the query's
+own chunk. Values are averaged with the same weights. Changed:
 
-- Only keys are normalised, those of the window and the averages each by a norm of its own (the
-  paper's DualLN, with a root-mean-square norm for each head), and not the values: so the output is
-  a matrix times the values.
-- The window is `window` keys around the query, or up to it, and not the segment it stands in.
-- Queries and keys of the window are rotated, in place of the paper's relative positions; scores of
-  averages, which have no place, are of the queries as they were before.
+- Only keys are normalised, those of the window and the averages by separate norms (the paper's
+  DualLN, as a per-head RMS norm). Values are not, so that the output is a matrix times the values.
+- The window is centred on the query, or ends with it, instead of being the query's segment.
+- In the window rotary embeddings replace the paper's relative positions. Averages have no position,
+  so their scores use unrotated queries.
 """
 
 import math
@@ -40,9 +39,9 @@ class LongShortConfig(HeadsConfig):
 
     Attributes:
         window: keys of the window, the query's own included.
-        rank: averages of a document, where a query may see it whole.
-        chunk: tokens that a causal pattern averages at once.
-        chunk_rank: averages of each chunk.
+        rank: averages per document in the bidirectional pattern.
+        chunk: tokens per chunk in the causal pattern.
+        chunk_rank: averages per chunk.
         rope_theta: base of the rotary frequencies.
     """
 
@@ -60,17 +59,17 @@ class LongShortConfig(HeadsConfig):
 
 
 class Coefficients(NamedTuple):
-    """The weights of some tokens' windows and averages, and what decides the averages.
+    """The softmax weights of a bucket's windows and averages, and the weights of the averages.
 
     Attributes:
-        stack: which documents they are, if they were cut out of their rows.
+        bucket: the documents, in the bidirectional pattern.
         near: weights of the keys around each block of queries.
         far: weights of the averages.
-        logits: how each token enters the averages.
-        log_sums: logarithms of the sums of their exponentials in the chunk so far, if causal.
+        logits: the softmax logit of each token in each average.
+        log_sums: log-sum-exp of the logits in the chunk so far, if causal.
     """
 
-    stack: DocumentRows
+    bucket: DocumentRows
     near: Float[Tensor, "N C H Q K"]
     far: Float[Tensor, "N C H Q S"]
     logits: Float[Tensor, "N T H R"]
@@ -81,7 +80,7 @@ class Coefficients(NamedTuple):
 class LongShort(Mixer):
     """Rows of M are a softmax over a window's keys and over averages of keys. They sum to 1.
 
-    M is a banded matrix, and one whose rank is at most the number of averages.
+    M is the sum of a banded matrix and one of rank at most the number of averages.
     """
 
     patterns = frozenset({Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF})
@@ -102,7 +101,7 @@ class LongShort(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], list[Coefficients]]:
-        """Values are the value heads; queries, keys and the averages' logits decide."""
+        """Values are the value heads; weights come from queries, keys and the averages' logits."""
         del memory
         projected, logits = self.heads(x), widened(self.control(x))
         logits = logits.unflatten(2, (self.config.n_heads, self.rank))
@@ -110,8 +109,8 @@ class LongShort(Mixer):
         near = rotated(near, sequence, self.config.rope_theta)
         if self.slot.causal:
             return projected.values, [self._causal(projected, near, logits, sequence)]
-        stacks = documents_by_length(sequence)
-        return projected.values, [self._whole(each, projected, near, logits) for each in stacks]
+        buckets = documents_by_length(sequence)
+        return projected.values, [self._whole(each, projected, near, logits) for each in buckets]
 
     def mix(
         self,
@@ -119,7 +118,7 @@ class LongShort(Mixer):
         coefficients: list[Coefficients],
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
-        """Sum the values of windows and averages by their weights."""
+        """The weighted sum of window values and averages."""
         if self.slot.causal:
             (c,) = coefficients
             assert c.log_sums is not None
@@ -129,11 +128,11 @@ class LongShort(Mixer):
             return _sum(c, around, averages)[:, : values.shape[1]]
         parts = []
         for c in coefficients:
-            taken = c.stack.take(values)
+            taken = c.bucket.take(values)
             around = around_blocks(taken, None, self.reach, c.near.shape[3])
             mixed = _sum(c, around, _document_averages(taken, c.logits))
             parts.append(mixed[:, : taken.shape[1]])
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -143,12 +142,11 @@ class LongShort(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """4 P a visible pair of a query with a key or an average, and 4 P a token and average.
+        """4 P per visible pair of a query with a key or an average, and 4 P per token and average.
 
-        The full square has all pairs that blocks of queries form with the keys around them, and
-        all pairs with averages. Pointwise, where averages are running: log-sum, share and decay for
-        each token and average, and 2 P for the decay of key and value. Softmaxes are not counted,
-        as in attention.
+        The full square counts all pairs of a block of queries with the keys around it, and all
+        pairs with averages. Pointwise, for running averages: log-sum, share and decay per token and
+        average, and 2 P for the decay of key and value. Softmaxes are not counted, as in attention.
         """
         H, P, R = self.config.n_heads, self.heads.head_dim, self.rank
         left, right = self.reach
@@ -168,15 +166,15 @@ class LongShort(Mixer):
         )
 
     def _whole(
-        self, stack: DocumentRows, projected: Projected, near: Projected, logits: Tensor
+        self, bucket: DocumentRows, projected: Projected, near: Projected, logits: Tensor
     ) -> Coefficients:
-        queries, keys = stack.take(projected.queries), stack.take(projected.keys)
-        logits = stack.where_present(stack.take(logits), -math.inf)
-        ids = stack.where_present(queries.new_zeros(queries.shape[:2], dtype=torch.int32), PADDING)
-        near = Projected(stack.take(near.queries), stack.take(near.keys), keys)
+        queries, keys = bucket.take(projected.queries), bucket.take(projected.keys)
+        logits = bucket.where_present(bucket.take(logits), -math.inf)
+        ids = bucket.where_present(queries.new_zeros(queries.shape[:2], dtype=torch.int32), PADDING)
+        near = Projected(bucket.take(near.queries), bucket.take(near.keys), keys)
         scores = self._near_scores(near, None, ids, None)
         far = _products(queries, self.far_norm(_document_averages(keys, logits)))
-        return Coefficients(stack, *_weights(scores, far, self.scale), logits, None)
+        return Coefficients(bucket, *_weights(scores, far, self.scale), logits, None)
 
     def _causal(
         self, projected: Projected, near: Projected, logits: Tensor, sequence: WholeSequence
@@ -206,13 +204,13 @@ class LongShort(Mixer):
         ids: Int[Tensor, "N T"],
         ids_before: Int[Tensor, "N W"] | None,
     ) -> Float[Tensor, "N C H Q K"]:
-        """Scores of blocks of queries with the keys around them, -inf out of sight."""
+        """Scores of blocks of queries with the keys around them; -inf where not visible."""
         T = ids.shape[1]
         block = min(self.config.window, T)
         queries = _in_blocks(near.queries, block)
         keys = around_blocks(near.keys, before, self.reach, block)
         own = F.pad(ids, (0, -T % block), value=PADDING).unflatten(1, (-1, block))
-        # Zeros that fill up must read as padding.
+        # Shifted by PADDING, so that the zeros with which around_blocks pads mean PADDING.
         other = around_blocks(ids - PADDING, _less(ids_before), self.reach, block) + PADDING
         place = torch.arange(block, device=ids.device)[:, None]
         offset = torch.arange(keys.shape[-1], device=ids.device) - place
@@ -222,14 +220,14 @@ class LongShort(Mixer):
         return widened(scores).masked_fill(~seen[:, :, None], -math.inf)
 
     def _chunks(self, sequence: WholeSequence) -> Int[Tensor, "B L"]:
-        """The chunk of each token; 0 goes on with what precedes."""
+        """The chunk of each token; 0 continues the chunk before the first token."""
         begins = sequence.positions() % self.config.chunk == 0
         return begins.cumsum(dim=1)
 
     def _chunk_averages(
         self, x: Float[Tensor, "B L H P"], logits: Tensor, log_sums: Tensor, sequence: WholeSequence
     ) -> tuple[Float[Tensor, "B S H P"], Collected]:
-        """The averages of all complete chunks, and the tokens that end these."""
+        """The averages of all complete chunks, and the last token of each."""
         chunks = self._chunks(sequence)
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -246,13 +244,13 @@ class LongShort(Mixer):
 def around_blocks(
     x: Num[Tensor, "N T *rest"], before: Tensor | None, reach: tuple[int, int], block: int
 ) -> Num[Tensor, "N C *rest K"]:
-    """What stands around each block of tokens; zeros where nothing is.
+    """The features around each block of tokens, padded with zeros.
 
     Args:
         x: features of the tokens.
-        before: what precedes the first token, as far as the reach; None for nothing.
-        reach: tokens before a block's first and behind its last, cut to those that there are.
-        block: tokens of a block.
+        before: features of the reach[0] tokens before the first; None if nothing precedes.
+        reach: tokens before a block's first and after its last, clipped to the existing ones.
+        block: tokens per block.
     """
     T = x.shape[1]
     left, right = (min(far, T - 1) for far in reach)
@@ -280,7 +278,7 @@ def _products(
 def _weights(
     near: Float[Tensor, "N C H Q K"], far: Float[Tensor, "N T H S"], scale: float
 ) -> tuple[Float[Tensor, "N C H Q K"], Float[Tensor, "N C H Q S"]]:
-    """One softmax over the keys of the window and the averages."""
+    """A joint softmax over the keys of the window and the averages."""
     far = _in_blocks(far, near.shape[3]).transpose(2, 3)
     shares = (torch.cat([near, far], dim=-1) * scale).softmax(dim=-1)
     return shares[..., : near.shape[-1]], shares[..., near.shape[-1] :]
@@ -295,7 +293,7 @@ def _document_averages(
 def _sum(
     c: Coefficients, around: Float[Tensor, "N C H P K"], averages: Float[Tensor, "N S H P"]
 ) -> Float[Tensor, "N T H P"]:
-    """Sum the values around each block, and the averages, by their weights."""
+    """The weighted sum of the values around each block and of the averages."""
     near = torch.einsum("nchqk,nchpk->ncqhp", c.near.to(around.dtype), around)
     far = torch.einsum("nchqs,nshp->ncqhp", c.far.to(around.dtype), averages.to(around.dtype))
     return (near + far).flatten(1, 2)

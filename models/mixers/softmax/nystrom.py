@@ -1,10 +1,10 @@
-"""Nystrom attention: softmax attention by way of a few landmarks (Xiong et al. 2021, section 3).
+"""Nystrom attention: softmax attention through a few landmarks (Xiong et al. 2021, section 3).
 
-Changed against the paper: landmarks are the means of segments of a document that are equal up to
-one token, one a token where its tokens are fewer; the iteration starts from each matrix's own
-largest column sum, as section 3.2 has it, and not from the largest of a batch. The convolution of
-the values is left out unless `d_conv` asks for it, never leaves a document, and is linear in the
-values. There is no rotation: means of turned keys mean nothing.
+Changed: landmarks are means of segments of a document, equal up to one token, with one per token in
+short documents; the iteration is scaled by each matrix's own largest column sum, as in section 3.2,
+where the release takes the largest of the batch. The convolution of the values is optional
+(`d_conv`), within documents and linear in the values. There is no rotary embedding: a mean of
+rotated keys has no position.
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class NystromConfig(HeadsConfig):
     """Sizes of a Nystrom attention.
 
     Attributes:
-        n_landmarks: landmarks of a document at most.
-        iterations: steps of the iterated inverse.
+        n_landmarks: most landmarks per document.
+        iterations: steps of the iterative pseudoinverse.
         d_conv: taps of a convolution of each head's values, an odd number; None for none.
     """
 
@@ -42,17 +42,17 @@ class NystromConfig(HeadsConfig):
     def __post_init__(self) -> None:
         if self.n_landmarks < 1 or self.iterations < 0:
             raise ValueError(
-                f"n_landmarks {self.n_landmarks} and iterations {self.iterations} are too few; "
-                "take 1 or more, and 0 or more"
+                f"n_landmarks {self.n_landmarks} or iterations {self.iterations} is too small; "
+                "take n_landmarks 1 or more and iterations 0 or more"
             )
         if self.d_conv is not None and self.d_conv % 2 == 0:
-            raise ValueError(f"d_conv {self.d_conv} has no middle; take an odd number")
+            raise ValueError(f"d_conv {self.d_conv} has no central tap; take an odd number")
 
 
 class Coefficients(NamedTuple):
-    """What decides the matrices of some documents, heads before tokens; masks are None for all."""
+    """What determines a bucket's matrices, heads before tokens; a mask of None hides nothing."""
 
-    stack: DocumentRows
+    bucket: DocumentRows
     queries: Float[Tensor, "N H T P"]
     keys: Float[Tensor, "N H T P"]
     query_landmarks: Float[Tensor, "N H C P"]
@@ -66,7 +66,7 @@ class Coefficients(NamedTuple):
 class Nystrom(Mixer):
     """M = softmax(q k~^T) Z softmax(q~ k^T), with Z the iterated inverse of softmax(q~ k~^T).
 
-    The rank is at most the number of landmarks. Rows sum to 1 as far as the iteration converges.
+    The rank is at most the number of landmarks. Rows sum to 1 once the iteration has converged.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
@@ -82,12 +82,12 @@ class Nystrom(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], list[Coefficients]]:
-        """Values are the value heads; queries, keys and their means decide."""
+        """Values are the value heads; queries, keys and landmarks determine the matrix."""
         del memory
         queries, keys, values = self.heads(x)
         return values, [
-            self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in documents_by_length(sequence)
+            self._coefficients(bucket, bucket.take(queries), bucket.take(keys))
+            for bucket in documents_by_length(sequence)
         ]
 
     def mix(
@@ -97,8 +97,8 @@ class Nystrom(Mixer):
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Attend from the landmarks to the tokens, and from the tokens to the landmarks."""
-        parts = [self._mix(c.stack.take(values), c) for c in coefficients]
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        parts = [self._mix(c.bucket.take(values), c) for c in coefficients]
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -108,7 +108,7 @@ class Nystrom(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """Products with C landmarks, by head: 8 C P a token, 4 C^2 P, and 8 C^3 an iteration.
+        """Products with C landmarks, per head: 8 C P per token, 4 C^2 P, and 8 C^3 per iteration.
 
         Pointwise: adding up the landmarks. Softmaxes are not counted, as in attention.
         """
@@ -119,19 +119,19 @@ class Nystrom(Mixer):
         return MixFlops(H * needed, H * needed, H * 2.0 * P * T)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial taps as torch draws those of a Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
+        """Initial taps as in torch's Conv1d: U(-1/sqrt(width), 1/sqrt(width))."""
         assert name == "taps"
         return uniform(self.taps.shape, self.taps.shape[1] ** -0.5, generator)
 
-    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
+    def _coefficients(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
         count = self.config.n_landmarks
-        means, present = landmarks_of(torch.cat([queries, keys], dim=2), stack, count)
+        means, present = landmarks_of(torch.cat([queries, keys], dim=2), bucket, count)
         query_means, key_means = means.transpose(1, 2).chunk(2, dim=1)
         kernel = _kernel(query_means, key_means, present)
         inverse = iterated_inverse(kernel, self.config.iterations)
-        tokens = stack.present
+        tokens = bucket.present
         return Coefficients(
-            stack,
+            bucket,
             queries.transpose(1, 2),
             keys.transpose(1, 2),
             query_means,
@@ -165,7 +165,7 @@ class Nystrom(Mixer):
 def iterated_inverse(
     matrix: Float[Tensor, "*batch C C"], iterations: int
 ) -> Float[Tensor, "*batch C C"]:
-    """Approach the pseudoinverse of matrices whose rows sum to 1 (section 3.2, equation 11)."""
+    """Iterate towards the pseudoinverse of row-stochastic matrices (section 3.2, equation 11)."""
     one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     with without_autocast(matrix):
         largest = matrix.sum(dim=-2).amax(dim=-1)[..., None, None]
@@ -181,11 +181,11 @@ def _kernel(
     keys: Float[Tensor, "N H C P"],
     present: Bool[Tensor, "N C"] | None,
 ) -> Float[Tensor, "N H C C"]:
-    """softmax(queries keys^T / sqrt(P)), with zeros for landmarks that are not there."""
+    """softmax(queries keys^T / sqrt(P)), with zeros for absent landmarks."""
     with without_autocast(queries):
         scores = queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5
     if present is None:
         return scores.softmax(dim=-1)
-    there, row = present[:, None, None], present[:, None, :, None]
-    shares = scores.masked_fill(~there, float("-inf")).softmax(dim=-1)
+    column, row = present[:, None, None], present[:, None, :, None]
+    shares = scores.masked_fill(~column, float("-inf")).softmax(dim=-1)
     return shares.masked_fill(~row, 0.0)

@@ -1,9 +1,9 @@
-"""ProbSparse attention: softmax for the few queries that seem far from uniform (Zhou et al. 2021).
+"""ProbSparse attention: softmax only for queries whose attention is far from uniform (Zhou 2021).
 
-Section 3.2 of the Informer paper. Changed: the keys that a query is measured on are a fixed
-function of its place and its document's length, evenly spread, and not drawn anew at each call; the
-mean in the measure is that of the sampled scores (the release divides their sum by the number of
-all keys). Queries and keys are rotated, as a chosen query attends like any other.
+Zhou et al. 2021, "Informer", section 3.2. Changed: the keys on which a query is measured are a
+fixed, evenly spread function of its position and its document's length, instead of redrawn at each
+call; the mean in the measure is that of the sampled scores (the release divides their sum by the
+number of all keys). Queries and keys are rotated.
 """
 
 import math
@@ -22,7 +22,7 @@ from models.sequences.continued import Memory
 from models.sequences.documents import DocumentRows, documents_by_length, put_back
 from models.sequences.whole import WholeSequence
 
-# 2^32 over the golden ratio: multiples of it are spread evenly modulo 2^32 (Knuth, section 6.4).
+# 2^32 over the golden ratio: its multiples are evenly spread modulo 2^32 (Knuth, TAOCP 3, 6.4).
 GOLDEN = 2654435769
 
 
@@ -31,8 +31,8 @@ class ProbSparseConfig(HeadsConfig):
     """Sizes of a ProbSparse attention.
 
     Attributes:
-        factor: c in c ceil(ln n), the number of queries that a document of n tokens chooses, and
-            of keys that each query is measured on.
+        factor: c in c ceil(ln n), the number of chosen queries in a document of n tokens, and of
+            the keys on which each query is measured.
         rope_theta: base of the rotary frequencies.
     """
 
@@ -45,19 +45,19 @@ class ProbSparseConfig(HeadsConfig):
             raise ValueError(f"factor {self.factor} is not positive; take 1 or more")
 
     def chosen(self, n: int) -> int:
-        """Queries that a document of n tokens chooses."""
+        """Number of chosen queries in a document of n tokens."""
         return min(n, self.factor * math.ceil(math.log(n)))
 
 
 class Coefficients(NamedTuple):
-    """The chosen queries of some documents, the keys that they attend to, and who is who.
+    """The chosen queries of a bucket of documents, and the keys.
 
     Attributes:
-        place: where each chosen query stands, one place behind the last where there is none.
-        present: which keys are there; None for all.
+        place: position of each chosen query; the length for an unused entry.
+        present: False for keys in padding; None for no padding.
     """
 
-    stack: DocumentRows
+    bucket: DocumentRows
     queries: Float[Tensor, "N H U P"]
     keys: Float[Tensor, "N H T P"]
     place: Int[Tensor, "N H U"]
@@ -68,9 +68,9 @@ class Coefficients(NamedTuple):
 class ProbSparse(Mixer):
     """Rows of M are softmax(q k^T / sqrt(P)) for the chosen queries, and uniform for all others.
 
-    A query is chosen if max_j s_j - mean_j s_j, over its sample of scores, is among the largest of
-    its head and document. The choice has no gradient. All rows sum to 1; the rank is at most one
-    above the number of chosen queries.
+    A query is chosen if max_j s_j - mean_j s_j over its sampled scores is among the largest of its
+    head and document. The choice has no gradient. Rows sum to 1; the rank is at most the number of
+    chosen queries plus one.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
@@ -84,12 +84,12 @@ class ProbSparse(Mixer):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L H P"], list[Coefficients]]:
-        """Values are the value heads; queries and keys decide."""
+        """Values are the value heads; queries and keys determine the matrix."""
         del memory
         queries, keys, values = rotated(self.heads(x), sequence, self.config.rope_theta)
         return values, [
-            self._coefficients(stack, stack.take(queries), stack.take(keys))
-            for stack in documents_by_length(sequence)
+            self._coefficients(bucket, bucket.take(queries), bucket.take(keys))
+            for bucket in documents_by_length(sequence)
         ]
 
     def mix(
@@ -99,8 +99,8 @@ class ProbSparse(Mixer):
         sequence: WholeSequence,
     ) -> Float[Tensor, "B L H P"]:
         """Attend with the chosen queries, and average for all others."""
-        parts = [_mix(c.stack.take(values), c) for c in coefficients]
-        return put_back(parts, [c.stack for c in coefficients], sequence)
+        parts = [_mix(c.bucket.take(values), c) for c in coefficients]
+        return put_back(parts, [c.bucket for c in coefficients], sequence)
 
     def merge(
         self, mixed: Float[Tensor, "B L H P"], coefficients: list[Coefficients]
@@ -110,9 +110,9 @@ class ProbSparse(Mixer):
         return self.heads.merge(mixed)
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """By head, U chosen queries: 2 P U T for the measure and 4 P U T for their attention.
+        """Per head, with U chosen queries: 2 P U T for the measure, 4 P U T for their attention.
 
-        Pointwise: scale, largest and sum of the samples, two for each query's measure, and P a
+        Pointwise: scale, maximum and sum of the samples, two per query for the measure, and P per
         token for the mean of the values. Softmaxes are not counted, as in attention.
         """
         H, P, T = self.config.n_heads, self.heads.head_dim, keys
@@ -120,26 +120,26 @@ class ProbSparse(Mixer):
         elementwise = T * (3.0 * U + 2 + P)
         return MixFlops(H * 6.0 * P * U * T, H * 6.0 * P * U * T, H * elementwise)
 
-    def _coefficients(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
-        place = self._choose(stack, queries, keys)
+    def _coefficients(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Coefficients:
+        place = self._choose(bucket, queries, keys)
         T, P = queries.shape[1], queries.shape[-1]
         index = place.clamp(max=T - 1)[..., None].expand(*place.shape, P)
         chosen = queries.transpose(1, 2).gather(2, index)
-        present = None if stack.present is None else stack.present[:, None, None]
-        return Coefficients(stack, chosen, keys.transpose(1, 2), place, present)
+        present = None if bucket.present is None else bucket.present[:, None, None]
+        return Coefficients(bucket, chosen, keys.transpose(1, 2), place, present)
 
     @torch.no_grad()
-    def _choose(self, stack: DocumentRows, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
+    def _choose(self, bucket: DocumentRows, queries: Tensor, keys: Tensor) -> Int[Tensor, "N H U"]:
         N, T = queries.shape[:2]
         if queries.is_meta:
             return torch.zeros(
                 N, queries.shape[2], self.config.chosen(T), dtype=torch.int64, device="meta"
             )
-        lengths = stack.lengths(queries)
+        lengths = bucket.lengths(queries)
         quotas = lengths.new_tensor([self.config.chosen(n) for n in lengths.tolist()])
         most = int(quotas.max())
         measure = _measure(widened(queries), widened(keys), lengths, quotas)
-        measure = stack.where_present(measure, float("-inf"))
+        measure = bucket.where_present(measure, float("-inf"))
         place = measure.transpose(1, 2).topk(most, dim=2).indices
         spare = torch.arange(most, device=place.device) >= quotas[:, None, None]
         return place.masked_fill(spare, T)
@@ -148,10 +148,10 @@ class ProbSparse(Mixer):
 def sampled_keys(
     lengths: Int[Tensor, "N"], tokens: int, quotas: Int[Tensor, "N"], sample: int
 ) -> Int[Tensor, "N T"]:
-    """The key that each query is measured on in one of its samples, by document length alone."""
+    """The key of one of each query's samples; depends only on position and document length."""
     query = torch.arange(tokens, device=lengths.device)
-    turn = (query * quotas[:, None] + sample + 1) * GOLDEN % 2**32
-    return turn * lengths[:, None] >> 32
+    spread = (query * quotas[:, None] + sample + 1) * GOLDEN % 2**32
+    return spread * lengths[:, None] >> 32
 
 
 def _measure(
@@ -160,7 +160,7 @@ def _measure(
     lengths: Int[Tensor, "N"],
     quotas: Int[Tensor, "N"],
 ) -> Float[Tensor, "N T H"]:
-    """Largest minus mean of each query's sampled scores; 0 for a document that samples none."""
+    """Maximum minus mean of each query's sampled scores; 0 for a document without samples."""
     N, T, H, P = queries.shape
     largest = queries.new_full((N, T, H), float("-inf"))
     total = torch.zeros_like(largest)
@@ -181,9 +181,9 @@ def _mix(values: Float[Tensor, "N T H P"], c: Coefficients) -> Float[Tensor, "N 
         c.queries, c.keys, seen.to(c.keys.dtype), attn_mask=c.present
     )
     with without_autocast(values):
-        lengths = c.stack.lengths(values)[:, None, None]
+        lengths = c.bucket.lengths(values)[:, None, None]
         mean = (widened(values).sum(dim=1) / lengths).to(values.dtype)
-    # The last place takes what no query was chosen for.
+    # One more row takes the unused entries, and is dropped.
     rows = mean[:, :, None].expand(-1, -1, values.shape[1] + 1, -1)
     index = c.place[..., None].expand(*c.place.shape, values.shape[-1])
     return rows.scatter(2, index, attended.to(values.dtype))[:, :, :-1].transpose(1, 2)

@@ -1,9 +1,10 @@
-"""SCOUT's attention to the ends of earlier segments (Jafari et al. 2025), after their release.
+"""SCOUT: attention to checkpoints, the last tokens of earlier segments (Jafari et al. 2025).
 
-A token sees itself and, of each earlier segment of k tokens of its document, one key and value:
-those of the segment's last token. What lies inside segments must come by way of other mixers.
-Changed: segments begin anew with each document; keys may be normalised and shared by heads; keys
-and values of a segment may be averaged, evenly or by learned weights, which is not published.
+A token sees itself and one key and value per earlier segment of k tokens of its document: those of
+the segment's last token. Other tokens contribute only through mixers of other layers. After the
+authors' release. Changed: segments start at the beginning of each document; keys may be normalised
+and shared by heads; a segment's keys and values may be averaged, evenly or by learned weights,
+which is not published.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from models.sequences.continued import Memory
 from models.sequences.whole import Collected, WholeSequence
 
 POOLING_FLOPS = {"last": 0, "mean": 4, "learned": 6}
-"""Of a key or value channel: the weighted sums of keys and values, the products for the weights."""
+"""FLOPs per channel of a key: the weighted sums of keys and values, and learned weights."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class ScoutConfig(GroupedHeadsConfig):
     """Heads and segments of a SCOUT.
 
     Attributes:
-        every: tokens of a segment, k.
-        pooling: what stands for a segment: last is its last token's key and value, as published;
-            mean the means of its keys, turned as the last, and values; learned the same weighted
-            by a softmax over the products of its keys with a learned query.
+        every: tokens per segment, k.
+        pooling: how a segment is represented. last: by its last token's key and value, as
+            published; mean: by the means of keys, rotated like the last, and values; learned: by
+            averages weighted by a softmax of the keys' products with a learned query.
     """
 
     kind: ClassVar[str] = "scout"
@@ -44,14 +45,14 @@ class ScoutConfig(GroupedHeadsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.every < 1:
-            raise ValueError(f"every {self.every} is no length; take 1 token or more")
+            raise ValueError(f"every {self.every} is not positive; take 1 token or more")
 
 
 class Coefficients(NamedTuple):
-    """What decides how values are mixed: queries, own keys, and the checkpoints' keys and places.
+    """Queries, own keys, and the checkpoints' keys with their documents and positions.
 
     Attributes:
-        weights: share of each token in its segment, where segments are pooled.
+        weights: weight of each token in its pooled segment; None without pooling.
     """
 
     queries: Float[Tensor, "B L H P"]
@@ -76,21 +77,21 @@ class Scout(GroupedHeads):
     def project(
         self, x: Float[Tensor, "B L D"], sequence: WholeSequence, memory: Memory | None = None
     ) -> tuple[Float[Tensor, "B L G P"], Coefficients]:
-        """Values are the value heads; queries, keys and those of the checkpoints decide."""
+        """Values are the value heads; queries, keys and checkpoint keys determine the matrix."""
         del memory
         queries, keys, values = self.heads(x)
-        turn, pooled, weights = self.turn(sequence), keys, None
+        by, pooled, weights = self.rotation(sequence), keys, None
         if self.config.pooling != "last":
             segments = self._segments(keys, sequence)
             weights = self._weights(segments)
             pooled = self._at_ends(segments, weights, keys, sequence)
-        checkpoints = sequence.collect(rotate(pooled, turn), self.config.every)
-        return values, Coefficients(rotate(queries, turn), rotate(keys, turn), checkpoints, weights)
+        checkpoints = sequence.collect(rotate(pooled, by), self.config.every)
+        return values, Coefficients(rotate(queries, by), rotate(keys, by), checkpoints, weights)
 
     def mix(
         self, values: Float[Tensor, "B L G P"], coefficients: Coefficients, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Attend; decoding keeps the checkpoints, and if they are pooled, an unfinished segment."""
+        """Attend; the decoding state is the checkpoints and, with pooling, the open segment."""
         queries, keys, checkpoints, weights = coefficients
         pooled = values
         if weights is not None:
@@ -104,9 +105,9 @@ class Scout(GroupedHeads):
         )
 
     def mix_flops(self, queries: int, keys: int) -> MixFlops:
-        """Two products of head_dim for each visible pair (Transformer card, D.3), and pooling.
+        """Two products of head_dim per visible pair (Transformer card, D.3), and pooling.
 
-        The full square is the rectangle of all queries and all checkpoints, and the own keys.
+        The full square counts all pairs of queries and checkpoints, and the own keys.
         """
         each, every = 4.0 * self.n_heads * self.head_dim, self.config.every
         pairs = _pairs_before(keys, every) - _pairs_before(keys - queries, every)
@@ -117,7 +118,7 @@ class Scout(GroupedHeads):
         )
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Initial query of the learned pooling: small, so that it begins near the mean."""
+        """Initial query of learned pooling: small, so that pooling starts near the mean."""
         std = self.config.initial_std or self.head_dim**-0.5
         return torch.randn(self.pool_query.shape, generator=generator) * std
 
@@ -148,16 +149,16 @@ class Scout(GroupedHeads):
     def _at_ends(
         self, segments: Tensor, weights: Tensor, like: Tensor, sequence: WholeSequence
     ) -> Float[Tensor, "B L G P"]:
-        """The average of each segment at its last token; whatever elsewhere."""
+        """The average of each segment at its last token; other tokens are arbitrary."""
         pooled = (segments * weights[..., None]).sum(dim=2).to(like.dtype)
         index = self._ends(sequence)
         return torch.zeros_like(like).index_put((_rows(index), index), pooled)
 
     def _ends(self, sequence: WholeSequence) -> Int[Tensor, "B S"]:
-        """Where whole segments end, first of all, and other tokens after them in shorter rows.
+        """Index of the tokens that end a segment, first; rows with fewer are filled with others.
 
-        There are never more ends than this has room for, ceil(L / k): the first document may go on
-        with a segment, the others begin one.
+        A row has at most ceil(L / k) ends: the first document may continue a segment, all others
+        begin one.
         """
         every = self.config.every
         room = -(-sequence.documents.shape[1] // every)
@@ -175,6 +176,6 @@ def _rows(index: Int[Tensor, "B *places"]) -> Int[Tensor, "B *ones"]:
 
 
 def _pairs_before(tokens: int, every: int) -> int:
-    """Count what the first tokens see: themselves, and the segments that ended before."""
+    """Visible pairs of the first tokens: each sees itself and the segments that ended before."""
     segments, rest = divmod(tokens, every)
     return tokens + every * segments * (segments - 1) // 2 + rest * segments

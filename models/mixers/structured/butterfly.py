@@ -1,9 +1,10 @@
 """A butterfly matrix: a product of log2(n) factors with two entries a row (Dao et al. 2019).
 
-Factor t mixes places that differ in bit t of their index alone, the lowest bit first, without a
-permutation before them. So a document of up to 2^c tokens meets 2 x 2 blocks in the first c factors
-and nothing but their first entries in the others: its matrix is the leading part of the longest
-document's, at its own cost.
+Factor t mixes positions that differ only in bit t of their index, the lowest bit first, without a
+bit-reversal permutation. So a document of up to 2^c tokens needs 2 x 2 blocks in the first c
+factors
+and only their first entries in the others: its matrix is the leading part of the longest
+document's, at a cost that depends on its own length.
 """
 
 import math
@@ -24,16 +25,16 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class ButterflyConfig(UnalignedConfig):
-    """Sizes of a butterfly matrix, which has max_len places, rounded up to a power of two."""
+    """A butterfly matrix of max_len positions, rounded up to a power of two."""
 
     kind: ClassVar[str] = "butterfly"
 
 
 @register(ButterflyConfig)
 class Butterfly(StructuredMixer):
-    """M = B[last] ... B[1] B[0], where B[t] holds a 2 x 2 block for each pair of places 2^t apart.
+    """M = B[last] ... B[1] B[0]; B[t] has a 2 x 2 block for each pair of positions 2^t apart.
 
-    Parameters stand as (factor, head, pair, row, column); the pairs in the order of their places.
+    Parameters are (factor, head, pair, row, column), pairs in the order of their positions.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
@@ -57,7 +58,7 @@ class Butterfly(StructuredMixer):
         return by_document((widened(values),), sequence, self._factors)
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:
-        """Four for each channel, factor and place of the padded document."""
+        """Four per channel, factor and position of the padded document."""
         del queries
         c = _bits(keys)
         flops = 4.0 * self.inner_width * c * 2**c
@@ -66,7 +67,7 @@ class Butterfly(StructuredMixer):
         return MixFlops(flops, flops, float(each * 2**c))
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Random rotations, so that M starts orthogonal whatever its size."""
+        """Random rotations, so that M starts orthogonal at any size."""
         angles = torch.rand(self.factors.shape[:3], generator=generator) * (2 * math.pi)
         rows = [torch.stack([angles.cos(), -angles.sin()], -1)]
         rows.append(torch.stack([angles.sin(), angles.cos()], -1))
@@ -89,5 +90,5 @@ class Butterfly(StructuredMixer):
 
 
 def _bits(tokens: int) -> int:
-    """How many factors mix that many tokens."""
+    """Number of factors that mix `tokens` tokens."""
     return (tokens - 1).bit_length()

@@ -1,10 +1,9 @@
-"""A Cauchy matrix of tokens' nodes (Hydra paper, section 2.4).
+"""A Cauchy matrix whose nodes come from the tokens (Hydra paper, section 2.4).
 
-The paper states m[i, j] = sum_d 1 / (q[i, d] - k[j, d] + c), which has poles; its release keeps
-away from them by taking exp(q), -exp(k) and a positive sum. That is the paper's formula with nodes
-of opposite signs, and what stands here. Changed: the constant c is the exponential of a parameter,
-so that training cannot bring the pole back (the release adds a free one twice, 0.5 to begin with),
-and exponents are cut where an entry is zero in float32.
+The paper's m[i, j] = sum_d 1 / (q[i, d] - k[j, d] + c) has poles; its release avoids them with
+nodes exp(q) and -exp(k), which makes every denominator positive, and so does this. Changed: c is
+the exponential of a parameter, so that training cannot reintroduce the pole (the release adds a
+free parameter twice, initially 0.5), and exponents are clamped where entries vanish in float32.
 """
 
 import math
@@ -29,12 +28,12 @@ from models.mixer import MixFlops, Pattern, Slot, register
 from models.sequences.whole import WholeSequence
 
 HIGHEST = 40.0
-"""Exponents above it: 1 / exp(40) is nothing, and the square of exp(40) is still finite."""
+"""Largest exponent of a node: 1 / exp(40) is negligible, and exp(40)^2 is finite in float32."""
 
 TINY = 1e-8
 """The release's constant against a division by zero."""
 
-# Entries that are worked on together: few enough for a core's cache, elsewhere enough to fill it.
+# Entries computed at once: on a CPU few enough for a core's cache, on a GPU enough to fill it.
 _WORKING_ON_CPU = 2**16
 _WORKING_ELSEWHERE = 2**26
 
@@ -44,7 +43,7 @@ class CauchyConfig(StructuredConfig):
     """Sizes of a Cauchy matrix.
 
     Attributes:
-        d_qk: matrices that are summed; nodes of each token.
+        d_qk: number of matrices in the sum, and of nodes per token.
     """
 
     kind: ClassVar[str] = "cauchy"
@@ -62,8 +61,8 @@ class Nodes(NamedTuple):
 class Cauchy(EntrywiseMixer):
     """m[i, j] = sum_d 1 / (x[i, d] + y[j, d] + c), x and y positive.
 
-    Written out, one d at a time: the algorithm for it is not linear but L log(L)^2, and none is
-    implemented here or in the release. The backward pass computes the reciprocals again.
+    Materialised, one d at a time: the fast algorithm takes L log(L)^2 and is implemented neither
+    here nor in the release. The backward pass recomputes the reciprocals.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -83,7 +82,7 @@ class Cauchy(EntrywiseMixer):
             self.columns = PlaceTable((config.longest, H, N), xavier_normal)
 
     def structure(self, features: Features, sequence: WholeSequence) -> Nodes:
-        """Nodes from the tokens' channels, or from their places."""
+        """Nodes from the tokens' channels, or from their positions."""
         if self.config.sequence_aligned:
             heads = features.convolved.unflatten(2, (2, self.config.n_heads, self.d_qk))
             q, k = heads.unbind(2)
@@ -97,7 +96,7 @@ class Cauchy(EntrywiseMixer):
         """Sums of reciprocals, in float32."""
         del sequence
         rows, columns = (nodes.permute(3, 0, 2, 1) for nodes in structure)
-        # Torch's stub does not know what a function of its own returns.
+        # The stub of Function.apply has no return type.
         sums = _Reciprocals.apply(rows + TINY, columns)
         assert isinstance(sums, Tensor)
         return sums
@@ -117,7 +116,7 @@ def _positive(exponents: Float[Tensor, "B L H N"]) -> Float[Tensor, "B L H N"]:
 
 
 class _Reciprocals(torch.autograd.Function):
-    """Sums over N of 1 / (row + column), a few rows at a time; nothing but the nodes is kept."""
+    """Sums over N of 1 / (row + column), a few rows at a time; backward recomputes them."""
 
     @staticmethod
     def forward(

@@ -23,7 +23,7 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class DenseConfig(UnalignedConfig):
-    """Sizes of a dense matrix."""
+    """A dense matrix."""
 
     kind: ClassVar[str] = "dense"
 
@@ -44,7 +44,7 @@ class Dense(EntrywiseMixer):
         del features, sequence
 
     def entries(self, structure: Structure, sequence: WholeSequence) -> Float[Tensor, "#B H L S"]:
-        """The parameters of each pair of places."""
+        """The parameter of each pair of positions."""
         del structure
         rows, columns = sequence.documents.shape[1], sequence.gathered_documents().shape[1]
         if not sequence.packed:

@@ -32,7 +32,7 @@ class LowRankConfig(StructuredConfig):
     """Sizes of a matrix of low rank.
 
     Attributes:
-        d_qk: its rank.
+        d_qk: rank of the matrix.
     """
 
     kind: ClassVar[str] = "low_rank"
@@ -50,7 +50,7 @@ class Factors(NamedTuple):
 class LowRank(StructuredMixer):
     """m[i, j] = q[i] . k[j], for j <= i in a causal pattern; work is linear in the length.
 
-    Non-causal, each document's sum of keys and values; causal, their running sum.
+    Bidirectional: through each document's sum of key-value products; causal: their running sum.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -68,7 +68,7 @@ class LowRank(StructuredMixer):
             self.k = PlaceTable((config.longest, H, N), xavier_normal)
 
     def structure(self, features: Features, sequence: WholeSequence) -> Factors:
-        """Queries and keys from the tokens' channels, or from their places."""
+        """Queries and keys from the tokens' channels, or from their positions."""
         if self.config.sequence_aligned:
             heads = F.silu(features.convolved).unflatten(2, (2, self.config.n_heads, self.d_qk))
             return Factors(*heads.unbind(2))
@@ -78,19 +78,19 @@ class LowRank(StructuredMixer):
     def multiply(
         self, values: Float[Tensor, "B L H P"], structure: Factors, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Sum keys and values, of the whole document or up to each token; then read the sums."""
+        """Sum key-value products over the document or up to each token, then apply queries."""
         q, k = structure
         if not self.slot.causal:
             inputs = (widened(values), widened(q), widened(k))
             with without_autocast(values):
                 return by_document(inputs, sequence, _through_sums)
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(LinearAttention(q, k, values, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """Two products of d_qk for each channel and token: into the sums and out of them.
+        """Two products of d_qk per channel and token: into the sums and out of them.
 
-        A causal pattern goes by chunks, and has those of the pairs within them too.
+        The causal pattern works by chunks, and adds the pairs within them.
         """
         if self.slot.causal:
             return chunk_flops(queries, self.inner_width, self.config.n_heads, self.d_qk)

@@ -2,8 +2,8 @@
 
 M = P L P R, R and L block-diagonal, P the permutation that writes an index b k + p as b p + k:
 entry m[b s + l, b k + p] is second[l, s, k] * first[k, l, p], so that each slice of fixed l and k
-has rank one. Changed: the inputs are not permuted (the second paper does so too), and a document
-has the leading part of the longest one's matrix, so that a short one meets few blocks.
+has rank one. Changed: the inputs are not permuted (as in the second paper), and a document uses the
+leading part of the longest one's matrix, so that short documents need few blocks.
 """
 
 import math
@@ -24,14 +24,14 @@ from models.sequences.whole import WholeSequence
 
 @dataclass(frozen=True)
 class MonarchStructuredConfig(UnalignedConfig):
-    """Sizes of a Monarch matrix, which has max_len places, rounded up to a square."""
+    """A Monarch matrix of max_len positions, rounded up to a square."""
 
     kind: ClassVar[str] = "monarch_structured"
 
 
 @register(MonarchStructuredConfig)
 class MonarchStructured(StructuredMixer):
-    """Two products by blocks of b x b, b the root of the places; 4 b for each channel and token."""
+    """Two products with blocks of b x b, b = sqrt(positions); 4 b FLOPs per channel and token."""
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
     stops_nan = True
@@ -54,18 +54,18 @@ class MonarchStructured(StructuredMixer):
         return by_document((values,), sequence, self._factors)
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:
-        """Two for each channel and entry of the factors' leading blocks."""
+        """Two per channel and entry of the factors' leading blocks."""
         del queries
         b, K = self.block, self._blocks(keys)
         flops = 2.0 * self.inner_width * (K * b * b + b * K * K)
         return MixFlops(flops, flops)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
-        """Initial factors, each as torch draws dense maps of b inputs: U(-1/sqrt(b), 1/sqrt(b))."""
+        """Initial factors as torch's dense maps of b inputs: U(-1/sqrt(b), 1/sqrt(b))."""
         return uniform(getattr(self, name).shape, self.block**-0.5, generator)
 
     def _factors(self, values: Float[Tensor, "N T H P"]) -> Float[Tensor, "N T H P"]:
-        """Apply the blocks that a document of T tokens meets; behind it there are zeros."""
+        """Apply the leading blocks to documents of T tokens, zero-padded to whole blocks."""
         T, b = values.shape[1], self.block
         K = self._blocks(T)
         blocks = F.pad(values, (0, 0, 0, 0, 0, K * b - T)).unflatten(1, (K, b))

@@ -1,10 +1,10 @@
 """A quasiseparable matrix: Hydra's core in its ablation's block (Hydra paper, sections 3.2, 4.1).
 
 m[i, j] = c[i-1] . a[i-1] ... a[j+1] b[j] below the diagonal, c[i+1] . a'[i+1] ... a'[j-1] b[j]
-above it, delta[i] on it: every block off the diagonal has rank at most the state's size, and the
-diagonal is free. As in the release's ablation both directions share B and C, not the step sizes.
-Changed: the form that is not sequence aligned learns its diagonal for each place too, where the
-release still takes it from the tokens.
+above it, delta[i] on it: every off-diagonal block has rank at most the state size, and the diagonal
+is free. As in the release's ablation, the directions share B and C but not the step sizes. Changed:
+without sequence alignment the diagonal is learned per position too; the release computes it from
+the tokens.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class QuasiseparableConfig(StructuredConfig):
 
 
 class Structure(NamedTuple):
-    """What decides both triangles, and the diagonal between them."""
+    """What determines both triangles, and the diagonal between them."""
 
     triangles: StateSpace
     diagonal: Float[Tensor, "B L H"]
@@ -44,7 +44,7 @@ class Structure(NamedTuple):
 
 @register(QuasiseparableConfig)
 class Quasiseparable(SeparableMixer):
-    """The scan up to the token before, the scan back to the token after, and a diagonal."""
+    """The sum of a shifted forward scan, a shifted backward scan and a diagonal."""
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF})
     residual = False
@@ -60,7 +60,7 @@ class Quasiseparable(SeparableMixer):
             self.delta = PlaceTable((config.longest, H), _ones, decayed=False)
 
     def structure(self, features: Features, sequence: WholeSequence) -> Structure:
-        """Step sizes, B and C, and the diagonal, which the values decide."""
+        """Step sizes, B and C, and the diagonal, which is computed from the values."""
         if self.config.sequence_aligned:
             diagonal = widened(self.fc_D(features.values)) + widened(self.D)
         else:
@@ -70,7 +70,7 @@ class Quasiseparable(SeparableMixer):
     def multiply(
         self, values: Float[Tensor, "B L H P"], structure: Structure, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Scan both ways at once, the way back as further rows."""
+        """Scan in both directions at once, the backward one as additional rows."""
         (dt, B, C), diagonal = structure
         forward, backward = dt.unbind(2)
         steps = torch.cat([forward, backward.flip(1)])
@@ -78,14 +78,14 @@ class Quasiseparable(SeparableMixer):
         documents = None
         if sequence.packed:
             documents = sequence.memo(
-                ("structured", "both ways"), lambda: _both_ways(sequence.documents)
+                ("structured", "both directions"), lambda: _both_directions(sequence.documents)
             )
         scanned = ssd(x, steps, self.rates(), B, C, None, documents).outputs
         before, after = _delayed(scanned, documents).chunk(2)
         return before + after.flip(1) + diagonal[..., None] * values
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002
-        """See `scans_flops`; 3 more for each channel: the diagonal and two sums."""
+        """See `scans_flops`; 3 more per channel: the diagonal and two sums."""
         scans = self.scans_flops(queries)
         pointwise = scans.elementwise + 3.0 * self.inner_width * queries
         return MixFlops(scans.needed, scans.full_square, pointwise)
@@ -99,7 +99,7 @@ def _ones(shape: torch.Size, generator: torch.Generator) -> Tensor:  # noqa: ARG
     return torch.ones(shape)
 
 
-def _both_ways(documents: Int[Tensor, "B L"]) -> Int[Tensor, "C L"]:
+def _both_directions(documents: Int[Tensor, "B L"]) -> Int[Tensor, "C L"]:
     """Number the documents, padding included, from the front and from the back."""
     rows = torch.cat([documents, documents.flip(1)])
     changes = rows[:, 1:] != rows[:, :-1]
@@ -107,7 +107,7 @@ def _both_ways(documents: Int[Tensor, "B L"]) -> Int[Tensor, "C L"]:
 
 
 def _delayed(x: Float[Tensor, "C L H P"], documents: Int[Tensor, "C L"] | None) -> Tensor:
-    """What each token's predecessor in its document has, zero for a first token."""
+    """Shift features by one token within documents; a document's first token gets zeros."""
     earlier = x[:, :-1]
     if documents is not None:
         first = documents[:, 1:] != documents[:, :-1]

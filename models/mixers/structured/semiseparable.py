@@ -1,9 +1,9 @@
 """A semiseparable matrix: Mamba-2's state space in the ablation's block (Hydra paper, section 3.1).
 
-m[i, j] = c[i] . a[i] ... a[j+1] b[j] for i >= j, a of head h being exp(-dt exp(A_log[h])), b times
-dt: every block on or below the diagonal has rank at most the state's size. The paper's ablation is
-bidirectional and has no row for it; block, sizes and initial values are those of its row for
-quasiseparable matrices, with the identity beside it as in the other rows.
+m[i, j] = c[i] . a[i] ... a[j+1] b[j] for i >= j, where a = exp(-dt exp(A_log[h])) in head h and b
+includes dt: every block on or below the diagonal has rank at most the state size. The paper's
+ablation is bidirectional and does not include it; block, sizes and initial values are those of its
+quasiseparable matrix, plus the identity as for its other matrices.
 """
 
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class Semiseparable(SeparableMixer):
     ) -> Float[Tensor, "B L H P"]:
         """Scan."""
         dt, B, C = structure
-        documents = sequence.documents if sequence.packed else None
+        documents = sequence.packed_documents
         return sequence.recur(Ssd(values, dt[:, :, 0], self.rates(), B, C, documents))
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:  # noqa: ARG002

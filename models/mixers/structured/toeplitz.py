@@ -1,8 +1,7 @@
-"""A Toeplitz matrix: one tap for each distance (Hydra paper, table 1).
+"""A Toeplitz matrix: one tap per distance (Hydra paper, table 1).
 
-The release's taps are off by one: entry (i, j) has tap i - j + 1, and the corner wraps round.
-Changed: entry (i, j) has forward tap i - j on and below the diagonal, reverse tap j - i above it,
-as the paper states.
+Changed: entry (i, j) is forward tap i - j on and below the diagonal and reverse tap j - i above it,
+as the paper states. The release is off by one: it uses tap i - j + 1, and the corner wraps around.
 """
 
 import math
@@ -22,22 +21,22 @@ from models.sequences.documents import by_document
 from models.sequences.whole import WholeSequence
 
 Taps = Float[Tensor, "B S R H"] | None
-"""Forward and reverse taps of each token; the first alone in a causal pattern."""
+"""Forward and reverse taps of each token; only forward ones in a causal pattern."""
 
 
 @dataclass(frozen=True)
 class ToeplitzConfig(StructuredConfig):
-    """Sizes of a Toeplitz matrix."""
+    """A Toeplitz matrix."""
 
     kind: ClassVar[str] = "toeplitz"
 
 
 @register(ToeplitzConfig)
 class Toeplitz(EntrywiseMixer):
-    """m[i, j] = f[i - j] for i >= j, r[j - i] for i < j; a document's token k gives f[k], r[k].
+    """m[i, j] = f[i - j] for i >= j, r[j - i] for i < j; token k of a document gives f[k], r[k].
 
-    Non-causal, a float32 FFT of each document. Causal, written out: the taps come from the tokens,
-    so that an FFT would carry later ones into the rounding of both of its inputs.
+    Bidirectional: a float32 FFT per document. Causal: materialised, because taps come from tokens,
+    and the rounding of an FFT would leak later tokens through both of its inputs.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -52,7 +51,7 @@ class Toeplitz(EntrywiseMixer):
             self.taps = nn.Parameter(torch.empty(H, longest if slot.causal else 2 * longest - 1))
 
     def structure(self, features: Features, sequence: WholeSequence) -> Taps:
-        """Taps from the tokens' channels; nothing where they are learned."""
+        """Taps from the tokens' channels; None if they are learned."""
         if not self.config.sequence_aligned:
             return None
         taps = F.silu(features.convolved)
@@ -61,7 +60,7 @@ class Toeplitz(EntrywiseMixer):
     def multiply(
         self, values: Float[Tensor, "B S H P"], structure: Taps, sequence: WholeSequence
     ) -> Float[Tensor, "B L H P"]:
-        """Convolve each document, or write the matrix out in a causal pattern."""
+        """Convolve each document, or multiply by the matrix in a causal pattern."""
         if self.slot.causal:
             return super().multiply(values, structure, sequence)
         with without_autocast(values):
@@ -70,7 +69,7 @@ class Toeplitz(EntrywiseMixer):
             return by_document((widened(values), widened(structure)), sequence, _convolve)
 
     def entries(self, structure: Taps, sequence: WholeSequence) -> Float[Tensor, "#B H L S"]:
-        """The tap of each distance; what stands above the diagonal means nothing."""
+        """The tap of each distance; entries above the diagonal are arbitrary."""
         places = self.key_places(sequence) if sequence.packed else self.key_places(sequence)[:1]
         L, S = sequence.documents.shape[1], places.shape[1]
         if structure is None:
@@ -78,7 +77,7 @@ class Toeplitz(EntrywiseMixer):
             rows = self.places(sequence) if sequence.packed else places[:, S - L :]
         else:
             taps = widened(structure[:, :, 0]).transpose(1, 2)
-            # Tap k of a document stands k tokens behind its first one.
+            # Tap k of a document is that of its token k, so rows index tokens, not positions.
             rows = torch.arange(S - L, S, device=places.device)[None]
         return _pick(taps, (rows[:, :, None] - places[:, None, :]).clamp(min=0))
 
@@ -88,7 +87,7 @@ class Toeplitz(EntrywiseMixer):
         return MixFlops()
 
     def multiply_flops(self, queries: int, keys: int) -> MixFlops:
-        """Causal, two for each channel and pair; else 2.5 n log2(n) for each FFT, 6 a product."""
+        """Causal: two per channel and pair; else 2.5 n log2(n) per FFT, 6 per complex product."""
         if self.slot.causal:
             return super().multiply_flops(queries, keys)
         n, E, H = fft_size(keys), self.inner_width, self.config.n_heads
@@ -97,7 +96,7 @@ class Toeplitz(EntrywiseMixer):
         return MixFlops(flops, flops)
 
     def draw(self, name: str, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Initial taps, as the release draws those of both directions."""
+        """Initial taps as in the release, for both directions."""
         fans = self.config.n_heads + 2 * self.config.longest - 1
         return uniform(self.taps.shape, math.sqrt(6 / fans), generator)
 
@@ -109,7 +108,7 @@ class Toeplitz(EntrywiseMixer):
 
 
 def fft_size(tokens: int) -> int:
-    """The power of two in which a document convolves without wrapping round."""
+    """The smallest power of two at which a document's convolution does not wrap around."""
     return 1 << (2 * tokens - 2).bit_length()
 
 

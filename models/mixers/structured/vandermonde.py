@@ -1,10 +1,10 @@
-"""Two Vandermonde matrices of tokens' frequencies, their real parts (Hydra paper, section 2.4).
+"""Real parts of two Vandermonde matrices with frequencies from tokens (Hydra, section 2.4).
 
-m[i, j] = sum_d cos(2 pi q[i, d] j) - cos(2 pi k[j, d] i), places counted from 0. The release's
-learned form contracts the wrong index, so that it mixes nothing, adds where the paper subtracts,
-and starts from frequencies of zero, where every gradient is zero. Changed there: the paper's
-formula, frequencies counted in turns of the longest document, so that a step changes far entries
-no faster than it does in the sequence aligned form, and drawn uniformly over those that differ.
+m[i, j] = sum_d cos(2 pi q[i, d] j) - cos(2 pi k[j, d] i), positions from 0. The release's learned
+form contracts the wrong index, so that it mixes nothing, adds where the paper subtracts, and starts
+at frequencies of zero, where all gradients vanish. Changed in that form: the paper's formula, with
+frequencies in cycles per longest document, so that a step changes distant entries no faster than in
+the sequence-aligned form, drawn uniformly over the distinct ones.
 """
 
 import math
@@ -21,7 +21,7 @@ from models.mixer import MixFlops, Pattern, Slot, register
 from models.sequences.whole import WholeSequence
 
 TURNS = 1e-3
-"""Turns for each place and unit of a token's channel, as the release has it."""
+"""Cycles per position and unit of a token's channel, as in the release."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class VandermondeConfig(StructuredConfig):
     """Sizes of a Vandermonde matrix.
 
     Attributes:
-        d_qk: pairs of matrices that are summed; frequencies of each token, twice.
+        d_qk: number of pairs of matrices in the sum; a token has two frequencies for each.
     """
 
     kind: ClassVar[str] = "vandermonde"
@@ -37,7 +37,7 @@ class VandermondeConfig(StructuredConfig):
 
 
 class Frequencies(NamedTuple):
-    """Frequencies of rows and columns, in a unit of the mixer's."""
+    """Frequencies of rows and columns, in units of `Vandermonde.turns`."""
 
     rows: Float[Tensor, "B L H N"]
     columns: Float[Tensor, "B S H N"]
@@ -47,8 +47,8 @@ class Frequencies(NamedTuple):
 class Vandermonde(EntrywiseMixer):
     """m[i, j] = sum_d cos(2 pi q[i, d] j) - cos(2 pi k[j, d] i).
 
-    Written out: the algorithm that is not quadratic, L log(L)^2, is not implemented here or in the
-    release. Cosines come from products of those of a coarse and of a fine grid of places.
+    Materialised: the fast algorithm takes L log(L)^2 and is implemented neither here nor in the
+    release. Cosines are computed as products over a coarse and a fine grid of positions.
     """
 
     patterns = frozenset({Pattern.NONCAUSAL_SELF, Pattern.CAUSAL_SELF})
@@ -66,7 +66,7 @@ class Vandermonde(EntrywiseMixer):
             self.columns = PlaceTable(shape, _distinct, decayed=False)
 
     def structure(self, features: Features, sequence: WholeSequence) -> Frequencies:
-        """Frequencies from the tokens' channels, or from their places."""
+        """Frequencies from the tokens' channels, or from their positions."""
         if self.config.sequence_aligned:
             heads = features.convolved.unflatten(2, (2, self.config.n_heads, self.d_qk))
             q, k = widened(heads).unbind(2)
@@ -85,10 +85,10 @@ class Vandermonde(EntrywiseMixer):
         return by_rows.transpose(1, 2) - by_columns.permute(0, 2, 3, 1)
 
     def entry_flops(self, queries: int, keys: int) -> MixFlops:
-        """Products of grids for both matrices, those of pairs that a causal pattern masks too.
+        """Products of grids for both matrices, including pairs that a causal pattern masks.
 
-        Pointwise, 5 for each frequency and place of a grid (a product, its fraction, a product,
-        cosine and sine) and the difference of the matrices.
+        Pointwise, 5 per frequency and grid position (product, fractional part, product, cosine and
+        sine) and the difference of the matrices.
         """
         H, N = self.config.n_heads, self.d_qk
         products = 2 * 4.0 * H * N * queries * keys
@@ -103,14 +103,14 @@ class Vandermonde(EntrywiseMixer):
         count: int,
         places: Int[Tensor, "B K"] | None,
     ) -> Float[Tensor, "B T H K"]:
-        """Sum the cosines of N frequencies, at `count` places from `first` or at those given."""
+        """Sum the cosines of N frequencies at `count` positions from `first`, or at `places`."""
         if places is not None:
             first = int(places.min())
             count = int(places.max()) + 1 - first
         coarse, fine = _grid(count)
         steps = -(torch.arange(coarse, device=frequencies.device) * fine + first)
         grids = (steps, torch.arange(fine, device=frequencies.device))
-        # In float32 the whole turns of a distant place would leave no digits for their fraction.
+        # In float64: at distant positions whole cycles would leave float32 no digits for the phase.
         exact = frequencies.double()[..., None] * self.turns
         angles = [2 * math.pi * (exact * grid).frac().to(frequencies.dtype) for grid in grids]
         # cos(a + b) = cos(a) cos(b) + sin(-a) sin(b)
@@ -123,11 +123,11 @@ class Vandermonde(EntrywiseMixer):
 
 
 def _distinct(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Draw from U(0, places / 2): a cosine at whole places has no other frequencies."""
+    """Draw from U(0, positions / 2); other frequencies alias with these at integer positions."""
     return torch.rand(shape, generator=generator) * (shape[0] / 2)
 
 
 def _grid(count: int) -> tuple[int, int]:
-    """Sizes of a coarse and a fine grid that make up `count` places."""
+    """Sizes of a coarse and a fine grid whose sums cover `count` positions."""
     fine = math.isqrt(count - 1) + 1
     return -(-count // fine), fine

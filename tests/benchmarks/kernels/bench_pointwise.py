@@ -11,7 +11,7 @@ import torch
 
 from kernels.dispatch import warm
 from kernels.rowwise.rms_norm import rms_norm, rms_norm_reference
-from kernels.rowwise.rotary import turn_halves
+from kernels.rowwise.rotary import rotate_halves
 from kernels.rowwise.swiglu import swiglu
 from kernels.scans.rglru import rglru, rglru_reference
 from tests.benchmarks.kernels.timing import ROUNDS, interleave, median, ratio
@@ -56,7 +56,7 @@ def cases():
             [(1, TOKENS, 1024), (1, TOKENS, 1024), (1024,)],
         ),
         "SwiGLU": (swiglu, gated_one_by_one, [(1, TOKENS, 2736)]),
-        "rotary": (turns(turn_halves), turns(turned_one_by_one), [(1, TOKENS, 8, 64)]),
+        "rotary": (turns(rotate_halves), turns(turned_one_by_one), [(1, TOKENS, 8, 64)]),
         "RG-LRU": (gates(rglru), gates(rglru_reference), [tokens, tokens, (512,), tokens]),
     }
 

@@ -28,7 +28,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kernels.ahead_of_time import CHIPS, Chip, Compiled, compile_launch, roofline_seconds
-from kernels.attention.block_sparse_attention import Reach, block_sparse_attention, query_blocks
+from kernels.attention.block_sparse_attention import (
+    BlockSparsity,
+    block_sparse_attention,
+    query_blocks,
+)
 from kernels.attention.hip_selection import Search, tree_search
 from kernels.triton_launch import Launch, recording
 from launch.measurements import Measurement, write_measurements
@@ -143,7 +147,7 @@ def record_hip(rung: str) -> list[Launch]:
     """The launches of HiP: by row both ways, by block forward, as it is allowed."""
     size = RUNGS[rung]
     config = HipConfig(n_heads=size.n_heads)
-    reach = Reach(config.key_block, config.n_sink, config.window)
+    reach = BlockSparsity(config.key_block, config.n_sink, config.window)
     positions = torch.empty(BATCH, SEQ_LEN, dtype=torch.int64, device="meta")
     shape = (BATCH, SEQ_LEN, size.n_heads, size.d_model // size.n_heads)
     leaves = [

@@ -68,7 +68,7 @@ def expected(layer: Layer) -> Sums:
     shares = ROWS * FLOAT * layer.tokens // RANKS * (RANKS - 1)
     total = {"lengths": [(RANKS - 1) * 2 * 8] * RANKS, "documents": [shares] * RANKS}
     for what, count in _parts(layer):
-        for name, sent in ((what, count(False)), (f"{what} back", count(True))):
+        for name, sent in ((what, count(False)), (f"{what} gradient", count(True))):
             before = total.get(name, [0] * RANKS)
             total[name] = [a + b for a, b in zip(before, sent, strict=True)]
     return {what: sent for what, sent in total.items() if any(sent)}
@@ -86,7 +86,7 @@ def payload(mixer: MixerConfig, d_model: int) -> Payload | None:
             return Payload(each * E * mixer.d_state, each * E // mixer.head_dim)
         case HydraConfig():
             E = 2 * mixer.expand * d_model
-            return Payload(each * E * mixer.d_state, each * E // mixer.head_dim, ways=2)
+            return Payload(each * E * mixer.d_state, each * E // mixer.head_dim, directions=2)
         case HybridConfig():
             return Payload(each * d_model, each * d_model)
     return None

@@ -6,7 +6,7 @@ import torch
 
 from kernels.attention import block_sparse_attention as module
 from kernels.attention.block_sparse_attention import (
-    Reach,
+    BlockSparsity,
     block_sparse_attention,
     block_sparse_attention_reference,
     query_blocks,
@@ -18,12 +18,12 @@ from tests.oracles import hip as oracle
 
 F64 = torch.float64
 CASES = {
-    "rows": ((37,), 1, Reach(2, 4, 5), 3),
-    "packed rows": ((9, 1, 18, 9), 1, Reach(2, 4, 5), 3),
-    "blocks": ((37,), 8, Reach(2, 4, 5), 3),
-    "packed blocks": ((9, 1, 18, 9), 8, Reach(3, 2, 4), 2),
-    "wide blocks": ((5, 16), 32, Reach(1, 0, 1), 4),
-    "one token": ((1,), 8, Reach(4, 4, 8), 2),
+    "rows": ((37,), 1, BlockSparsity(2, 4, 5), 3),
+    "packed rows": ((9, 1, 18, 9), 1, BlockSparsity(2, 4, 5), 3),
+    "blocks": ((37,), 8, BlockSparsity(2, 4, 5), 3),
+    "packed blocks": ((9, 1, 18, 9), 8, BlockSparsity(3, 2, 4), 2),
+    "wide blocks": ((5, 16), 32, BlockSparsity(1, 0, 1), 4),
+    "one token": ((1,), 8, BlockSparsity(4, 4, 8), 2),
 }
 
 
@@ -85,7 +85,7 @@ def test_gradients_equal_those_of_masked_attention(case):
 
 
 def test_float32_agrees_with_float64_in_outputs_and_gradients():
-    exact = make_case((9, 1, 18, 9), 1, Reach(2, 4, 5), 3)
+    exact = make_case((9, 1, 18, 9), 1, BlockSparsity(2, 4, 5), 3)
     narrow = [x.float() for x in exact[0]]
     outputs, gradients = differentiate(block_sparse_attention, narrow, *exact[1:])
     expected, wanted = differentiate(block_sparse_attention, *exact)
@@ -95,7 +95,7 @@ def test_float32_agrees_with_float64_in_outputs_and_gradients():
 
 
 def test_bfloat16_loses_only_its_own_rounding_even_under_autocast():
-    tensors, *rest = make_case((37,), 1, Reach(2, 4, 5), 3, torch.bfloat16)
+    tensors, *rest = make_case((37,), 1, BlockSparsity(2, 4, 5), 3, torch.bfloat16)
     exact = block_sparse_attention(*(x.double() for x in tensors), *rest)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = block_sparse_attention(*tensors, *rest)
@@ -116,7 +116,7 @@ def test_duplicated_and_shuffled_lists_change_nothing(case):
 
 
 def test_listing_sinks_and_the_window_again_changes_nothing():
-    tensors, kept, blocks, reach = make_case((37,), 1, Reach(2, 4, 5), 3)
+    tensors, kept, blocks, reach = make_case((37,), 1, BlockSparsity(2, 4, 5), 3)
     place = blocks.positions[:, None, :, -1:].expand(-1, 4, -1, -1)
     seen = [torch.zeros_like(place), torch.ones_like(place), place // 2, (place - 4) // 2 + 1]
     seen[3] = torch.where(place >= 4, seen[3], 0)
@@ -127,7 +127,7 @@ def test_listing_sinks_and_the_window_again_changes_nothing():
 
 
 def test_without_a_list_sinks_and_window_are_left():
-    tensors, kept, blocks, reach = make_case((37,), 1, Reach(2, 2, 5), 3)
+    tensors, kept, blocks, reach = make_case((37,), 1, BlockSparsity(2, 2, 5), 3)
     outputs = block_sparse_attention(*tensors, torch.full_like(kept, -1), blocks, reach)
     queries, keys, values = (x.transpose(1, 2) for x in tensors)
     behind = torch.arange(37)[:, None] - torch.arange(37)
@@ -157,7 +157,7 @@ def test_each_query_sees_no_key_after_itself_and_none_of_another_document(case):
 
 @pytest.mark.parametrize("width", [1, 8])
 def test_nan_in_one_document_leaves_the_others_untouched(width):
-    tensors, *rest = make_case((9, 18, 10), width, Reach(2, 4, 5), 3)
+    tensors, *rest = make_case((9, 18, 10), width, BlockSparsity(2, 4, 5), 3)
     clean, gradients = differentiate(block_sparse_attention, tensors, *rest)
     for begin, end in ((0, 9), (9, 27), (27, 37)):
         dirty = [x.clone() for x in tensors]
@@ -180,7 +180,7 @@ def test_a_gpu_gathers_more_at_a_time():
 
 
 def test_tiles_of_one_query_block_change_only_rounding(monkeypatch):
-    case = make_case((9, 11), 8, Reach(2, 4, 5), 3)
+    case = make_case((9, 11), 8, BlockSparsity(2, 4, 5), 3)
     expected, wanted = differentiate(block_sparse_attention, *case)
     monkeypatch.setattr(module, "GATHERED", 1)
     outputs, gradients = differentiate(block_sparse_attention, *case)
@@ -189,7 +189,7 @@ def test_tiles_of_one_query_block_change_only_rounding(monkeypatch):
 
 
 def test_gradients_do_not_depend_on_the_number_of_threads():
-    case = make_case((300,), 1, Reach(2, 4, 60), 20, torch.float32)
+    case = make_case((300,), 1, BlockSparsity(2, 4, 60), 20, torch.float32)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 1, 2):
@@ -206,7 +206,7 @@ def test_no_tensor_grows_with_queries_times_keys(monkeypatch):
     monkeypatch.setattr(module, "GATHERED", 1 << 14)
     largest = []
     for length in (256, 512):
-        case = make_case((length,), 1, Reach(2, 4, 16), 8, torch.float32, heads=(1, 1))
+        case = make_case((length,), 1, BlockSparsity(2, 4, 16), 8, torch.float32, heads=(1, 1))
         with LargestTensor() as tensors:
             differentiate(block_sparse_attention, *case)
         largest.append(tensors.numbers)
@@ -238,7 +238,7 @@ def test_a_block_that_began_earlier_is_finished_at_the_given_cuts():
 
 
 def test_an_empty_window_and_missing_keys_are_refused():
-    tensors, kept, blocks, reach = make_case((9,), 1, Reach(2, 4, 5), 3)
+    tensors, kept, blocks, reach = make_case((9,), 1, BlockSparsity(2, 4, 5), 3)
     with pytest.raises(ValueError, match="window of 1 or more"):
         block_sparse_attention(*tensors, kept, blocks, reach._replace(window=0))
     short = [tensors[0], *(x[:, 1:] for x in tensors[1:])]

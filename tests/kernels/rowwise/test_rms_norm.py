@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.rowwise.rms_norm import rms_norm, rms_norm_reference, turned_rms_norm
+from kernels.rowwise.rms_norm import rms_norm, rms_norm_reference, rotated_rms_norm
 from tests.kernels.agreement import assert_agrees, needs_kernel
 from tests.kernels.rowwise.test_rotary import one_by_one as turned_one_by_one
 
@@ -205,7 +205,7 @@ def test_a_turned_norm_is_the_turn_of_a_norm(shape, rows, dtype):
 
     found, expected = (
         turned_results(norm, x.to(kind), weight.to(kind), d_turned.to(kind), cos, sin)
-        for norm, kind in ((turned_rms_norm, dtype), (apart, torch.float64))
+        for norm, kind in ((rotated_rms_norm, dtype), (apart, torch.float64))
     )
     for name, tensor in expected.items():
         assert found[name].dtype is dtype

@@ -5,7 +5,7 @@ import torch
 
 from kernels.dispatch import Path, path_of
 from kernels.rowwise import rotary as module
-from kernels.rowwise.rotary import turn_halves
+from kernels.rowwise.rotary import rotate_halves
 
 
 def one_by_one(x, cos, sin):
@@ -34,7 +34,7 @@ def test_turns_and_gradients_are_those_of_the_operations(monkeypatch, path, rows
     assert path_of(torch.ones(1)) is Path.NATIVE
     monkeypatch.setattr(module, "path_of", lambda _: path)
     inputs = make(shape, rows)
-    found = differentiate(turn_halves, *inputs)
+    found = differentiate(rotate_halves, *inputs)
     wanted = differentiate(one_by_one, *(x.double() for x in inputs))
     for x, y in zip(found, wanted, strict=True):
         assert x.shape == y.shape
@@ -44,12 +44,12 @@ def test_turns_and_gradients_are_those_of_the_operations(monkeypatch, path, rows
 def test_channels_that_lie_apart_are_turned_alike():
     x, cos, sin = make((2, 9, 3, 14))
     apart = x.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(turn_halves(apart, cos, sin), turn_halves(x, cos, sin))
+    assert torch.equal(rotate_halves(apart, cos, sin), rotate_halves(x, cos, sin))
 
 
 def test_float64_stays_what_it_is():
     inputs = make((2, 9, 3, 14), dtype=torch.float64)
-    found, wanted = differentiate(turn_halves, *inputs), differentiate(one_by_one, *inputs)
+    found, wanted = differentiate(rotate_halves, *inputs), differentiate(one_by_one, *inputs)
     for x, y in zip(found, wanted, strict=True):
         assert x.dtype is torch.float64
         assert (x - y).norm() <= 1e-14 * y.norm()
@@ -57,7 +57,7 @@ def test_float64_stays_what_it_is():
 
 def test_half_precision_is_computed_in_that_of_the_angles():
     x, cos, sin = make((1, 4, 1, 6))
-    turned, gradient = differentiate(turn_halves, x.bfloat16(), cos, sin)
+    turned, gradient = differentiate(rotate_halves, x.bfloat16(), cos, sin)
     expected, _ = differentiate(one_by_one, x.bfloat16().float(), cos, sin)
     assert turned.dtype is torch.float32
     assert gradient.dtype is torch.bfloat16
@@ -67,7 +67,7 @@ def test_half_precision_is_computed_in_that_of_the_angles():
 def test_a_nan_stays_in_its_pair():
     x, cos, sin = make((1, 2, 1, 8))
     x[0, 1, 0, 5] = torch.nan
-    turned, _ = differentiate(turn_halves, x, cos, sin)
+    turned, _ = differentiate(rotate_halves, x, cos, sin)
     assert turned[0, 1, 0].isnan().nonzero().flatten().tolist() == [1, 5]
     assert not turned[0, 0].isnan().any()
 
@@ -75,7 +75,7 @@ def test_a_nan_stays_in_its_pair():
 def test_meta_tensors_give_shapes_forward_and_backward():
     x = torch.empty(2, 3, 4, 8, device="meta", requires_grad=True)
     cos = torch.empty(1, 3, 1, 8, device="meta")
-    turned = turn_halves(x, cos, cos)
+    turned = rotate_halves(x, cos, cos)
     turned.sum().backward()
     assert turned.shape == x.shape
     assert x.grad is not None

@@ -1,14 +1,17 @@
 """The chunked SSD against float64 loops, in outputs, states and every gradient."""
 
+import re
+from pathlib import Path as File
+
 import numpy as np
 import pytest
 import torch
 
 from kernels.dispatch import Path
 from kernels.scans import ssd as module
+from kernels.scans.bidirectional_ssd import bidirectional_ssd
 from kernels.scans.selective_scan import selective_scan_reference
 from kernels.scans.ssd import ssd, ssd_reference
-from kernels.scans.two_way_ssd import two_way_ssd
 from tests.kernels.agreement import assert_agrees, ragged_documents
 from tests.oracles import ssd as oracle
 
@@ -249,7 +252,7 @@ def test_two_way_scan_gives_both_triangles_of_a_quasiseparable_matrix(lengths):
     B, C = generator.normal(size=(2, 1, L, 2, 2, 3))
     units = torch.eye(L).double()[None, :, None].expand(1, L, 4, L)
     tensors = (torch.from_numpy(x) for x in (dt, A, B, C, ids))
-    got = two_way_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
+    got = bidirectional_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
     wanted = oracle.quasiseparable(dt[0], A, B[0], C[0], np.zeros((L, 4)), ids[0])
     assert np.abs(got - wanted).max() < 1e-12 * np.abs(wanted).max()
 
@@ -374,6 +377,11 @@ def test_gradient_of_the_final_state_alone_reaches_the_inputs():
     for name in ("values", "dt", "A", "B", "initial"):
         assert_agrees(leaves[name].grad, expected[name], "gradients")
     assert not leaves["C"].grad.any()
+
+
+def test_the_compiled_kernels_have_the_same_chunks():
+    header = File(module.__file__).with_name("ssd_chunks.h").read_text()
+    assert re.findall(r"constexpr int64_t CHUNK = (\d+);", header) == [str(module.CHUNK)]
 
 
 def test_meta_tensors_give_shapes_forward_and_backward():

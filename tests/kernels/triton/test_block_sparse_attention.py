@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from kernels.attention.block_sparse_attention import (
+    BlockSparsity,
     QueryBlocks,
-    Reach,
     block_sparse_attention,
     query_blocks,
 )
@@ -19,7 +19,7 @@ from tests.oracles import hip, local_attention
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 RAGGED = (9, 1, 18, 9)
-REACH = Reach(2, 4, 5)
+REACH = BlockSparsity(2, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Lists:
     begins: np.ndarray
     width: int
     kept: torch.Tensor
-    reach: Reach
+    reach: BlockSparsity
 
     @property
     def own(self):
@@ -119,12 +119,12 @@ def assert_matches_sets(case, dtype=torch.float32):
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65])
 def test_rows_of_any_length_match_their_sets_in_outputs_and_every_gradient(length):
-    assert_matches_sets(draw((length,), reach=Reach(2, 4, 9), listed=4, h=1))
+    assert_matches_sets(draw((length,), reach=BlockSparsity(2, 4, 9), listed=4, h=1))
 
 
 @pytest.mark.parametrize("lengths", [(1000,), (350, 1, 649)])
 def test_blocks_of_long_documents_match_their_sets_and_gradients(lengths):
-    assert_matches_sets(draw(lengths, 20, Reach(4, 4, 64), 12, h=1))
+    assert_matches_sets(draw(lengths, 20, BlockSparsity(4, 4, 64), 12, h=1))
 
 
 @pytest.mark.parametrize("width", [1, 8, 32])
@@ -143,10 +143,12 @@ def test_any_heads_and_widths_match_their_sets_and_gradients(heads, groups, widt
 
 
 def test_a_block_of_more_rows_than_a_tile_matches_its_sets():
-    assert_matches_sets(draw((150,), 70, Reach(3, 2, 9), 5))
+    assert_matches_sets(draw((150,), 70, BlockSparsity(3, 2, 9), 5))
 
 
-@pytest.mark.parametrize("reach", [Reach(1, 0, 1), Reach(16, 20, 3), Reach(2, 100, 200)])
+@pytest.mark.parametrize(
+    "reach", [BlockSparsity(1, 0, 1), BlockSparsity(16, 20, 3), BlockSparsity(2, 100, 200)]
+)
 def test_any_reach_matches_its_sets_and_gradients(reach):
     assert_matches_sets(draw((20, 13), 4, reach))
 
@@ -199,7 +201,7 @@ def test_nan_infinity_and_huge_values_stay_in_their_document(width, value):
 
 
 def test_a_nan_in_a_gradient_reaches_the_keys_that_its_query_sees():
-    case = draw((12, 9), 1, Reach(2, 1, 3), 1)
+    case = draw((12, 9), 1, BlockSparsity(2, 1, 3), 1)
     dirty = [x.clone() for x in case.inputs]
     dirty[3][:, 15] = torch.nan
     _, d_q, d_k, d_v = run(replace(case, inputs=tuple(dirty)))

@@ -1,10 +1,11 @@
-"""Monarch matrices: their entries, the DFT as one, and the nearest one to any matrix."""
+"""Monarch matrices: their entries, and the DFT as one."""
 
 import numpy as np
 import pytest
 import torch
 
-from models.parts.monarch_matrix import monarch_entries, monarch_multiply, project_to_monarch
+from models.parts.monarch_matrix import monarch_multiply
+from tests.models.conftest import monarch_entries
 from tests.oracles import monarch as oracle
 
 
@@ -57,35 +58,3 @@ def test_the_dft_of_order_three_is_one_within_another():
     wanted = np.fft.fft(x.numpy())
     found = dft(x, 8, 48, inner=lambda z: dft(z, 8, 6))
     assert np.abs(found.numpy() - wanted).max() < 1e-12 * np.abs(wanted).max()
-
-
-@pytest.mark.parametrize("b", [1, 2, 6])
-def test_a_monarch_matrix_is_recovered(b):
-    matrix = monarch_entries(gaussian(b, b, b), gaussian(b, b, b, seed=1))
-    found = monarch_entries(*project_to_monarch(matrix))
-    assert (found - matrix).norm() / matrix.norm() < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("n", "low", "high"),
-    [(36, 0.69, 0.76), (64, 0.76, 0.80), (256, 0.88, 0.895), (1024, 0.938, 0.944)],
-)
-def test_residuals_of_gaussian_matrices_lie_in_their_band(n, low, high):
-    for seed in range(6 if n < 100 else 1):
-        matrix = gaussian(n, n, seed=seed)
-        rest = (monarch_entries(*project_to_monarch(matrix)) - matrix).norm() / matrix.norm()
-        assert low < rest < high
-
-
-def test_no_other_monarch_matrix_near_by_is_nearer():
-    matrix = gaussian(16, 16)
-    factors = project_to_monarch(matrix)
-    best = (monarch_entries(*factors) - matrix).norm()
-    for seed in range(20):
-        moved = [w + 1e-2 * gaussian(*w.shape, seed=seed + i) for i, w in enumerate(factors)]
-        assert (monarch_entries(*moved) - matrix).norm() > best
-
-
-def test_sizes_without_square_blocks_are_refused():
-    with pytest.raises(ValueError, match="such as 9 or 16"):
-        project_to_monarch(gaussian(10, 10))
