@@ -123,7 +123,7 @@ def allocate(
     if isinstance(point, Refusal):
         return point
     size, tokens = point, _tokens_for_budget(question, np.array([point]), budget)[0]
-    loss = _loss(question, question.fit.theta, np.array([size]), np.array([tokens]))[0]
+    loss = question.fit.surface(question.group).loss(size, tokens)[0, 0]
     interval = None
     if replicates is not None:
         found = [_best_size(question, theta, budget) for theta in replicates.theta]
@@ -139,25 +139,29 @@ def cheapest(question: Question, loss: float) -> Allocation | Refusal:
 
     With many tokens to serve the best model is smaller and trained longer (Sardana 2401.00448).
     """
+    surface = question.fit.surface(question.group)
 
     def total(sizes: Array) -> Array:
-        tokens = _tokens_for_loss(question, sizes, loss)
+        tokens = surface.tokens(sizes, loss)[0]
         reached = np.isfinite(tokens)
-        spent = question.cost(sizes, np.where(reached, tokens, 1.0)) + question.overhead(sizes)
+        training = question.cost(sizes, np.where(reached, np.maximum(tokens, 1.0), 1.0))
+        spent = training + question.overhead(sizes)
         return np.where(reached, np.log(spent), np.inf)
 
     size = _lowest(total, question.sizes, f"loss {loss:.3g}")
     if isinstance(size, Refusal):
         return size
-    tokens = _tokens_for_loss(question, np.array([size]), loss)
-    return Allocation(size, float(tokens[0]), loss, float(np.exp(total(np.array([size]))[0])))
+    tokens = float(surface.tokens(size, loss)[0, 0])
+    return Allocation(size, tokens, loss, float(np.exp(total(np.array([size]))[0])))
 
 
 def _best_size(question: Question, theta: Array, budget: float) -> float | Refusal:
+    surface = question.fit.surface(question.group, theta[None])
+
     def loss(sizes: Array) -> Array:
         tokens = _tokens_for_budget(question, sizes, budget)
         affordable = tokens > 1.0
-        found = _loss(question, theta, sizes, np.maximum(tokens, 1.0))
+        found = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
         return np.where(affordable, found, np.inf)
 
     return _lowest(loss, question.sizes, f"a budget of {budget:.3g}")
@@ -186,13 +190,6 @@ def _lowest(
     return float(sizes[best])
 
 
-def _loss(question: Question, theta: Array, sizes: Array, tokens: Array) -> Array:
-    terms = question.fit.form.natural(theta, question.group)
-    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    by_data = np.exp(terms["B"] - terms["beta"] * np.log(tokens))
-    return np.exp(terms["E"]) + (by_size + by_data) ** np.exp(terms.get("power", 0.0))
-
-
 def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array:
     """Training tokens that the budget leaves at each size, by bisection on the counted cost."""
     left = budget - question.overhead(sizes)
@@ -202,15 +199,3 @@ def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array
         dear = question.cost(sizes, np.exp(middle)) > left
         low, high = np.where(dear, low, middle), np.where(dear, middle, high)
     return np.exp(low)
-
-
-def _tokens_for_loss(question: Question, sizes: Array, loss: float) -> Array:
-    """Tokens to reach a loss at each size; infinite where no number of them does."""
-    low, high = (np.full(len(sizes), end) for end in LOG_TOKENS)
-    theta = question.fit.theta
-    reachable = _loss(question, theta, sizes, np.exp(high)) < loss
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        short = _loss(question, theta, sizes, np.exp(middle)) > loss
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    return np.where(reachable, np.exp(high), np.inf)

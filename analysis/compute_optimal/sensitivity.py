@@ -62,16 +62,9 @@ def _log_multiplier(
 ) -> Array:
     """Ln of the iso-loss data multiplier; infinite where the baseline's floor lies above."""
     size, tokens = place
-    base, other = (fit.form.natural(theta, name) for name in pair)
-    loss = (
-        np.exp(other["E"])
-        + np.exp(other["A"] - other["alpha"] * np.log(size))
-        + np.exp(other["B"] - other["beta"] * np.log(tokens))
-    )
-    left = loss - np.exp(base["E"]) - np.exp(base["A"] - base["alpha"] * np.log(size))
-    known = np.where(left > 0, left, 1.0)
-    needed = (base["B"] - np.log(known)) / base["beta"]
-    return np.where(left > 0, needed - np.log(tokens), np.inf)
+    baseline, other = (fit.surface(name, theta) for name in pair)
+    needed = baseline.tokens(size, other.loss(size, tokens))[:, 0]
+    return np.log(needed) - np.log(tokens)
 
 
 def counting(

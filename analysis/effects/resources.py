@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from analysis.effects.multipliers import Multiplier, common_loss, rows_of, tokens_for
+from analysis.effects.multipliers import Multiplier, common_loss, rows_of
 from analysis.fitting.estimator import Fit
 from analysis.inference.bootstrap import Replicates
 from analysis.tables.frames import Array, floats, keep
@@ -83,7 +83,7 @@ def parameter_multiplier(
     ends = []
     for name, mine in rows.items():
         sizes = np.array([floats(mine, "parameters").min(), floats(mine, "parameters").max()])
-        ends.append(_loss(fit, name, sizes, tokens))
+        ends.append(fit.surface(name).loss(sizes, tokens)[0])
     low, high = max(end.min() for end in ends), min(end.max() for end in ends)
     if low >= high:
         return Refusal(
@@ -93,8 +93,8 @@ def parameter_multiplier(
         )
     loss = float(np.sqrt(low * high))
     point, spread = (
-        np.log(_size_for(fit, theta, baseline, (tokens, loss)))
-        - np.log(_size_for(fit, theta, other, (tokens, loss)))
+        np.log(fit.surface(baseline, theta).sizes(tokens, loss)[:, 0])
+        - np.log(fit.surface(other, theta).sizes(tokens, loss)[:, 0])
         for theta in (fit.theta[None], replicates.theta)
     )
     interval = replicates.interval(float(point[0]), spread)
@@ -127,22 +127,8 @@ def _least(
     arm = reach(rows_of(fit, group))
     sizes = arm.grid()
     price = np.exp(np.interp(np.log(sizes), np.log(measured), np.log(prices)))
-    tokens = tokens_for(fit, theta, group, sizes, loss)
+    tokens = fit.surface(group, theta).tokens(sizes, loss)
     if resource.kind == "rate":
         return (tokens * price).min(axis=1)
     most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
     return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)
-
-
-def _size_for(fit: Fit, theta: Array, group: str, at: tuple[float, float]) -> Array:
-    tokens, loss = at
-    terms = fit.form.natural(theta, group)
-    left = loss - np.exp(terms["E"]) - np.exp(terms["B"] - terms["beta"] * np.log(tokens))
-    logs = (terms["A"] - np.log(np.where(left > 0, left, 1.0))) / terms["alpha"]
-    return np.where(left > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
-
-
-def _loss(fit: Fit, group: str, sizes: Array, tokens: float) -> Array:
-    terms = fit.form.natural(fit.theta, group)
-    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    return np.exp(terms["E"]) + by_size + np.exp(terms["B"] - terms["beta"] * np.log(tokens))

@@ -6,6 +6,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from analysis.fitting.loss_surface import LossSurface, surface_of
 from analysis.fitting.solver import Problem, polish, solve
 from analysis.fitting.starts import seeds
 from analysis.laws.bound import AnyLaw, Form, bind, log_loss, log_loss_and_jacobian
@@ -94,6 +95,13 @@ class Fit:
     def predict(self, rows: pd.DataFrame) -> Array:
         """The fitted target at each row, which needs the law's columns and groups."""
         return np.exp(log_loss(self.form.design(rows), self.theta[None])[0])
+
+    def surface(self, group: str, theta: Array | None = None) -> LossSurface:
+        """One group's loss over parameters and tokens, with its inverses.
+
+        `theta` holds other parameter vectors (replicates, parameters), as those of a bootstrap.
+        """
+        return surface_of(self.form, self.theta[None] if theta is None else theta, group)
 
 
 @dataclass(frozen=True)
