@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.inference.intervals import Interval, t_quantile
+from analysis.inference.intervals import Interval, slope_interval, t_quantile
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import Raised
@@ -121,15 +121,11 @@ def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     compute = np.log([each.flops for each in usable])
     sizes = np.log([each.size.estimate for each in usable])  # type: ignore[union-attr]
     tokens = np.log([each.tokens for each in usable])
-    return {"parameters": _slope(compute, sizes), "tokens": _slope(compute, tokens)}
-
-
-def _slope(x: Array, y: Array) -> Interval:
-    x = x - x.mean()
-    slope = float(x @ y / (x @ x))
-    left = y - y.mean() - slope * x
-    half = t_quantile(len(x) - 2) * float(np.sqrt(left @ left / (len(x) - 2) / (x @ x)))
-    return Interval(slope, slope - half, slope + half, f"regression over {len(x)} budgets")
+    over = f"{len(usable)} budgets"
+    return {
+        "parameters": slope_interval(compute, sizes, over),
+        "tokens": slope_interval(compute, tokens, over),
+    }
 
 
 def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:

@@ -12,8 +12,9 @@ import pandas as pd
 from analysis.compute_optimal.isoflop import budgets, exponents, grid_bias
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.cluster_robust import sandwich
-from analysis.inference.intervals import Interval, t_quantile
+from analysis.inference.intervals import Interval, slope_interval
 from analysis.laws.catalog import CHINCHILLA
+from analysis.tables.compute import FLOPS_PER_PARAMETER_TOKEN
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.checks import decay, exponent_sum
 from analysis.validity.refusal import Refusal
@@ -85,7 +86,7 @@ def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
         total = p["alpha"] + p["beta"]
         scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
         for each in found:
-            optimum = scale * (each.flops / 6) ** (p["beta"] / total)
+            optimum = scale * (each.flops / FLOPS_PER_PARAMETER_TOKEN) ** (p["beta"] / total)
             raised = grid_bias(each, p["alpha"], p["beta"], optimum)
             warnings += [raised] if raised is not None else []
     raised = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
@@ -122,9 +123,5 @@ def _slope_by_size(winners: Array) -> Interval:
     """Slope of ln N on ln C; each size that wins somewhere is one point, at its middle compute."""
     sizes = np.unique(winners[:, 1])[1:-1]
     middle = np.array([winners[winners[:, 1] == size, 0].mean() for size in sizes])
-    x = middle - middle.mean()
-    slope = float(x @ sizes / (x @ x))
-    left = sizes - sizes.mean() - slope * x
-    half = t_quantile(len(sizes) - 2) * float(np.sqrt(left @ left / (len(sizes) - 2) / (x @ x)))
-    method = f"regression over the {len(sizes)} sizes that are lowest somewhere"
-    return Interval(slope, slope - half, slope + half, method)
+    over = f"the {len(sizes)} sizes that are lowest somewhere"
+    return slope_interval(middle, sizes, over)

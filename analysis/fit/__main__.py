@@ -24,8 +24,9 @@ from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import Alike, alike, choose
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
+from analysis.tables.compute import six_nd
 from analysis.tables.external import ExternalTable, parse_columns, read_foreign
-from analysis.tables.frames import strings, where
+from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import number
@@ -207,7 +208,7 @@ def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace
     arms = rows[list(options.by)].drop_duplicates() if options.by else pd.DataFrame(index=[0])
     places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
     if "flops" in rows:
-        places = places.assign(flops=6.0 * size * tokens)
+        places = places.assign(flops=six_nd(floats(places, "parameters"), floats(places, "tokens")))
     found = law.predict(places, allow=options.allow)
     return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
 

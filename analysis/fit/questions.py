@@ -22,11 +22,11 @@ from analysis.effects.resources import (
     resource_multiplier,
 )
 from analysis.fitting.estimator import Fit
-from analysis.inference.backtest import compute_of
 from analysis.inference.bootstrap import Replicates, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
-from analysis.tables.frames import Array, floats, keep
+from analysis.tables.compute import six_nd, training_flops
+from analysis.tables.frames import floats, keep
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import bracketed, with_unit
@@ -66,7 +66,7 @@ def bootstrap(fit: Fit, seed: int = 0) -> Replicates:
 def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
     """The exponents of the best size and tokens, by each of Hoffmann's approaches, per arm."""
     labels = np.array(group_of(rows, by))
-    priced = rows.assign(flops=compute_of(rows))
+    priced = rows.assign(flops=training_flops(rows))
     for arm in dict.fromkeys(labels.tolist()):
         for found in all_three(keep(priced, labels == arm).reset_index(drop=True)):
             size, tokens = (_or_why(each) for each in (found.parameters, found.tokens))
@@ -91,7 +91,7 @@ def _spend(fit: Fit, arm: str, replicates: Replicates, budget: Budget) -> Iterat
     if isinstance(best, Refusal):
         return
     target = Target(best.parameters, best.tokens, budget.flops)
-    doubt = extrapolation(rows.assign(flops=compute_of(rows)), target, allow=budget.allow)
+    doubt = extrapolation(rows.assign(flops=training_flops(rows)), target, allow=budget.allow)
     if doubt is not None:
         yield f"  {doubt}"
     if budget.served:
@@ -132,11 +132,7 @@ def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
         ladder = Ladder.of(_median_by_size(priced, "price"), "parameters", "price")
         return Question(fit, arm, ladder, (float(sizes[0]), float(sizes[-1]))), ""
     ends = (float(sizes[0]) / BEYOND, float(sizes[-1]) * BEYOND)
-    return Question(fit, arm, _six_n_d, ends), " counted as 6 N D"
-
-
-def _six_n_d(parameters: Array, tokens: Array) -> Array:
-    return 6.0 * parameters * tokens
+    return Question(fit, arm, six_nd, ends), " counted as 6 N D"
 
 
 def _median_by_size(rows: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -170,7 +166,7 @@ def lead(fit: Fit, replicates: Replicates, baseline: str) -> Iterator[str]:
     if baseline not in fit.form.groups:
         arms = ", ".join(fit.form.groups)
         raise ValueError(f"--baseline {baseline!r} is none of the arms {arms}")
-    counted = replace(fit, rows=fit.rows.assign(flops=compute_of(fit.rows)))
+    counted = replace(fit, rows=fit.rows.assign(flops=training_flops(fit.rows)))
     for other in (arm for arm in fit.form.groups if arm != baseline):
         ways = {
             "tokens": data_multiplier(counted, replicates, baseline, other),

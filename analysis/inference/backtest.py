@@ -14,6 +14,7 @@ from analysis.fitting.estimator import Estimator, Fit, observed
 from analysis.inference.cluster_robust import prediction_errors, sandwich
 from analysis.laws.bound import AnyLaw, log_loss
 from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
+from analysis.tables.compute import training_flops
 from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
 
@@ -67,7 +68,7 @@ class Forecast:
 
 def backtest(estimator: Estimator, rows: pd.DataFrame, law: AnyLaw) -> BackTest:
     """Forecast the largest runs from the smaller ones, at several cuts in compute."""
-    compute = np.log10(compute_of(rows))
+    compute = np.log10(training_flops(rows))
     parts = []
     for cut in CUTS:
         limit = compute.max() - np.log10(cut)
@@ -77,7 +78,7 @@ def backtest(estimator: Estimator, rows: pd.DataFrame, law: AnyLaw) -> BackTest:
         found = estimator.fit(below.reset_index(drop=True), law)
         if isinstance(found, Refusal):
             continue
-        decades = compute[compute > limit] - np.log10(compute_of(below)).max()
+        decades = compute[compute > limit] - np.log10(training_flops(below)).max()
         error = observed(above, law) - log_loss(found.form.design(above), found.theta[None])[0]
         parts.append(
             pd.DataFrame({"cut": cut, "law": law.name, "decades": decades, "error": error})
@@ -98,8 +99,8 @@ def forecast(
     """
     tested = backtest(estimator, fit.rows, fit.law) if tested is None else tested
     log, error, _ = prediction_errors(fit, sandwich(fit), target)
-    largest = np.log10(compute_of(fit.rows).max())
-    decades = np.maximum(np.log10(compute_of(target)) - largest, 0.0)
+    largest = np.log10(training_flops(fit.rows).max())
+    decades = np.maximum(np.log10(training_flops(target)) - largest, 0.0)
     others = _rival_predictions(fit, estimator, target)
     spread = np.ptp(np.stack([log, *others.values()]), axis=0)
     outside = decades > 0
@@ -121,13 +122,6 @@ def forecast(
         index=target.index,
     )
     return Forecast(found, tested, (fit.law.name, *others))
-
-
-def compute_of(rows: pd.DataFrame) -> Array:
-    """Training FLOPs; 6 N D where the table does not count them."""
-    if "flops" in rows:
-        return floats(rows, "flops")
-    return 6.0 * floats(rows, "parameters") * floats(rows, "tokens")
 
 
 def spread_of(fit: Fit) -> float:

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.backtest import BackTest, Forecast, backtest, compute_of, forecast
+from analysis.inference.backtest import BackTest, Forecast, backtest, forecast
 from analysis.inference.cluster_robust import (
     Sandwich,
     parameter_interval,
@@ -26,6 +26,7 @@ from analysis.laws.law import Law
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
 from analysis.laws.transformed import REPEAT
+from analysis.tables.compute import training_flops
 from analysis.tables.frames import floats
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
@@ -158,9 +159,9 @@ def _has_compute(fit: Fit) -> bool:
 def _too_far(fit: Fit, table: pd.DataFrame) -> Refusal | None:
     if not _has_compute(fit) or not {"parameters", "tokens"} <= set(table.columns):
         return None
-    rows = fit.rows.assign(flops=compute_of(fit.rows))
+    rows = fit.rows.assign(flops=training_flops(fit.rows))
     for n, d, c in zip(
-        floats(table, "parameters"), floats(table, "tokens"), compute_of(table), strict=True
+        floats(table, "parameters"), floats(table, "tokens"), training_flops(table), strict=True
     ):
         found: Raised | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
         if isinstance(found, Refusal):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.cells import flags, numbers, texts
+from analysis.tables.compute import six_nd
 from analysis.tables.files import listed, read_raw
 from analysis.tables.frames import columns_of, floats, keep
 from analysis.tables.schema import LOSS_UNITS, SCALES, SCHEMA, plain, split_unit, target_of
@@ -292,7 +293,7 @@ def _completed(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if "trunk_id" not in rows:
         rows["trunk_id"] = rows["run_id"]
     if {"parameters", "tokens"} <= set(rows) and "flops_six_nd" not in rows:
-        rows["flops_six_nd"] = 6.0 * rows["parameters"] * rows["tokens"]
+        rows["flops_six_nd"] = six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
     if "flops" not in rows:
         notes.append("no column holds training FLOPs: they are unknown; 6 N D is flops_six_nd")
     if "decayed" not in rows:

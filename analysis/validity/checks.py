@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from analysis.tables.compute import six_nd
 from analysis.tables.frames import floats, groups, keep, means, strings
 from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import Raised
@@ -86,7 +87,7 @@ def counting(rows: pd.DataFrame) -> Raised | None:
         return None
     if not {"flops", "tokens"} <= set(rows):
         return None
-    ratio = floats(rows, "flops") / (6.0 * floats(rows, "parameters") * floats(rows, "tokens"))
+    ratio = floats(rows, "flops") / six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
     ratio = ratio[np.isfinite(ratio)]
     if not len(ratio) or np.abs(np.log(ratio)).max() <= np.log1p(COUNT_TOLERANCE):
         return None
@@ -179,8 +180,8 @@ def _off_count(rows: pd.DataFrame) -> int:
     if "flops_counted" in rows:
         ratio, (low, high) = floats(rows, "flops") / floats(rows, "flops_counted"), COUNTER_RANGE
     elif {"parameters", "tokens"} <= set(rows):
-        six_nd = 6.0 * floats(rows, "parameters") * floats(rows, "tokens")
-        ratio, (low, high) = floats(rows, "flops") / six_nd, ROUGH_RANGE
+        counted = six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
+        ratio, (low, high) = floats(rows, "flops") / counted, ROUGH_RANGE
     else:
         return 0
     return int(((ratio < low) | (ratio > high)).sum())
