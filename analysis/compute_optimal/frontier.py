@@ -22,7 +22,7 @@ from analysis.tables.run_region import reach
 from analysis.validity.checks import exponent_sum
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION, RATIO_MARGIN
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 SIZES = 240
 CURVE = 60
@@ -137,7 +137,7 @@ def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
     return frame.assign(tokens=tokens)
 
 
-def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Raised]:
+def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Caveat]:
     """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
 
     The bias of a grid needs the law's own optimum; the sum of exponents is held against what the
@@ -151,9 +151,9 @@ def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Rai
     logs, interior = best_sizes(fit, fit.theta[None], arm, compute)
     for each, log, known in zip(curves, logs[0], interior[0], strict=True):
         p = fit.parameters
-        raised = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
-        if raised is not None:
-            yield raised
+        caveat = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
+        if caveat is not None:
+            yield caveat
     slopes = exponents(curves)
     if isinstance(slopes, Refusal):
         return
@@ -162,9 +162,9 @@ def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Rai
     usable = next(each.size for each in curves if isinstance(each.size, Interval))
     sizes = usable.estimate * (ends / ends[0]) ** size
     implied = size + float(np.diff(np.log(ends / arm.cost(sizes)))[0] / np.diff(np.log(ends))[0])
-    raised = exponent_sum(size, tokens, implied)
-    if raised is not None:
-        yield raised
+    caveat = exponent_sum(size, tokens, implied)
+    if caveat is not None:
+        yield caveat
 
 
 def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str) -> tuple:

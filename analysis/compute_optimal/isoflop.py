@@ -12,7 +12,7 @@ import pandas as pd
 from analysis.inference.intervals import Interval, slope_interval, t_quantile
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 SAME_BUDGET = 1.10
 LEAST_R2 = 0.5
@@ -36,7 +36,7 @@ class IsoFlopCurve:
     curve: Array
     centre: float
     size: Interval | Refusal
-    warning: Raised | None
+    warning: Caveat | None
 
     def loss(self, sizes: Array) -> Array:
         """The parabola's loss [nats]."""
@@ -74,7 +74,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     curve = np.polyfit(logs - centre, y, 2)
     vertex = centre - curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
     if not logs[0] <= vertex <= logs[-1]:
-        warning = Raised("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
+        warning = Caveat("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
         return IsoFlopCurve(flops, points, curve, centre, _unbracketed(flops), warning)
     sides = min(int((logs < vertex).sum()), int((logs > vertex).sum()))
     left = y - np.polyval(curve, logs - centre)
@@ -82,7 +82,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     warning = None
     if sides < 2 or r2 < LEAST_R2:
         found = f"at {flops:.2g} FLOP {sides} sizes stand on one side of the minimum, R2 {r2:.2f}"
-        warning = Raised("W-EDGE", found)
+        warning = Caveat("W-EDGE", found)
     size = _vertex_interval(logs - centre, left, curve, centre)
     return IsoFlopCurve(flops, points, curve, centre, size, warning)
 
@@ -144,7 +144,7 @@ def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
     return float(np.expm1(curve[1] / (2 * curve[0])))
 
 
-def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -> Raised | None:
+def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -> Caveat | None:
     """W-A2BIAS: the grid spans more than 4x or is more than 2x off the law's optimum.
 
     Args:
@@ -160,4 +160,4 @@ def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -
         return None
     bias = 100 * token_bias(alpha, beta, logs)
     found = f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
-    return Raised("W-A2BIAS", found)
+    return Caveat("W-A2BIAS", found)

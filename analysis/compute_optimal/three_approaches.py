@@ -18,7 +18,7 @@ from analysis.tables.compute import FLOPS_PER_PARAMETER_TOKEN
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.checks import decay, exponent_sum
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 GRID = 200
 LEAST_RUNS = 3
@@ -33,7 +33,7 @@ class Approach:
     name: str
     parameters: Interval | Refusal
     tokens: Interval | Refusal
-    warnings: tuple[Raised, ...]
+    warnings: tuple[Caveat, ...]
 
 
 def all_three(rows: pd.DataFrame, estimator: Estimator | None = None) -> tuple[Approach, ...]:
@@ -50,8 +50,8 @@ def envelope(rows: pd.DataFrame) -> Approach:
     Curves are interpolated in ln C inside their own range. Points of one run are one cluster.
     """
     name = "1, envelope of training curves"
-    raised = decay(rows)
-    warnings = () if raised is None else (raised,)
+    caveat = decay(rows)
+    warnings = () if caveat is None else (caveat,)
     key = "trunk_id" if "trunk_id" in rows else "run_id"
     curves = []
     for _, part in groups(rows, [key, "parameters"]):
@@ -87,10 +87,10 @@ def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
         scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
         for each in found:
             optimum = scale * (each.flops / FLOPS_PER_PARAMETER_TOKEN) ** (p["beta"] / total)
-            raised = grid_bias(each, p["alpha"], p["beta"], optimum)
-            warnings += [raised] if raised is not None else []
-    raised = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
-    warnings += [raised] if raised is not None else []
+            caveat = grid_bias(each, p["alpha"], p["beta"], optimum)
+            warnings += [caveat] if caveat is not None else []
+    caveat = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
+    warnings += [caveat] if caveat is not None else []
     return Approach(name, slopes["parameters"], slopes["tokens"], tuple(warnings))
 
 

@@ -43,8 +43,8 @@ def main(words: list[str]) -> int:
         for line in _reading(foreign):
             console.print(line, markup=False)
         # One yardstick or several is a matter of the table, not of a set.
-        if (raised := evaluation(foreign.rows)) is not None:
-            console.print(str(raised), markup=False)
+        if (caveat := evaluation(foreign.rows)) is not None:
+            console.print(str(caveat), markup=False)
         answers = [_answer(console, foreign, name, law, options) for name in sets]
     except ValueError as error:
         console.print(f"{options.table}: {error}", markup=False)
@@ -98,9 +98,9 @@ def _answer(
     """Fit and print one evaluation set; whether the law could be fitted."""
     rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
     console.print(f"\n{len(rows)} points on {name}", markup=False)
-    for raised in check(rows):
-        if raised.code != "W-EVAL":
-            console.print(str(raised), markup=False)
+    for caveat in check(rows):
+        if caveat.code != "W-EVAL":
+            console.print(str(caveat), markup=False)
     learnt = law.fit(rows).learnt_
     if isinstance(learnt, Refusal):
         console.print(str(learnt), markup=False)

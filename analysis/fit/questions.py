@@ -73,7 +73,7 @@ def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
             who = f"{arm}: " if arm else ""
             told = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
             yield f"{who}approach {found.name}: {told}"
-            yield from (f"  {raised}" for raised in found.warnings)
+            yield from (f"  {caveat}" for caveat in found.warnings)
 
 
 def spending(fit: Fit, replicates: Replicates, budget: Budget) -> Iterator[str]:

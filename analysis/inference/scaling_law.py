@@ -30,7 +30,7 @@ from analysis.tables.compute import training_flops
 from analysis.tables.frames import floats
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 LAWS: dict[str, AnyLaw] = {
     law.name: law
@@ -163,7 +163,7 @@ def _too_far(fit: Fit, table: pd.DataFrame) -> Refusal | None:
     for n, d, c in zip(
         floats(table, "parameters"), floats(table, "tokens"), training_flops(table), strict=True
     ):
-        found: Raised | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
+        found: Caveat | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
         if isinstance(found, Refusal):
             return found
     return None

@@ -32,7 +32,7 @@ from analysis.tables.run_table import Table
 from analysis.validity.checks import check
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 CANDIDATES = 24
 PROPOSALS = 5
@@ -53,7 +53,7 @@ class Findings:
         options: the design map over (N, D); `advice` the runs proposed on it.
     """
 
-    reservations: tuple[Raised, ...]
+    reservations: tuple[Caveat, ...]
     headline: Headline
     shares: dict[str, Decomposition | Refusal]
     transfers: dict[str, Transfer | Refusal]
@@ -105,7 +105,7 @@ def find(study: Study, settings: Settings) -> Findings:
     )
 
 
-def reservations(table: Table, points: Table) -> tuple[Raised, ...]:
+def reservations(table: Table, points: Table) -> tuple[Caveat, ...]:
     """The guards on decayed points, with what the sweep says about tuning."""
     rows = points.rows
     if not len(rows):
@@ -170,7 +170,7 @@ def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[IsoFlopCurve
     return found
 
 
-def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Raised, ...]:
+def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Caveat, ...]:
     """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one reservation a code."""
     found: dict[str, list[str]] = {}
     for name, mine in curves.items():
@@ -178,9 +178,9 @@ def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Ra
             (each.fit for each in study.cells if each.part.startswith(f"{name} on ")
              and each.evaluation_set == study.table.neutral_set), None,
         )  # fmt: skip
-        for raised in budget_warnings(mine, law if isinstance(law, Fit) else None):
-            found.setdefault(raised.code, []).append(f"{name}: {raised.finding}")
-    return tuple(Raised(code, _first_of(each)) for code, each in found.items())
+        for caveat in budget_warnings(mine, law if isinstance(law, Fit) else None):
+            found.setdefault(caveat.code, []).append(f"{name}: {caveat.finding}")
+    return tuple(Caveat(code, _first_of(each)) for code, each in found.items())
 
 
 def _first_of(findings: list[str], shown: int = 2) -> str:

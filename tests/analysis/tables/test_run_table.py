@@ -137,8 +137,8 @@ def test_arms_that_cut_text_otherwise_are_raised(tmp_path, change, code):
         own = change if config["architecture"] == "mamba" else {}
         config["corpus"]["tokenizer"] = {"kind": "bytes", "path": None, "vocab_size": None, **own}
         (root / run_id / "config.yaml").write_text(yaml.safe_dump(config))
-    raised = tokenizers(final(load(root)).rows)
-    assert (raised.code if raised else None) == code
+    caveat = tokenizers(final(load(root)).rows)
+    assert (caveat.code if caveat else None) == code
 
 
 @pytest.mark.parametrize(("unique", "repeats"), [(1_800_000, False), (1_700_000, True)])
