@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.effects.answer import Answer, Arm, answer
 from analysis.effects.contrasts import Contrast, every_set
-from analysis.effects.learning_rates import mixed_rates
+from analysis.effects.learning_rates import rate_search
 from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.bootstrap import Replicates, parameter_intervals, replicate
@@ -53,6 +53,8 @@ class Study:
 
     Attributes:
         points: the table with nothing but decayed points of finished runs.
+        rate_search: why this sweep cannot compare architectures, if it is a search over learning
+            rates; None for any other sweep.
         effects: evaluation set -> factor -> contrasts, the neutral set first.
         cells: a separate Chinchilla law per architecture, corpus and evaluation set.
         choice: the nested family on the neutral set, scored; `family` its AICc alone.
@@ -65,6 +67,7 @@ class Study:
 
     table: Table
     points: Table
+    rate_search: Refusal | None
     answer: Answer
     effects: dict[str, dict[str, tuple[Contrast | Refusal, ...]]]
     cells: tuple[FittedLaw, ...]
@@ -84,9 +87,9 @@ class Study:
 
 def analyse(table: Table, settings: Settings) -> Study:
     """Fit and compare everything a table supports; what it does not support becomes a refusal."""
-    refused = mixed_rates(table)
-    if refused is not None:
-        return _refused(table, refused)
+    search = rate_search(table)
+    if search is not None:
+        return _refused(table, search)
     generator = np.random.default_rng(settings.seed)
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
@@ -100,6 +103,7 @@ def analyse(table: Table, settings: Settings) -> Study:
     return Study(
         table=table,
         points=points,
+        rate_search=None,
         answer=answer(points, table.neutral_set),
         effects=every_set(points),
         cells=cells,
@@ -121,6 +125,7 @@ def _refused(table: Table, refusal: Refusal) -> Study:
     return Study(
         table=table,
         points=points,
+        rate_search=refusal,
         answer=Answer(
             evaluation_set=table.neutral_set,
             corpus=(refusal,),
