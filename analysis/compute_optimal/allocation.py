@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from analysis.fitting.estimator import Fit
 from analysis.inference.bootstrap import Replicates
 from analysis.inference.intervals import Interval
-from analysis.tables.frames import Array, floats
+from analysis.tables.frames import Array
+from analysis.tables.run_region import SizeCurve
 from analysis.validity.refusal import Refusal
 
 Cost = Callable[[Array, Array], Array]
@@ -28,29 +28,20 @@ REFINEMENTS = 3
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a token costs at the sizes that were counted, log-log between them.
+    """A cost from what a token costs at the sizes that were counted, and never beyond them.
 
-    Attributes:
-        parameters: counted sizes, rising.
-        per_token: cost of a token at each.
+    Raises:
+        ValueError: fewer than two sizes were counted.
     """
 
-    parameters: Array
-    per_token: Array
+    per_token: SizeCurve
 
-    @classmethod
-    def of(cls, table: pd.DataFrame, sizes_column: str, column: str) -> "Ladder":
-        """One architecture's ladder table; `column` holds the cost of a token.
-
-        Raises:
-            ValueError: fewer than two sizes were counted.
-        """
-        sizes, place = np.unique(floats(table, sizes_column), return_index=True)
-        if len(sizes) < 2:
+    def __post_init__(self) -> None:
+        if len(self.per_token.sizes) < 2:
             raise ValueError(
-                f"a ladder of {len(sizes)} size cannot be interpolated; count at least two rungs"
+                f"a ladder of {len(self.per_token.sizes)} size cannot be interpolated; count at "
+                "least two rungs"
             )
-        return cls(sizes, floats(table, column)[place])
 
     def __call__(self, parameters: Array, tokens: Array) -> Array:
         """The cost of a run.
@@ -58,15 +49,14 @@ class Ladder:
         Raises:
             ValueError: a size lies outside the ladder.
         """
-        low, high = self.parameters[0], self.parameters[-1]
+        low, high = self.per_token.sizes[[0, -1]]
         sizes = np.asarray(parameters, dtype=np.float64)
         if sizes.min() < low * (1 - 1e-9) or sizes.max() > high * (1 + 1e-9):
             raise ValueError(
                 f"sizes from {sizes.min():.3g} to {sizes.max():.3g} were asked for, the ladder "
                 f"counts {low:.3g} to {high:.3g}; count more rungs"
             )
-        logs = np.interp(np.log(sizes), np.log(self.parameters), np.log(self.per_token))
-        return np.exp(logs) * np.asarray(tokens, dtype=np.float64)
+        return self.per_token(sizes) * np.asarray(tokens, dtype=np.float64)
 
 
 @dataclass(frozen=True)

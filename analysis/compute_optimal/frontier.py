@@ -4,7 +4,7 @@ Inside the data a band is the bootstrap's; beyond, it grows by what rolling fore
 data erred by. At ten times the largest compute it ends: nothing is said there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,8 @@ from analysis.inference.bootstrap import UNDEFINED_SHARE, Replicates
 from analysis.inference.intervals import Interval
 from analysis.laws.bound import log_loss
 from analysis.laws.law import group_of
-from analysis.tables.frames import Array, floats, keep, means
-from analysis.tables.run_region import reach
+from analysis.tables.frames import Array, floats, keep
+from analysis.tables.run_region import SizeCurve, flops_per_token, run_region
 from analysis.validity.checks import exponent_sum
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION, RATIO_MARGIN
 from analysis.validity.refusal import Refusal
@@ -31,31 +31,23 @@ CONTOUR = 60
 
 @dataclass(frozen=True)
 class ArmFrontier:
-    """One group of a fit: its rows, and what a token of a size costs."""
+    """One group of a fit: its rows, and what training on a token costs at a size."""
 
     rows: pd.DataFrame
     identity: dict[str, str]
-    cost: Callable[[Array], Array]
+    cost: SizeCurve
 
 
 def arm_of(fit: Fit, group: str, convention: str = "flops") -> ArmFrontier:
-    """A group with its FLOPs per token, log-log between sizes and straight beyond them."""
+    """A group with its training FLOPs per token, by one way of counting them."""
     rows = fit.rows
     if fit.law.by:
         rows = keep(rows, np.array(group_of(rows, fit.law.by)) == group)
-    priced = rows.assign(cost=rows[convention] / rows["tokens"])
-    by_size = means(priced, ["parameters"], ["cost"]).sort_index()
-    logs, costs = np.log(np.asarray(by_size.index, dtype=float)), np.log(floats(by_size, "cost"))
-
-    def cost(sizes: Array) -> Array:
-        x = np.log(sizes)
-        inner = np.interp(x, logs, costs)
-        beyond = np.maximum(x - logs[-1], 0.0) + np.minimum(x - logs[0], 0.0)
-        return np.exp(inner + beyond)
-
     names = ("architecture", "corpus")
     return ArmFrontier(
-        rows, {name: str(rows[name].iloc[0]) for name in names if name in rows}, cost
+        rows,
+        {name: str(rows[name].iloc[0]) for name in names if name in rows},
+        flops_per_token(rows, convention),
     )
 
 
@@ -93,7 +85,7 @@ def frontier_with_band(
     Beyond the data the band holds the error of forecasts and how far the rival laws stand apart.
     """
     arm = arm_of(fit, group)
-    flops, seen = floats(arm.rows, "flops"), reach(arm.rows)
+    flops, seen = floats(arm.rows, "flops"), run_region(arm.rows)
     compute = np.geomspace(flops.min(), flops.max() * LARGEST_EXTRAPOLATION, CURVE)
     logs = best_sizes(fit, fit.theta[None], arm, compute)[0][0]
     points = pd.DataFrame({"parameters": np.exp(logs), "flops": compute})
@@ -187,7 +179,7 @@ def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str)
 def contours(fit: Fit, group: str) -> pd.DataFrame:
     """Fitted loss over (N, D), not a number where nothing near was run."""
     arm = arm_of(fit, group)
-    seen = reach(arm.rows)
+    seen = run_region(arm.rows)
     sizes = seen.grid()
     tokens = np.geomspace(*seen.tokens, CONTOUR)
     n, d = (each.ravel() for each in np.meshgrid(sizes, tokens))

@@ -11,7 +11,7 @@ from analysis.inference.bootstrap import Replicates, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, groups, keep, where
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table
 from analysis.validity.refusal import Refusal
 
@@ -36,7 +36,7 @@ def multipliers_by_scale(
 
 def _by_scale(fit: Fit, replicates: Replicates, pair: tuple[str, str]) -> Iterator[tuple]:
     labels = np.array(group_of(fit.rows, fit.law.by))
-    arms = {name: reach(keep(fit.rows, labels == name)) for name in pair}
+    arms = {name: run_region(keep(fit.rows, labels == name)) for name in pair}
     baseline, other = pair
     low = max(arm.parameters[0] for arm in arms.values())
     high = min(arm.parameters[-1] for arm in arms.values())

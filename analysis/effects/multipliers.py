@@ -10,7 +10,7 @@ from analysis.inference.bootstrap import Replicates
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, keep
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.validity.refusal import Refusal
 
 LOSSES = 81
@@ -36,7 +36,7 @@ class Multiplier:
 
 def frontier(fit: Fit, group: str) -> pd.DataFrame:
     """The lowest fitted loss at each compute inside one arm's sizes and tokens."""
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     cost = arm.cost(sizes)
     compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
@@ -59,7 +59,7 @@ def data_multiplier(
     fit: Fit, replicates: Replicates, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
-    arms = {name: reach(rows_of(fit, name)) for name in (baseline, other)}
+    arms = {name: run_region(rows_of(fit, name)) for name in (baseline, other)}
     size = float(np.exp(np.log(floats(rows_of(fit, baseline), "parameters")).mean()))
     bounds = {
         name: fit.surface(name).loss(size, np.array(arm.tokens))[0] for name, arm in arms.items()
@@ -134,13 +134,13 @@ def rows_of(fit: Fit, group: str) -> pd.DataFrame:
 
 
 def _flops_for(fit: Fit, theta: Array, group: str, loss: float) -> Array:
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     return (fit.surface(group, theta).tokens(sizes, loss) * arm.cost(sizes)).min(axis=1)
 
 
 def _optimum_is_inside(fit: Fit, group: str, loss: float) -> bool:
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     tokens = fit.surface(group).tokens(sizes, loss)[0]
     best = (tokens * arm.cost(sizes)).argmin()

@@ -27,6 +27,7 @@ from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.compute import six_nd, training_flops
 from analysis.tables.frames import floats, keep
+from analysis.tables.run_region import flops_per_token, seconds_per_token
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import bracketed, with_unit
@@ -114,12 +115,12 @@ def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> I
     known = keep(rows, rows["tokens_per_second"].notna())
     if not len(known):
         return
-    seconds = known.assign(price=1.0 / known["tokens_per_second"])
-    sizes = np.unique(floats(seconds, "parameters"))
+    per_token = seconds_per_token(known)
+    sizes = per_token.sizes
     if len(sizes) < 2 or not sizes[0] <= best.parameters <= sizes[-1]:
         yield "seconds: speeds were not measured at sizes around this one"
         return
-    ladder = Ladder.of(_median_by_size(seconds, "price"), "parameters", "price")
+    ladder = Ladder(per_token)
     time = float(ladder(np.array([best.parameters]), np.array([best.tokens]))[0])
     clocked = replace(question, cost=ladder, sizes=(float(sizes[0]), float(sizes[-1])))
     yield f"the same {time:.3g} s at the measured speeds: {_allocated(allocate(clocked, time))}"
@@ -128,18 +129,11 @@ def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> I
 def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
     sizes = np.unique(floats(rows, "parameters"))
     if "flops" in rows and len(sizes) > 1:
-        priced = rows.assign(price=rows["flops"] / rows["tokens"])
-        ladder = Ladder.of(_median_by_size(priced, "price"), "parameters", "price")
-        return Question(fit, arm, ladder, (float(sizes[0]), float(sizes[-1]))), ""
+        return Question(
+            fit, arm, Ladder(flops_per_token(rows)), (float(sizes[0]), float(sizes[-1]))
+        ), ""
     ends = (float(sizes[0]) / BEYOND, float(sizes[-1]) * BEYOND)
     return Question(fit, arm, six_nd, ends), " counted as 6 N D"
-
-
-def _median_by_size(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    sizes, place = np.unique(floats(rows, "parameters"), return_inverse=True)
-    values = floats(rows, column)
-    medians = [float(np.median(values[place == index])) for index in range(len(sizes))]
-    return pd.DataFrame({"parameters": sizes, column: medians})
 
 
 def _allocated(found: Allocation | Refusal) -> str:

@@ -17,7 +17,7 @@ from analysis.inference.model_selection import Choice, choose
 from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
 from analysis.laws.law import Law, group_of
 from analysis.tables.frames import floats, keep, where
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table, final
 from analysis.validity.refusal import Refusal
 
@@ -237,7 +237,7 @@ def _curves(joint: FittedLaw, cells: list[FittedLaw]) -> pd.DataFrame:
 def _arm_curves(fit: Fit, group: str) -> pd.DataFrame:
     labels = np.array(group_of(fit.rows, CELL))
     rows = keep(fit.rows, labels == group) if group else fit.rows
-    arm = reach(rows)
+    arm = run_region(rows)
     identity = {"architecture": rows["architecture"].iloc[0], "corpus": rows["corpus"].iloc[0]}
     sizes, tokens = arm.grid(), np.geomspace(*arm.tokens, CURVE)
     parts = [frontier(fit, group).assign(kind="frontier", key=0.0)]
