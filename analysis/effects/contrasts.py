@@ -69,7 +69,7 @@ def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast 
 def _unfit_for_pairing(rows: pd.DataFrame) -> Refusal | None:
     if len(rows[["targets", "utf8_bytes"]].drop_duplicates()) > 1:
         return Refusal(
-            "R-YARDSTICK",
+            "R-EVAL",
             "runs were evaluated on different numbers of targets or bytes",
             "evaluate all runs on one set with one tokenizer",
         )

@@ -93,20 +93,6 @@ class Form:
         p |= {name: np.full(shape, value) for name, value in self._fixed().items()}
         return self.law.natural(p, self.centres)
 
-    def theta_of(self, values: Mapping[str, float]) -> Array:
-        """The parameter vector of parameters as they are reported (A, not ln A), by label.
-
-        A law with several groups takes `A [group]` for what varies.
-        """
-        theta = np.zeros(len(self.labels))
-        fixed = dict(self.law.fixed)
-        for group in self.groups:
-            named = {name: values[self.labels[slot]] for name, slot in self.slots_of(group).items()}
-            inner = self.law.internal(named | fixed, self.centres)
-            for name, slot in self.slots_of(group).items():
-                theta[slot] = inner[name]
-        return theta
-
     def pivots(self, theta: Array, group: str) -> dict[str, float]:
         """Each term's value at the data centre, in the unit of the target."""
         slots = self.slots_of(group)

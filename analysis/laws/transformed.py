@@ -73,11 +73,6 @@ class Offset:
 REPEAT = replace(CHINCHILLA, name="repeat", warp=Repetition())
 
 
-def repeat_around(chinchilla: Mapping[str, float]) -> Law:
-    """The repetition law with its five Chinchilla parameters given, as it was published."""
-    return replace(REPEAT, fixed=tuple(chinchilla.items()))
-
-
 def loss_to_loss(from_column: str, to_column: str) -> Law:
     """L_y = E_y + K (L_x - E_x)^k. Source: Brandfonbrener et al. 2411.12925."""
     # The exponent is fitted as it stands: 1 / (L_x - E_x) to the power of -k.

@@ -11,7 +11,6 @@ import pandas as pd
 
 from analysis.tables.compute import six_nd
 from analysis.tables.frames import floats, groups, keep, means, strings
-from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import Caveat
 
 SMALL_MODEL = 1e8
@@ -110,19 +109,6 @@ def tokenizers(rows: pd.DataFrame) -> Caveat | None:
     """W-TOK: losses per token of different tokenizers stand in one table."""
     found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
     return Caveat("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
-
-
-def yardstick(rows: pd.DataFrame) -> str | Refusal:
-    """The column in which losses compare: nats if there is one tokenizer, else bits per byte."""
-    if tokenizers(rows) is None:
-        return "loss_nats"
-    if "bits_per_byte" in rows and bool(rows["bits_per_byte"].notna().all()):
-        return "bits_per_byte"
-    return Refusal(
-        "R-YARDSTICK",
-        f"losses per token of several tokenizers ({_some(_levels(rows, 'tokenizer'))})",
-        "give bits per byte for every row, or compare within one tokenizer",
-    )
 
 
 def evaluation(rows: pd.DataFrame) -> Caveat | None:

@@ -21,7 +21,6 @@ from analysis.validity.checks import (
     seeds,
     tokenizers,
     units,
-    yardstick,
 )
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
@@ -106,15 +105,6 @@ def test_a_best_rate_at_the_edge_of_its_search_is_raised(best, fires):
     caveat = rates(rows)
     assert (caveat is not None) == fires
     assert not fires or "last one tried" in caveat.finding
-
-
-def test_losses_of_several_tokenizers_compare_in_bits_per_byte_or_not_at_all():
-    mixed = BASE.assign(tokenizer=["a", "a", "b", "b"])
-    assert yardstick(BASE) == "loss_nats"
-    assert yardstick(mixed.assign(bits_per_byte=1.0)) == "bits_per_byte"
-    refused = yardstick(mixed.assign(bits_per_byte=[1.0, 1.0, 1.0, np.nan]))
-    assert isinstance(refused, Refusal)
-    assert refused.code == "R-YARDSTICK"
 
 
 @pytest.mark.parametrize(

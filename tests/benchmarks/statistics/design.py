@@ -21,6 +21,7 @@ from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
 from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
 from analysis.laws.law import Law
 from analysis.planning.next_runs import Belief, Terms, advise, half_width, loss_at
+from tests.analysis.parameters import theta_of
 
 SIGMA = 0.004
 LAWS = (CHINCHILLA, KAPLAN, GAMMA)
@@ -145,7 +146,7 @@ def _runs(
 
 def _loss(law: Law, values: dict[str, float], rows: pd.DataFrame) -> np.ndarray:
     form = bind(law, rows)
-    return np.exp(log_loss(form.design(rows), form.theta_of(values)[None])[0])
+    return np.exp(log_loss(form.design(rows), theta_of(form, values)[None])[0])
 
 
 def _measured(
