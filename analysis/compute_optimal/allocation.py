@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import Interval
 from analysis.tables.frames import Array
 from analysis.tables.run_region import SizeCurve
@@ -103,7 +103,7 @@ class Question:
 
 
 def allocate(
-    question: Question, budget: float, replicates: Replicates | None = None
+    question: Question, budget: float, replicates: Bootstrap | None = None
 ) -> Allocation | Refusal:
     """Size and tokens with the lowest fitted loss that training and serving within a budget allow.
 

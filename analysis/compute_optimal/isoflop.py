@@ -111,16 +111,20 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
 
 def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     """Exponents of N*(C) and D*(C) from the bracketed minima, with t intervals."""
-    usable = [each for each in found if each.warning is None and isinstance(each.size, Interval)]
+    usable = [
+        (each, each.size)
+        for each in found
+        if each.warning is None and isinstance(each.size, Interval)
+    ]
     if len(usable) < 3:
         return Refusal(
             "R-UNDER",
             f"{len(usable)} budgets have a bracketed minimum with an interval, 3 are needed",
             "add sizes around the minimum, or budgets",
         )
-    compute = np.log([each.flops for each in usable])
-    sizes = np.log([each.size.estimate for each in usable])  # type: ignore[union-attr]
-    tokens = np.log([each.tokens for each in usable])
+    compute = np.log([curve.flops for curve, _ in usable])
+    sizes = np.log([size.estimate for _, size in usable])
+    tokens = np.log([curve.tokens for curve, _ in usable])
     over = f"{len(usable)} budgets"
     return {
         "parameters": slope_interval(compute, sizes, over),

@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.compute_optimal.frontier import size_exponent
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, groups, keep, where
@@ -22,7 +22,7 @@ SCALE_COLUMNS = ["baseline", "other", "parameters", "factor", "low", "high", "re
 
 
 def multipliers_by_scale(
-    fit: Fit, replicates: Replicates, pairs: list[tuple[str, str]]
+    fit: Fit, replicates: Bootstrap, pairs: list[tuple[str, str]]
 ) -> pd.DataFrame:
     """Tokens that the baseline needs over those of the other arm, at each size; refused where not.
 
@@ -34,7 +34,7 @@ def multipliers_by_scale(
     return pd.DataFrame(records, columns=pd.Index(SCALE_COLUMNS))
 
 
-def _by_scale(fit: Fit, replicates: Replicates, pair: tuple[str, str]) -> Iterator[tuple]:
+def _by_scale(fit: Fit, replicates: Bootstrap, pair: tuple[str, str]) -> Iterator[tuple]:
     labels = np.array(group_of(fit.rows, fit.law.by))
     arms = {name: run_region(keep(fit.rows, labels == name)) for name in pair}
     baseline, other = pair
@@ -86,10 +86,13 @@ def counting(
             continue
         replicates = replicate(found, count, generator)
         for convention, meaning in FLOP_CONVENTIONS.items():
-            value, drawn = size_exponent(found, replicates, found.form.groups[0], convention)
-            interval = replicates.interval(value, drawn) if np.isfinite(value) else None
+            exponent = size_exponent(found, replicates, found.form.groups[0], convention)
+            if not np.isfinite(exponent.value):
+                continue
+            interval = replicates.interval(exponent.value, exponent.drawn)
             if isinstance(interval, Interval):
-                records.append((words, meaning, value, interval.low, interval.high))
+                ends = (exponent.value, interval.low, interval.high)
+                records.append((words, meaning, *ends))
     return pd.DataFrame(records, columns=pd.Index(COUNT_COLUMNS))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, keep
@@ -56,7 +56,7 @@ def frontier(fit: Fit, group: str) -> pd.DataFrame:
 
 
 def data_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
     arms = {name: run_region(rows_of(fit, name)) for name in (baseline, other)}
@@ -108,7 +108,7 @@ def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
 
 
 def compute_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Training FLOPs the baseline needs over those the other arm needs, each at its best size."""
     loss = common_loss(fit, baseline, other)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.effects.multipliers import Multiplier, common_loss, rows_of
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.tables.frames import Array, floats, keep
 from analysis.tables.run_region import SizeCurve, run_region
 from analysis.validity.refusal import Refusal
@@ -39,7 +39,7 @@ DECODING_STATE = Resource("bytes of decoding state", "state_bytes", "held")
 
 
 def resource_multiplier(
-    fit: Fit, replicates: Replicates, pair: tuple[str, str], resource: Resource
+    fit: Fit, replicates: Bootstrap, pair: tuple[str, str], resource: Resource
 ) -> Multiplier | Refusal:
     """A resource the baseline needs over that the other arm needs, each at its cheapest size.
 
@@ -75,7 +75,7 @@ def resource_multiplier(
 
 
 def parameter_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Parameters the baseline needs over those the other arm needs, at equal tokens and loss."""
     rows = {name: rows_of(fit, name) for name in (baseline, other)}

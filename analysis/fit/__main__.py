@@ -25,7 +25,7 @@ from analysis.inference.model_selection import Alike, alike, choose
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
 from analysis.tables.compute import six_nd
-from analysis.tables.external import ExternalTable, parse_columns, read_foreign
+from analysis.tables.external import ExternalTable, parse_columns, read_external
 from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
@@ -37,15 +37,15 @@ def main(words: list[str]) -> int:
     options = _parser().parse_args(words)
     console = Console(soft_wrap=True)
     try:
-        foreign = read_foreign(options.table, parse_columns(options.columns))
-        sets = list(dict.fromkeys(strings(foreign.rows, "evaluation_set").tolist()))
+        external = read_external(options.table, parse_columns(options.columns))
+        sets = list(dict.fromkeys(strings(external.rows, "evaluation_set").tolist()))
         law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
-        for line in _reading(foreign):
+        for line in _reading(external):
             console.print(line, markup=False)
         # One yardstick or several is a matter of the table, not of a set.
-        if (caveat := evaluation(foreign.rows)) is not None:
+        if (caveat := evaluation(external.rows)) is not None:
             console.print(str(caveat), markup=False)
-        answers = [_answer(console, foreign, name, law, options) for name in sets]
+        answers = [_answer(console, external, name, law, options) for name in sets]
     except ValueError as error:
         console.print(f"{options.table}: {error}", markup=False)
         return 2
@@ -90,13 +90,13 @@ def _names(text: str) -> frozenset[str] | None:
 
 def _answer(
     console: Console,
-    foreign: ExternalTable,
+    external: ExternalTable,
     name: str,
     law: ScalingLaw,
     options: argparse.Namespace,
 ) -> bool:
     """Fit and print one evaluation set; whether the law could be fitted."""
-    rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
+    rows = where(external.rows, "evaluation_set", name).reset_index(drop=True)
     console.print(f"\n{len(rows)} points on {name}", markup=False)
     for caveat in check(rows):
         if caveat.code != "W-EVAL":
@@ -134,15 +134,15 @@ def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) 
         yield from lead(learnt.fit, replicates, options.baseline)
 
 
-def _reading(foreign: ExternalTable) -> Iterator[str]:
-    for target, source in foreign.sources.items():
+def _reading(external: ExternalTable) -> Iterator[str]:
+    for target, source in external.sources.items():
         yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
-    yield from foreign.notes
-    if foreign.ignored:
-        yield f"not used: {', '.join(foreign.ignored)}"
-    if len(foreign.rejected):
-        yield f"{len(foreign.rejected)} values left out, the first: " + ", ".join(
-            f"{key} {value}" for key, value in foreign.rejected.iloc[0].items()
+    yield from external.notes
+    if external.ignored:
+        yield f"not used: {', '.join(external.ignored)}"
+    if len(external.rejected):
+        yield f"{len(external.rejected)} values left out, the first: " + ", ".join(
+            f"{key} {value}" for key, value in external.rejected.iloc[0].items()
         )
 
 

@@ -22,7 +22,7 @@ from analysis.effects.resources import (
     resource_multiplier,
 )
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.compute import six_nd, training_flops
@@ -55,7 +55,7 @@ class Budget:
     allow: bool = False
 
 
-def bootstrap(fit: Fit, seed: int = 0) -> Replicates:
+def bootstrap(fit: Fit, seed: int = 0) -> Bootstrap:
     """Replicates of a fit to any table: what it does not tell of its arms is taken as one arm."""
     missing = {name: "one" for name in ("architecture", "corpus") if name not in fit.rows}
     rows = fit.rows.assign(**missing)
@@ -77,14 +77,14 @@ def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
             yield from (f"  {caveat}" for caveat in found.warnings)
 
 
-def spending(fit: Fit, replicates: Replicates, budget: Budget) -> Iterator[str]:
+def spending(fit: Fit, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
     """Where a budget goes in each arm, by its own FLOPs and, where known, its own seconds."""
     for arm in fit.form.groups:
         who = f"{arm}: " if arm else ""
         yield from (f"{who}{line}" for line in _spend(fit, arm, replicates, budget))
 
 
-def _spend(fit: Fit, arm: str, replicates: Replicates, budget: Budget) -> Iterator[str]:
+def _spend(fit: Fit, arm: str, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
     rows = rows_of(fit, arm)
     question, counted = _question(fit, arm, rows)
     best = allocate(question, budget.flops, replicates)
@@ -151,7 +151,7 @@ def _allocated(found: Allocation | Refusal) -> str:
     )
 
 
-def lead(fit: Fit, replicates: Replicates, baseline: str) -> Iterator[str]:
+def lead(fit: Fit, replicates: Bootstrap, baseline: str) -> Iterator[str]:
     """What the baseline needs more of to reach the loss of each other arm.
 
     Raises:

@@ -98,14 +98,14 @@ def forecast(
     The interval is for a new run: it holds the residual noise.
     """
     tested = backtest(estimator, fit.rows, fit.law) if tested is None else tested
-    log, error, _ = prediction_errors(fit, sandwich(fit), target)
+    mean = prediction_errors(fit, sandwich(fit), target)
     largest = np.log10(training_flops(fit.rows).max())
     decades = np.maximum(np.log10(training_flops(target)) - largest, 0.0)
     others = _rival_predictions(fit, estimator, target)
-    spread = np.ptp(np.stack([log, *others.values()]), axis=0)
+    spread = np.ptp(np.stack([mean.log, *others.values()]), axis=0)
     outside = decades > 0
     parts = {
-        "s_fit": error,
+        "s_fit": mean.error,
         "sigma": np.full(len(target), spread_of(fit)),
         "s_backtest": tested.rate * decades,
         "s_laws": np.where(outside, 0.5 * spread, 0.0),
@@ -113,9 +113,9 @@ def forecast(
     half = 2.0 * np.sqrt(np.sum([part**2 for part in parts.values()], axis=0))
     found = pd.DataFrame(
         {
-            "estimate": np.exp(log),
-            "low": np.exp(log - half),
-            "high": np.exp(log + half),
+            "estimate": np.exp(mean.log),
+            "low": np.exp(mean.log - half),
+            "high": np.exp(mean.log + half),
             **parts,
             "decades": decades,
         },

@@ -28,7 +28,7 @@ class Belief:
     theta: Array
 
 
-Target = Callable[[Belief], tuple[Array, Array]]
+Quantity = Callable[[Belief], tuple[Array, Array]]
 """Value (draws,) and gradient (draws, parameters) of what is to be known."""
 
 
@@ -68,7 +68,7 @@ class Terms:
     hold_out: float
 
 
-def loss_at(point: pd.DataFrame) -> Target:
+def loss_at(point: pd.DataFrame) -> Quantity:
     """Ln of the loss at one point, a frame of one row with the law's columns."""
 
     def target(belief: Belief) -> tuple[Array, Array]:
@@ -82,7 +82,7 @@ def advise(
     done: pd.DataFrame,
     candidates: pd.DataFrame,
     beliefs: Sequence[Belief],
-    target: Target,
+    target: Quantity,
     terms: Terms,
 ) -> Advice:
     """Rank the next runs; each row of `done` and `candidates` is a run with its `flops`."""
@@ -122,7 +122,7 @@ def design_map(
     done: pd.DataFrame,
     candidates: pd.DataFrame,
     beliefs: Sequence[Belief],
-    target: Target,
+    target: Quantity,
     sigma: float,
 ) -> pd.DataFrame:
     """The candidates with `gain` and `gain_per_root_flop`, before any of them is run."""
@@ -132,7 +132,7 @@ def design_map(
 
 
 def half_width(
-    done: pd.DataFrame, beliefs: Sequence[Belief], target: Target, sigma: float
+    done: pd.DataFrame, beliefs: Sequence[Belief], target: Quantity, sigma: float
 ) -> float:
     """95 % half-width of the target: sampling under each law, and half the spread of the laws."""
     return _State(done, done.iloc[:1], beliefs, target, sigma).half_width()
@@ -154,7 +154,7 @@ class _State:
         done: pd.DataFrame,
         candidates: pd.DataFrame,
         beliefs: Sequence[Belief],
-        target: Target,
+        target: Quantity,
         sigma: float,
     ) -> None:
         self._noise = sigma**2

@@ -20,7 +20,7 @@ from analysis.effects.loss_to_loss import Transfer, transfers
 from analysis.effects.variance_shares import Decomposition, decompositions
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import RIVALS, BackTest, backtest
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.profile_likelihood import Profile, profile
 from analysis.laws.catalog import CHINCHILLA, GAMMA
 from analysis.laws.law import Law
@@ -152,7 +152,7 @@ def _rate(tested: dict[str, BackTest]) -> BackTest:
     return tested[CHINCHILLA.name]
 
 
-def _per_group(study: Study, make: Callable[[Fit, Replicates, str], pd.DataFrame]) -> pd.DataFrame:
+def _per_group(study: Study, make: Callable[[Fit, Bootstrap, str], pd.DataFrame]) -> pd.DataFrame:
     fit, replicates = study.joint.fit, study.joint.replicates
     if not isinstance(fit, Fit) or replicates is None or _shown(study) is None:
         return pd.DataFrame()
@@ -251,7 +251,7 @@ def _design(
 def _target(fit: Fit) -> Callable:
     arm = arm_of(fit, fit.form.groups[0])
     compute = np.array([float(floats(arm.rows, "flops").max()) * LARGEST_EXTRAPOLATION])
-    size = np.exp(best_sizes(fit, fit.theta[None], arm, compute)[0][0])
+    size = np.exp(best_sizes(fit, fit.theta[None], arm, compute).logs[0])
     tokens = compute / arm.cost(size)
     point = pd.DataFrame({"parameters": size, "tokens": tokens, "flops": compute})
     return loss_at(point.assign(**arm.identity))

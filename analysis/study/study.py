@@ -11,7 +11,7 @@ from analysis.effects.contrasts import Contrast, every_set
 from analysis.effects.learning_rates import rate_search
 from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Replicates, parameter_intervals, replicate
+from analysis.inference.bootstrap import Bootstrap, parameter_intervals, replicate
 from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import Choice, choose
 from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
@@ -44,7 +44,7 @@ class FittedLaw:
     law: Law
     fit: Fit | Refusal
     intervals: dict[str, Interval | Refusal]
-    replicates: Replicates | None
+    replicates: Bootstrap | None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.fitting.solver import Problem, polish, solve
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.laws.bound import bind, log_loss
 from analysis.laws.catalog import CHINCHILLA
 from analysis.laws.law import Law, Term
@@ -146,7 +146,7 @@ def _bootstrap() -> Iterator[tuple[str, float]]:
         yield f"chin.boot.{name}_hi", float(high)
 
 
-def _reported(found: Fit, replicates: Replicates) -> dict[str, np.ndarray]:
+def _reported(found: Fit, replicates: Bootstrap) -> dict[str, np.ndarray]:
     values = found.form.natural(replicates.theta, "")
     return {n: np.exp(v) if n in found.law.logs else v for n, v in values.items()}
 

@@ -67,8 +67,8 @@ def test_branches_of_a_trunk_share_their_cluster(sweep, study):
 def test_every_run_that_is_not_used_is_listed_with_a_reason(troubled):
     table = load(troubled)
     found = {each.kind: each for each in table.exclusions}
-    assert set(found) == {"diverged", "unfinished", "failed", "not started", "foreign"}
-    assert found["foreign"].run_id == "stranger"
+    assert set(found) == {"diverged", "unfinished", "failed", "not started", "not in sweep"}
+    assert found["not in sweep"].run_id == "stranger"
     assert "diverged at step" in found["diverged"].reason
     assert len(table.runs) == 24
     assert set(final(table).rows["status"]) == {"done"}

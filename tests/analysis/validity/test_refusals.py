@@ -12,7 +12,7 @@ from analysis.effects.contrasts import contrasts
 from analysis.effects.seed_noise import seed_noise
 from analysis.effects.variance_shares import decompose
 from analysis.fitting.estimator import Estimator
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import ratio_interval, t_interval
 from analysis.laws.bound import bind, log_loss
 from analysis.laws.catalog import CHINCHILLA, POWER
@@ -62,7 +62,7 @@ def contrast(rows, factor):
 
 def undefined(share):
     values = np.where(np.arange(100) < share, np.nan, 1.0 + 0.01 * np.arange(100))
-    return Replicates(np.zeros((100, 1)), "bootstrap", 10, 1.0).interval(1.5, values)
+    return Bootstrap(np.zeros((100, 1)), "bootstrap", 10, 1.0).interval(1.5, values)
 
 
 def iso(count):

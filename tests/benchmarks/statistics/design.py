@@ -26,10 +26,10 @@ from tests.analysis.parameters import theta_of
 SIGMA = 0.004
 LAWS = (CHINCHILLA, KAPLAN, GAMMA)
 EPOCH = {"A": 477.83, "alpha": 0.3473, "B": 2143.4, "beta": 0.3672, "E": 1.8172}
-BENT = {"A": 4000.0, "alpha": 0.47, "B": 30000.0, "beta": 0.5, "E": 1.75, "power": 0.72}
+OUTER_POWER = {"A": 4000.0, "alpha": 0.47, "B": 30000.0, "beta": 0.5, "E": 1.75, "power": 0.72}
 TRUTHS: dict[str, tuple[Law, dict[str, float]]] = {
     "a Chinchilla law (the replication's fit)": (CHINCHILLA, EPOCH),
-    "a law with an outer exponent of .72, not assumed alone": (GAMMA, BENT),
+    "a law with an outer exponent of .72, not assumed alone": (GAMMA, OUTER_POWER),
 }
 TARGET_FLOPS = 1e22
 LARGEST = 6e19
