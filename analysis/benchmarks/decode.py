@@ -1,6 +1,5 @@
 """How fast models decode, with a cache and without: the figure, the ratios, and what they say."""
 
-from collections.abc import Iterator
 from typing import cast
 
 import numpy as np
@@ -75,11 +74,6 @@ def ratios(rounds: pd.DataFrame) -> pd.DataFrame:
                 named = {"kind": kind, "context": context, "upper": upper, "lower": lower}
                 rows.append({**named, **_spread(shares, "ratio")})
     return pd.DataFrame(rows)
-
-
-def paragraph(rounds: pd.DataFrame) -> str:
-    """What the comparison shows, in words that follow from the figures."""
-    return " ".join([*_generation_words(rounds), *_step_words(rounds), *_copy_words(rounds)])
 
 
 def draw(rounds: pd.DataFrame, name: str) -> ReportFigure:
@@ -167,100 +161,9 @@ def _title(rounds: pd.DataFrame) -> str:
     )
 
 
-def _generation_words(rounds: pd.DataFrame) -> Iterator[str]:
-    found = {lower: _found(rounds, "generation", HYBRID, lower) for _, lower, _ in BARS}
-    looped, passed = found["hybrid", "replayed"], found["hybrid", "uncached"]
-    if looped is None or passed is None:
-        return
-    yield (
-        f"The post's {CLAIM:.0f}x set its hybrid with a cache against the same hybrid without one, "
-        "whose recurrence ran in a loop over the text for each token. With the whole model in that "
-        f"loop, up to {_generated(rounds)} tokens, ours gives {_times(looped)}, about as many as "
-        f"the text has tokens on average{_same_words(rounds)}. If the text is read in one pass, "
-        f"the cache is worth {_times(passed)}."
-    )
-    honest = found[ATTENTION]
-    if honest is not None:
-        yield (
-            "Against attention that has its own cache the hybrid is "
-            f"{'slower' if honest['ratio'] < 1 else 'not slower'} there: {_times(honest)}."
-        )
-
-
 def _generated(rounds: pd.DataFrame) -> int:
     """Tokens at the end of a generation."""
     return int(floats(keep(rounds, rounds["kind"] == "generation"), "context")[0])
-
-
-def _same_words(rounds: pd.DataFrame) -> str:
-    found = _found(rounds, "generation", ATTENTION, ("attention", "replayed"))
-    return "" if found is None else f"; attention gains {_times(found)} in the same way"
-
-
-def _step_words(rounds: pd.DataFrame) -> Iterator[str]:
-    line = _line(rounds, " ".join(ATTENTION))
-    if not len(line):
-        return
-    yield f"One more token with caches: hybrid over attention {_crossing_words(line)}."
-    last = int(line["context"].iloc[-1])
-    gains = [
-        f"{_times(found)} for {name}"
-        for name in ("hybrid", "attention")
-        if (found := _found(rounds, "step", (name, "cached"), (name, "uncached"), last))
-    ]
-    if gains:
-        yield f"At {last} tokens a cache is worth {' and '.join(gains)}."
-    data = summarise(rounds)
-    at_last = (data["kind"] == "step") & (data["context"] == last) & (data["mode"] == "cached")
-    held = keep(data, at_last).set_index("model")["state_bytes"]
-    yield (
-        f"The state is then {held['hybrid'] / 1e6:.2f} MB for the hybrid, the same at any context, "
-        f"and {held['attention'] / 1e6:.2f} MB for attention."
-    )
-
-
-def _crossing_words(line: pd.DataFrame) -> str:
-    """From where on the hybrid is faster, where the quartiles are on one side of 1."""
-    contexts = [int(each) for each in line["context"]]
-    shares = floats(line, "ratio")
-    ends = f"{shares[0]:.2f}x at {contexts[0]} tokens, {shares[-1]:.2f}x at {contexts[-1]}"
-    slower = [c for c, high in zip(contexts, floats(line, "high"), strict=True) if high < 1]
-    unclear = [c for c, low in zip(contexts, floats(line, "low"), strict=True) if low <= 1]
-    faster = [c for c in contexts if c > max(unclear, default=0)]
-    close = [c for c in contexts if c > max(slower, default=0) and c not in faster]
-    said = [f"slower up to {max(slower)}"] if slower else ["nowhere slower"]
-    if close:
-        said.append(f"too close to call at {', '.join(map(str, close))}")
-    said.append(f"faster from {faster[0]} on" if faster else "no crossover seen")
-    return f"{ends}: {', '.join(said)}"
-
-
-def _copy_words(rounds: pd.DataFrame) -> Iterator[str]:
-    """What of attention's time a cache with room to spare would save."""
-    line = _line(rounds, SPARED)
-    if not len(line):
-        return
-    last = line["context"].iloc[-1]
-    data = summarise(rounds)
-    steps = keep(data, (data["kind"] == "step") & (data["context"] == last))
-    milliseconds = {
-        key: 1e3 / floats(part, "tokens_per_second")[0]
-        for key, part in groups(steps, ["model", "mode"])
-    }
-    yield (
-        f"Of attention's {milliseconds[ATTENTION]:.2f} ms a token at {last}, "
-        f"{milliseconds['attention', COPIED]:.2f} ms go into copying its cache to append to it; "
-        f"preallocated memory would spare them, and the hybrid over attention would be "
-        f"{_crossing_words(line)} (reckoned, not run). Where they cross belongs to this size, this "
-        f"machine and these programs."
-    )
-
-
-def _line(rounds: pd.DataFrame, lower: str) -> pd.DataFrame:
-    """The cached hybrid's steps over another's, by context."""
-    table = ratios(rounds)
-    mine = (table["kind"] == "step") & (table["upper"] == " ".join(HYBRID))
-    return keep(table, mine & (table["lower"] == lower)).sort_values("context")
 
 
 def _found(
@@ -293,7 +196,3 @@ def _speeds(part: pd.DataFrame, contender: Contender) -> pd.Series:
 def _spread(values: np.ndarray, name: str) -> dict[str, float]:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     return {name: float(middle), "low": float(low), "high": float(high), "rounds": len(values)}
-
-
-def _times(found: dict[str, float]) -> str:
-    return f"{found['ratio']:.3g}x [{found['low']:.3g}, {found['high']:.3g}]"

@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
+from analysis.inference.intervals import slope_and_error
 from analysis.tables.frames import floats, groups, keep
 
 SHORTEST = 4096
@@ -32,7 +33,7 @@ def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
         lengths = np.log(floats(line, "length"))
         found: dict[str, object] = {"mixer": mixer, "longest": int(floats(line, "length")[-1])}
         for column in ("seconds", "bytes"):
-            slope, error = _slope(lengths, np.log(floats(line, column)))
+            slope, error = slope_and_error(lengths, np.log(floats(line, column)))
             found |= {column: slope, f"{column}_error": error}
         rows.append(found)
     return pd.DataFrame(rows)
@@ -59,15 +60,6 @@ def draw(points: pd.DataFrame, name: str) -> ReportFigure:
         "memory."
     )
     return ReportFigure(name, title, caption, figure, points)
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    centred = x - x.mean()
-    slope = float(centred @ y / (centred @ centred))
-    if len(x) < 3:
-        return slope, float("nan")
-    rest = y - y.mean() - slope * centred
-    return slope, float(np.sqrt(rest @ rest / (len(x) - 2) / (centred @ centred)))
 
 
 def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> None:

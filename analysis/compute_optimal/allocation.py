@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import Interval
-from analysis.tables.frames import Array, floats
+from analysis.tables.frames import Array
+from analysis.tables.run_region import SizeCurve
 from analysis.validity.refusal import Refusal
 
 Cost = Callable[[Array, Array], Array]
@@ -28,29 +28,20 @@ REFINEMENTS = 3
 
 @dataclass(frozen=True)
 class Ladder:
-    """What a token costs at the sizes that were counted, log-log between them.
+    """A cost from what a token costs at the sizes that were counted, and never beyond them.
 
-    Attributes:
-        parameters: counted sizes, rising.
-        per_token: cost of a token at each.
+    Raises:
+        ValueError: fewer than two sizes were counted.
     """
 
-    parameters: Array
-    per_token: Array
+    per_token: SizeCurve
 
-    @classmethod
-    def of(cls, table: pd.DataFrame, sizes_column: str, column: str) -> "Ladder":
-        """One architecture's ladder table; `column` holds the cost of a token.
-
-        Raises:
-            ValueError: fewer than two sizes were counted.
-        """
-        sizes, place = np.unique(floats(table, sizes_column), return_index=True)
-        if len(sizes) < 2:
+    def __post_init__(self) -> None:
+        if len(self.per_token.sizes) < 2:
             raise ValueError(
-                f"a ladder of {len(sizes)} size cannot be interpolated; count at least two rungs"
+                f"a ladder of {len(self.per_token.sizes)} size cannot be interpolated; count at "
+                "least two rungs"
             )
-        return cls(sizes, floats(table, column)[place])
 
     def __call__(self, parameters: Array, tokens: Array) -> Array:
         """The cost of a run.
@@ -58,15 +49,14 @@ class Ladder:
         Raises:
             ValueError: a size lies outside the ladder.
         """
-        low, high = self.parameters[0], self.parameters[-1]
+        low, high = self.per_token.sizes[[0, -1]]
         sizes = np.asarray(parameters, dtype=np.float64)
         if sizes.min() < low * (1 - 1e-9) or sizes.max() > high * (1 + 1e-9):
             raise ValueError(
                 f"sizes from {sizes.min():.3g} to {sizes.max():.3g} were asked for, the ladder "
                 f"counts {low:.3g} to {high:.3g}; count more rungs"
             )
-        logs = np.interp(np.log(sizes), np.log(self.parameters), np.log(self.per_token))
-        return np.exp(logs) * np.asarray(tokens, dtype=np.float64)
+        return self.per_token(sizes) * np.asarray(tokens, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -113,7 +103,7 @@ class Question:
 
 
 def allocate(
-    question: Question, budget: float, replicates: Replicates | None = None
+    question: Question, budget: float, replicates: Bootstrap | None = None
 ) -> Allocation | Refusal:
     """Size and tokens with the lowest fitted loss that training and serving within a budget allow.
 
@@ -123,7 +113,7 @@ def allocate(
     if isinstance(point, Refusal):
         return point
     size, tokens = point, _tokens_for_budget(question, np.array([point]), budget)[0]
-    loss = _loss(question, question.fit.theta, np.array([size]), np.array([tokens]))[0]
+    loss = question.fit.surface(question.group).loss(size, tokens)[0, 0]
     interval = None
     if replicates is not None:
         found = [_best_size(question, theta, budget) for theta in replicates.theta]
@@ -139,25 +129,29 @@ def cheapest(question: Question, loss: float) -> Allocation | Refusal:
 
     With many tokens to serve the best model is smaller and trained longer (Sardana 2401.00448).
     """
+    surface = question.fit.surface(question.group)
 
     def total(sizes: Array) -> Array:
-        tokens = _tokens_for_loss(question, sizes, loss)
+        tokens = surface.tokens(sizes, loss)[0]
         reached = np.isfinite(tokens)
-        spent = question.cost(sizes, np.where(reached, tokens, 1.0)) + question.overhead(sizes)
+        training = question.cost(sizes, np.where(reached, np.maximum(tokens, 1.0), 1.0))
+        spent = training + question.overhead(sizes)
         return np.where(reached, np.log(spent), np.inf)
 
     size = _lowest(total, question.sizes, f"loss {loss:.3g}")
     if isinstance(size, Refusal):
         return size
-    tokens = _tokens_for_loss(question, np.array([size]), loss)
-    return Allocation(size, float(tokens[0]), loss, float(np.exp(total(np.array([size]))[0])))
+    tokens = float(surface.tokens(size, loss)[0, 0])
+    return Allocation(size, tokens, loss, float(np.exp(total(np.array([size]))[0])))
 
 
 def _best_size(question: Question, theta: Array, budget: float) -> float | Refusal:
+    surface = question.fit.surface(question.group, theta[None])
+
     def loss(sizes: Array) -> Array:
         tokens = _tokens_for_budget(question, sizes, budget)
         affordable = tokens > 1.0
-        found = _loss(question, theta, sizes, np.maximum(tokens, 1.0))
+        found = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
         return np.where(affordable, found, np.inf)
 
     return _lowest(loss, question.sizes, f"a budget of {budget:.3g}")
@@ -186,13 +180,6 @@ def _lowest(
     return float(sizes[best])
 
 
-def _loss(question: Question, theta: Array, sizes: Array, tokens: Array) -> Array:
-    terms = question.fit.form.natural(theta, question.group)
-    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    by_data = np.exp(terms["B"] - terms["beta"] * np.log(tokens))
-    return np.exp(terms["E"]) + (by_size + by_data) ** np.exp(terms.get("power", 0.0))
-
-
 def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array:
     """Training tokens that the budget leaves at each size, by bisection on the counted cost."""
     left = budget - question.overhead(sizes)
@@ -202,15 +189,3 @@ def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array
         dear = question.cost(sizes, np.exp(middle)) > left
         low, high = np.where(dear, low, middle), np.where(dear, middle, high)
     return np.exp(low)
-
-
-def _tokens_for_loss(question: Question, sizes: Array, loss: float) -> Array:
-    """Tokens to reach a loss at each size; infinite where no number of them does."""
-    low, high = (np.full(len(sizes), end) for end in LOG_TOKENS)
-    theta = question.fit.theta
-    reachable = _loss(question, theta, sizes, np.exp(high)) < loss
-    for _ in range(BISECTIONS):
-        middle = 0.5 * (low + high)
-        short = _loss(question, theta, sizes, np.exp(middle)) > loss
-        low, high = np.where(short, middle, low), np.where(short, high, middle)
-    return np.where(reachable, np.exp(high), np.inf)

@@ -4,7 +4,7 @@ Inside the data a band is the bootstrap's; beyond, it grows by what rolling fore
 data erred by. At ten times the largest compute it ends: nothing is said there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +13,16 @@ import pandas as pd
 from analysis.compute_optimal.isoflop import IsoFlopCurve, exponents, grid_bias
 from analysis.fitting.estimator import Fit
 from analysis.inference.backtest import BackTest
-from analysis.inference.bootstrap import UNDEFINED_SHARE, Replicates
+from analysis.inference.bootstrap import UNDEFINED_SHARE, Bootstrap
 from analysis.inference.intervals import Interval
 from analysis.laws.bound import log_loss
 from analysis.laws.law import group_of
-from analysis.tables.frames import Array, floats, keep, means
-from analysis.tables.run_region import reach
+from analysis.tables.frames import Array, floats, keep
+from analysis.tables.run_region import SizeCurve, flops_per_token, run_region
 from analysis.validity.checks import exponent_sum
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION, RATIO_MARGIN
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 SIZES = 240
 CURVE = 60
@@ -31,36 +31,41 @@ CONTOUR = 60
 
 @dataclass(frozen=True)
 class ArmFrontier:
-    """One group of a fit: its rows, and what a token of a size costs."""
+    """One group of a fit: its rows, and what training on a token costs at a size."""
 
     rows: pd.DataFrame
     identity: dict[str, str]
-    cost: Callable[[Array], Array]
+    cost: SizeCurve
 
 
 def arm_of(fit: Fit, group: str, convention: str = "flops") -> ArmFrontier:
-    """A group with its FLOPs per token, log-log between sizes and straight beyond them."""
+    """A group with its training FLOPs per token, by one way of counting them."""
     rows = fit.rows
     if fit.law.by:
         rows = keep(rows, np.array(group_of(rows, fit.law.by)) == group)
-    priced = rows.assign(cost=rows[convention] / rows["tokens"])
-    by_size = means(priced, ["parameters"], ["cost"]).sort_index()
-    logs, costs = np.log(np.asarray(by_size.index, dtype=float)), np.log(floats(by_size, "cost"))
-
-    def cost(sizes: Array) -> Array:
-        x = np.log(sizes)
-        inner = np.interp(x, logs, costs)
-        beyond = np.maximum(x - logs[-1], 0.0) + np.minimum(x - logs[0], 0.0)
-        return np.exp(inner + beyond)
-
     names = ("architecture", "corpus")
     return ArmFrontier(
-        rows, {name: str(rows[name].iloc[0]) for name in names if name in rows}, cost
+        rows,
+        {name: str(rows[name].iloc[0]) for name in names if name in rows},
+        flops_per_token(rows, convention),
     )
 
 
-def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> tuple[Array, Array]:
-    """Ln of the best size at each compute, (replicates, compute), and whether it is an optimum.
+@dataclass(frozen=True)
+class BestSizes:
+    """The size with the lowest loss at each compute, both (replicates, compute).
+
+    Attributes:
+        logs: ln of the size.
+        interior: whether the size is an optimum, not the end of the allowed range.
+    """
+
+    logs: Array
+    interior: Array
+
+
+def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> BestSizes:
+    """The best size at each compute, for each parameter vector of theta.
 
     D/N is kept within three times what was run: beyond, a law's tail would choose. A size at that
     edge is the best one allowed, and no optimum.
@@ -82,20 +87,20 @@ def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> tupl
         place = loss.argmin(axis=1)
         best.append(np.log(grid)[place])
         interior.append((place > first) & (place < last))
-    return np.array(best), np.array(interior)
+    return BestSizes(np.array(best), np.array(interior))
 
 
 def frontier_with_band(
-    fit: Fit, replicates: Replicates, group: str, tested: BackTest, rivals: list[Fit]
+    fit: Fit, replicates: Bootstrap, group: str, tested: BackTest, rivals: list[Fit]
 ) -> pd.DataFrame:
     """Lowest fitted loss at each compute to the wall, with a band and whether it is in the data.
 
     Beyond the data the band holds the error of forecasts and how far the rival laws stand apart.
     """
     arm = arm_of(fit, group)
-    flops, seen = floats(arm.rows, "flops"), reach(arm.rows)
+    flops, seen = floats(arm.rows, "flops"), run_region(arm.rows)
     compute = np.geomspace(flops.min(), flops.max() * LARGEST_EXTRAPOLATION, CURVE)
-    logs = best_sizes(fit, fit.theta[None], arm, compute)[0][0]
+    logs = best_sizes(fit, fit.theta[None], arm, compute).logs[0]
     points = pd.DataFrame({"parameters": np.exp(logs), "flops": compute})
     points = points.assign(tokens=compute / arm.cost(np.exp(logs)), **arm.identity)
     design = fit.form.design(points)
@@ -114,7 +119,7 @@ def frontier_with_band(
     )
 
 
-def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
+def optimal_sizes(fit: Fit, replicates: Bootstrap, group: str) -> pd.DataFrame:
     """N*(C) and D*(C) of the fitted law inside the data's compute, with percentile bands.
 
     Left out is a compute at which more than one draw of twenty has no optimum.
@@ -123,9 +128,9 @@ def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
     flops = floats(arm.rows, "flops")
     compute = np.geomspace(flops.min(), flops.max(), 24)
     draws = np.vstack([fit.theta[None], replicates.theta[:100]])
-    drawn, interior = best_sizes(fit, draws, arm, compute)
-    known = interior[0] & (interior.mean(axis=0) >= 1 - UNDEFINED_SHARE)
-    compute, size, drawn = compute[known], drawn[0, known], drawn[1:, known]
+    best = best_sizes(fit, draws, arm, compute)
+    known = best.interior[0] & (best.interior.mean(axis=0) >= 1 - UNDEFINED_SHARE)
+    compute, size, drawn = compute[known], best.logs[0, known], best.logs[1:, known]
     frame = pd.DataFrame({"flops": compute, "parameters": np.exp(size)}).assign(**arm.identity)
     tokens = compute / arm.cost(np.exp(size))
     ends = np.quantile(drawn, [0.025, 0.975], axis=0)
@@ -137,7 +142,7 @@ def optimal_sizes(fit: Fit, replicates: Replicates, group: str) -> pd.DataFrame:
     return frame.assign(tokens=tokens)
 
 
-def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Raised]:
+def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Caveat]:
     """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
 
     The bias of a grid needs the law's own optimum; the sum of exponents is held against what the
@@ -148,12 +153,12 @@ def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Rai
         return
     arm = arm_of(fit, fit.form.groups[0])
     compute = np.array([each.flops for each in curves])
-    logs, interior = best_sizes(fit, fit.theta[None], arm, compute)
-    for each, log, known in zip(curves, logs[0], interior[0], strict=True):
+    best = best_sizes(fit, fit.theta[None], arm, compute)
+    for each, log, known in zip(curves, best.logs[0], best.interior[0], strict=True):
         p = fit.parameters
-        raised = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
-        if raised is not None:
-            yield raised
+        caveat = grid_bias(each, p["alpha"], p["beta"], float(np.exp(log))) if known else None
+        if caveat is not None:
+            yield caveat
     slopes = exponents(curves)
     if isinstance(slopes, Refusal):
         return
@@ -162,13 +167,21 @@ def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Rai
     usable = next(each.size for each in curves if isinstance(each.size, Interval))
     sizes = usable.estimate * (ends / ends[0]) ** size
     implied = size + float(np.diff(np.log(ends / arm.cost(sizes)))[0] / np.diff(np.log(ends))[0])
-    raised = exponent_sum(size, tokens, implied)
-    if raised is not None:
-        yield raised
+    caveat = exponent_sum(size, tokens, implied)
+    if caveat is not None:
+        yield caveat
 
 
-def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str) -> tuple:
-    """Slope of ln N* in ln C over the data's compute by one way of counting C: value and draws.
+@dataclass(frozen=True)
+class SizeExponent:
+    """The exponent a of N* ~ C^a: of the fit, and of each bootstrap replicate."""
+
+    value: float
+    drawn: Array
+
+
+def size_exponent(fit: Fit, replicates: Bootstrap, group: str, convention: str) -> SizeExponent:
+    """Slope of ln N* in ln C over the data's compute by one way of counting C.
 
     Not a number where a draw has no optimum between the sizes.
     """
@@ -178,16 +191,16 @@ def size_exponent(fit: Fit, replicates: Replicates, group: str, convention: str)
     span = float(np.log(compute[1] / compute[0]))
     values = []
     for theta in (fit.theta[None], replicates.theta[:100]):
-        size, interior = best_sizes(fit, theta, arm, compute)
-        slope = (size[:, 1] - size[:, 0]) / span
-        values.append(np.where(interior.all(axis=1), slope, np.nan))
-    return float(values[0][0]), values[1]
+        best = best_sizes(fit, theta, arm, compute)
+        slope = (best.logs[:, 1] - best.logs[:, 0]) / span
+        values.append(np.where(best.interior.all(axis=1), slope, np.nan))
+    return SizeExponent(float(values[0][0]), values[1])
 
 
 def contours(fit: Fit, group: str) -> pd.DataFrame:
     """Fitted loss over (N, D), not a number where nothing near was run."""
     arm = arm_of(fit, group)
-    seen = reach(arm.rows)
+    seen = run_region(arm.rows)
     sizes = seen.grid()
     tokens = np.geomspace(*seen.tokens, CONTOUR)
     n, d = (each.ravel() for each in np.meshgrid(sizes, tokens))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.inference.intervals import Interval, t_quantile
+from analysis.inference.intervals import Interval, slope_interval, t_quantile
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 SAME_BUDGET = 1.10
 LEAST_R2 = 0.5
@@ -36,7 +36,7 @@ class IsoFlopCurve:
     curve: Array
     centre: float
     size: Interval | Refusal
-    warning: Raised | None
+    warning: Caveat | None
 
     def loss(self, sizes: Array) -> Array:
         """The parabola's loss [nats]."""
@@ -74,7 +74,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     curve = np.polyfit(logs - centre, y, 2)
     vertex = centre - curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
     if not logs[0] <= vertex <= logs[-1]:
-        warning = Raised("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
+        warning = Caveat("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
         return IsoFlopCurve(flops, points, curve, centre, _unbracketed(flops), warning)
     sides = min(int((logs < vertex).sum()), int((logs > vertex).sum()))
     left = y - np.polyval(curve, logs - centre)
@@ -82,7 +82,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     warning = None
     if sides < 2 or r2 < LEAST_R2:
         found = f"at {flops:.2g} FLOP {sides} sizes stand on one side of the minimum, R2 {r2:.2f}"
-        warning = Raised("W-EDGE", found)
+        warning = Caveat("W-EDGE", found)
     size = _vertex_interval(logs - centre, left, curve, centre)
     return IsoFlopCurve(flops, points, curve, centre, size, warning)
 
@@ -111,25 +111,25 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
 
 def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     """Exponents of N*(C) and D*(C) from the bracketed minima, with t intervals."""
-    usable = [each for each in found if each.warning is None and isinstance(each.size, Interval)]
+    usable = [
+        (each, each.size)
+        for each in found
+        if each.warning is None and isinstance(each.size, Interval)
+    ]
     if len(usable) < 3:
         return Refusal(
             "R-UNDER",
             f"{len(usable)} budgets have a bracketed minimum with an interval, 3 are needed",
             "add sizes around the minimum, or budgets",
         )
-    compute = np.log([each.flops for each in usable])
-    sizes = np.log([each.size.estimate for each in usable])  # type: ignore[union-attr]
-    tokens = np.log([each.tokens for each in usable])
-    return {"parameters": _slope(compute, sizes), "tokens": _slope(compute, tokens)}
-
-
-def _slope(x: Array, y: Array) -> Interval:
-    x = x - x.mean()
-    slope = float(x @ y / (x @ x))
-    left = y - y.mean() - slope * x
-    half = t_quantile(len(x) - 2) * float(np.sqrt(left @ left / (len(x) - 2) / (x @ x)))
-    return Interval(slope, slope - half, slope + half, f"regression over {len(x)} budgets")
+    compute = np.log([curve.flops for curve, _ in usable])
+    sizes = np.log([size.estimate for _, size in usable])
+    tokens = np.log([curve.tokens for curve, _ in usable])
+    over = f"{len(usable)} budgets"
+    return {
+        "parameters": slope_interval(compute, sizes, over),
+        "tokens": slope_interval(compute, tokens, over),
+    }
 
 
 def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
@@ -148,7 +148,7 @@ def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
     return float(np.expm1(curve[1] / (2 * curve[0])))
 
 
-def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -> Raised | None:
+def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -> Caveat | None:
     """W-A2BIAS: the grid spans more than 4x or is more than 2x off the law's optimum.
 
     Args:
@@ -164,4 +164,4 @@ def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -
         return None
     bias = 100 * token_bias(alpha, beta, logs)
     found = f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
-    return Raised("W-A2BIAS", found)
+    return Caveat("W-A2BIAS", found)

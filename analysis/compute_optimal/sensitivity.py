@@ -7,11 +7,11 @@ import pandas as pd
 
 from analysis.compute_optimal.frontier import size_exponent
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, groups, keep, where
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table
 from analysis.validity.refusal import Refusal
 
@@ -22,7 +22,7 @@ SCALE_COLUMNS = ["baseline", "other", "parameters", "factor", "low", "high", "re
 
 
 def multipliers_by_scale(
-    fit: Fit, replicates: Replicates, pairs: list[tuple[str, str]]
+    fit: Fit, replicates: Bootstrap, pairs: list[tuple[str, str]]
 ) -> pd.DataFrame:
     """Tokens that the baseline needs over those of the other arm, at each size; refused where not.
 
@@ -34,9 +34,9 @@ def multipliers_by_scale(
     return pd.DataFrame(records, columns=pd.Index(SCALE_COLUMNS))
 
 
-def _by_scale(fit: Fit, replicates: Replicates, pair: tuple[str, str]) -> Iterator[tuple]:
+def _by_scale(fit: Fit, replicates: Bootstrap, pair: tuple[str, str]) -> Iterator[tuple]:
     labels = np.array(group_of(fit.rows, fit.law.by))
-    arms = {name: reach(keep(fit.rows, labels == name)) for name in pair}
+    arms = {name: run_region(keep(fit.rows, labels == name)) for name in pair}
     baseline, other = pair
     low = max(arm.parameters[0] for arm in arms.values())
     high = min(arm.parameters[-1] for arm in arms.values())
@@ -62,16 +62,9 @@ def _log_multiplier(
 ) -> Array:
     """Ln of the iso-loss data multiplier; infinite where the baseline's floor lies above."""
     size, tokens = place
-    base, other = (fit.form.natural(theta, name) for name in pair)
-    loss = (
-        np.exp(other["E"])
-        + np.exp(other["A"] - other["alpha"] * np.log(size))
-        + np.exp(other["B"] - other["beta"] * np.log(tokens))
-    )
-    left = loss - np.exp(base["E"]) - np.exp(base["A"] - base["alpha"] * np.log(size))
-    known = np.where(left > 0, left, 1.0)
-    needed = (base["B"] - np.log(known)) / base["beta"]
-    return np.where(left > 0, needed - np.log(tokens), np.inf)
+    baseline, other = (fit.surface(name, theta) for name in pair)
+    needed = baseline.tokens(size, other.loss(size, tokens))[:, 0]
+    return np.log(needed) - np.log(tokens)
 
 
 def counting(
@@ -93,10 +86,13 @@ def counting(
             continue
         replicates = replicate(found, count, generator)
         for convention, meaning in FLOP_CONVENTIONS.items():
-            value, drawn = size_exponent(found, replicates, found.form.groups[0], convention)
-            interval = replicates.interval(value, drawn) if np.isfinite(value) else None
+            exponent = size_exponent(found, replicates, found.form.groups[0], convention)
+            if not np.isfinite(exponent.value):
+                continue
+            interval = replicates.interval(exponent.value, exponent.drawn)
             if isinstance(interval, Interval):
-                records.append((words, meaning, value, interval.low, interval.high))
+                ends = (exponent.value, interval.low, interval.high)
+                records.append((words, meaning, *ends))
     return pd.DataFrame(records, columns=pd.Index(COUNT_COLUMNS))
 
 

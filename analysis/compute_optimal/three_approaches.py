@@ -12,12 +12,13 @@ import pandas as pd
 from analysis.compute_optimal.isoflop import budgets, exponents, grid_bias
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.cluster_robust import sandwich
-from analysis.inference.intervals import Interval, t_quantile
+from analysis.inference.intervals import Interval, slope_interval
 from analysis.laws.catalog import CHINCHILLA
+from analysis.tables.compute import FLOPS_PER_PARAMETER_TOKEN
 from analysis.tables.frames import Array, floats, groups
 from analysis.validity.checks import decay, exponent_sum
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 GRID = 200
 LEAST_RUNS = 3
@@ -32,7 +33,7 @@ class Approach:
     name: str
     parameters: Interval | Refusal
     tokens: Interval | Refusal
-    warnings: tuple[Raised, ...]
+    warnings: tuple[Caveat, ...]
 
 
 def all_three(rows: pd.DataFrame, estimator: Estimator | None = None) -> tuple[Approach, ...]:
@@ -49,8 +50,8 @@ def envelope(rows: pd.DataFrame) -> Approach:
     Curves are interpolated in ln C inside their own range. Points of one run are one cluster.
     """
     name = "1, envelope of training curves"
-    raised = decay(rows)
-    warnings = () if raised is None else (raised,)
+    caveat = decay(rows)
+    warnings = () if caveat is None else (caveat,)
     key = "trunk_id" if "trunk_id" in rows else "run_id"
     curves = []
     for _, part in groups(rows, [key, "parameters"]):
@@ -85,11 +86,11 @@ def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
         total = p["alpha"] + p["beta"]
         scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
         for each in found:
-            optimum = scale * (each.flops / 6) ** (p["beta"] / total)
-            raised = grid_bias(each, p["alpha"], p["beta"], optimum)
-            warnings += [raised] if raised is not None else []
-    raised = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
-    warnings += [raised] if raised is not None else []
+            optimum = scale * (each.flops / FLOPS_PER_PARAMETER_TOKEN) ** (p["beta"] / total)
+            caveat = grid_bias(each, p["alpha"], p["beta"], optimum)
+            warnings += [caveat] if caveat is not None else []
+    caveat = exponent_sum(slopes["parameters"].estimate, slopes["tokens"].estimate, 1.0)
+    warnings += [caveat] if caveat is not None else []
     return Approach(name, slopes["parameters"], slopes["tokens"], tuple(warnings))
 
 
@@ -122,9 +123,5 @@ def _slope_by_size(winners: Array) -> Interval:
     """Slope of ln N on ln C; each size that wins somewhere is one point, at its middle compute."""
     sizes = np.unique(winners[:, 1])[1:-1]
     middle = np.array([winners[winners[:, 1] == size, 0].mean() for size in sizes])
-    x = middle - middle.mean()
-    slope = float(x @ sizes / (x @ x))
-    left = sizes - sizes.mean() - slope * x
-    half = t_quantile(len(sizes) - 2) * float(np.sqrt(left @ left / (len(sizes) - 2) / (x @ x)))
-    method = f"regression over the {len(sizes)} sizes that are lowest somewhere"
-    return Interval(slope, slope - half, slope + half, method)
+    over = f"the {len(sizes)} sizes that are lowest somewhere"
+    return slope_interval(middle, sizes, over)

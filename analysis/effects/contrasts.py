@@ -79,7 +79,7 @@ def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast 
 def _unfit_for_pairing(rows: pd.DataFrame) -> Refusal | None:
     if len(rows[["targets", "utf8_bytes"]].drop_duplicates()) > 1:
         return Refusal(
-            "R-YARDSTICK",
+            "R-EVAL",
             "runs were evaluated on different numbers of targets or bytes",
             "evaluate all runs on one set with one tokenizer",
         )
@@ -120,8 +120,10 @@ def summarise(
     by_size = pd.Series(floats(sizes, "difference"), index=sizes.index, name="difference")
     effect = t_interval(floats(sizes, "difference"), "sizes")
     nats = t_interval(floats(sizes, "nats"), "sizes")
-    if isinstance(effect, Refusal) or isinstance(nats, Refusal):
-        return effect if isinstance(effect, Refusal) else nats  # type: ignore[return-value]
+    if isinstance(effect, Refusal):
+        return effect
+    if isinstance(nats, Refusal):
+        return nats
     same = int(floats(pairs, "same_samples").sum())
     matching = "equal seed, size and tokens; not paired by sample, as the data differ"
     if factor == "architecture":

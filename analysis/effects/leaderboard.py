@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from analysis.effects.learning_rates import mixed_rates
 from analysis.inference.intervals import Interval, t_quantile
 from analysis.tables.frames import floats, keep, means, where
 from analysis.tables.run_table import Table
@@ -67,12 +66,13 @@ class Comparison:
 
 
 def compare_arms(table: Table) -> tuple[Comparison, ...]:
-    """Every place at which arms can be compared; none for a search over learning rates.
+    """Every corpus and rung at which arms can be compared.
 
-    A sweep of two architectures and no baselines is compared pair by pair elsewhere.
+    Not for a search over learning rates: its arms differ in more than the architecture. A sweep of
+    two architectures and no baselines is compared pair by pair elsewhere.
     """
     many = len(table.levels("architecture")) >= LEAST_ARMS or len(table.baselines) > 0
-    if not many or mixed_rates(table) is not None:
+    if not many:
         return ()
     rows = where(table.rows, "evaluation_set", table.neutral_set)
     rows = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))

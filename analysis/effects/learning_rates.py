@@ -15,10 +15,10 @@ SEARCH = 3
 TRIAL_COLUMNS = [*CELL, "learning_rate", "loss_nats", "runs", "diverged", "uniform_nats"]
 
 
-def mixed_rates(table: Table) -> Refusal | None:
-    """Why a search over learning rates answers no question about architectures; None if it is none.
+def rate_search(table: Table) -> Refusal | None:
+    """Why a search over learning rates cannot compare architectures; None if this sweep is none.
 
-    What the sweep was told to try counts, so that its first two points already are not mixed.
+    The rates that the sweep plans count, so that a search is known as one from its first point.
     """
     counts = [len(np.unique(floats(cell, "learning_rate"))) for _, cell in groups(table.runs, CELL)]
     tried = max(len(table.rate_factors), *counts, 0)

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, keep
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.validity.refusal import Refusal
 
 LOSSES = 81
@@ -36,13 +36,12 @@ class Multiplier:
 
 def frontier(fit: Fit, group: str) -> pd.DataFrame:
     """The lowest fitted loss at each compute inside one arm's sizes and tokens."""
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     cost = arm.cost(sizes)
     compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
     tokens = compute[:, None] / cost
-    terms = fit.form.natural(fit.theta[None], group)
-    loss = np.where(arm.was_run(sizes, tokens), _loss(terms, sizes, tokens), np.inf)
+    loss = np.where(arm.was_run(sizes, tokens), fit.surface(group).loss(sizes, tokens), np.inf)
     best = loss.argmin(axis=1)
     index = np.arange(CURVE)
     curve = pd.DataFrame(
@@ -57,14 +56,13 @@ def frontier(fit: Fit, group: str) -> pd.DataFrame:
 
 
 def data_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
-    arms = {name: reach(rows_of(fit, name)) for name in (baseline, other)}
+    arms = {name: run_region(rows_of(fit, name)) for name in (baseline, other)}
     size = float(np.exp(np.log(floats(rows_of(fit, baseline), "parameters")).mean()))
     bounds = {
-        name: _loss(fit.form.natural(fit.theta[None], name), size, np.array(arm.tokens))[0]
-        for name, arm in arms.items()
+        name: fit.surface(name).loss(size, np.array(arm.tokens))[0] for name, arm in arms.items()
     }
     low = max(float(each.min()) for each in bounds.values())
     high = min(float(each.max()) for each in bounds.values())
@@ -76,8 +74,8 @@ def data_multiplier(
         )
     loss = float(np.sqrt(low * high))
     point, spread = (
-        np.log(tokens_for(fit, theta, baseline, size, loss))
-        - np.log(tokens_for(fit, theta, other, size, loss))
+        np.log(fit.surface(baseline, theta).tokens(size, loss)[:, 0])
+        - np.log(fit.surface(other, theta).tokens(size, loss)[:, 0])
         for theta in (fit.theta[None], replicates.theta)
     )
     interval = replicates.interval(float(point[0]), spread)
@@ -110,7 +108,7 @@ def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
 
 
 def compute_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Training FLOPs the baseline needs over those the other arm needs, each at its best size."""
     loss = common_loss(fit, baseline, other)
@@ -135,33 +133,15 @@ def rows_of(fit: Fit, group: str) -> pd.DataFrame:
     return keep(fit.rows, np.array(group_of(fit.rows, fit.law.by)) == group)
 
 
-def _loss(terms: dict[str, Array], sizes: Array | float, tokens: Array) -> Array:
-    """Fitted loss for one parameter vector; `terms` holds arrays of one element."""
-    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    by_data = np.exp(terms["B"] - terms["beta"] * np.log(np.atleast_2d(tokens)))
-    return np.exp(terms["E"]) + by_size + by_data
-
-
-def tokens_for(fit: Fit, theta: Array, group: str, sizes: Array | float, loss: float) -> Array:
-    """Tokens to reach a loss, (replicates,) or (replicates, sizes); infinite where it cannot."""
-    terms = fit.form.natural(theta, group)
-    if isinstance(sizes, np.ndarray):
-        terms = {name: value[:, None] for name, value in terms.items()}
-    left = loss - np.exp(terms["E"]) - np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    reachable = left > 0
-    logs = (terms["B"] - np.log(np.where(reachable, left, 1.0))) / terms["beta"]
-    return np.where(reachable, np.exp(np.clip(logs, -700, 700)), np.inf)
-
-
 def _flops_for(fit: Fit, theta: Array, group: str, loss: float) -> Array:
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
-    return (tokens_for(fit, theta, group, sizes, loss) * arm.cost(sizes)).min(axis=1)
+    return (fit.surface(group, theta).tokens(sizes, loss) * arm.cost(sizes)).min(axis=1)
 
 
 def _optimum_is_inside(fit: Fit, group: str, loss: float) -> bool:
-    arm = reach(rows_of(fit, group))
+    arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
-    tokens = tokens_for(fit, fit.theta[None], group, sizes, loss)[0]
+    tokens = fit.surface(group).tokens(sizes, loss)[0]
     best = (tokens * arm.cost(sizes)).argmin()
     return bool(np.isfinite(tokens[best]) and arm.was_run(sizes, tokens)[best])

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from analysis.effects.multipliers import Multiplier, common_loss, rows_of, tokens_for
+from analysis.effects.multipliers import Multiplier, common_loss, rows_of
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.tables.frames import Array, floats, keep
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import SizeCurve, run_region
 from analysis.validity.refusal import Refusal
 
 
@@ -39,7 +39,7 @@ DECODING_STATE = Resource("bytes of decoding state", "state_bytes", "held")
 
 
 def resource_multiplier(
-    fit: Fit, replicates: Replicates, pair: tuple[str, str], resource: Resource
+    fit: Fit, replicates: Bootstrap, pair: tuple[str, str], resource: Resource
 ) -> Multiplier | Refusal:
     """A resource the baseline needs over that the other arm needs, each at its cheapest size.
 
@@ -56,9 +56,9 @@ def resource_multiplier(
     loss = common_loss(fit, baseline, other)
     if isinstance(loss, Refusal):
         return loss
+    goal = _Goal(loss, resource, prices)
     point, spread = (
-        np.log(_least(fit, theta, baseline, (loss, prices[baseline], resource)))
-        - np.log(_least(fit, theta, other, (loss, prices[other], resource)))
+        np.log(goal.least(fit, theta, baseline)) - np.log(goal.least(fit, theta, other))
         for theta in (fit.theta[None], replicates.theta)
     )
     if not np.isfinite(point[0]):
@@ -75,7 +75,7 @@ def resource_multiplier(
 
 
 def parameter_multiplier(
-    fit: Fit, replicates: Replicates, baseline: str, other: str
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Parameters the baseline needs over those the other arm needs, at equal tokens and loss."""
     rows = {name: rows_of(fit, name) for name in (baseline, other)}
@@ -83,7 +83,7 @@ def parameter_multiplier(
     ends = []
     for name, mine in rows.items():
         sizes = np.array([floats(mine, "parameters").min(), floats(mine, "parameters").max()])
-        ends.append(_loss(fit, name, sizes, tokens))
+        ends.append(fit.surface(name).loss(sizes, tokens)[0])
     low, high = max(end.min() for end in ends), min(end.max() for end in ends)
     if low >= high:
         return Refusal(
@@ -93,8 +93,8 @@ def parameter_multiplier(
         )
     loss = float(np.sqrt(low * high))
     point, spread = (
-        np.log(_size_for(fit, theta, baseline, (tokens, loss)))
-        - np.log(_size_for(fit, theta, other, (tokens, loss)))
+        np.log(fit.surface(baseline, theta).sizes(tokens, loss)[:, 0])
+        - np.log(fit.surface(other, theta).sizes(tokens, loss)[:, 0])
         for theta in (fit.theta[None], replicates.theta)
     )
     interval = replicates.interval(float(point[0]), spread)
@@ -104,8 +104,8 @@ def parameter_multiplier(
     return Multiplier("parameters", baseline, other, factor, loss, None)
 
 
-def _price(rows: pd.DataFrame, resource: Resource) -> tuple[Array, Array] | Refusal:
-    """Sizes that were measured, and the price of a token or of a model at each."""
+def _price(rows: pd.DataFrame, resource: Resource) -> SizeCurve | Refusal:
+    """The price of a token, or of a model, by size."""
     known = keep(rows, rows[resource.column].notna()) if resource.column in rows else rows.iloc[:0]
     if not len(known):
         return Refusal(
@@ -113,36 +113,26 @@ def _price(rows: pd.DataFrame, resource: Resource) -> tuple[Array, Array] | Refu
             f"no run has {resource.column}, which {resource.quantity} are counted from",
             f"add a column {resource.column}",
         )
-    sizes, place = np.unique(floats(known, "parameters"), return_inverse=True)
     values = floats(known, resource.column)
-    medians = np.array([np.median(values[place == index]) for index in range(len(sizes))])
-    return sizes, 1.0 / medians if resource.kind == "rate" else medians
+    paid = 1.0 / values if resource.kind == "rate" else values
+    return SizeCurve.medians(floats(known, "parameters"), paid)
 
 
-def _least(
-    fit: Fit, theta: Array, group: str, what: tuple[float, tuple[Array, Array], Resource]
-) -> Array:
-    """The least of a resource that reaches a loss, (replicates,); infinite where nothing does."""
-    loss, (measured, prices), resource = what
-    arm = reach(rows_of(fit, group))
-    sizes = arm.grid()
-    price = np.exp(np.interp(np.log(sizes), np.log(measured), np.log(prices)))
-    tokens = tokens_for(fit, theta, group, sizes, loss)
-    if resource.kind == "rate":
-        return (tokens * price).min(axis=1)
-    most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
-    return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)
+@dataclass(frozen=True)
+class _Goal:
+    """A loss to reach, and what is counted on the way to it."""
 
+    loss: float
+    resource: Resource
+    prices: dict[str, SizeCurve]
 
-def _size_for(fit: Fit, theta: Array, group: str, at: tuple[float, float]) -> Array:
-    tokens, loss = at
-    terms = fit.form.natural(theta, group)
-    left = loss - np.exp(terms["E"]) - np.exp(terms["B"] - terms["beta"] * np.log(tokens))
-    logs = (terms["A"] - np.log(np.where(left > 0, left, 1.0))) / terms["alpha"]
-    return np.where(left > 0, np.exp(np.clip(logs, -700, 700)), np.inf)
-
-
-def _loss(fit: Fit, group: str, sizes: Array, tokens: float) -> Array:
-    terms = fit.form.natural(fit.theta, group)
-    by_size = np.exp(terms["A"] - terms["alpha"] * np.log(sizes))
-    return np.exp(terms["E"]) + by_size + np.exp(terms["B"] - terms["beta"] * np.log(tokens))
+    def least(self, fit: Fit, theta: Array, group: str) -> Array:
+        """The least of the resource that reaches the loss, (replicates,); infinite if none does."""
+        arm = run_region(rows_of(fit, group))
+        sizes = arm.grid()
+        price = self.prices[group](sizes)
+        tokens = fit.surface(group, theta).tokens(sizes, self.loss)
+        if self.resource.kind == "rate":
+            return (tokens * price).min(axis=1)
+        most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
+        return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.effects.contrasts import Contrast
-from analysis.effects.learning_rates import mixed_rates
 from analysis.effects.seed_noise import Detectable
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
@@ -23,7 +22,7 @@ from analysis.words.sentences import largest_effect, law_words
 
 def draw_points(study: Study) -> list[ReportFigure]:
     """The figures of points and effects; none where points differ in their tuning."""
-    if mixed_rates(study.table) is not None:
+    if study.rate_search is not None:
         return []
     neutral = _neutral(study, study.points.rows)
     with panels.styled():

@@ -24,8 +24,9 @@ from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import Alike, alike, choose
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
-from analysis.tables.external import ExternalTable, parse_columns, read_foreign
-from analysis.tables.frames import strings, where
+from analysis.tables.compute import six_nd
+from analysis.tables.external import ExternalTable, parse_columns, read_external
+from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import number
@@ -36,15 +37,15 @@ def main(words: list[str]) -> int:
     options = _parser().parse_args(words)
     console = Console(soft_wrap=True)
     try:
-        foreign = read_foreign(options.table, parse_columns(options.columns))
-        sets = list(dict.fromkeys(strings(foreign.rows, "evaluation_set").tolist()))
+        external = read_external(options.table, parse_columns(options.columns))
+        sets = list(dict.fromkeys(strings(external.rows, "evaluation_set").tolist()))
         law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
-        for line in _reading(foreign):
+        for line in _reading(external):
             console.print(line, markup=False)
         # One yardstick or several is a matter of the table, not of a set.
-        if (raised := evaluation(foreign.rows)) is not None:
-            console.print(str(raised), markup=False)
-        answers = [_answer(console, foreign, name, law, options) for name in sets]
+        if (caveat := evaluation(external.rows)) is not None:
+            console.print(str(caveat), markup=False)
+        answers = [_answer(console, external, name, law, options) for name in sets]
     except ValueError as error:
         console.print(f"{options.table}: {error}", markup=False)
         return 2
@@ -89,17 +90,17 @@ def _names(text: str) -> frozenset[str] | None:
 
 def _answer(
     console: Console,
-    foreign: ExternalTable,
+    external: ExternalTable,
     name: str,
     law: ScalingLaw,
     options: argparse.Namespace,
 ) -> bool:
     """Fit and print one evaluation set; whether the law could be fitted."""
-    rows = where(foreign.rows, "evaluation_set", name).reset_index(drop=True)
+    rows = where(external.rows, "evaluation_set", name).reset_index(drop=True)
     console.print(f"\n{len(rows)} points on {name}", markup=False)
-    for raised in check(rows):
-        if raised.code != "W-EVAL":
-            console.print(str(raised), markup=False)
+    for caveat in check(rows):
+        if caveat.code != "W-EVAL":
+            console.print(str(caveat), markup=False)
     learnt = law.fit(rows).learnt_
     if isinstance(learnt, Refusal):
         console.print(str(learnt), markup=False)
@@ -133,15 +134,15 @@ def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) 
         yield from lead(learnt.fit, replicates, options.baseline)
 
 
-def _reading(foreign: ExternalTable) -> Iterator[str]:
-    for target, source in foreign.sources.items():
+def _reading(external: ExternalTable) -> Iterator[str]:
+    for target, source in external.sources.items():
         yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
-    yield from foreign.notes
-    if foreign.ignored:
-        yield f"not used: {', '.join(foreign.ignored)}"
-    if len(foreign.rejected):
-        yield f"{len(foreign.rejected)} values left out, the first: " + ", ".join(
-            f"{key} {value}" for key, value in foreign.rejected.iloc[0].items()
+    yield from external.notes
+    if external.ignored:
+        yield f"not used: {', '.join(external.ignored)}"
+    if len(external.rejected):
+        yield f"{len(external.rejected)} values left out, the first: " + ", ".join(
+            f"{key} {value}" for key, value in external.rejected.iloc[0].items()
         )
 
 
@@ -207,7 +208,7 @@ def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace
     arms = rows[list(options.by)].drop_duplicates() if options.by else pd.DataFrame(index=[0])
     places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
     if "flops" in rows:
-        places = places.assign(flops=6.0 * size * tokens)
+        places = places.assign(flops=six_nd(floats(places, "parameters"), floats(places, "tokens")))
     found = law.predict(places, allow=options.allow)
     return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
 

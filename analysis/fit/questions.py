@@ -22,11 +22,12 @@ from analysis.effects.resources import (
     resource_multiplier,
 )
 from analysis.fitting.estimator import Fit
-from analysis.inference.backtest import compute_of
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
-from analysis.tables.frames import Array, floats, keep
+from analysis.tables.compute import six_nd, training_flops
+from analysis.tables.frames import floats, keep
+from analysis.tables.run_region import flops_per_token, seconds_per_token
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import bracketed, with_unit
@@ -54,7 +55,7 @@ class Budget:
     allow: bool = False
 
 
-def bootstrap(fit: Fit, seed: int = 0) -> Replicates:
+def bootstrap(fit: Fit, seed: int = 0) -> Bootstrap:
     """Replicates of a fit to any table: what it does not tell of its arms is taken as one arm."""
     missing = {name: "one" for name in ("architecture", "corpus") if name not in fit.rows}
     rows = fit.rows.assign(**missing)
@@ -66,24 +67,24 @@ def bootstrap(fit: Fit, seed: int = 0) -> Replicates:
 def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
     """The exponents of the best size and tokens, by each of Hoffmann's approaches, per arm."""
     labels = np.array(group_of(rows, by))
-    priced = rows.assign(flops=compute_of(rows))
+    priced = rows.assign(flops=training_flops(rows))
     for arm in dict.fromkeys(labels.tolist()):
         for found in all_three(keep(priced, labels == arm).reset_index(drop=True)):
             size, tokens = (_or_why(each) for each in (found.parameters, found.tokens))
             who = f"{arm}: " if arm else ""
             told = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
             yield f"{who}approach {found.name}: {told}"
-            yield from (f"  {raised}" for raised in found.warnings)
+            yield from (f"  {caveat}" for caveat in found.warnings)
 
 
-def spending(fit: Fit, replicates: Replicates, budget: Budget) -> Iterator[str]:
+def spending(fit: Fit, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
     """Where a budget goes in each arm, by its own FLOPs and, where known, its own seconds."""
     for arm in fit.form.groups:
         who = f"{arm}: " if arm else ""
         yield from (f"{who}{line}" for line in _spend(fit, arm, replicates, budget))
 
 
-def _spend(fit: Fit, arm: str, replicates: Replicates, budget: Budget) -> Iterator[str]:
+def _spend(fit: Fit, arm: str, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
     rows = rows_of(fit, arm)
     question, counted = _question(fit, arm, rows)
     best = allocate(question, budget.flops, replicates)
@@ -91,7 +92,7 @@ def _spend(fit: Fit, arm: str, replicates: Replicates, budget: Budget) -> Iterat
     if isinstance(best, Refusal):
         return
     target = Target(best.parameters, best.tokens, budget.flops)
-    doubt = extrapolation(rows.assign(flops=compute_of(rows)), target, allow=budget.allow)
+    doubt = extrapolation(rows.assign(flops=training_flops(rows)), target, allow=budget.allow)
     if doubt is not None:
         yield f"  {doubt}"
     if budget.served:
@@ -114,12 +115,12 @@ def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> I
     known = keep(rows, rows["tokens_per_second"].notna())
     if not len(known):
         return
-    seconds = known.assign(price=1.0 / known["tokens_per_second"])
-    sizes = np.unique(floats(seconds, "parameters"))
+    per_token = seconds_per_token(known)
+    sizes = per_token.sizes
     if len(sizes) < 2 or not sizes[0] <= best.parameters <= sizes[-1]:
         yield "seconds: speeds were not measured at sizes around this one"
         return
-    ladder = Ladder.of(_median_by_size(seconds, "price"), "parameters", "price")
+    ladder = Ladder(per_token)
     time = float(ladder(np.array([best.parameters]), np.array([best.tokens]))[0])
     clocked = replace(question, cost=ladder, sizes=(float(sizes[0]), float(sizes[-1])))
     yield f"the same {time:.3g} s at the measured speeds: {_allocated(allocate(clocked, time))}"
@@ -128,22 +129,11 @@ def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> I
 def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
     sizes = np.unique(floats(rows, "parameters"))
     if "flops" in rows and len(sizes) > 1:
-        priced = rows.assign(price=rows["flops"] / rows["tokens"])
-        ladder = Ladder.of(_median_by_size(priced, "price"), "parameters", "price")
-        return Question(fit, arm, ladder, (float(sizes[0]), float(sizes[-1]))), ""
+        return Question(
+            fit, arm, Ladder(flops_per_token(rows)), (float(sizes[0]), float(sizes[-1]))
+        ), ""
     ends = (float(sizes[0]) / BEYOND, float(sizes[-1]) * BEYOND)
-    return Question(fit, arm, _six_n_d, ends), " counted as 6 N D"
-
-
-def _six_n_d(parameters: Array, tokens: Array) -> Array:
-    return 6.0 * parameters * tokens
-
-
-def _median_by_size(rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    sizes, place = np.unique(floats(rows, "parameters"), return_inverse=True)
-    values = floats(rows, column)
-    medians = [float(np.median(values[place == index])) for index in range(len(sizes))]
-    return pd.DataFrame({"parameters": sizes, column: medians})
+    return Question(fit, arm, six_nd, ends), " counted as 6 N D"
 
 
 def _allocated(found: Allocation | Refusal) -> str:
@@ -161,7 +151,7 @@ def _allocated(found: Allocation | Refusal) -> str:
     )
 
 
-def lead(fit: Fit, replicates: Replicates, baseline: str) -> Iterator[str]:
+def lead(fit: Fit, replicates: Bootstrap, baseline: str) -> Iterator[str]:
     """What the baseline needs more of to reach the loss of each other arm.
 
     Raises:
@@ -170,7 +160,7 @@ def lead(fit: Fit, replicates: Replicates, baseline: str) -> Iterator[str]:
     if baseline not in fit.form.groups:
         arms = ", ".join(fit.form.groups)
         raise ValueError(f"--baseline {baseline!r} is none of the arms {arms}")
-    counted = replace(fit, rows=fit.rows.assign(flops=compute_of(fit.rows)))
+    counted = replace(fit, rows=fit.rows.assign(flops=training_flops(fit.rows)))
     for other in (arm for arm in fit.form.groups if arm != baseline):
         ways = {
             "tokens": data_multiplier(counted, replicates, baseline, other),

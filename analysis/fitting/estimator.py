@@ -6,13 +6,14 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from analysis.fitting.loss_surface import LossSurface, surface_of
 from analysis.fitting.solver import Problem, polish, solve
 from analysis.fitting.starts import seeds
 from analysis.laws.bound import AnyLaw, Form, bind, log_loss, log_loss_and_jacobian
 from analysis.laws.law import Law, group_of
 from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Warned
+from analysis.validity.warnings import Caveat
 
 STARTS_THAT_AGREE = 3
 CONDITION_LIMIT = 1e3
@@ -45,7 +46,7 @@ class Fit:
     starts: int
     starts_agreeing: int
     condition: float
-    warnings: tuple[Warned, ...]
+    warnings: tuple[Caveat, ...]
 
     @property
     def law(self) -> AnyLaw:
@@ -94,6 +95,13 @@ class Fit:
     def predict(self, rows: pd.DataFrame) -> Array:
         """The fitted target at each row, which needs the law's columns and groups."""
         return np.exp(log_loss(self.form.design(rows), self.theta[None])[0])
+
+    def surface(self, group: str, theta: Array | None = None) -> LossSurface:
+        """One group's loss over parameters and tokens, with its inverses.
+
+        `theta` holds other parameter vectors (replicates, parameters), as those of a bootstrap.
+        """
+        return surface_of(self.form, self.theta[None] if theta is None else theta, group)
 
 
 @dataclass(frozen=True)
@@ -247,28 +255,28 @@ def _largest_correlation(scaled: Array) -> float:
     return float((correlation - np.eye(len(correlation))).max())
 
 
-def _warnings(agreeing: int, condition: float, free: str) -> list[Warned]:
+def _warnings(agreeing: int, condition: float, free: str) -> list[Caveat]:
     found = []
     if agreeing < STARTS_THAT_AGREE:
-        found.append(Warned("W-OPT", f"{agreeing} starts agree on the optimum"))
+        found.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
     if free:
-        found.append(Warned("W-COND", f"{free} is loose (condition {condition:.0f})"))
+        found.append(Caveat("W-COND", f"{free} is loose (condition {condition:.0f})"))
     return found
 
 
-def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Warned]:
+def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:
     """Whether the data would accept a floor of zero: the profile's value at E = 0."""
     law, rows = fitted.law, fitted.rows
     if not isinstance(law, Law) or law.floor is None or law.fixed:
         return []
     share = min(pivot[law.floor] for pivot in fitted.pivots.values())
     if share < 0.01 * float(floats(rows, law.target).mean()):
-        return [Warned("W-E0", "the floor went to zero")]
+        return [Caveat("W-E0", "the floor went to zero")]
     without = bind(law.without_floor(), rows)
     starts = seeds(without, rows, estimator.grid[::3], 4)
     problem = replace(fitted.problem, design=without.design(rows))
     lowest = float(np.nanmin(solve(problem, starts, 1e-10)[1]))
     units = (lowest - fitted.objective) / max(fitted.sigma, 1e-12) ** 2
     if units < LOG_LIKELIHOOD_UNITS:
-        return [Warned("W-E0", f"a floor of zero fits as well ({units:.1f} log-likelihood units)")]
+        return [Caveat("W-E0", f"a floor of zero fits as well ({units:.1f} log-likelihood units)")]
     return []

@@ -68,16 +68,16 @@ def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
 def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
     """Each term at coefficient 1, to the outer power if there is one: (cells, slots, rows)."""
     found = np.zeros((len(base), len(slots), design.shape[0]))
-    for part in design.parts:
-        p = {name: base[:, slot, None] for name, slot in part.slots.items()}
+    for group in design.groups:
+        p = {name: base[:, slot, None] for name, slot in group.slots.items()}
         power = np.exp(p[law.power]) if law.power else 1.0
         for name in law.coefficients:
             value: Array | float = 1.0
             if name != law.floor:
                 terms = tuple(term for term in law.terms if term.coefficient == name)
                 alone = replace(law, terms=terms, floor=None, power=None)
-                value = np.exp(power * alone.evaluate(p, part.x)[0])
-            found[:, slots.index(part.slots[name]), part.rows] += value
+                value = np.exp(power * alone.evaluate(p, group.x)[0])
+            found[:, slots.index(group.slots[name]), group.rows] += value
     return found
 
 

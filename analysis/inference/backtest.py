@@ -14,6 +14,7 @@ from analysis.fitting.estimator import Estimator, Fit, observed
 from analysis.inference.cluster_robust import prediction_errors, sandwich
 from analysis.laws.bound import AnyLaw, log_loss
 from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
+from analysis.tables.compute import training_flops
 from analysis.tables.frames import Array, floats, keep
 from analysis.validity.refusal import Refusal
 
@@ -67,7 +68,7 @@ class Forecast:
 
 def backtest(estimator: Estimator, rows: pd.DataFrame, law: AnyLaw) -> BackTest:
     """Forecast the largest runs from the smaller ones, at several cuts in compute."""
-    compute = np.log10(compute_of(rows))
+    compute = np.log10(training_flops(rows))
     parts = []
     for cut in CUTS:
         limit = compute.max() - np.log10(cut)
@@ -77,7 +78,7 @@ def backtest(estimator: Estimator, rows: pd.DataFrame, law: AnyLaw) -> BackTest:
         found = estimator.fit(below.reset_index(drop=True), law)
         if isinstance(found, Refusal):
             continue
-        decades = compute[compute > limit] - np.log10(compute_of(below)).max()
+        decades = compute[compute > limit] - np.log10(training_flops(below)).max()
         error = observed(above, law) - log_loss(found.form.design(above), found.theta[None])[0]
         parts.append(
             pd.DataFrame({"cut": cut, "law": law.name, "decades": decades, "error": error})
@@ -97,14 +98,14 @@ def forecast(
     The interval is for a new run: it holds the residual noise.
     """
     tested = backtest(estimator, fit.rows, fit.law) if tested is None else tested
-    log, error, _ = prediction_errors(fit, sandwich(fit), target)
-    largest = np.log10(compute_of(fit.rows).max())
-    decades = np.maximum(np.log10(compute_of(target)) - largest, 0.0)
+    mean = prediction_errors(fit, sandwich(fit), target)
+    largest = np.log10(training_flops(fit.rows).max())
+    decades = np.maximum(np.log10(training_flops(target)) - largest, 0.0)
     others = _rival_predictions(fit, estimator, target)
-    spread = np.ptp(np.stack([log, *others.values()]), axis=0)
+    spread = np.ptp(np.stack([mean.log, *others.values()]), axis=0)
     outside = decades > 0
     parts = {
-        "s_fit": error,
+        "s_fit": mean.error,
         "sigma": np.full(len(target), spread_of(fit)),
         "s_backtest": tested.rate * decades,
         "s_laws": np.where(outside, 0.5 * spread, 0.0),
@@ -112,22 +113,15 @@ def forecast(
     half = 2.0 * np.sqrt(np.sum([part**2 for part in parts.values()], axis=0))
     found = pd.DataFrame(
         {
-            "estimate": np.exp(log),
-            "low": np.exp(log - half),
-            "high": np.exp(log + half),
+            "estimate": np.exp(mean.log),
+            "low": np.exp(mean.log - half),
+            "high": np.exp(mean.log + half),
             **parts,
             "decades": decades,
         },
         index=target.index,
     )
     return Forecast(found, tested, (fit.law.name, *others))
-
-
-def compute_of(rows: pd.DataFrame) -> Array:
-    """Training FLOPs; 6 N D where the table does not count them."""
-    if "flops" in rows:
-        return floats(rows, "flops")
-    return 6.0 * floats(rows, "parameters") * floats(rows, "tokens")
 
 
 def spread_of(fit: Fit) -> float:

@@ -25,7 +25,7 @@ WEBB = np.sqrt([0.5, 1.0, 1.5])
 
 
 @dataclass(frozen=True)
-class Replicates:
+class Bootstrap:
     """Parameter vectors of a bootstrap, warm-started at the fit.
 
     Attributes:
@@ -60,7 +60,7 @@ class Replicates:
         return Interval(estimate, min(low, estimate), max(high, estimate), self.method)
 
 
-def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Replicates:
+def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Bootstrap:
     """Refit `count` bootstrap samples, clustered by trunk."""
     trunks, index = np.unique(strings(fit.rows, "trunk_id"), return_inverse=True)
     cells = np.array(group_of(fit.rows, ("architecture", "corpus")))
@@ -82,7 +82,7 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Replicate
     )
 
 
-def parameter_intervals(fit: Fit, replicates: Replicates) -> dict[str, Interval | Refusal]:
+def parameter_intervals(fit: Fit, replicates: Bootstrap) -> dict[str, Interval | Refusal]:
     """An interval for every parameter of a fit; coefficients are handled as logarithms."""
     found: dict[str, Interval | Refusal] = {}
     for group in fit.form.groups:
@@ -136,7 +136,7 @@ def _webb_signs(count: int, trunks: int, generator: np.random.Generator) -> Arra
 
 def _replicates(
     fit: Fit, data: tuple[Array, Array, int], method: str, clusters: int, stretch: float = 1.0
-) -> Replicates:
+) -> Bootstrap:
     """Refit from the fit itself; what no fit can be had from is counted, and said."""
     y, weights, count = data
     problem = Problem(fit.form.design(fit.rows), y, weights, fit.delta)
@@ -147,4 +147,4 @@ def _replicates(
     failed = int(bad.sum())
     if failed:
         method += f", {failed} of them could not be fitted"
-    return Replicates(theta, method, clusters, stretch, failed)
+    return Bootstrap(theta, method, clusters, stretch, failed)

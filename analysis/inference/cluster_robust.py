@@ -62,6 +62,21 @@ class Sandwich:
         return Interval(estimate, estimate - half, estimate + half, method)
 
 
+@dataclass(frozen=True)
+class LogPrediction:
+    """Ln of the expected target at several rows.
+
+    Attributes:
+        log: the prediction.
+        error: its standard error.
+        freedom: degrees of freedom of that error.
+    """
+
+    log: Array
+    error: Array
+    freedom: Array
+
+
 def sandwich(fit: Fit) -> Sandwich:
     """The cluster-robust covariance of a fit; each row is its own cluster without `trunk_id`."""
     return covariance(fit, fit.theta, slopes_at(fit, fit.rows), fit.residuals)
@@ -111,10 +126,10 @@ def parameter_interval(fit: Fit, found: Sandwich, label: str) -> Interval:
     return found.interval(float(fit.theta[slot]), np.eye(len(fit.theta))[slot])
 
 
-def prediction_errors(fit: Fit, found: Sandwich, rows: pd.DataFrame) -> tuple[Array, Array, Array]:
-    """Ln of the fitted target at rows, its standard error, and the degrees of freedom of that."""
+def prediction_errors(fit: Fit, found: Sandwich, rows: pd.DataFrame) -> LogPrediction:
+    """Ln of the fitted target at rows, with its standard error."""
     error, freedom = found.error_and_freedom(slopes_at(fit, rows))
-    return log_loss(fit.form.design(rows), fit.theta[None])[0], error, freedom
+    return LogPrediction(log_loss(fit.form.design(rows), fit.theta[None])[0], error, freedom)
 
 
 def cluster_index(rows: pd.DataFrame) -> Array:

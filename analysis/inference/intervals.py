@@ -46,6 +46,24 @@ def t_interval(values: Array, clusters: str) -> Interval | Refusal:
     return Interval(mean, mean - float(half), mean + float(half), method)
 
 
+def slope_interval(x: Array, y: Array, points: str) -> Interval:
+    """Slope of y on x by least squares with a t interval; `points` says what was regressed over."""
+    slope, error = slope_and_error(x, y)
+    half = t_quantile(len(x) - 2) * error
+    return Interval(slope, slope - half, slope + half, f"regression over {points}")
+
+
+def slope_and_error(x: Array, y: Array) -> tuple[float, float]:
+    """Slope of y on x by least squares and its standard error, NaN for two points."""
+    # Centred: with raw x the intercept takes the digits that the slope needs.
+    x = x - x.mean()
+    slope = float(x @ y / (x @ x))
+    if len(x) < 3:
+        return slope, float("nan")
+    rest = y - y.mean() - slope * x
+    return slope, float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
+
+
 def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
     """Fieller's interval for |mean of numerator / mean of denominator|, paired by cluster."""
     count = len(numerator)

@@ -116,13 +116,13 @@ def _held(problem: Problem, slot: int, value: float) -> Problem:
 
     A parameter of one group is held in that group alone.
     """
-    design, parts = problem.design, []
-    for part in design.parts:
-        held = {name: value for name, place in part.slots.items() if place == slot}
-        slots = {n: place - (place > slot) for n, place in part.slots.items() if place != slot}
-        parts.append(replace(part, slots=slots, held={**part.held, **held}))
+    design, groups = problem.design, []
+    for group in design.groups:
+        held = {name: value for name, place in group.slots.items() if place == slot}
+        slots = {n: place - (place > slot) for n, place in group.slots.items() if place != slot}
+        groups.append(replace(group, slots=slots, held={**group.held, **held}))
     shape = (design.shape[0], design.shape[1] - 1)
-    return replace(problem, design=Design(design.law, tuple(parts), design.fixed, shape))
+    return replace(problem, design=Design(design.law, tuple(groups), design.fixed, shape))
 
 
 def _finer(offsets: Array, rise: Array, threshold: float) -> Array:

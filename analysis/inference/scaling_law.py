@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.backtest import BackTest, Forecast, backtest, compute_of, forecast
+from analysis.inference.backtest import BackTest, Forecast, backtest, forecast
 from analysis.inference.cluster_robust import (
     Sandwich,
     parameter_interval,
@@ -19,17 +19,18 @@ from analysis.inference.cluster_robust import (
 )
 from analysis.inference.intervals import LEVEL, Interval
 from analysis.inference.profile_likelihood import Profile, profile
-from analysis.inference.shape_robust import ShapeRobust, bend
+from analysis.inference.shape_robust import ShapeRobust, shape_robust
 from analysis.laws.bound import AnyLaw
 from analysis.laws.catalog import BATCH, CHINCHILLA, GADRE, GAMMA, KAPLAN, POWER, RATE
 from analysis.laws.law import Law
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
 from analysis.laws.transformed import REPEAT
+from analysis.tables.compute import training_flops
 from analysis.tables.frames import floats
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 LAWS: dict[str, AnyLaw] = {
     law.name: law
@@ -46,13 +47,14 @@ class Learnt:
 
     Attributes:
         parameters: an interval per exponent, and per term at the centre of the data.
-        bent: the law with a bend, for intervals inside the data; None where rows are too few.
+        shape_robust: intervals inside the data that do not rest on the law's shape; None where rows
+            are too few.
         backtest: rolling forecasts, for tables that have sizes and tokens.
     """
 
     fit: Fit
     covariance: Sandwich
-    bent: ShapeRobust | None
+    shape_robust: ShapeRobust | None
     parameters: dict[str, Interval]
     backtest: BackTest | None
 
@@ -147,7 +149,7 @@ def _learn(estimator: Estimator, fit: Fit) -> Learnt:
             found = found.mapped(lambda value: float(np.exp(value)))
         intervals[label] = found
     tested = backtest(estimator, fit.rows, fit.law) if _has_compute(fit) else None
-    return Learnt(fit, covariance, bend(fit), intervals, tested)
+    return Learnt(fit, covariance, shape_robust(fit), intervals, tested)
 
 
 def _has_compute(fit: Fit) -> bool:
@@ -158,11 +160,11 @@ def _has_compute(fit: Fit) -> bool:
 def _too_far(fit: Fit, table: pd.DataFrame) -> Refusal | None:
     if not _has_compute(fit) or not {"parameters", "tokens"} <= set(table.columns):
         return None
-    rows = fit.rows.assign(flops=compute_of(fit.rows))
+    rows = fit.rows.assign(flops=training_flops(fit.rows))
     for n, d, c in zip(
-        floats(table, "parameters"), floats(table, "tokens"), compute_of(table), strict=True
+        floats(table, "parameters"), floats(table, "tokens"), training_flops(table), strict=True
     ):
-        found: Raised | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
+        found: Caveat | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
         if isinstance(found, Refusal):
             return found
     return None
@@ -178,24 +180,25 @@ def _at_level(
     found: Forecast | None, learnt: Learnt, table: pd.DataFrame, level: float
 ) -> pd.DataFrame:
     """Intervals at any level: the forecast's parts, times the quantile of what they rest on."""
-    log, error, freedom = prediction_errors(learnt.fit, learnt.covariance, table)
-    quantile = stats.t.ppf(0.5 + 0.5 * level, freedom)
+    mean = prediction_errors(learnt.fit, learnt.covariance, table)
+    quantile = stats.t.ppf(0.5 + 0.5 * level, mean.freedom)
     normal = float(stats.norm.ppf(0.5 + 0.5 * level))
     rest = np.full(len(table), float(np.std(learnt.fit.residuals)) ** 2)
     if found is not None:
         parts = found.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)
         rest = (parts**2).sum(axis=1)
-    half = np.sqrt((quantile * error) ** 2 + normal**2 * rest)
-    low, high = _mean_interval(learnt.bent, table, level).T
-    columns = {"estimate": np.exp(log), "low": np.exp(log - half), "high": np.exp(log + half)}
+    half = np.sqrt((quantile * mean.error) ** 2 + normal**2 * rest)
+    low, high = _mean_interval(learnt.shape_robust, table, level).T
+    ends = {"estimate": mean.log, "low": mean.log - half, "high": mean.log + half}
+    columns = {name: np.exp(value) for name, value in ends.items()}
     answer = pd.DataFrame({**columns, "mean_low": low, "mean_high": high}, index=table.index)
     return answer if found is None else answer.join(found.rows.drop(columns=list(columns)))
 
 
-def _mean_interval(bent: ShapeRobust | None, table: pd.DataFrame, level: float) -> np.ndarray:
-    if bent is None:
+def _mean_interval(robust: ShapeRobust | None, table: pd.DataFrame, level: float) -> np.ndarray:
+    if robust is None:
         return np.full((len(table), 2), np.nan)
-    log, error, freedom = bent.predict(table)
-    half = error * stats.t.ppf(0.5 + 0.5 * level, freedom)
-    ends = np.exp(np.stack([log - half, log + half], axis=1))
-    return np.where(bent.inside(table)[:, None], ends, np.nan)
+    mean = robust.predict(table)
+    half = mean.error * stats.t.ppf(0.5 + 0.5 * level, mean.freedom)
+    ends = np.exp(np.stack([mean.log - half, mean.log + half], axis=1))
+    return np.where(robust.inside(table)[:, None], ends, np.nan)

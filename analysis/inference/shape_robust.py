@@ -1,11 +1,14 @@
-"""Intervals inside the data that do not take the law's shape for granted.
+"""Intervals inside the data that stay valid when the law's shape is slightly wrong.
 
-A law that is a little wrong is biased between its points too, by about half a standard error of
-Chinchilla's law in synthetic studies, and its own standard error does not see that. Here the law
-may bend: to ln of the target are added the squares and products of the ln of its variables, fitted
-together with a step of the law's parameters, so that a departure of second order is followed and
-only the rest of it is bias. The price is width: some 30 to 40 per cent where the law was right.
-Beyond the data a parabola knows nothing, and forecasts take their doubt from the past instead.
+A law of slightly wrong shape is biased between its points, by about half a standard error of the
+Chinchilla law in synthetic studies, and its own standard error does not show that. Here quadratic
+terms in the ln of the variables are added to ln of the target and fitted together with the
+parameters: they absorb a departure of second order, and only the rest of it is bias. The cost is
+width, 30 to 40 per cent where the law was right. Beyond the data a quadratic is no guide; forecasts
+use the back-test instead.
+
+Ours: one Gauss-Newton step of the law with the quadratic terms as extra regressors. How often its
+intervals hold the truth is measured in tests/benchmarks/statistics/recovery.py.
 """
 
 from dataclasses import dataclass
@@ -14,47 +17,54 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.cluster_robust import Sandwich, covariance, projection, slopes_at
+from analysis.inference.cluster_robust import (
+    LogPrediction,
+    Sandwich,
+    covariance,
+    projection,
+    slopes_at,
+)
 from analysis.laws.bound import log_loss
 from analysis.laws.law import Law
 from analysis.tables.frames import Array
 
 LEAST_FREEDOM = 6
-"""Rows that have to be left over when the law and its bend are fitted."""
+"""Rows that must be left over once the law and the quadratic terms are fitted."""
 ROUNDS = 500
 TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
 class ShapeRobust:
-    """A fit with its bend.
+    """A fit with quadratic terms added.
 
     Attributes:
-        found: step of the law's parameters and coefficients of the bend, with their covariance.
+        found: step of the law's parameters and coefficients of the quadratic terms, with their
+            covariance.
     """
 
     fit: Fit
     found: Sandwich
 
-    def predict(self, rows: pd.DataFrame) -> tuple[Array, Array, Array]:
-        """Ln of the expected target at rows inside the data, its standard error, and its dof."""
+    def predict(self, rows: pd.DataFrame) -> LogPrediction:
+        """Ln of the expected target at rows inside the data, with its standard error."""
         slopes = _slopes(self.fit, rows)
         error, freedom = self.found.error_and_freedom(slopes)
         law = log_loss(self.fit.form.design(rows), self.fit.theta[None])[0]
-        return law + slopes @ self.found.theta, error, freedom
+        return LogPrediction(law + slopes @ self.found.theta, error, freedom)
 
     def inside(self, rows: pd.DataFrame) -> Array:
         """Which rows lie in the range of every variable of the fit, and of products and ratios.
 
-        In ln N and ln D that cuts the corners off, where a parabola would run on alone.
+        Products and ratios cut off the corners of the box in ln N and ln D, which hold no runs.
         """
         known, asked = (_with_pairs(_logs(self.fit, each)) for each in (self.fit.rows, rows))
         slack = 1e-9
         return ((asked >= known.min(axis=0) - slack) & (asked <= known.max(axis=0) + slack)).all(1)
 
 
-def bend(fit: Fit) -> ShapeRobust | None:
-    """Let a fitted law bend; None where there are too few rows to, or no variables."""
+def shape_robust(fit: Fit) -> ShapeRobust | None:
+    """Add the quadratic terms; None where rows are too few, or the law has no variables."""
     if not isinstance(fit.law, Law) or not fit.law.factors:
         return None
     slopes = _slopes(fit, fit.rows)
@@ -65,7 +75,7 @@ def bend(fit: Fit) -> ShapeRobust | None:
 
 
 def _regress(fit: Fit, slopes: Array) -> Array:
-    """Huber regression of the residuals, by steps that solve for the clipped ones."""
+    """Huber regression of the residuals: repeated least squares on clipped residuals."""
     scale = np.sqrt(fit.weights)
     solve = projection(slopes * scale[:, None])[1]
     step = np.zeros(slopes.shape[1])
@@ -81,6 +91,7 @@ def _regress(fit: Fit, slopes: Array) -> Array:
 def _slopes(fit: Fit, rows: pd.DataFrame) -> Array:
     known, asked = (_logs(fit, each) for each in (fit.rows, rows))
     spread = np.maximum(known.std(axis=0), 1e-12)
+    # Standardised: squares of raw logs are nearly collinear with the logs themselves.
     place = (asked - known.mean(axis=0)) / spread
     first, second = np.triu_indices(place.shape[1])
     return np.concatenate([slopes_at(fit, rows), place[:, first] * place[:, second]], axis=1)

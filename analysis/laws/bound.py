@@ -15,7 +15,7 @@ AnyLaw = Law | TaskError | MultiPower
 
 
 @dataclass(frozen=True)
-class Part:
+class GroupRows:
     """The rows of one group: where they are, where their parameters are, what the law reads.
 
     Attributes:
@@ -38,7 +38,7 @@ class Design:
     """
 
     law: AnyLaw
-    parts: tuple[Part, ...]
+    groups: tuple[GroupRows, ...]
     fixed: Mapping[str, float]
     shape: tuple[int, int]
 
@@ -72,12 +72,12 @@ class Form:
                 "fit it with rows of that group"
             )
         x = self.law.prepare(rows, self.centres)
-        parts = []
+        found = []
         for group in self.groups:
             mine = np.flatnonzero(names == group)
             chosen = {n: v[mine] if v.ndim and len(v) == len(names) else v for n, v in x.items()}
-            parts.append(Part(mine, self.slots_of(group), chosen))
-        return Design(self.law, tuple(parts), self._fixed(), (len(names), len(self.labels)))
+            found.append(GroupRows(mine, self.slots_of(group), chosen))
+        return Design(self.law, tuple(found), self._fixed(), (len(names), len(self.labels)))
 
     def slots_of(self, group: str) -> dict[str, int]:
         """Place of each fitted parameter of one group."""
@@ -92,20 +92,6 @@ class Form:
         shape = theta.shape[:-1]
         p |= {name: np.full(shape, value) for name, value in self._fixed().items()}
         return self.law.natural(p, self.centres)
-
-    def theta_of(self, values: Mapping[str, float]) -> Array:
-        """The parameter vector of parameters as they are reported (A, not ln A), by label.
-
-        A law with several groups takes `A [group]` for what varies.
-        """
-        theta = np.zeros(len(self.labels))
-        fixed = dict(self.law.fixed)
-        for group in self.groups:
-            named = {name: values[self.labels[slot]] for name, slot in self.slots_of(group).items()}
-            inner = self.law.internal(named | fixed, self.centres)
-            for name, slot in self.slots_of(group).items():
-                theta[slot] = inner[name]
-        return theta
 
     def pivots(self, theta: Array, group: str) -> dict[str, float]:
         """Each term's value at the data centre, in the unit of the target."""
@@ -148,8 +134,8 @@ def bind(law: AnyLaw, rows: pd.DataFrame) -> Form:
 def log_loss(design: Design, theta: Array) -> Array:
     """Predict ln of the target, (replicates, rows), from theta (replicates, parameters)."""
     found = np.empty((len(theta), design.shape[0]))
-    for part in design.parts:
-        found[:, part.rows] = _evaluate(design, part, theta)[0]
+    for group in design.groups:
+        found[:, group.rows] = _evaluate(design, group, theta)[0]
     return found
 
 
@@ -158,12 +144,12 @@ def log_loss_and_slopes(design: Design, theta: Array) -> tuple[Array, Array]:
     rows, parameters = design.shape
     found = np.empty((len(theta), rows))
     slopes = np.zeros((len(theta), parameters, rows))
-    single = len(design.parts) == 1
-    for part in design.parts:
-        value, by_name = _evaluate(design, part, theta)
-        where = slice(None) if single else part.rows
+    single = len(design.groups) == 1
+    for group in design.groups:
+        value, by_name = _evaluate(design, group, theta)
+        where = slice(None) if single else group.rows
         found[:, where] = value
-        for name, slot in part.slots.items():
+        for name, slot in group.slots.items():
             slopes[:, slot, where] = by_name[name]
     return found, slopes
 
@@ -174,8 +160,8 @@ def log_loss_and_jacobian(design: Design, theta: Array) -> tuple[Array, Array]:
     return found, slopes.transpose(0, 2, 1)
 
 
-def _evaluate(design: Design, part: Part, theta: Array) -> tuple[Array, dict[str, Array]]:
-    p = {name: theta[:, slot, None] for name, slot in part.slots.items()}
-    fixed = {**design.fixed, **part.held}
+def _evaluate(design: Design, group: GroupRows, theta: Array) -> tuple[Array, dict[str, Array]]:
+    p = {name: theta[:, slot, None] for name, slot in group.slots.items()}
+    fixed = {**design.fixed, **group.held}
     p |= {name: np.full((1, 1), value) for name, value in fixed.items()}
-    return design.law.evaluate(p, part.x)
+    return design.law.evaluate(p, group.x)

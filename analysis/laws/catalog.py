@@ -72,24 +72,3 @@ def nested_family(by: tuple[str, ...]) -> dict[str, Law]:
         name: replace(CHINCHILLA, name=name, by=by, varies=frozenset(names.split()))
         for name, names in varying.items()
     }
-
-
-def crossed_family(architecture: str, corpus: str) -> dict[str, Law]:
-    """The Chinchilla laws in which size belongs to the architecture and data to the corpus."""
-    both = (architecture, corpus)
-    of_arm, of_data = (architecture,), (corpus,)
-    owners = {
-        "nothing": {},
-        "corpus": {"B": of_data, "E": of_data},
-        "architecture": {"A": of_arm, "B": of_arm},
-        "both": {"A": of_arm, "B": both, "E": of_data},
-        "both, floors": {"A": of_arm, "B": both, "E": both},
-        "exponents": {"A": of_arm, "B": both, "E": both, "alpha": of_arm, "beta": of_data},
-        "everything": dict.fromkeys(("A", "B", "E", "alpha", "beta"), both),
-    }
-    return {
-        name: replace(
-            CHINCHILLA, name=name, by=both, varies=frozenset(own), own=tuple(own.items())
-        )
-        for name, own in owners.items()
-    }  # fmt: skip

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.tables.frames import Array, floats
 
-Parts = Mapping[str, Array]
+NamedArrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Reparametrisation(Protocol):
         """What `apply` needs of the rows."""
         ...
 
-    def apply(self, p: Parts, x: Parts) -> dict[str, tuple[Array, dict[str, Array]]]:
+    def apply(self, p: NamedArrays, x: NamedArrays) -> dict[str, tuple[Array, dict[str, Array]]]:
         """Per variable its centred log, and the derivatives of that by parameters."""
         ...
 
@@ -150,7 +150,7 @@ class Law:
         logs = {f.variable: f.logs(rows) - centres[f.variable] for f in self.factors}
         return logs | (self.warp.prepare(rows, centres) if self.warp else {})
 
-    def evaluate(self, p: Parts, x: Parts) -> tuple[Array, dict[str, Array]]:
+    def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
         """Ln of the target, (replicates, rows), and its derivative by each parameter.
 
         Args:
@@ -181,7 +181,7 @@ class Law:
                     _add(slopes, name, -share * _exponent(factor, p) * slope)
         return value, slopes
 
-    def natural(self, p: Parts, centres: Mapping[str, float]) -> dict[str, Array]:
+    def natural(self, p: NamedArrays, centres: Mapping[str, float]) -> dict[str, Array]:
         """Parameters away from the centring: exponents, and ln of what is in `logs`."""
         values = {name: p[name] for name in self.parameters}
         for term in self.terms:
@@ -209,7 +209,7 @@ class Law:
         """The law with its constant left out."""
         return replace(self, floor=None, varies=self.varies - {str(self.floor)})
 
-    def _log_term(self, term: Term, p: Parts, x: Parts, warped: Mapping) -> Array:
+    def _log_term(self, term: Term, p: NamedArrays, x: NamedArrays, warped: Mapping) -> Array:
         log = p[term.coefficient]
         for factor in term.factors:
             variable = warped[factor.variable][0] if factor.variable in warped else None
@@ -219,7 +219,7 @@ class Law:
         return log
 
 
-def _exponent(factor: Factor, p: Parts) -> Array | float:
+def _exponent(factor: Factor, p: NamedArrays) -> Array | float:
     return p[factor.exponent] if isinstance(factor.exponent, str) else factor.exponent
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import Parts
+from analysis.laws.law import NamedArrays
 from analysis.tables.frames import Array
 
 RATES = "rates"
@@ -61,7 +61,7 @@ class MultiPower:
             "area": np.log(padded[:, :, 2]) - centres["S"],
         }
 
-    def evaluate(self, p: Parts, x: Parts) -> tuple[Array, dict[str, Array]]:
+    def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
         """Ln of the loss; not a number where the law says the loss is negative."""
         start = np.exp(p["A"] - p["alpha"] * x["S"])
         deep = {name: p[name][:, :, None] for name in ("C", "gamma", "beta")}
@@ -83,7 +83,7 @@ class MultiPower:
         }
         return np.log(loss), slopes
 
-    def natural(self, p: Parts, centres: Mapping[str, float]) -> dict[str, Array]:
+    def natural(self, p: NamedArrays, centres: Mapping[str, float]) -> dict[str, Array]:
         """Parameters for rates as they are in the table."""
         return {
             **{name: p[name] for name in ("alpha", "gamma", "beta", "E")},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.laws.law import Parts
+from analysis.laws.law import NamedArrays
 from analysis.tables.frames import Array, floats
 
 
@@ -45,7 +45,7 @@ class TaskError:
         """The loss above the lowest one."""
         return {"above": floats(rows, self.loss) - centres["lowest"]}
 
-    def evaluate(self, p: Parts, x: Parts) -> tuple[Array, dict[str, Array]]:
+    def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
         """Ln of the error; not a number where the law says the error is negative."""
         rate = np.exp(p["g"])
         top = 1.0 / (1.0 + np.exp(-p["k"]))
@@ -58,7 +58,7 @@ class TaskError:
         }
         return p["ceiling"] + np.log1p(-share), slopes
 
-    def natural(self, p: Parts, centres: Mapping[str, float]) -> dict[str, Array]:
+    def natural(self, p: NamedArrays, centres: Mapping[str, float]) -> dict[str, Array]:
         """Ln of ceiling, k and g."""
         top = -np.log1p(np.exp(-p["k"]))
         gained = p["ceiling"] + top + np.exp(p["g"]) * centres["lowest"]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.laws.catalog import CHINCHILLA
-from analysis.laws.law import Factor, Law, Parts, Term
+from analysis.laws.law import Factor, Law, NamedArrays, Term
 from analysis.tables.frames import Array, floats
 
 SIZE, DATA = "parameters", "tokens"
@@ -32,7 +32,7 @@ class Repetition:
         shift = np.array([centres[SIZE], centres[DATA]])
         return {"log N": size, "log D": data, "log U": unique, "centres": shift}
 
-    def apply(self, p: Parts, x: Parts) -> dict[str, tuple[Array, dict[str, Array]]]:
+    def apply(self, p: NamedArrays, x: NamedArrays) -> dict[str, tuple[Array, dict[str, Array]]]:
         """Centred logs of N' and D', with their derivatives."""
         shift_size, shift_data = x["centres"]
         data, _, by_rate = _effective(x["log U"], x["log D"], p["R_D"])
@@ -63,7 +63,7 @@ class Offset:
         """The loss, and the centre."""
         return {"loss": floats(rows, self.column), "centre": np.array(centres[self.column])}
 
-    def apply(self, p: Parts, x: Parts) -> dict[str, tuple[Array, dict[str, Array]]]:
+    def apply(self, p: NamedArrays, x: NamedArrays) -> dict[str, tuple[Array, dict[str, Array]]]:
         """The centred log of the loss above its floor."""
         # A floor above a loss is no solution: the misfit there is large, so steps are refused.
         left = np.maximum(x["loss"] - p["E_x"], 1e-12)
@@ -71,11 +71,6 @@ class Offset:
 
 
 REPEAT = replace(CHINCHILLA, name="repeat", warp=Repetition())
-
-
-def repeat_around(chinchilla: Mapping[str, float]) -> Law:
-    """The repetition law with its five Chinchilla parameters given, as it was published."""
-    return replace(REPEAT, fixed=tuple(chinchilla.items()))
 
 
 def loss_to_loss(from_column: str, to_column: str) -> Law:
@@ -98,7 +93,7 @@ def _effective(unique: Array, total: Array, log_rate: Array) -> tuple[Array, Arr
 
 
 def _optimal_size(
-    p: Parts, log_unique: Array, shifts: tuple[float, float]
+    p: NamedArrays, log_unique: Array, shifts: tuple[float, float]
 ) -> tuple[Array, dict[str, Array]]:
     """Ln of the size that is compute-optimal for a number of tokens, with its derivatives."""
     alpha, beta = p["alpha"], p["beta"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.laws.bound import Form, log_loss, log_loss_and_jacobian
+from analysis.laws.bound import Form, log_loss_and_jacobian
 from analysis.tables.frames import Array, floats
 
 PRIOR = 2.0
@@ -28,7 +28,7 @@ class Belief:
     theta: Array
 
 
-Target = Callable[[Belief], tuple[Array, Array]]
+Quantity = Callable[[Belief], tuple[Array, Array]]
 """Value (draws,) and gradient (draws, parameters) of what is to be known."""
 
 
@@ -68,7 +68,7 @@ class Terms:
     hold_out: float
 
 
-def loss_at(point: pd.DataFrame) -> Target:
+def loss_at(point: pd.DataFrame) -> Quantity:
     """Ln of the loss at one point, a frame of one row with the law's columns."""
 
     def target(belief: Belief) -> tuple[Array, Array]:
@@ -78,58 +78,11 @@ def loss_at(point: pd.DataFrame) -> Target:
     return target
 
 
-def difference_at(points: pd.DataFrame) -> Target:
-    """Ln of the loss at the second row less that at the first: an effect between two arms."""
-
-    def target(belief: Belief) -> tuple[Array, Array]:
-        value, slopes = log_loss_and_jacobian(belief.form.design(points), belief.theta)
-        return value[:, 1] - value[:, 0], slopes[:, 1] - slopes[:, 0]
-
-    return target
-
-
-def exponent(name: str) -> Target:
-    """One of the law's parameters, shared or of its first group."""
-
-    def target(belief: Belief) -> tuple[Array, Array]:
-        slot = belief.form.slots[name, belief.form.groups[0]]
-        gradient = np.zeros_like(belief.theta)
-        gradient[:, slot] = 1.0
-        return belief.theta[:, slot], gradient
-
-    return target
-
-
-def optimum_at(sizes: Array, flops: float) -> Target:
-    """Ln of the size with the lowest loss at a compute C = 6 N D, among finely spaced sizes."""
-    line = pd.DataFrame({"parameters": sizes, "tokens": flops / 6.0 / sizes, "flops": flops})
-    logs = np.log(sizes)
-
-    def value(form: Form, theta: Array) -> Array:
-        loss = log_loss(form.design(line), theta)
-        best = np.clip(loss.argmin(axis=1), 1, len(sizes) - 2)
-        rows = np.arange(len(theta))
-        below, middle, above = (loss[rows, best + shift] for shift in (-1, 0, 1))
-        curvature = np.maximum(below - 2 * middle + above, 1e-12)
-        return logs[best] + 0.5 * (below - above) / curvature * (logs[1] - logs[0])
-
-    def target(belief: Belief) -> tuple[Array, Array]:
-        gradient = np.empty_like(belief.theta)
-        for slot in range(belief.theta.shape[1]):
-            step = np.zeros(belief.theta.shape[1])
-            step[slot] = 1e-3
-            ahead = value(belief.form, belief.theta + step)
-            gradient[:, slot] = (ahead - value(belief.form, belief.theta - step)) / 2e-3
-        return value(belief.form, belief.theta), gradient
-
-    return target
-
-
 def advise(
     done: pd.DataFrame,
     candidates: pd.DataFrame,
     beliefs: Sequence[Belief],
-    target: Target,
+    target: Quantity,
     terms: Terms,
 ) -> Advice:
     """Rank the next runs; each row of `done` and `candidates` is a run with its `flops`."""
@@ -169,7 +122,7 @@ def design_map(
     done: pd.DataFrame,
     candidates: pd.DataFrame,
     beliefs: Sequence[Belief],
-    target: Target,
+    target: Quantity,
     sigma: float,
 ) -> pd.DataFrame:
     """The candidates with `gain` and `gain_per_root_flop`, before any of them is run."""
@@ -179,7 +132,7 @@ def design_map(
 
 
 def half_width(
-    done: pd.DataFrame, beliefs: Sequence[Belief], target: Target, sigma: float
+    done: pd.DataFrame, beliefs: Sequence[Belief], target: Quantity, sigma: float
 ) -> float:
     """95 % half-width of the target: sampling under each law, and half the spread of the laws."""
     return _State(done, done.iloc[:1], beliefs, target, sigma).half_width()
@@ -201,7 +154,7 @@ class _State:
         done: pd.DataFrame,
         candidates: pd.DataFrame,
         beliefs: Sequence[Belief],
-        target: Target,
+        target: Quantity,
         sigma: float,
     ) -> None:
         self._noise = sigma**2

@@ -4,7 +4,6 @@ import pandas as pd
 
 from analysis.effects.answer import Arm
 from analysis.effects.contrasts import Contrast
-from analysis.effects.learning_rates import mixed_rates
 from analysis.study.findings import Findings
 from analysis.study.study import Study
 from analysis.tables.frames import where
@@ -31,7 +30,7 @@ NO_OPTIMUM = Refusal(
 
 def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
     """What the page says first: a lead, a sentence with its interval, and how it was made."""
-    answer, mixed = study.answer, mixed_rates(study.table)
+    answer, mixed = study.answer, study.rate_search
     if mixed is not None:
         text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
         return [("Data against architecture", text, "")]

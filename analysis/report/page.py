@@ -20,8 +20,8 @@ from analysis.report.sections import Section
 from analysis.study.findings import Findings
 from analysis.study.study import FittedLaw, Study
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import MEANINGS, WARNINGS
-from analysis.words.numbers import bracketed, capital
+from analysis.validity.warnings import WARNINGS
+from analysis.words.numbers import bracketed, capital, with_unit
 from analysis.words.sentences import largest_effect, law_words, multiplier_sentence
 
 PAGE_SCALE = 1.53
@@ -94,8 +94,8 @@ def _reservations(found: Findings | None) -> list[dict[str, str]]:
     """The guards that fired: code, meaning, what was found, and what follows."""
     raised = found.reservations if found else ()
     return [
-        {"code": each.code, "finding": each.finding, "meaning": capital(MEANINGS[each.code][0]),
-         "action": MEANINGS[each.code][1]}
+        {"code": each.code, "finding": each.finding, "meaning": capital(each.meaning),
+         "action": each.action}
         for each in raised
     ]  # fmt: skip
 
@@ -186,7 +186,7 @@ def _law_warnings(study: Study) -> list[str]:
             for warned in law.fit.warnings:
                 place = f"{law.part}, {law.evaluation_set}"
                 found.setdefault(warned.code, []).append(f"{place}: {warned.finding}")
-    return [f"{code}, {WARNINGS[code]}. {'; '.join(each)}." for code, each in found.items()]
+    return [f"{code}, {WARNINGS[code][0]}. {'; '.join(each)}." for code, each in found.items()]
 
 
 def _multiplier_note(study: Study) -> str:

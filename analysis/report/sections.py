@@ -1,14 +1,15 @@
-"""Parts of the page that only some sweeps have: arms side by side, learning rates, tuning."""
+"""NamedArrays of the page that only some sweeps have: arms side by side, learning rates, tuning."""
 
 from dataclasses import dataclass
 
 import pandas as pd
 
 from analysis.effects.leaderboard import arms_table, compare_arms
-from analysis.effects.learning_rates import mixed_rates, search_table
+from analysis.effects.learning_rates import search_table
 from analysis.figures.leaderboard_figures import draw_arms, draw_rates
 from analysis.figures.report_figure import ReportFigure
 from analysis.tables.run_table import Table
+from analysis.validity.refusal import Refusal
 from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
 
@@ -51,9 +52,12 @@ class Section:
     leads: bool
 
 
-def sections(table: Table) -> list[Section]:
-    """The parts that this sweep has, in the order of the page."""
-    found = [_rates(table) if mixed_rates(table) is not None else _arms(table), _tuning(table)]
+def sections(table: Table, rate_search: Refusal | None) -> list[Section]:
+    """The parts that this sweep has, in the order of the page.
+
+    `rate_search` is that of the study: None unless the sweep is a search over learning rates.
+    """
+    found = [_arms(table) if rate_search is None else _rates(table), _tuning(table)]
     return [each for each in found if each is not None]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.laws.law import Law
 from analysis.validity.refusal import Refusal
 
@@ -40,7 +40,7 @@ def _fields(value: object) -> dict[str, object]:
         return {"refused": value.code, "reason": value.reason, "remedy": value.remedy}
     if isinstance(value, Fit):
         return {"points": len(value.rows), **{name: getattr(value, name) for name in _OF_A_FIT}}
-    if isinstance(value, Replicates):
+    if isinstance(value, Bootstrap):
         return {"method": value.method, "clusters": value.clusters}
     if isinstance(value, Law):
         return {"name": value.name, "by": value.by, "varies": sorted(value.varies)}

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.effects.contrasts import Contrast
-from analysis.effects.learning_rates import mixed_rates
 from analysis.figures.all_figures import draw
 from analysis.fitting.estimator import Fit
 from analysis.report.answers import answers, laws_table, progress, refusals
@@ -84,8 +83,8 @@ def fingerprint(table: Table) -> str:
 def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
     folder = sweep / "report"
     study = analyse(table, settings)
-    found = None if mixed_rates(table) else find(study, settings)
-    parts, plates = sections(table), draw(study, found)
+    found = None if study.rate_search else find(study, settings)
+    parts, plates = sections(table, study.rate_search), draw(study, found)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
     drawings = {plate.name: (plate.save(folder / "figures"), plate.narrow()) for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))

@@ -20,7 +20,7 @@ from analysis.effects.loss_to_loss import Transfer, transfers
 from analysis.effects.variance_shares import Decomposition, decompositions
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import RIVALS, BackTest, backtest
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.inference.profile_likelihood import Profile, profile
 from analysis.laws.catalog import CHINCHILLA, GAMMA
 from analysis.laws.law import Law
@@ -32,7 +32,7 @@ from analysis.tables.run_table import Table
 from analysis.validity.checks import check
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 CANDIDATES = 24
 PROPOSALS = 5
@@ -53,7 +53,7 @@ class Findings:
         options: the design map over (N, D); `advice` the runs proposed on it.
     """
 
-    reservations: tuple[Raised, ...]
+    reservations: tuple[Caveat, ...]
     headline: Headline
     shares: dict[str, Decomposition | Refusal]
     transfers: dict[str, Transfer | Refusal]
@@ -105,7 +105,7 @@ def find(study: Study, settings: Settings) -> Findings:
     )
 
 
-def reservations(table: Table, points: Table) -> tuple[Raised, ...]:
+def reservations(table: Table, points: Table) -> tuple[Caveat, ...]:
     """The guards on decayed points, with what the sweep says about tuning."""
     rows = points.rows
     if not len(rows):
@@ -152,7 +152,7 @@ def _rate(tested: dict[str, BackTest]) -> BackTest:
     return tested[CHINCHILLA.name]
 
 
-def _per_group(study: Study, make: Callable[[Fit, Replicates, str], pd.DataFrame]) -> pd.DataFrame:
+def _per_group(study: Study, make: Callable[[Fit, Bootstrap, str], pd.DataFrame]) -> pd.DataFrame:
     fit, replicates = study.joint.fit, study.joint.replicates
     if not isinstance(fit, Fit) or replicates is None or _shown(study) is None:
         return pd.DataFrame()
@@ -170,7 +170,7 @@ def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[IsoFlopCurve
     return found
 
 
-def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Raised, ...]:
+def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Caveat, ...]:
     """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one reservation a code."""
     found: dict[str, list[str]] = {}
     for name, mine in curves.items():
@@ -178,9 +178,9 @@ def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Ra
             (each.fit for each in study.cells if each.part.startswith(f"{name} on ")
              and each.evaluation_set == study.table.neutral_set), None,
         )  # fmt: skip
-        for raised in budget_warnings(mine, law if isinstance(law, Fit) else None):
-            found.setdefault(raised.code, []).append(f"{name}: {raised.finding}")
-    return tuple(Raised(code, _first_of(each)) for code, each in found.items())
+        for caveat in budget_warnings(mine, law if isinstance(law, Fit) else None):
+            found.setdefault(caveat.code, []).append(f"{name}: {caveat.finding}")
+    return tuple(Caveat(code, _first_of(each)) for code, each in found.items())
 
 
 def _first_of(findings: list[str], shown: int = 2) -> str:
@@ -251,7 +251,7 @@ def _design(
 def _target(fit: Fit) -> Callable:
     arm = arm_of(fit, fit.form.groups[0])
     compute = np.array([float(floats(arm.rows, "flops").max()) * LARGEST_EXTRAPOLATION])
-    size = np.exp(best_sizes(fit, fit.theta[None], arm, compute)[0][0])
+    size = np.exp(best_sizes(fit, fit.theta[None], arm, compute).logs[0])
     tokens = compute / arm.cost(size)
     point = pd.DataFrame({"parameters": size, "tokens": tokens, "flops": compute})
     return loss_at(point.assign(**arm.identity))

@@ -76,8 +76,10 @@ def ratio_of(
     corpus: Contrast | Refusal, architecture: Contrast | Refusal, arm: Arm | None
 ) -> Interval | Refusal:
     """Fieller's interval at common sizes, unless the architecture effect depends on the corpus."""
-    if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
-        return corpus if isinstance(corpus, Refusal) else architecture  # type: ignore[return-value]
+    if isinstance(corpus, Refusal):
+        return corpus
+    if isinstance(architecture, Refusal):
+        return architecture
     crossed = arm.interaction if arm else None
     half = 0.5 * abs(architecture.effect.estimate)
     if isinstance(crossed, Interval) and crossed.excludes(0.0) and abs(crossed.estimate) > half:

@@ -8,16 +8,16 @@ import pandas as pd
 
 from analysis.effects.answer import Answer, Arm, answer
 from analysis.effects.contrasts import Contrast, every_set
-from analysis.effects.learning_rates import mixed_rates
+from analysis.effects.learning_rates import rate_search
 from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
 from analysis.fitting.estimator import Estimator, Fit
-from analysis.inference.bootstrap import Replicates, parameter_intervals, replicate
+from analysis.inference.bootstrap import Bootstrap, parameter_intervals, replicate
 from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import Choice, choose
 from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
 from analysis.laws.law import Law, group_of
 from analysis.tables.frames import floats, keep, where
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table, final
 from analysis.validity.refusal import Refusal
 
@@ -44,7 +44,7 @@ class FittedLaw:
     law: Law
     fit: Fit | Refusal
     intervals: dict[str, Interval | Refusal]
-    replicates: Replicates | None
+    replicates: Bootstrap | None
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Study:
 
     Attributes:
         points: the table with nothing but decayed points of finished runs.
+        rate_search: why this sweep cannot compare architectures, if it is a search over learning
+            rates; None for any other sweep.
         effects: evaluation set -> factor -> contrasts, the neutral set first.
         cells: a separate Chinchilla law per architecture, corpus and evaluation set.
         choice: the nested family on the neutral set, scored; `family` its AICc alone.
@@ -65,6 +67,7 @@ class Study:
 
     table: Table
     points: Table
+    rate_search: Refusal | None
     answer: Answer
     effects: dict[str, dict[str, tuple[Contrast | Refusal, ...]]]
     cells: tuple[FittedLaw, ...]
@@ -84,9 +87,9 @@ class Study:
 
 def analyse(table: Table, settings: Settings) -> Study:
     """Fit and compare everything a table supports; what it does not support becomes a refusal."""
-    refused = mixed_rates(table)
-    if refused is not None:
-        return _refused(table, refused)
+    search = rate_search(table)
+    if search is not None:
+        return _refused(table, search)
     generator = np.random.default_rng(settings.seed)
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
@@ -100,6 +103,7 @@ def analyse(table: Table, settings: Settings) -> Study:
     return Study(
         table=table,
         points=points,
+        rate_search=None,
         answer=answer(points, table.neutral_set),
         effects=every_set(points),
         cells=cells,
@@ -121,6 +125,7 @@ def _refused(table: Table, refusal: Refusal) -> Study:
     return Study(
         table=table,
         points=points,
+        rate_search=refusal,
         answer=Answer(
             evaluation_set=table.neutral_set,
             corpus=(refusal,),
@@ -232,7 +237,7 @@ def _curves(joint: FittedLaw, cells: list[FittedLaw]) -> pd.DataFrame:
 def _arm_curves(fit: Fit, group: str) -> pd.DataFrame:
     labels = np.array(group_of(fit.rows, CELL))
     rows = keep(fit.rows, labels == group) if group else fit.rows
-    arm = reach(rows)
+    arm = run_region(rows)
     identity = {"architecture": rows["architecture"].iloc[0], "corpus": rows["corpus"].iloc[0]}
     sizes, tokens = arm.grid(), np.geomspace(*arm.tokens, CURVE)
     parts = [frontier(fit, group).assign(kind="frontier", key=0.0)]

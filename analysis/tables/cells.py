@@ -1,4 +1,4 @@
-"""Cells of a foreign table as numbers, flags or text: what is unknown, and what is refused."""
+"""Cells of an external table as numbers, flags or text: what is unknown, and what is refused."""
 
 from dataclasses import dataclass
 from typing import cast

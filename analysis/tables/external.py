@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.cells import flags, numbers, texts
+from analysis.tables.compute import six_nd
 from analysis.tables.files import listed, read_raw
 from analysis.tables.frames import columns_of, floats, keep
 from analysis.tables.schema import LOSS_UNITS, SCALES, SCHEMA, plain, split_unit, target_of
@@ -29,7 +30,7 @@ _LEAST = {"parameters": 1e3, "non_embedding_parameters": 1e2, "tokens": 1e3, "fl
 
 
 @dataclass(frozen=True)
-class Source:
+class ColumnSource:
     """Where a column of the schema comes from: a column of the file, in a unit."""
 
     column: str
@@ -49,13 +50,13 @@ class ExternalTable:
     """
 
     rows: pd.DataFrame
-    sources: dict[str, Source]
+    sources: dict[str, ColumnSource]
     ignored: tuple[str, ...]
     rejected: pd.DataFrame
     notes: tuple[str, ...]
 
 
-def read_foreign(path: Path, columns: Mapping[str, str] | None = None) -> ExternalTable:
+def read_external(path: Path, columns: Mapping[str, str] | None = None) -> ExternalTable:
     """Read a table of runs whose columns were never seen before.
 
     Args:
@@ -117,14 +118,14 @@ def _named(target: str) -> str:
     return found[0]
 
 
-def _source(raw: pd.DataFrame, column: str) -> Source:
+def _source(raw: pd.DataFrame, column: str) -> ColumnSource:
     """A column of the file, with the unit after the last colon or in the name."""
     names = set(raw.columns)
     if column in names:
-        return Source(column, _unit_in(column))
+        return ColumnSource(column, _unit_in(column))
     stem, colon, unit = column.rpartition(":")
     if colon and stem in names and plain(unit) in {*SCALES, *LOSS_UNITS}:
-        return Source(stem, plain(unit))
+        return ColumnSource(stem, plain(unit))
     raise ValueError(f"--columns names {column!r}, but the file has {listed(raw.columns)}")
 
 
@@ -137,11 +138,11 @@ def _unit_in(name: str) -> str:
 
 
 def _match(
-    raw: pd.DataFrame, chosen: dict[str, Source]
-) -> tuple[dict[str, Source], dict[tuple[str, str], Source]]:
+    raw: pd.DataFrame, chosen: dict[str, ColumnSource]
+) -> tuple[dict[str, ColumnSource], dict[tuple[str, str], ColumnSource]]:
     """Which column of the file is which column of the schema; losses by set and measure."""
-    candidates: dict[str, list[Source]] = {}
-    measures: dict[tuple[str, str], list[Source]] = {}
+    candidates: dict[str, list[ColumnSource]] = {}
+    measures: dict[tuple[str, str], list[ColumnSource]] = {}
     taken = {source.column for source in chosen.values()}
     asked = {name for name in chosen if SCHEMA[name].kind == "loss"}
     for column in (str(name) for name in raw.columns if name not in taken):
@@ -149,10 +150,10 @@ def _match(
         measure = _measure(column)
         if found is not None and SCHEMA[found[0]].kind != "loss":
             if found[0] not in chosen:
-                candidates.setdefault(found[0], []).append(Source(column, found[1]))
+                candidates.setdefault(found[0], []).append(ColumnSource(column, found[1]))
         elif measure is not None and not asked:
             set_name, kind, unit = measure
-            measures.setdefault((set_name, kind), []).append(Source(column, unit))
+            measures.setdefault((set_name, kind), []).append(ColumnSource(column, unit))
     sources = {name: _only(raw, name, found) for name, found in candidates.items()}
     sources |= {name: source for name, source in chosen.items() if name not in asked}
     losses = {key: _only(raw, f"{key[1]} on {key[0]}", found) for key, found in measures.items()}
@@ -190,7 +191,7 @@ def _set_in(column: str) -> str:
     return found[0] if found else UNNAMED_SET
 
 
-def _only(raw: pd.DataFrame, target: str, found: Sequence[Source]) -> Source:
+def _only(raw: pd.DataFrame, target: str, found: Sequence[ColumnSource]) -> ColumnSource:
     """The single candidate, or the first of several that hold the same; else an error."""
     first = raw[found[0].column]
     same = all(raw[other.column].equals(first) for other in found[1:])
@@ -203,7 +204,9 @@ def _only(raw: pd.DataFrame, target: str, found: Sequence[Source]) -> Source:
     return found[0]
 
 
-def _column(raw: pd.DataFrame, target: str, source: Source, bad: list[pd.DataFrame]) -> pd.Series:
+def _column(
+    raw: pd.DataFrame, target: str, source: ColumnSource, bad: list[pd.DataFrame]
+) -> pd.Series:
     cells, kind = cast("pd.Series", raw[source.column]), SCHEMA[target].kind
     if kind == "text":
         return texts(cells)
@@ -234,7 +237,7 @@ def _collect(bad: list[pd.DataFrame], found, column: str, target: str) -> None: 
         bad.append(found.bad.assign(column=column))
 
 
-def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, Source]) -> None:
+def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, ColumnSource]) -> None:
     """Counts without a unit that are too small to be counts: in millions, or logarithms?"""
     for name, least in _LEAST.items():
         if name not in rows or sources[name].unit:
@@ -253,7 +256,7 @@ def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, Source]) -> None
 def _long(
     raw: pd.DataFrame,
     identity: pd.DataFrame,
-    measures: Mapping[tuple[str, str], Source],
+    measures: Mapping[tuple[str, str], ColumnSource],
     bad: list[pd.DataFrame],
 ) -> pd.DataFrame:
     """One row per evaluation set: measures of one set stand beside each other."""
@@ -273,7 +276,7 @@ def _long(
     return pd.concat(parts, ignore_index=True)
 
 
-def _in_unit(values: pd.Series, source: Source) -> pd.Series:
+def _in_unit(values: pd.Series, source: ColumnSource) -> pd.Series:
     kind = LOSS_UNITS.get(source.unit, "nats")
     if kind == "bits":
         return values * np.log(2.0)
@@ -292,7 +295,7 @@ def _completed(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     if "trunk_id" not in rows:
         rows["trunk_id"] = rows["run_id"]
     if {"parameters", "tokens"} <= set(rows) and "flops_six_nd" not in rows:
-        rows["flops_six_nd"] = 6.0 * rows["parameters"] * rows["tokens"]
+        rows["flops_six_nd"] = six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
     if "flops" not in rows:
         notes.append("no column holds training FLOPs: they are unknown; 6 N D is flops_six_nd")
     if "decayed" not in rows:

@@ -14,17 +14,61 @@ ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What one arm has been run with: sizes, and by size its tokens and FLOPs per token.
+class SizeCurve:
+    """A quantity that is known at some sizes: straight lines in logarithms between them.
 
-    Tokens of a size lie between runs: inside the convex hull of all runs in ln N and ln D. In a
-    design of budgets no size has a second horizon, and the hull is what its parabolas span.
+    Attributes:
+        sizes: parameters, rising.
+        values: positive.
+        beyond: the power of size that the quantity follows outside the known sizes.
+    """
+
+    sizes: Array
+    values: Array
+    beyond: float = 0.0
+
+    @classmethod
+    def medians(cls, sizes: Array, values: Array, beyond: float = 0.0) -> "SizeCurve":
+        """The median of the values at each size."""
+        known, place = np.unique(sizes, return_inverse=True)
+        medians = [float(np.median(values[place == index])) for index in range(len(known))]
+        return cls(known, np.array(medians), beyond)
+
+    def __call__(self, sizes: Array) -> Array:
+        """The quantity at each size."""
+        logs, known = np.log(sizes), np.log(self.sizes)
+        between = np.interp(logs, known, np.log(self.values))
+        outside = np.maximum(logs - known[-1], 0.0) + np.minimum(logs - known[0], 0.0)
+        return np.exp(between + self.beyond * outside)
+
+
+def flops_per_token(rows: pd.DataFrame, convention: str = "flops") -> SizeCurve:
+    """Training FLOPs of a token by size, by one way of counting.
+
+    Outside the sizes that were run it grows with size, as products of weights make up nearly all
+    of it there.
+    """
+    cost = floats(rows, convention) / floats(rows, "tokens")
+    return SizeCurve.medians(floats(rows, "parameters"), cost, beyond=1.0)
+
+
+def seconds_per_token(rows: pd.DataFrame) -> SizeCurve:
+    """Measured training time of a token by size; the last size's outside those that were run."""
+    return SizeCurve.medians(floats(rows, "parameters"), 1.0 / floats(rows, "tokens_per_second"))
+
+
+@dataclass(frozen=True)
+class RunRegion:
+    """What one arm has been run with: sizes, and by size its tokens and training FLOPs per token.
+
+    Tokens of a size lie between runs: inside the convex hull of all runs in ln N and ln D. In an
+    isoFLOP design no size has a second horizon, and the hull is what its parabolas span.
     """
 
     parameters: Array
     fewest_tokens: Array
     most_tokens: Array
-    flops_per_token: Array
+    cost: SizeCurve
 
     @property
     def tokens(self) -> tuple[float, float]:
@@ -38,30 +82,22 @@ class Reach:
         high = np.interp(logs, known, np.log(self.most_tokens)) + ROUNDING
         return (np.log(tokens) >= low) & (np.log(tokens) <= high)
 
-    def cost(self, sizes: Array) -> Array:
-        """Headline FLOPs per token of a size, log-log between the sizes that were run."""
-        logs = np.interp(np.log(sizes), np.log(self.parameters), np.log(self.flops_per_token))
-        return np.exp(logs)
-
     def grid(self) -> Array:
         """Sizes between the smallest and the largest that were run."""
         return np.geomspace(self.parameters[0], self.parameters[-1], SIZES)
 
 
-def reach(rows: pd.DataFrame) -> Reach:
-    """The range of one arm's runs."""
-    priced = rows.assign(cost=rows["flops"] / rows["tokens"])
+def run_region(rows: pd.DataFrame) -> RunRegion:
+    """The sizes and tokens of one arm's runs."""
     sizes, place = np.unique(floats(rows, "parameters"), return_inverse=True)
-    tokens, cost = floats(priced, "tokens"), floats(priced, "cost")
+    tokens = floats(rows, "tokens")
     of_size = [place == index for index in range(len(sizes))]
     fewest = np.array([tokens[mine].min() for mine in of_size])
     most = np.array([tokens[mine].max() for mine in of_size])
-    return Reach(
-        sizes,
-        1.0 / _upper_hull(sizes, 1.0 / fewest),
-        _upper_hull(sizes, most),
-        np.array([cost[mine].mean() for mine in of_size]),
-    )
+    return RunRegion(
+        sizes, 1.0 / _upper_hull(sizes, 1.0 / fewest), _upper_hull(sizes, most),
+        flops_per_token(rows),
+    )  # fmt: skip
 
 
 def _upper_hull(sizes: Array, values: Array) -> Array:

@@ -127,7 +127,7 @@ def load(root: Path) -> Table:
     statuses |= {run.path.name: "trunk" for run in trunks}
     exclusions = _other_data(stored + trunks, statuses)
     exclusions += [_unused(run, statuses[run.path.name]) for run in stored]
-    exclusions += _foreign(root, set(statuses))
+    exclusions += _not_in_sweep(root, set(statuses))
     wanted, other_evaluations = _one_evaluation(stored)
     failures: list[Exclusion] = []
     points = []
@@ -208,10 +208,10 @@ def _unused(run: StoredRun, status: str) -> Exclusion | None:
     return Exclusion(run.path.name, reasons.get(status, f"{status}, at step {step}"), kind)
 
 
-def _foreign(root: Path, known: set[str]) -> list[Exclusion]:
+def _not_in_sweep(root: Path, known: set[str]) -> list[Exclusion]:
     others = sorted(file.parent.name for file in root.glob("*/config.yaml"))
     reason = "not part of the sweep as last expanded"
-    return [Exclusion(name, reason, "foreign") for name in others if name not in known]
+    return [Exclusion(name, reason, "not in sweep") for name in others if name not in known]
 
 
 def _other_data(runs: list[StoredRun], statuses: dict[str, str]) -> list[Exclusion | None]:

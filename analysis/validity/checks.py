@@ -9,9 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from analysis.tables.compute import six_nd
 from analysis.tables.frames import floats, groups, keep, means, strings
-from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 SMALL_MODEL = 1e8
 COUNT_TOLERANCE = 0.10
@@ -21,15 +21,15 @@ ROUGH_RANGE = (0.1, 10.0)
 SUM_TOLERANCE = 0.05
 
 
-def check(rows: pd.DataFrame) -> tuple[Raised, ...]:
-    """Every reservation that a table's rows call for, in the order of MEANINGS."""
-    guards: tuple[Callable[[pd.DataFrame], Raised | None], ...] = (
+def check(rows: pd.DataFrame) -> tuple[Caveat, ...]:
+    """Run every check on a table; the warnings in the order of WARNINGS."""
+    checks: tuple[Callable[[pd.DataFrame], Caveat | None], ...] = (
         rates, decay, counting, clusters, tokenizers, evaluation, repetition, seeds, units,
     )  # fmt: skip
-    return tuple(raised for raised in (guard(rows) for guard in guards) if raised is not None)
+    return tuple(found for found in (each(rows) for each in checks) if found is not None)
 
 
-def rates(rows: pd.DataFrame) -> Raised | None:
+def rates(rows: pd.DataFrame) -> Caveat | None:
     """W-LR: an arm has no search over its learning rate, or its best rate is at the search's edge.
 
     A cell that was trained at three rates or more is a search; its best must be bracketed.
@@ -42,9 +42,9 @@ def rates(rows: pd.DataFrame) -> Raised | None:
         if not searched and not (len(tuned) == len(arm) and bool(tuned.all())):
             unknown.append(str(name))
     if edges:
-        return Raised("W-LR", f"the best rate is the last one tried in {'; '.join(edges)}")
+        return Caveat("W-LR", f"the best rate is the last one tried in {'; '.join(edges)}")
     if unknown:
-        return Raised("W-LR", f"no search is on record for {', '.join(unknown)}")
+        return Caveat("W-LR", f"no search is on record for {', '.join(unknown)}")
     return None
 
 
@@ -62,7 +62,7 @@ def _searches(arm: pd.DataFrame) -> tuple[int, int]:
     return searched, at_edge
 
 
-def decay(rows: pd.DataFrame) -> Raised | None:
+def decay(rows: pd.DataFrame) -> Caveat | None:
     """W-DECAY: the schedule was to go on after the point, or decayed and hot points are mixed."""
     unfinished = np.zeros(len(rows), dtype=bool)
     if "decayed" in rows:
@@ -73,27 +73,27 @@ def decay(rows: pd.DataFrame) -> Raised | None:
     if not unfinished.any():
         return None
     mixed = "all" if unfinished.all() else f"{int(unfinished.sum())} of {len(rows)}"
-    return Raised("W-DECAY", f"{mixed} points stand before the end of their schedule")
+    return Caveat("W-DECAY", f"{mixed} points stand before the end of their schedule")
 
 
-def counting(rows: pd.DataFrame) -> Raised | None:
+def counting(rows: pd.DataFrame) -> Caveat | None:
     """W-COUNT: N without embeddings for small models, or exact FLOPs far from 6 N D."""
     if not len(_known(rows, "parameters")):
         if "non_embedding_parameters" in rows:
             sizes = floats(rows, "non_embedding_parameters")
             if np.nanmin(sizes) < SMALL_MODEL:
-                return Raised("W-COUNT", "only N without embeddings is known, below 1e8")
+                return Caveat("W-COUNT", "only N without embeddings is known, below 1e8")
         return None
     if not {"flops", "tokens"} <= set(rows):
         return None
-    ratio = floats(rows, "flops") / (6.0 * floats(rows, "parameters") * floats(rows, "tokens"))
+    ratio = floats(rows, "flops") / six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
     ratio = ratio[np.isfinite(ratio)]
     if not len(ratio) or np.abs(np.log(ratio)).max() <= np.log1p(COUNT_TOLERANCE):
         return None
-    return Raised("W-COUNT", f"C is {ratio.min():.2f} to {ratio.max():.2f} of 6 N D")
+    return Caveat("W-COUNT", f"C is {ratio.min():.2f} to {ratio.max():.2f} of 6 N D")
 
 
-def clusters(rows: pd.DataFrame) -> Raised | None:
+def clusters(rows: pd.DataFrame) -> Caveat | None:
     """W-CLUSTER: a run or trunk gives several points of one evaluation set."""
     owner = "trunk_id" if "trunk_id" in rows else "run_id"
     if owner not in rows:
@@ -102,40 +102,27 @@ def clusters(rows: pd.DataFrame) -> Raised | None:
     most = max((len(part) for _, part in groups(rows, keys)), default=0)
     if most < 2:
         return None
-    return Raised("W-CLUSTER", f"up to {most} points of one {owner[:-3]}")
+    return Caveat("W-CLUSTER", f"up to {most} points of one {owner[:-3]}")
 
 
-def tokenizers(rows: pd.DataFrame) -> Raised | None:
+def tokenizers(rows: pd.DataFrame) -> Caveat | None:
     """W-TOK: losses per token of different tokenizers stand in one table."""
     found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
-    return Raised("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
+    return Caveat("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
 
 
-def yardstick(rows: pd.DataFrame) -> str | Refusal:
-    """The column in which losses compare: nats if there is one tokenizer, else bits per byte."""
-    if tokenizers(rows) is None:
-        return "loss_nats"
-    if "bits_per_byte" in rows and bool(rows["bits_per_byte"].notna().all()):
-        return "bits_per_byte"
-    return Refusal(
-        "R-YARDSTICK",
-        f"losses per token of several tokenizers ({_some(_levels(rows, 'tokenizer'))})",
-        "give bits per byte for every row, or compare within one tokenizer",
-    )
-
-
-def evaluation(rows: pd.DataFrame) -> Raised | None:
+def evaluation(rows: pd.DataFrame) -> Caveat | None:
     """W-EVAL: a single evaluation set, or one that a corpus was made for."""
     sets = _levels(rows, "evaluation_set")
     own = {name.lower() for name in sets} & {name.lower() for name in _levels(rows, "corpus")}
     if own:
-        return Raised("W-EVAL", f"{_some(sorted(own))} is a training corpus as well")
+        return Caveat("W-EVAL", f"{_some(sorted(own))} is a training corpus as well")
     return (
-        Raised("W-EVAL", f"one set: {_some(sets) or 'without a name'}") if len(sets) < 2 else None
+        Caveat("W-EVAL", f"one set: {_some(sets) or 'without a name'}") if len(sets) < 2 else None
     )
 
 
-def repetition(rows: pd.DataFrame) -> Raised | None:
+def repetition(rows: pd.DataFrame) -> Caveat | None:
     """W-REPEAT: more tokens were seen than there are distinct ones."""
     if not {"tokens", "unique_tokens"} <= set(rows):
         return None
@@ -143,22 +130,22 @@ def repetition(rows: pd.DataFrame) -> Raised | None:
     repeated = ratio > 1.001
     if not repeated.any():
         return None
-    return Raised(
+    return Caveat(
         "W-REPEAT", f"{int(repeated.sum())} rows, up to {ratio[repeated].max():.3g} times"
     )
 
 
-def seeds(rows: pd.DataFrame) -> Raised | None:
+def seeds(rows: pd.DataFrame) -> Caveat | None:
     """W-SEED: nothing was trained twice."""
     cell = [n for n in ("architecture", "corpus", "parameters", "tokens") if n in rows]
     if "seed" in rows and cell:
         distinct = rows.drop_duplicates([*cell, "seed"])
         if distinct.duplicated(cell).any():
             return None
-    return Raised("W-SEED", "no two rows differ by seed alone")
+    return Caveat("W-SEED", "no two rows differ by seed alone")
 
 
-def units(rows: pd.DataFrame) -> Raised | None:
+def units(rows: pd.DataFrame) -> Caveat | None:
     """W-UNIT: a loss above a uniform guess, hardly any data, or FLOPs far from their count."""
     found = []
     if {"loss_nats", "vocab_size"} <= set(rows):
@@ -169,7 +156,7 @@ def units(rows: pd.DataFrame) -> Raised | None:
         found += [f"{int(few.sum())} rows with D < N/100" for _ in range(bool(few.any()))]
     off = _off_count(rows)
     found += [f"{off} rows with FLOPs far from their count" for _ in range(off > 0)]
-    return Raised("W-UNIT", "; ".join(found)) if found else None
+    return Caveat("W-UNIT", "; ".join(found)) if found else None
 
 
 def _off_count(rows: pd.DataFrame) -> int:
@@ -179,14 +166,14 @@ def _off_count(rows: pd.DataFrame) -> int:
     if "flops_counted" in rows:
         ratio, (low, high) = floats(rows, "flops") / floats(rows, "flops_counted"), COUNTER_RANGE
     elif {"parameters", "tokens"} <= set(rows):
-        six_nd = 6.0 * floats(rows, "parameters") * floats(rows, "tokens")
-        ratio, (low, high) = floats(rows, "flops") / six_nd, ROUGH_RANGE
+        counted = six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
+        ratio, (low, high) = floats(rows, "flops") / counted, ROUGH_RANGE
     else:
         return 0
     return int(((ratio < low) | (ratio > high)).sum())
 
 
-def exponent_sum(size_exponent: float, token_exponent: float, implied: float) -> Raised | None:
+def exponent_sum(size_exponent: float, token_exponent: float, implied: float) -> Caveat | None:
     """W-SUM: N*(C) ~ C^a and D*(C) ~ C^b whose a + b is not what the FLOP counter implies.
 
     Args:
@@ -197,7 +184,7 @@ def exponent_sum(size_exponent: float, token_exponent: float, implied: float) ->
     total = size_exponent + token_exponent
     if abs(total - implied) <= SUM_TOLERANCE + 1e-12:
         return None
-    return Raised("W-SUM", f"a + b = {total:.3f}, the counter implies {implied:.3f}")
+    return Caveat("W-SUM", f"a + b = {total:.3f}, the counter implies {implied:.3f}")
 
 
 def _known(rows: pd.DataFrame, column: str) -> np.ndarray:

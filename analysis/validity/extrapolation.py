@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.tables.frames import floats
 from analysis.validity.refusal import Refusal
-from analysis.validity.warnings import Raised
+from analysis.validity.warnings import Caveat
 
 LARGEST_EXTRAPOLATION = 10.0
 
@@ -27,7 +27,7 @@ class Target:
     flops: float
 
 
-def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Raised | Refusal | None:
+def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Caveat | Refusal | None:
     """How far a target lies beyond the rows: nothing, a warning, or R-EXTRAP.
 
     Args:
@@ -52,4 +52,4 @@ def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Raised 
             " and ".join(findings),
             "run larger models, ask within ten times the compute, or allow it by name",
         )
-    return Raised("W-EXTRAP", " and ".join(findings))
+    return Caveat("W-EXTRAP", " and ".join(findings))

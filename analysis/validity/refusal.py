@@ -7,7 +7,7 @@ CODES = {
     "R-FACTOR": "the study holds a single level of this factor",
     "R-PAIRS": "too few matched pairs for an interval",
     "R-AMBIGUOUS": "several runs claim the same place in the design",
-    "R-YARDSTICK": "the evaluation set differs between runs",
+    "R-EVAL": "the evaluation set differs between runs",
     "R-RATIO": "the denominator of the ratio may be zero",
     "R-SEED": "no cell was run with two seeds",
     "R-REACH": "the two arms meet nowhere inside the data",
@@ -16,7 +16,6 @@ CODES = {
     "R-EXTRAP": "the target lies too far beyond the data",
     "R-CELLS": "too few cells hold every combination of the levels",
     "R-INTERACTION": "the architecture effect depends on the corpus",
-    "R-BUDGET": "no design within this budget can settle the question",
     "R-EMPTY": "there is nothing to analyse yet",
 }
 

@@ -1,14 +1,17 @@
-"""Every warning code, what it means, and what to do about it."""
+"""Warnings about a table or a fit: every code, what it means, and what to do about it."""
 
 from dataclasses import dataclass
 
-MEANINGS = {
+WARNINGS = {
     "W-OPT": ("the optimiser may have missed the optimum", "fit with ten times the starts"),
     "W-COND": (
         "some combination of parameters is hardly constrained",
         "compare predictions, not parameters",
     ),
-    "W-E0": ("the floor is not identified", "print no floor, and no multiplier near it"),
+    "W-E0": (
+        "the floor E is not identified; it may be zero",
+        "report no floor, and no multiplier near it",
+    ),
     "W-EXTRAP": (
         "the target lies beyond the data",
         "use no interval but one that was tested by holding out larger runs",
@@ -26,7 +29,7 @@ MEANINGS = {
     "W-COUNT": ("the result may depend on how N or C is counted", "show it under both counts"),
     "W-CLUSTER": ("rows share training, so they are not independent", "resample whole runs"),
     "W-TOK": ("tokenizers differ", "compare bits per byte, not nats per token"),
-    "W-EVAL": ("the yardstick may favour one corpus", "evaluate on more held-out sets"),
+    "W-EVAL": ("the evaluation set may favour one corpus", "evaluate on more held-out sets"),
     "W-REPEAT": ("training data were repeated", "fit a law of repetition, or exclude the rows"),
     "W-SEED": (
         "no configuration has two seeds, so the noise is unknown",
@@ -38,30 +41,24 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Raised:
-    """One reservation: its code, and what was found."""
+class Caveat:
+    """One warning: its code, and what was found."""
 
     code: str
     finding: str
 
     def __post_init__(self) -> None:
-        assert self.code in MEANINGS, f"undeclared warning code {self.code}"
+        assert self.code in WARNINGS, f"undeclared warning code {self.code}"
+
+    @property
+    def meaning(self) -> str:
+        """What the code means."""
+        return WARNINGS[self.code][0]
+
+    @property
+    def action(self) -> str:
+        """What to do about it."""
+        return WARNINGS[self.code][1]
 
     def __str__(self) -> str:
-        meaning, action = MEANINGS[self.code]
-        return f"{self.code}: {meaning} ({self.finding}); {action}"
-
-
-WARNINGS = {
-    "W-OPT": "fewer than three starts agree on the optimum",
-    "W-COND": "some combination of parameters is hardly constrained",
-    "W-E0": "the floor E is not identified; it may be zero",
-}
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A reservation about a fit: its code and what was found."""
-
-    code: str
-    finding: str
+        return f"{self.code}: {self.meaning} ({self.finding}); {self.action}"

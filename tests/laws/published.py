@@ -14,12 +14,13 @@ import pandas as pd
 
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.fitting.solver import Problem, polish, solve
-from analysis.inference.bootstrap import Replicates, replicate
+from analysis.inference.bootstrap import Bootstrap, replicate
 from analysis.laws.bound import bind, log_loss
 from analysis.laws.catalog import CHINCHILLA
 from analysis.laws.law import Law, Term
-from analysis.laws.transformed import repeat_around
+from analysis.laws.transformed import REPEAT
 from analysis.tables.frames import floats, keep
+from tests.analysis.parameters import theta_of
 
 FOLDER = Path(
     os.environ.get("CROSSLADDER_PUBLISHED", Path(__file__).parents[3] / "shared" / "data")
@@ -103,7 +104,7 @@ def objective(rows: pd.DataFrame, law: Law, values: dict[str, float], delta: flo
     form = bind(law, rows)
     y = np.log(floats(rows, "loss_nats"))
     problem = Problem(form.design(rows), y, np.ones(len(rows)), delta)
-    return float(problem.objective(form.theta_of(values)[None])[0])
+    return float(problem.objective(theta_of(form, values)[None])[0])
 
 
 def fitted(rows: pd.DataFrame, law: Law, delta: float) -> Fit:
@@ -145,19 +146,19 @@ def _bootstrap() -> Iterator[tuple[str, float]]:
         yield f"chin.boot.{name}_hi", float(high)
 
 
-def _reported(found: Fit, replicates: Replicates) -> dict[str, np.ndarray]:
+def _reported(found: Fit, replicates: Bootstrap) -> dict[str, np.ndarray]:
     values = found.form.natural(replicates.theta, "")
     return {n: np.exp(v) if n in found.law.logs else v for n, v in values.items()}
 
 
 def _repetition() -> Iterator[tuple[str, float]]:
     rows = repeated_points()
-    law = repeat_around(DATABLATIONS)
+    law = replace(REPEAT, fixed=tuple(DATABLATIONS.items()))
     loss = floats(rows, "loss_nats")
 
     def explained(of: Law, values: dict[str, float]) -> float:
         form = bind(of, rows)
-        fit = np.exp(log_loss(form.design(rows), form.theta_of(values)[None])[0])
+        fit = np.exp(log_loss(form.design(rows), theta_of(form, values)[None])[0])
         return float(1 - ((loss - fit) ** 2).sum() / ((loss - loss.mean()) ** 2).sum())
 
     yield "dc.r2_nodecay", explained(CHINCHILLA, DATABLATIONS)
@@ -165,7 +166,7 @@ def _repetition() -> Iterator[tuple[str, float]]:
     yield "dc.obj_pub", objective(rows, law, REPEATED, 1e-3)
     form = bind(law, rows)
     problem = Problem(form.design(rows), np.log(loss), np.ones(len(rows)), 1e-3)
-    near = solve(problem, form.theta_of({"R_D": 10.0, "R_N": 10.0})[None], 1e-12)[0][0]
+    near = solve(problem, theta_of(form, {"R_D": 10.0, "R_N": 10.0})[None], 1e-12)[0][0]
     yield "dc.local", float(np.exp(form.natural(polish(problem, near)[0], "")["R_D"]))
     yield "dc.best_obj", fitted(rows, law, 1e-3).objective
 

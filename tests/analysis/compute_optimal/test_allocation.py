@@ -8,6 +8,7 @@ from analysis.compute_optimal.allocation import Allocation, Ladder, Question, al
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
 from analysis.laws.catalog import CHINCHILLA
+from analysis.tables.run_region import SizeCurve
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as oracle
 
@@ -72,14 +73,21 @@ def test_an_expensive_token_of_a_slow_kernel_asks_for_a_smaller_model(fit):
 
 
 def test_a_ladder_gives_what_its_rungs_cost_and_refuses_other_sizes():
-    ladder = Ladder.of(
-        pd.DataFrame({"total_parameters": [1e6, 1e8], "cost": [1e7, 1e9]}),
-        "total_parameters",
-        "cost",
-    )
+    ladder = Ladder(SizeCurve(np.array([1e6, 1e8]), np.array([1e7, 1e9])))
     np.testing.assert_allclose(ladder(np.array([1e6, 1e7]), np.array([2.0, 2.0])), [2e7, 2e8])
     with pytest.raises(ValueError, match="count more rungs"):
         ladder(np.array([1e9]), np.array([1.0]))
+    with pytest.raises(ValueError, match="count at least two rungs"):
+        Ladder(SizeCurve(np.array([1e6]), np.array([1e7])))
+
+
+def test_a_size_curve_is_the_median_at_each_size_and_keeps_its_power_beyond():
+    sizes, values = np.array([1e6, 1e6, 1e6, 1e8]), np.array([1.0, 2.0, 9.0, 200.0])
+    asked = np.array([1e5, 1e6, 1e7, 1e9])
+    flat = SizeCurve.medians(sizes, values)
+    np.testing.assert_allclose(flat(asked), [2.0, 2.0, 20.0, 200.0])
+    growing = SizeCurve.medians(sizes, values, beyond=1.0)
+    np.testing.assert_allclose(growing(asked), [0.2, 2.0, 20.0, 2000.0])
 
 
 def test_a_best_size_at_the_end_of_the_range_is_refused(fit):

@@ -216,4 +216,4 @@ def test_evaluation_sets_of_different_length_are_refused(exact):
     rows = exact.rows.copy()
     rows.loc[rows.index[0], "targets"] += 1
     found = contrasts(replace(exact, rows=rows), "corpus", rows["evaluation_set"].iloc[0])[0]
-    assert found.code == "R-YARDSTICK"
+    assert found.code == "R-EVAL"

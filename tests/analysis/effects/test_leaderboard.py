@@ -152,7 +152,7 @@ def test_ngrams_measured_on_other_targets_are_not_shown(tmp_path, root):
 
 
 def test_two_architectures_without_lines_have_no_such_section(sweep):
-    assert sections(load(sweep)) == []
+    assert sections(load(sweep), None) == []
 
 
 def test_only_the_longest_horizon_is_compared(tmp_path):

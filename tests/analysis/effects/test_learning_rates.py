@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.effects.learning_rates import mixed_rates, search_table, trials
+from analysis.effects.learning_rates import rate_search, search_table, trials
 from analysis.report.write import redraw
 from analysis.study.study import Settings, analyse
 from analysis.tables.run_table import load
@@ -128,11 +128,11 @@ def test_a_search_answers_nothing_about_architectures(table):
 
 def test_a_search_is_known_as_one_before_its_second_rate_has_ended(tmp_path):
     state = dict.fromkeys(range(1, 15), "not started")
-    assert mixed_rates(load(searched(tmp_path / "early", state=state))) is not None
+    assert rate_search(load(searched(tmp_path / "early", state=state))) is not None
 
 
 def test_a_sweep_at_one_rate_is_no_search(sweep):
-    assert mixed_rates(load(sweep)) is None
+    assert rate_search(load(sweep)) is None
 
 
 def test_the_report_of_a_search_shows_rates_and_no_effect(tmp_path):

@@ -7,7 +7,7 @@ from analysis.effects.multipliers import Multiplier, compute_multiplier, data_mu
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
 from analysis.laws.catalog import nested_family
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from analysis.tables.run_table import final, load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write
@@ -80,7 +80,7 @@ def test_a_frontier_stays_inside_the_data_and_falls(fitted):
 
 def test_costs_are_those_of_the_sizes_that_were_run(fitted, study):
     rows = fitted[0].rows[fitted[0].rows["architecture"] == "mamba"]
-    arm = reach(rows)
+    arm = run_region(rows)
     np.testing.assert_allclose(
         arm.cost(arm.parameters), arm.parameters * study.flops_factor["mamba"], rtol=1e-3
     )

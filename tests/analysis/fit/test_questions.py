@@ -8,7 +8,7 @@ from analysis.fit.__main__ import main
 from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.fitting.estimator import Estimator
 from analysis.laws.catalog import CHINCHILLA, nested_family
-from analysis.tables.run_region import reach
+from analysis.tables.run_region import run_region
 from tests.analysis.inference.test_scaling_law import runs
 
 
@@ -89,7 +89,7 @@ def test_three_approaches_are_told_for_each_arm():
 
 
 def test_in_a_design_of_budgets_what_lies_between_parabolas_was_run():
-    arm = reach(runs())
+    arm = run_region(runs())
     budget = np.sqrt(1e18 * 1e20)
     size = 0.29 * (budget / 6) ** (0.36 / 0.70) * np.array([0.5, 1.0, 2.0])
     assert arm.was_run(size, budget / (6 * size)).all()
@@ -100,10 +100,10 @@ def test_the_hull_holds_every_run_and_adds_none_to_a_grid():
     sizes, ratios = np.geomspace(1e7, 1e9, 4), np.geomspace(5, 200, 3)
     rows = pd.DataFrame([{"parameters": n, "tokens": n * r} for n in sizes for r in ratios])
     rows = rows.assign(flops=6 * rows["parameters"] * rows["tokens"])
-    arm = reach(rows)
+    arm = run_region(rows)
     np.testing.assert_allclose(arm.fewest_tokens, 5 * sizes)
     np.testing.assert_allclose(arm.most_tokens, 200 * sizes)
-    few = reach(rows.drop(index=[2, 5]))  # the second size has lost its longest run
+    few = run_region(rows.drop(index=[2, 5]))  # the second size has lost its longest run
     assert few.was_run(sizes[1:2], 40 * sizes[1:2]).all()
 
 

@@ -211,8 +211,8 @@ def test_a_well_conditioned_design_raises_no_condition_warning(chinchilla_rows):
     assert found.condition < 1e3
 
 
-@pytest.mark.parametrize(("starts", "raised"), [(1, True), (2, False)])
-def test_too_few_starts_at_the_optimum_are_raised(chinchilla_rows, starts, raised):
+@pytest.mark.parametrize(("starts", "warned"), [(1, True), (2, False)])
+def test_too_few_starts_at_the_optimum_are_raised(chinchilla_rows, starts, warned):
     found = Estimator(starts=starts).fit(chinchilla_rows, CHINCHILLA)
     assert found.starts_agreeing == found.starts >= starts
-    assert ("W-OPT" in found.codes) == raised
+    assert ("W-OPT" in found.codes) == warned

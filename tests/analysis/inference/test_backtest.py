@@ -11,12 +11,12 @@ from tests.oracles import fits as slow
 LIGHT = Estimator(grid=np.geomspace(0.03, 1.3, 12), starts=4)
 
 
-def runs(bend, decades):
+def runs(curvature, decades):
     sizes, ratios = np.geomspace(1e7, 1e7 * 10 ** (decades / 2), 7), np.geomspace(5, 100, 4)
     rows = pd.DataFrame([{"parameters": n, "tokens": n * r} for n in sizes for r in ratios])
     loss = slow.chinchilla((1.8, 400.0, 0.34, 900.0, 0.36), rows["parameters"], rows["tokens"])
     noise = np.random.default_rng(0).normal(0, 0.002, len(rows))
-    turn = bend * np.log10(rows["parameters"] / 1e7) ** 2
+    turn = curvature * np.log10(rows["parameters"] / 1e7) ** 2
     flops = 6.0 * rows["parameters"] * rows["tokens"]
     return rows.assign(loss_nats=loss * np.exp(noise + turn), flops=flops)
 
@@ -33,9 +33,9 @@ def test_a_forecast_never_sees_the_runs_it_is_judged_by():
 
 def test_a_law_that_bends_away_has_a_larger_rate():
     straight = backtest(LIGHT, runs(0.0, 4.0), CHINCHILLA)
-    bent = backtest(LIGHT, runs(0.02, 4.0), CHINCHILLA)
+    curved = backtest(LIGHT, runs(0.02, 4.0), CHINCHILLA)
     assert not straight.assumed
-    assert bent.rate > 2 * straight.rate
+    assert curved.rate > 2 * straight.rate
 
 
 def test_data_too_narrow_for_a_back_test_get_the_assumed_rate():

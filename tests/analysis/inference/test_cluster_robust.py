@@ -64,7 +64,7 @@ def test_points_that_share_their_luck_widen_the_interval(rows, squares):
 
 def test_a_prediction_is_surest_inside_the_data(rows, squares):
     places = pd.DataFrame({"parameters": [1e8, 1e12], "tokens": [3e9, 3e13]})
-    _, error, _ = prediction_errors(squares, sandwich(squares), places)
+    error = prediction_errors(squares, sandwich(squares), places).error
     assert error[1] > 3 * error[0]
 
 

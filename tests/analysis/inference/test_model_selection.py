@@ -8,8 +8,7 @@ from scipy import stats
 from analysis.fitting.estimator import Estimator
 from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import _folds, alike, choose, effect, hold_out_errors
-from analysis.laws.bound import bind
-from analysis.laws.catalog import crossed_family, nested_family
+from analysis.laws.catalog import nested_family
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as slow
 
@@ -84,14 +83,6 @@ def test_swapping_the_arms_turns_the_effect_around():
     fit = LIGHT.fit(arms(0.5), nested_family(BY)["Mab"])
     there, back = effect(fit, "a", "b"), effect(fit, "b", "a")
     assert (there.low, there.high) == pytest.approx((-back.high, -back.low), rel=1e-9)
-
-
-def test_in_a_crossed_family_size_belongs_to_the_arm_and_floors_to_the_corpus():
-    rows = arms(0.2, corpora=("web", "code"))
-    form = bind(crossed_family("architecture", "corpus")["both"], rows)
-    owners = {"A [a]", "A [b]", "E [web]", "E [code]", "B [a on web]", "alpha", "beta"}
-    assert owners <= set(form.labels)
-    assert len(form.labels) == 10
 
 
 def three_arms(shift, seed, sd=0.004):

@@ -167,7 +167,7 @@ def test_the_schedule_law_predicts_a_finished_decay_from_other_schedules():
     assert abs(told - expected) < 0.1 * abs(cut - expected)
 
 
-def test_the_command_fits_a_foreign_table_and_refuses_a_thin_one(tmp_path, capsys):
+def test_the_command_fits_an_external_table_and_refuses_a_thin_one(tmp_path, capsys):
     file = tmp_path / "runs.csv"
     table = runs().rename(columns={"parameters": "N", "tokens": "D", "loss_nats": "loss"})
     table.drop(columns="flops").to_csv(file, index=False)

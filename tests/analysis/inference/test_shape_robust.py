@@ -1,4 +1,4 @@
-"""A law that may bend: between its points it no longer repeats the error of its shape."""
+"""Shape-robust intervals: between its points a law of wrong shape is no longer biased."""
 
 import numpy as np
 import pandas as pd
@@ -6,24 +6,24 @@ import pytest
 
 from analysis.fitting.estimator import Estimator
 from analysis.inference.cluster_robust import prediction_errors, sandwich
-from analysis.inference.shape_robust import bend
+from analysis.inference.shape_robust import shape_robust
 from analysis.laws.bound import log_loss
 from analysis.laws.catalog import CHINCHILLA, POWER
 
 SQUARES = Estimator(delta=np.inf)
 
 
-def runs(bending=0.0, sd=0.0, seed=0):
+def runs(curvature=0.0, sd=0.0, seed=0):
     """Six sizes times five ratios of a law whose exponent of size shrinks with size."""
     size, ratio = np.geomspace(1e7, 1e9, 6), np.geomspace(5, 200, 5)
     rows = pd.DataFrame([{"parameters": n, "tokens": n * r} for n in size for r in ratio])
     noise = np.random.default_rng(seed).normal(0, sd, len(rows))
-    return rows.assign(loss_nats=np.exp(truth(rows, bending) + noise))
+    return rows.assign(loss_nats=np.exp(truth(rows, curvature) + noise))
 
 
-def truth(rows, bending=0.0):
+def truth(rows, curvature=0.0):
     u, v = np.log(rows["parameters"] / 1e8), np.log(rows["tokens"] / 3e9)
-    return np.log(1.8 + 0.7 * np.exp(-0.34 * u + bending * u**2) + 0.6 * np.exp(-0.3 * v))
+    return np.log(1.8 + 0.7 * np.exp(-0.34 * u + curvature * u**2) + 0.6 * np.exp(-0.3 * v))
 
 
 def places():
@@ -31,10 +31,10 @@ def places():
     return pd.DataFrame([{"parameters": n, "tokens": n * r} for n in size for r in ratio])
 
 
-def test_the_bend_is_the_regression_on_slopes_and_products_of_logs():
+def test_the_step_is_the_regression_on_slopes_and_products_of_logs():
     rows, at = runs(0.04, sd=0.004), places()
     fit = SQUARES.fit(rows, CHINCHILLA)
-    found = bend(fit).predict(at)[0]
+    found = shape_robust(fit).predict(at).log
     slopes, slopes_at = (numerical_slopes(fit, each) for each in (rows, at))
     u, v = (np.log(rows[name]) for name in ("parameters", "tokens"))
     s, t = (np.log(at[name]) for name in ("parameters", "tokens"))
@@ -43,7 +43,7 @@ def test_the_bend_is_the_regression_on_slopes_and_products_of_logs():
     columns_at = [(s - centre_u) ** 2, (s - centre_u) * (t - centre_v), (t - centre_v) ** 2]
     whole = np.column_stack([slopes, *columns])
     answer = np.linalg.lstsq(whole, fit.residuals, rcond=None)[0]
-    law = prediction_errors(fit, sandwich(fit), at)[0]
+    law = prediction_errors(fit, sandwich(fit), at).log
     wanted = law + np.column_stack([slopes_at, *columns_at]) @ answer
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-7)
 
@@ -55,9 +55,9 @@ def numerical_slopes(fit, rows):
     return (up - down) / (2 * step)
 
 
-def error_of(predicted, at, product=0.0, bending=0.0):
+def error_of(predicted, at, product=0.0, curvature=0.0):
     """Root mean square error of ln of the target."""
-    return np.sqrt(np.mean((predicted - truth(at, bending) - product * product_of(at)) ** 2))
+    return np.sqrt(np.mean((predicted - truth(at, curvature) - product * product_of(at)) ** 2))
 
 
 def product_of(rows):
@@ -66,40 +66,45 @@ def product_of(rows):
 
 # What is left over of a product of logs, and of an exponent that shrinks (a third-order departure
 # remains of it).
-@pytest.mark.parametrize(("product", "bending", "left"), [(0.005, 0.0, 0.15), (0.0, 0.04, 0.65)])
-def test_a_law_of_another_shape_is_followed_between_its_points(product, bending, left):
-    rows, at = runs(bending), places()
+@pytest.mark.parametrize(("product", "curvature", "left"), [(0.005, 0.0, 0.15), (0.0, 0.04, 0.65)])
+def test_a_law_of_another_shape_is_followed_between_its_points(product, curvature, left):
+    rows, at = runs(curvature), places()
     rows = rows.assign(loss_nats=rows["loss_nats"] * np.exp(product * product_of(rows)))
     fit = SQUARES.fit(rows, CHINCHILLA)
-    law = error_of(prediction_errors(fit, sandwich(fit), at)[0], at, product, bending)
-    assert error_of(bend(fit).predict(at)[0], at, product, bending) < left * law
+    law = error_of(prediction_errors(fit, sandwich(fit), at).log, at, product, curvature)
+    assert error_of(shape_robust(fit).predict(at).log, at, product, curvature) < left * law
 
 
 def test_a_law_that_is_right_is_left_as_it_is():
     fit = SQUARES.fit(runs(), CHINCHILLA)
-    np.testing.assert_allclose(bend(fit).predict(places())[0], truth(places()), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        shape_robust(fit).predict(places()).log, truth(places()), rtol=0, atol=1e-9
+    )
 
 
 def test_its_price_is_width():
     fit = SQUARES.fit(runs(sd=0.004), CHINCHILLA)
     narrow, wide = (
-        prediction_errors(fit, sandwich(fit), places())[1],
-        bend(fit).predict(places())[1],
+        prediction_errors(fit, sandwich(fit), places()).error,
+        shape_robust(fit).predict(places()).error,
     )
     assert 1.0 < np.median(wide / narrow) < 2.0
 
 
-def test_an_outlier_bends_nothing():
+def test_an_outlier_moves_nothing():
     rows = runs(sd=0.002)
-    spoilt = rows.assign(loss_nats=np.where(np.arange(len(rows)) == 13, 1.2, 1) * rows["loss_nats"])
+    outlying = rows.assign(
+        loss_nats=np.where(np.arange(len(rows)) == 13, 1.2, 1) * rows["loss_nats"]
+    )
     good, bad = (
-        bend(Estimator().fit(each, CHINCHILLA)).predict(places())[0] for each in (rows, spoilt)
+        shape_robust(Estimator().fit(each, CHINCHILLA)).predict(places()).log
+        for each in (rows, outlying)
     )
     assert np.abs(good - bad).max() < 0.003
 
 
 def test_inside_is_the_range_of_every_variable_and_of_their_ratio():
-    found = bend(SQUARES.fit(runs(sd=0.002), CHINCHILLA))
+    found = shape_robust(SQUARES.fit(runs(sd=0.002), CHINCHILLA))
     # Within; too large; a ratio of 1e4 and one of 1 with sizes and tokens that were both run.
     at = pd.DataFrame({"parameters": [1e8, 2e9, 1e7, 9e8], "tokens": [2e9, 2e10, 1e11, 9e8]})
     assert found.inside(at).tolist() == [True, False, False, False]
@@ -107,12 +112,12 @@ def test_inside_is_the_range_of_every_variable_and_of_their_ratio():
 
 
 @pytest.mark.parametrize(("count", "known"), [(13, False), (14, True)])
-def test_too_few_rows_do_not_bend(count, known):
+def test_too_few_rows_have_no_shape_robust_interval(count, known):
     rows = runs(sd=0.002).sample(count, random_state=0).reset_index(drop=True)
     fit = SQUARES.fit(rows, CHINCHILLA)
-    assert (bend(fit) is not None) == known
+    assert (shape_robust(fit) is not None) == known
 
 
-def test_a_law_of_one_variable_bends_too():
+def test_a_law_of_one_variable_has_one_too():
     rows = runs(0.04).query("tokens < 2e11").assign(flops=lambda r: 6 * r.parameters * r.tokens)
-    assert bend(SQUARES.fit(rows.reset_index(drop=True), POWER)) is not None
+    assert shape_robust(SQUARES.fit(rows.reset_index(drop=True), POWER)) is not None

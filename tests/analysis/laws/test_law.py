@@ -20,7 +20,8 @@ from analysis.laws.catalog import (
 )
 from analysis.laws.multi_power import MULTI_POWER
 from analysis.laws.task_error import TaskError
-from analysis.laws.transformed import REPEAT, loss_to_loss, repeat_around
+from analysis.laws.transformed import REPEAT, loss_to_loss
+from tests.analysis.parameters import theta_of
 from tests.oracles import fits as slow
 from tests.oracles import laws as oracle
 
@@ -69,7 +70,7 @@ def schedule(steps):
 def test_a_law_is_its_papers_formula(table, name):
     law, formula, values = CASES[name]
     form = bind(law, table)
-    found = log_loss(form.design(table), form.theta_of(values)[None])[0]
+    found = log_loss(form.design(table), theta_of(form, values)[None])[0]
     expected = [math.log(formula(values, row)) for row in table.to_dict("records")]
     np.testing.assert_allclose(found, expected, rtol=1e-10)
 
@@ -78,7 +79,7 @@ def test_a_law_is_its_papers_formula(table, name):
 def test_derivatives_are_exact(table, name):
     law, _, values = CASES[name]
     form = bind(law, table)
-    theta, design = form.theta_of(values), form.design(table)
+    theta, design = theta_of(form, values), form.design(table)
     found = log_loss_and_jacobian(design, theta[None])[1][0]
     expected = slow.derivative(lambda vector: log_loss(design, vector[None])[0], theta, 1e-5)
     assert np.abs(found - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
@@ -88,7 +89,7 @@ def test_derivatives_are_exact(table, name):
 def test_parameters_survive_the_way_into_fitted_coordinates_and_back(table, name):
     law, _, values = CASES[name]
     form = bind(law, table)
-    back = form.natural(form.theta_of(values), "")
+    back = form.natural(theta_of(form, values), "")
     reported = {n: float(np.exp(v) if n in law.logs else v) for n, v in back.items()}
     assert reported == pytest.approx(values, rel=1e-9)
 
@@ -105,14 +106,14 @@ def test_a_parameter_that_varies_moves_its_own_group_only(table):
 
 
 def test_given_parameters_leave_only_the_rest_to_be_fitted(table):
-    form = bind(repeat_around(TRUTH), table)
+    form = bind(replace(REPEAT, fixed=tuple(TRUTH.items())), table)
     assert form.labels == ("R_D", "R_N")
 
 
 def test_repetition_keeps_its_digits_at_huge_rates(table):
-    form = bind(repeat_around(TRUTH), table)
+    form = bind(replace(REPEAT, fixed=tuple(TRUTH.items())), table)
     design = form.design(table)
-    found = log_loss(design, form.theta_of({"R_D": 1e16, "R_N": 1e16})[None])[0]
+    found = log_loss(design, theta_of(form, {"R_D": 1e16, "R_N": 1e16})[None])[0]
     np.testing.assert_allclose(found, np.log(table["loss_nats"]), rtol=1e-9)
 
 

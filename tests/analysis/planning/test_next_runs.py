@@ -1,4 +1,4 @@
-"""Design: widths that simulation confirms, advice that pays, grids that every arm can have."""
+"""Design: widths that simulation confirms, and advice that pays."""
 
 from dataclasses import replace
 
@@ -19,20 +19,16 @@ from analysis.planning.expected_precision import (
     exponent_widths,
     measured_noise,
 )
-from analysis.planning.grids import cells, common_rungs, isoflop
 from analysis.planning.next_runs import (
     Belief,
     Terms,
     advise,
     design_map,
-    difference_at,
-    exponent,
     half_width,
     loss_at,
-    optimum_at,
 )
 from analysis.tables.run_table import Table, final, load
-from analysis.validity.refusal import Refusal
+from tests.analysis.parameters import theta_of
 from tests.benchmarks.statistics import design as demonstration
 
 TRUTH = {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69}
@@ -62,9 +58,12 @@ def runs(sizes, ratios):
 def belief(law=CHINCHILLA, draws=4, spread=0.01):
     rows = runs(np.geomspace(1e7, 1e9, 5), [5, 20, 80])
     form = bind(law, rows)
-    theta = form.theta_of(TRUTH if law is CHINCHILLA else {**TRUTH, "power": 1.0})
+    theta = theta_of(form, TRUTH if law is CHINCHILLA else {**TRUTH, "power": 1.0})
     noise = np.random.default_rng(0).normal(0, spread, (draws, len(theta)))
     return Belief(form, theta + noise)
+
+
+FAR = loss_at(runs([4e9], [20.0]))
 
 
 def test_expected_widths_of_exponents_are_those_of_simulated_fits():
@@ -143,17 +142,8 @@ def test_the_lines_name_every_assumption():
         assert word in text
 
 
-@pytest.mark.parametrize("target", ["loss", "difference", "exponent", "optimum"])
-def test_gradients_of_targets_are_those_of_finite_differences(target):
-    known = belief()
-    point = runs([4e9], [20.0])
-    pair = pd.concat([runs([1e9], [20.0]), runs([1e9], [40.0])], ignore_index=True)
-    value = {
-        "loss": loss_at(point),
-        "difference": difference_at(pair),
-        "exponent": exponent("alpha"),
-        "optimum": optimum_at(np.geomspace(1e8, 1e11, 801), 1e22),
-    }[target]
+def test_the_gradient_of_the_target_is_that_of_finite_differences():
+    known, value = belief(), FAR
     gradient = value(known)[1]
     for slot in range(known.theta.shape[1]):
         step = np.zeros(known.theta.shape[1])
@@ -163,7 +153,7 @@ def test_gradients_of_targets_are_those_of_finite_differences(target):
 
 
 def test_each_advised_run_narrows_the_target_as_announced():
-    known, target = belief(draws=1, spread=0.0), loss_at(runs([4e9], [20.0]))
+    known, target = belief(draws=1, spread=0.0), FAR
     done, options = runs([1e7, 1e8], [5, 80]), runs(np.geomspace(1e7, 1e9, 6), [5, 20, 80, 300])
     advice = advise(done, options, [known], target, Terms(0.005, 1e21, 0.0, 4, 0.0))
     chosen = advice.runs[advice.runs["role"] == "fit"]
@@ -177,7 +167,7 @@ def test_advice_keeps_to_its_budget_and_ends_with_a_run_held_out():
     options = runs(np.geomspace(1e7, 1e9, 6), [5, 20, 80, 300])
     budget = 3e20
     terms = Terms(0.005, budget, 0.0, 20, 0.3)
-    advice = advise(runs([1e7], [5, 80]), options, [belief()], exponent("alpha"), terms)
+    advice = advise(runs([1e7], [5, 80]), options, [belief()], FAR, terms)
     assert advice.runs["flops"].sum() <= budget
     assert list(advice.runs["role"])[-1] == "hold-out"
     fits = advice.runs[advice.runs["role"] == "fit"]
@@ -186,13 +176,13 @@ def test_advice_keeps_to_its_budget_and_ends_with_a_run_held_out():
 
 def test_advice_stops_when_the_target_is_known_well_enough():
     options = runs(np.geomspace(1e7, 1e9, 6), [5, 20, 80, 300])
-    advice = advise(options, options, [belief()], exponent("alpha"), Terms(0.005, 1e22, 10.0, 5, 0))
+    advice = advise(options, options, [belief()], FAR, Terms(0.005, 1e22, 10.0, 5, 0))
     assert "narrow enough" in advice.stop
     assert "fit" not in set(advice.runs["role"])
 
 
 def test_laws_that_disagree_widen_the_target():
-    target = loss_at(runs([4e9], [20.0]))
+    target = FAR
     done, one = runs(np.geomspace(1e7, 1e9, 4), [5, 20, 80]), belief()
     shifted = replace(one, theta=one.theta + np.eye(len(one.theta[0]))[-1] * 0.1)
     alone = half_width(done, [one], target, 0.005)
@@ -202,7 +192,7 @@ def test_laws_that_disagree_widen_the_target():
 
 def test_every_one_of_1600_candidates_is_on_the_map_and_the_advice_ends():
     options = runs(np.geomspace(1e7, 1e10, 40), np.geomspace(1, 1000, 40))
-    target = exponent("alpha")
+    target = FAR
     found = design_map(runs([1e7, 1e8], [5, 80]), options, [belief(draws=20)], target, 0.005)
     terms = Terms(0.005, 1e30, 0.0, 60, 0.0)
     advice = advise(runs([1e7, 1e8], [5, 80]), options, [belief(draws=20)], target, terms)
@@ -216,49 +206,3 @@ def test_the_advisor_reaches_the_width_of_an_isoflop_grid_for_a_tenth_of_its_flo
     assert found.reached
     assert found.flops < 0.1 * found.grid_flops
     assert found.error < found.width
-
-
-def ladder(off=1.0):
-    rows = []
-    for place, size in enumerate(np.geomspace(1e7, 1e9, 9)):
-        for arm, factor, flops in (("transformer", 1.0, 7.5), ("mamba", 1.01, 6.6)):
-            factor = factor * (off if arm == "mamba" and place == 4 else 1.0)
-            rows.append((arm, f"r{place}", factor * size, flops * factor * size))
-    columns = ["architecture", "rung", "total_parameters", "training_flops_per_token"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def test_only_sizes_that_every_arm_reaches_are_used():
-    assert len(common_rungs(ladder())["rung"].unique()) == 9
-    assert "r4" not in set(common_rungs(ladder(off=1.05))["rung"])
-
-
-def test_cells_are_the_same_for_every_arm_in_whole_batches():
-    grid = cells(ladder(), [5, 20, 80, 300], 2**19)
-    assert not (grid.points["tokens"] % 2**19).any()
-    wide = grid.points.pivot(index=["rung", "budget"], columns="architecture", values="tokens")
-    per_rung = grid.points.groupby(["rung", "architecture"])["tokens"].apply(
-        lambda t: tuple(sorted(t))
-    )
-    for rung in per_rung.index.get_level_values("rung").unique():
-        assert len(set(per_rung[rung])) == 1
-    assert len(wide)
-
-
-def test_realised_budgets_are_within_a_batch_of_what_was_asked():
-    grid = isoflop(ladder(), [1e18, 1e19], 20.0, 2**17)
-    for _, row in grid.points.iterrows():
-        assert abs(row["flops"] - row["budget"]) <= 0.5 * 2**17 * row["flops_per_token"] * 1.0001
-    assert all("a parabola errs by" in note for note in grid.notes)
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda: cells(ladder(), [20], 2**19),
-        lambda: cells(ladder().iloc[:4], [5, 20, 80, 300], 2**19),
-        lambda: isoflop(ladder(), [1e30], 20.0, 2**19),
-    ],
-)
-def test_a_grid_that_cannot_answer_is_refused(made):
-    assert isinstance(made(), Refusal)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.tables.external import parse_columns, read_foreign
+from analysis.tables.external import parse_columns, read_external
 from analysis.tables.schema import SCHEMA, target_of
 from tests.analysis.conftest import PUBLISHED
 
@@ -27,7 +27,7 @@ def written(folder, table, name="runs.csv"):
 def published(name):
     if not (PUBLISHED / name).exists():
         pytest.skip(f"{name} is not beside this checkout")
-    return read_foreign(PUBLISHED / name)
+    return read_external(PUBLISHED / name)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_every_format_gives_the_same_rows(tmp_path, form):
     else:
         frame.to_csv(file, index=False, sep="," if form == "csv" else "\t")
     pd.testing.assert_frame_equal(
-        read_foreign(file).rows, read_foreign(written(tmp_path, PLAIN)).rows
+        read_external(file).rows, read_external(written(tmp_path, PLAIN)).rows
     )
 
 
@@ -84,7 +84,7 @@ def test_counts_are_read_in_the_unit_their_name_or_cell_states(
     tmp_path, column, cells, target, expected
 ):
     table = {"run": ["a", "b", "c"], column: cells, "step": [1, 2, 3], "loss": [4.0, 3.5, 3.0]}
-    np.testing.assert_allclose(read_foreign(written(tmp_path, table)).rows[target], expected)
+    np.testing.assert_allclose(read_external(written(tmp_path, table)).rows[target], expected)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_counts_are_read_in_the_unit_their_name_or_cell_states(
 )
 def test_losses_end_in_nats_or_bits_per_byte(tmp_path, column, value, target, expected):
     table = {"run": ["a"], "N": [1e6], "D": [1e8], column: [value]}
-    assert read_foreign(written(tmp_path, table)).rows[target].item() == pytest.approx(expected)
+    assert read_external(written(tmp_path, table)).rows[target].item() == pytest.approx(expected)
 
 
 def test_a_mapping_overrules_names_and_units(tmp_path):
     table = {**PLAIN, "billions of weights": [0.001, 0.002, 0.004]}
     columns = parse_columns("N=billions of weights:B, loss=loss")
-    found = read_foreign(written(tmp_path, table), columns)
+    found = read_external(written(tmp_path, table), columns)
     np.testing.assert_allclose(found.rows["parameters"], [1e6, 2e6, 4e6])
     assert "N" in found.ignored
 
@@ -120,11 +120,11 @@ def test_a_mapping_overrules_names_and_units(tmp_path):
 )
 def test_two_columns_that_could_be_meant_are_an_error_that_lists_both(tmp_path, extra, needle):
     with pytest.raises(ValueError, match=needle):
-        read_foreign(written(tmp_path, {**PLAIN, **extra}))
+        read_external(written(tmp_path, {**PLAIN, **extra}))
 
 
 def test_two_columns_that_hold_the_same_are_not_ambiguous(tmp_path):
-    found = read_foreign(written(tmp_path, {**PLAIN, "params": PLAIN["N"]}))
+    found = read_external(written(tmp_path, {**PLAIN, "params": PLAIN["N"]}))
     np.testing.assert_array_equal(found.rows["parameters"], PLAIN["N"])
 
 
@@ -142,7 +142,7 @@ def test_two_columns_that_hold_the_same_are_not_ambiguous(tmp_path):
 def test_a_bad_cell_costs_its_row_and_is_listed(tmp_path, column, cell, reason):
     table = {name: [str(value) for value in values] for name, values in PLAIN.items()}
     table[column][1] = cell
-    found = read_foreign(written(tmp_path, table))
+    found = read_external(written(tmp_path, table))
     assert list(found.rows["source_row"]) == [1, 3]
     assert list(found.rejected["source_row"]) == [2]
     assert reason in found.rejected["reason"].item()
@@ -162,12 +162,12 @@ def test_a_bad_cell_costs_its_row_and_is_listed(tmp_path, column, cell, reason):
 def test_a_table_that_cannot_be_meant_is_an_error_that_says_what_to_do(tmp_path, table, needle):
     table = {**table, "step": [7] * len(table["N"])} if needle == "claim the same" else table
     with pytest.raises(ValueError, match=needle):
-        read_foreign(written(tmp_path, table))
+        read_external(written(tmp_path, table))
 
 
 def test_a_repeated_row_counts_once_and_is_listed(tmp_path):
     table = {name: [*values, values[-1]] for name, values in PLAIN.items()}
-    found = read_foreign(written(tmp_path, table))
+    found = read_external(written(tmp_path, table))
     assert len(found.rows) == 3
     assert found.rejected["reason"].item() == "repeats an earlier row"
 
@@ -188,7 +188,7 @@ def test_a_file_that_is_not_a_table_is_an_error_of_one_line(tmp_path, content, n
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=needle) as error:
-        read_foreign(file)
+        read_external(file)
     assert "\n" not in str(error.value)
 
 
@@ -198,11 +198,11 @@ def test_whole_numbers_beyond_64_bits_keep_their_value(tmp_path):
         {"run": n, "N": 10**6, "D": 10**9, "C": 10 ** (19 + n), "loss": 3 - n} for n in range(2)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    np.testing.assert_array_equal(read_foreign(file).rows["flops"], [1e19, 1e20])
+    np.testing.assert_array_equal(read_external(file).rows["flops"], [1e19, 1e20])
 
 
 def test_every_number_is_float64_and_every_column_is_of_the_schema(tmp_path):
-    rows = read_foreign(written(tmp_path, {**PLAIN, "seed": [1, 2, 3], "layers": [2, 4, 8]})).rows
+    rows = read_external(written(tmp_path, {**PLAIN, "seed": [1, 2, 3], "layers": [2, 4, 8]})).rows
     assert set(rows) <= {*SCHEMA, "source_row"}
     for name in set(rows) - {"source_row"}:
         if SCHEMA[name].kind != "text":
@@ -212,7 +212,7 @@ def test_every_number_is_float64_and_every_column_is_of_the_schema(tmp_path):
 def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path):
     count = 100_000
     table = {"run": np.arange(count), "N": 1e6, "D": np.arange(1, count + 1) * 1e6, "loss": 3.0}
-    assert len(read_foreign(written(tmp_path, table)).rows) == count
+    assert len(read_external(written(tmp_path, table)).rows) == count
 
 
 @pytest.mark.parametrize("text", ["N", "N=", "=Size", "N=a,N=b"])

@@ -67,8 +67,8 @@ def test_branches_of_a_trunk_share_their_cluster(sweep, study):
 def test_every_run_that_is_not_used_is_listed_with_a_reason(troubled):
     table = load(troubled)
     found = {each.kind: each for each in table.exclusions}
-    assert set(found) == {"diverged", "unfinished", "failed", "not started", "foreign"}
-    assert found["foreign"].run_id == "stranger"
+    assert set(found) == {"diverged", "unfinished", "failed", "not started", "not in sweep"}
+    assert found["not in sweep"].run_id == "stranger"
     assert "diverged at step" in found["diverged"].reason
     assert len(table.runs) == 24
     assert set(final(table).rows["status"]) == {"done"}
@@ -137,8 +137,8 @@ def test_arms_that_cut_text_otherwise_are_raised(tmp_path, change, code):
         own = change if config["architecture"] == "mamba" else {}
         config["corpus"]["tokenizer"] = {"kind": "bytes", "path": None, "vocab_size": None, **own}
         (root / run_id / "config.yaml").write_text(yaml.safe_dump(config))
-    raised = tokenizers(final(load(root)).rows)
-    assert (raised.code if raised else None) == code
+    caveat = tokenizers(final(load(root)).rows)
+    assert (caveat.code if caveat else None) == code
 
 
 @pytest.mark.parametrize(("unique", "repeats"), [(1_800_000, False), (1_700_000, True)])

@@ -12,16 +12,15 @@ from analysis.effects.contrasts import contrasts
 from analysis.effects.seed_noise import seed_noise
 from analysis.effects.variance_shares import decompose
 from analysis.fitting.estimator import Estimator
-from analysis.inference.bootstrap import Replicates
+from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import ratio_interval, t_interval
 from analysis.laws.bound import bind, log_loss
 from analysis.laws.catalog import CHINCHILLA, POWER
-from analysis.planning.grids import isoflop
 from analysis.study.headline import ratio_of
 from analysis.tables.run_table import Table
-from analysis.validity.checks import yardstick
 from analysis.validity.extrapolation import Target, extrapolation
 from analysis.validity.refusal import CODES, Refusal
+from tests.analysis.parameters import theta_of
 from tests.analysis.validity.test_checks import curve
 
 TRUTH = {"A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "E": 1.69}
@@ -49,7 +48,7 @@ def runs(sizes=4, ratios=(5, 20, 80), arms=("transformer", "mamba"), corpora=("w
     form = bind(CHINCHILLA, rows)
     effect = 0.05 * (rows["corpus"] == "code") - 0.02 * (rows["architecture"] == "mamba")
     noise = np.random.default_rng(0).normal(0, 0.002, len(rows))
-    exact = log_loss(form.design(rows), form.theta_of(TRUTH)[None])[0]
+    exact = log_loss(form.design(rows), theta_of(form, TRUTH)[None])[0]
     return rows.assign(loss_nats=np.exp(exact + effect + noise))
 
 
@@ -63,21 +62,13 @@ def contrast(rows, factor):
 
 def undefined(share):
     values = np.where(np.arange(100) < share, np.nan, 1.0 + 0.01 * np.arange(100))
-    return Replicates(np.zeros((100, 1)), "bootstrap", 10, 1.0).interval(1.5, values)
+    return Bootstrap(np.zeros((100, 1)), "bootstrap", 10, 1.0).interval(1.5, values)
 
 
 def iso(count):
     generator = np.random.default_rng(0)
     rows = pd.concat(curve(3.0, flops=c)[0] for c in np.geomspace(1e18, 1e21, count))
     return rows.assign(loss_nats=rows["loss_nats"] * np.exp(generator.normal(0, 1e-4, len(rows))))
-
-
-def ladder(rungs):
-    sizes = np.geomspace(1e7, 1e8, rungs)
-    return pd.DataFrame(
-        {"architecture": "a", "rung": [f"r{place}" for place in range(rungs)],
-         "total_parameters": sizes, "training_flops_per_token": 6 * sizes}
-    )  # fmt: skip
 
 
 def far(factor):
@@ -121,15 +112,10 @@ CASES = {
         "R-PAIRS", lambda: t_interval(np.array([0.1]), "sizes"),
         lambda: t_interval(np.array([0.1, 0.2]), "sizes"),
     ),
-    "other yardsticks": Case(
-        "R-YARDSTICK",
+    "other evaluation targets": Case(
+        "R-EVAL",
         lambda: contrast(runs().assign(targets=np.arange(48.0)), "architecture"),
         lambda: contrast(runs(), "architecture"),
-    ),
-    "tokenizers without bytes": Case(
-        "R-YARDSTICK",
-        lambda: yardstick(runs().assign(tokenizer=["a", "b"] * 24)),
-        lambda: yardstick(runs().assign(tokenizer=["a", "b"] * 24, bits_per_byte=1.0)),
     ),
     "a run that stands twice": Case(
         "R-AMBIGUOUS",
@@ -158,10 +144,6 @@ CASES = {
         "R-CELLS",
         lambda: decompose(runs(2), 20, np.random.default_rng(0)),
         lambda: decompose(runs(3), 20, np.random.default_rng(0)),
-    ),
-    "budgets that no rung fits": Case(
-        "R-BUDGET", lambda: isoflop(ladder(6), [1e25], 20.0, 1000),
-        lambda: isoflop(ladder(6), [1e17], 20.0, 1000),
     ),
 }  # fmt: skip
 

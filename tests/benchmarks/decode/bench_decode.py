@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from torch import Tensor
 
-from analysis.benchmarks.decode import COPIED, draw, paragraph, ratios, summarise
+from analysis.benchmarks.decode import COPIED, draw, ratios, summarise
 from launch.measurements import Measurement, write_measurements
 from models.backbone import Backbone, BackboneConfig, BlockConfig, build_backbone
 from models.channel import SwiGLUConfig
@@ -264,11 +264,11 @@ def measure(plan: Plan, root: Path, console: Console) -> None:
         Measurement("benchmark", time.monotonic() - begin, "s"),
     ]
     path = write_measurements(plan.target, rows, root)
-    said = f"{paragraph(rounds)} {_circumstances(plan, load)}"
+    circumstances = _circumstances(plan, load)
     stored = json.loads(path.read_text())
-    write_atomically(path, json.dumps({**stored, "paragraph": said}, indent=1) + "\n")
+    write_atomically(path, json.dumps({**stored, "circumstances": circumstances}, indent=1) + "\n")
     draw(rounds, plan.target).save(reports)
-    console.print(said, highlight=False)
+    console.print(circumstances, highlight=False)
     console.print(f"written to {path}, with .csv, .png and .svg beside it", highlight=False)
 
 

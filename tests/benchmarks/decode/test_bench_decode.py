@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.benchmarks.decode import draw, paragraph, ratios, summarise
+from analysis.benchmarks.decode import draw, ratios, summarise
 from models.generate import Sampling, generate, next_logits
 from tests.benchmarks.decode import bench_decode
 from tests.benchmarks.decode.bench_decode import (
@@ -115,24 +115,6 @@ def test_a_cache_that_is_not_copied_is_reckoned_by_taking_the_copies_off_the_tim
     assert spared == pytest.approx([100.0 * (1 / 50 - 1 / 200)] * 3)
 
 
-@pytest.mark.parametrize(
-    ("attention", "said"),
-    [
-        ((400.0, 200.0, 50.0), "slower up to 256, faster from 1024 on"),
-        ((400.0, 100.0, 50.0), "slower up to 64, too close to call at 256, faster from 1024 on"),
-        ((400.0, 300.0, 200.0), "slower up to 1024, no crossover seen"),
-        ((50.0, 40.0, 30.0), "nowhere slower, faster from 64 on"),
-    ],
-)
-def test_the_words_say_where_the_hybrid_is_slower_and_where_they_cross(
-    attention: tuple[float, ...], said: str
-) -> None:
-    words = paragraph(made_up(100.0, attention))
-    assert f": {said}." in words
-    assert "ours gives 50x" in words
-    assert "the hybrid is slower there: 0.25x" in words
-
-
 def test_a_contender_has_its_median_over_rounds() -> None:
     data = summarise(made_up(100.0, (1.0, 1.0, 1.0)))
     row = data[(data["model"] == "hybrid") & (data["mode"] == "cached")].iloc[0]
@@ -145,7 +127,7 @@ def test_the_figure_draws_every_contender_that_was_measured() -> None:
     assert written == {"hybrid, cached", "hybrid, no cache", "attention, cached"}
 
 
-def test_the_quick_form_writes_finite_figures_their_words_and_the_figure(tmp_path) -> None:
+def test_the_quick_form_writes_finite_figures_their_circumstances_and_the_figure(tmp_path) -> None:
     assert main(["--quick", "--root", str(tmp_path)]) == 0
     reports = tmp_path / "reports"
     stored = json.loads((reports / "decode_quick.json").read_text())
@@ -159,5 +141,5 @@ def test_the_quick_form_writes_finite_figures_their_words_and_the_figure(tmp_pat
         assert expected <= set(figures)
         assert figures[f"step, hybrid, context {context}: difference of logits, "
                        "cached and uncached"] < 1e-5  # fmt: skip
-    assert "random weights" in stored["paragraph"]
+    assert "random weights" in stored["circumstances"]
     assert {path.suffix for path in reports.iterdir()} == {".json", ".csv", ".png", ".svg"}

@@ -21,14 +21,15 @@ from analysis.laws.bound import bind, log_loss, log_loss_and_jacobian
 from analysis.laws.catalog import CHINCHILLA, GAMMA, KAPLAN
 from analysis.laws.law import Law
 from analysis.planning.next_runs import Belief, Terms, advise, half_width, loss_at
+from tests.analysis.parameters import theta_of
 
 SIGMA = 0.004
 LAWS = (CHINCHILLA, KAPLAN, GAMMA)
 EPOCH = {"A": 477.83, "alpha": 0.3473, "B": 2143.4, "beta": 0.3672, "E": 1.8172}
-BENT = {"A": 4000.0, "alpha": 0.47, "B": 30000.0, "beta": 0.5, "E": 1.75, "power": 0.72}
+OUTER_POWER = {"A": 4000.0, "alpha": 0.47, "B": 30000.0, "beta": 0.5, "E": 1.75, "power": 0.72}
 TRUTHS: dict[str, tuple[Law, dict[str, float]]] = {
     "a Chinchilla law (the replication's fit)": (CHINCHILLA, EPOCH),
-    "a law with an outer exponent of .72, not assumed alone": (GAMMA, BENT),
+    "a law with an outer exponent of .72, not assumed alone": (GAMMA, OUTER_POWER),
 }
 TARGET_FLOPS = 1e22
 LARGEST = 6e19
@@ -145,7 +146,7 @@ def _runs(
 
 def _loss(law: Law, values: dict[str, float], rows: pd.DataFrame) -> np.ndarray:
     form = bind(law, rows)
-    return np.exp(log_loss(form.design(rows), form.theta_of(values)[None])[0])
+    return np.exp(log_loss(form.design(rows), theta_of(form, values)[None])[0])
 
 
 def _measured(

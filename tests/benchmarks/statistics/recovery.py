@@ -35,7 +35,7 @@ from analysis.inference.backtest import forecast
 from analysis.inference.cluster_robust import sandwich
 from analysis.inference.intervals import Interval
 from analysis.inference.model_selection import effect
-from analysis.inference.shape_robust import bend
+from analysis.inference.shape_robust import shape_robust
 from analysis.laws.catalog import CHINCHILLA, nested_family
 from launch.measurements import Measurement, write_measurements
 from tests.laws.published import chinchilla_points, kept, references
@@ -83,7 +83,7 @@ def draw_inside(kind: str, draw: int) -> Drawn:
     """Thirty runs, or sixty of two seeds whose points share the luck of their trunk."""
     generator = generator_of(kind, draw)
     if kind == "foreign law":
-        law, rows = foreign_law(generator), grid(6, 5)
+        law, rows = unfitted_law(generator), grid(6, 5)
         noise = generator.choice(_residuals(), len(rows))
         return Drawn(with_loss(rows, law(rows), noise), law, {})
     p = _parameters(generator)
@@ -131,14 +131,14 @@ def inside(kind: str, draw: int) -> dict[str, tuple[float, float]] | None:
     """Per quantity: the t statistic of its error, and the quantile it is held against."""
     drawn = draw_inside(kind, draw)
     law = LIGHT.fit(drawn.rows, CHINCHILLA)
-    if not isinstance(law, Fit) or (bent := bend(law)) is None:
+    if not isinstance(law, Fit) or (robust := shape_robust(law)) is None:
         return None
     generator = generator_of(kind + " asked", draw)
     size, ratio = 10 ** generator.uniform(7.2, 8.8, 2), 10 ** generator.uniform(0.9, 2.1, 2)
     asked = pd.DataFrame({"parameters": size, "tokens": size * ratio})
-    log, error, freedom = bent.predict(asked)
-    miss = (log - drawn.truth(asked)) / error
-    quantile = stats.t.ppf(0.975, freedom)
+    found = robust.predict(asked)
+    miss = (found.log - drawn.truth(asked)) / found.error
+    quantile = stats.t.ppf(0.975, found.freedom)
     values = {f"loss {i}": (float(miss[i]), float(quantile[i])) for i in range(2)}
     spread = sandwich(law)
     for name in ("alpha", "beta") if kind in ("iid", "clustered") else ():
@@ -176,7 +176,7 @@ def extrapolated(draw: int) -> tuple[list[bool], list[bool]] | None:
     Second, the same for intervals without the terms of the back-test and of the other laws.
     """
     generator = generator_of("extrapolation", draw)
-    law = foreign_law(generator)
+    law = unfitted_law(generator)
     rows = grid(7, 4, span=float(generator.uniform(1.6, 2.2)))
     noise_of = float(generator.uniform(0.002, 0.006))
     rows = with_loss(rows, law(rows), generator.normal(0, noise_of, len(rows)))
@@ -195,27 +195,27 @@ def extrapolated(draw: int) -> tuple[list[bool], list[bool]] | None:
     return full, narrow
 
 
-def foreign_law(generator: np.random.Generator) -> Callable[[pd.DataFrame], np.ndarray]:
-    """A law from one of three families that nothing here fits: each bends at its own pace."""
+def unfitted_law(generator: np.random.Generator) -> Callable[[pd.DataFrame], np.ndarray]:
+    """A law from one of three families that no estimator here fits."""
     p = _parameters(generator)
     family = int(generator.integers(3))
-    bend = float(generator.uniform(0.01, 0.05))
+    curvature = float(generator.uniform(0.01, 0.05))
 
     def truth(at: pd.DataFrame) -> np.ndarray:
         u = np.log(at["parameters"].to_numpy(dtype=float) / 1e8)
         v = np.log(at["tokens"].to_numpy(dtype=float) / 3e9)
         if family == 0:
             # Exponents that shrink with scale.
-            terms = p["A"] * np.exp(-p["alpha"] * u + bend * u**2)
-            return np.log(p["E"] + terms + p["B"] * np.exp(-p["beta"] * v + bend * v**2))
+            terms = p["A"] * np.exp(-p["alpha"] * u + curvature * u**2)
+            return np.log(p["E"] + terms + p["B"] * np.exp(-p["beta"] * v + curvature * v**2))
         if family == 1:
             # Size changes the exponent of the data (Li et al. 2506.10972, in spirit).
-            exponent = p["beta"] * np.exp(-2 * bend * u)
+            exponent = p["beta"] * np.exp(-2 * curvature * u)
             return np.log(
                 p["E"] + p["A"] * np.exp(-p["alpha"] * u) + p["B"] * np.exp(-exponent * v)
             )
         # A term that neither size nor data alone removes.
-        joint = 10 * bend * np.exp(-0.1 * (u + v))
+        joint = 10 * curvature * np.exp(-0.1 * (u + v))
         terms = p["A"] * np.exp(-p["alpha"] * u) + p["B"] * np.exp(-p["beta"] * v)
         return np.log(p["E"] + terms + joint)
 
