@@ -20,6 +20,7 @@ from launch.cluster import available_slots, run_units
 from launch.data import build_data
 from launch.job import Unit
 from launch.journal import Journal
+from launch.keys import keys_page
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, status_of
@@ -38,6 +39,7 @@ examples:
   python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and its cost
   python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, three hours
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
+  python launch/sweep.py --keys optimizer                     the YAML keys of the optimizer
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
 
 The command may be stopped at any time and given again: what is complete is not trained again, and
@@ -200,6 +202,20 @@ def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
     return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 
+class _PrintKeys(argparse.Action):
+    """Prints the page of YAML keys and ends, as `--help` does, without a sweep file."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: object, prefix: object, _option: object
+    ) -> None:
+        """Print the keys that begin with the prefix."""
+        try:
+            sys.stdout.write(keys_page(str(prefix or "")) + "\n")
+        except ConfigError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
 class _Redraw:
     """Redraws the report beside the training, in a process of its own, as points arrive."""
 
@@ -248,6 +264,14 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
     parser.add_argument("--status", action="store_true", help="print where every run stands")
     parser.add_argument("--data", action="store_true", help="build the data and stop")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        action=_PrintKeys,
+        metavar="PREFIX",
+        help="print every YAML key with its type, default and meaning, or those that begin with a "
+        "prefix such as optimizer or model.blocks, and stop",
+    )
     parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
     return parser.parse_intermixed_args(words)
 

@@ -107,6 +107,12 @@ def suggest(wrong: str, known: Sequence[str]) -> str:
     return f"{hint}known: {', '.join(sorted(known))}"
 
 
+def kinds_of(config: type) -> Mapping[str, type] | None:
+    """The classes that a `kind` key chooses from, by that name; None for a class of one kind."""
+    families = {MixerConfig: mixer_kinds, ChannelConfig: channel_kinds}
+    return families[config]() if config in families else None
+
+
 def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -152,10 +158,9 @@ def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
 
 
 def _resolve_kind(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
-    families = {MixerConfig: mixer_kinds, ChannelConfig: channel_kinds}
-    if kind not in families:
+    known = kinds_of(kind)
+    if known is None:
         return kind
-    known = families[kind]()
     name = _mapping(data, path).get("kind")
     if name is None:
         raise ConfigError(f"{path}.kind is missing; choose from {', '.join(known)}")
