@@ -55,7 +55,7 @@ class PowerRule:
 
 
 @dataclass(frozen=True)
-class Replicates:
+class ExtraSeeds:
     """Additional seeds at some rungs, which measure the seed noise."""
 
     rungs: tuple[str, ...]
@@ -86,7 +86,7 @@ class LadderConfig:
     tokens_per_parameter: tuple[float, ...] = ()
     """Token budgets as multiples of a rung's nominal parameters; 20 is about Chinchilla's optimum
     (Hoffmann et al. 2022)."""
-    replicates: Replicates | None = None
+    replicates: ExtraSeeds | None = None
     """Additional seeds at some rungs; null for none."""
     more_corpora: tuple[str, ...] = ()
     """Mixtures to train on beside the corpora's default ones."""
