@@ -17,7 +17,7 @@ from rich.markup import escape
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
 from launch.cluster import available_slots, run_units
-from launch.data import build_data
+from launch.data import build_data, verify_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
@@ -27,7 +27,7 @@ from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
-from trainer.record import write_atomically
+from trainer.record import number, write_atomically
 from trainer.schema import ConfigError, dump
 
 REDRAW_SECONDS = 45.0
@@ -75,6 +75,10 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         return int(ExitCode.DONE)
     data_root = Path(sweep.experiments[0].execution.data_root)
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
+    if arguments.verify:
+        verify_data(sweep.corpora.dataset, data_root)
+        console.print(f"{data_root / sweep.corpora.dataset.name}: every file matches its hash")
+        return int(ExitCode.DONE)
     if arguments.data:
         return int(ExitCode.DONE)
     for name, status in statuses.items():
@@ -125,7 +129,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
         line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
         console.print(line, highlight=False, soft_wrap=True)
     for row in journal.rows():
-        if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
+        if row["event"] == "job failed" and number(row, "written") >= begin:
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
     statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
@@ -264,6 +268,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
     parser.add_argument("--status", action="store_true", help="print where every run stands")
     parser.add_argument("--data", action="store_true", help="build the data and stop")
+    parser.add_argument("--verify", action="store_true", help="check every byte of the data; stop")
     parser.add_argument(
         "--keys",
         nargs="?",
