@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,8 @@ from models.channel import ChannelConfig, channel_kinds
 from models.mixer import MixerConfig, mixer_kinds
 
 MAX_YAML_BYTES = 1_000_000
+
+Config = TypeVar("Config")
 
 RENAMED: Mapping[str, str] = {}
 """Old key path -> new key path, or "" for a key that is gone: the only shim for stored configs."""
@@ -33,7 +35,7 @@ def dump(config: object) -> dict[str, Any]:
     return plain
 
 
-def load(kind: type, data: object, path: str = "") -> Any:  # noqa: ANN401
+def load(kind: type[Config], data: object, path: str = "") -> Config:
     """Build a config from plain data.
 
     Args:

@@ -17,7 +17,7 @@ from trainer.evaluate import Evaluator
 from trainer.heartbeat import Heartbeat
 from trainer.ids import evaluation_id, trunk_id
 from trainer.manifest import CheckpointError, Found, inspect
-from trainer.record import Row, read_run
+from trainer.record import Row, number, read_run
 from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
 from trainer.schema import ConfigError
@@ -202,7 +202,7 @@ class Session:
     def _refuse_rows_without_checkpoint(self) -> None:
         rows = read_run(self.folder).metrics if self.log.record is not None else []
         every = self.execution.save_every_tokens
-        if rows and every and rows[-1]["tokens"] > 2 * every:  # type: ignore[operator]
+        if rows and every and number(rows[-1], "tokens") > 2 * every:
             raise CheckpointError(
                 "missing",
                 f"run {self.folder.name} has metrics to step {rows[-1]['step']} but no checkpoint; "
