@@ -12,18 +12,18 @@ SHARE_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens.
-
-    Attributes:
-        kind: `bytes` (257 ids), `bpe` (trained on the dataset) or `file` (a saved tokenizer).
-        path: for `file`, the tokenizers JSON, relative to where the dataset is built.
-        vocab_size: ids in all, the special one included; `bytes` always has 257.
-    """
+    """How text becomes tokens."""
 
     # A default factory leaves no class attribute, which config loaders take for a fixed kind.
     kind: Literal["bytes", "bpe", "file"] = field(default_factory=lambda: "bytes")
+    """bytes for UTF-8 bytes, bpe for byte-level BPE trained on the dataset, file for a tokenizer
+    that is brought along."""
     path: str | None = None
+    """For kind file: the JSON file of a Hugging Face tokenizer, relative to the working
+    directory."""
     vocab_size: int | None = None
+    """Ids in all, the document separator included; at least 258. For kind bytes null, since it has
+    always 257."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("bytes", "bpe", "file"):
@@ -47,16 +47,13 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Where documents come from.
-
-    Attributes:
-        kind: `installed` (text this environment holds), `jsonl` (Pile format, .jsonl or
-            .jsonl.zst) or `text_folder` (one sub-folder a domain).
-        paths: files or folders; none for `installed`.
-    """
+    """Where documents come from."""
 
     kind: Literal["installed", "jsonl", "text_folder"]
+    """installed for the source code and documentation of the installed Python packages, jsonl for
+    .jsonl or .jsonl.zst files in the Pile's format, text_folder for one sub-folder per domain."""
     paths: tuple[str, ...] = ()
+    """Files or folders to read; none for kind installed."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("installed", "jsonl", "text_folder"):
@@ -72,22 +69,22 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What the builder builds.
-
-    Attributes:
-        block_tokens: tokens of a packed block; contexts are cut from blocks.
-        domain_bytes: most UTF-8 bytes of documents taken of a domain; None for all.
-        validation_fraction: share of documents held out, chosen by their hash.
-        seed: of the split and of the order of documents.
-    """
+    """A dataset: tokenized, packed into blocks, and split into training and validation."""
 
     name: str
+    """Name of its folder below execution.data_root."""
     source: SourceConfig
+    """Where its documents come from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """How its text becomes tokens."""
     block_tokens: int = 512
+    """Tokens of a packed block, 2 to 2^24; sequences are cut from blocks or joined of them."""
     domain_bytes: int | None = None
+    """Most UTF-8 bytes of documents per domain; null for all."""
     validation_fraction: float = 0.02
+    """Share of the documents held out for evaluation, between 0 and 1, chosen by their hash."""
     seed: int = 17
+    """Seed of the split and of the order of documents, 0 or more."""
 
     def __post_init__(self) -> None:
         _require_name("dataset.name", self.name)
@@ -110,32 +107,32 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a run reads: a corpus, mixed from the domains of one dataset.
-
-    Attributes:
-        name: of the corpus.
-        dataset: name of the dataset it is mixed from.
-        domains: share of each domain in every epoch; they sum to 1.
-        seq_len: tokens of a training sequence: a block cut into equal parts, or whole blocks that
-            follow each other in a domain, joined.
-        block_tokens: of the dataset.
-        unique_bytes: UTF-8 bytes of different text, over all domains by their shares; a smaller
-            corpus is contained in a larger one. None for all there is.
-        epoch_blocks: blocks after which the order starts anew; joined ones stay together in it.
-        shuffle_seed: of the order of blocks.
-        num_canonical_nodes: part of the order's definition, whatever the number of machines.
-    """
+    """What a run reads: a corpus, mixed from the domains of one dataset."""
 
     name: str
+    """Name of the corpus, for reports."""
     dataset: str
+    """Name of the dataset that it is mixed from."""
     tokenizer: TokenizerConfig
+    """The dataset's tokenizer."""
     domains: dict[str, float]
+    """Share of each domain in every epoch; the shares sum to 1."""
     seq_len: int
+    """Tokens of a training sequence; divides block_tokens or is a multiple of it. Shorter sequences
+    are cut from one block, longer ones join consecutive blocks of a domain."""
     block_tokens: int
+    """The dataset's block_tokens."""
     epoch_blocks: int
+    """Blocks per epoch, after which they are shuffled anew; blocks joined into one sequence stay
+    together."""
     unique_bytes: int | None = None
+    """UTF-8 bytes of distinct training text, over all domains by their shares; null for all there
+    is. A smaller corpus is a subset of a larger one."""
     shuffle_seed: int = 17
+    """Seed of the order of blocks, 0 to 2^31 - 1."""
     num_canonical_nodes: int = 1
+    """MosaicML Streaming's num_canonical_nodes: part of what defines the order of blocks, whatever
+    the number of machines."""
 
     def __post_init__(self) -> None:
         _require_name("corpus.dataset", self.dataset)

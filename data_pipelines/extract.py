@@ -29,8 +29,8 @@ _SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A text found: where it belongs and where it is from."""
+class ExtractedText:
+    """A text worth reading: the domain it belongs to, and where it was found."""
 
     domain: str
     text: str
@@ -55,9 +55,9 @@ class Chunk:
     domains: frozenset[str]
 
 
-def read_chunk(chunk: Chunk) -> list[Piece]:
+def read_chunk(chunk: Chunk) -> list[ExtractedText]:
     """The texts in some files; run in a worker."""
-    pieces = []
+    found = []
     for file in chunk.files:
         try:
             source = Path(file.path).read_text(encoding="utf-8")
@@ -66,8 +66,8 @@ def read_chunk(chunk: Chunk) -> list[Piece]:
             continue
         for domain, text in _texts(source, chunk.domains):
             if is_worth_reading(text, domain):
-                pieces.append(make_piece(domain, text, f"{file.package}:{file.name}"))
-    return pieces
+                found.append(extracted(domain, text, f"{file.package}:{file.name}"))
+    return found
 
 
 def is_worth_reading(text: str, domain: str) -> bool:
@@ -108,9 +108,10 @@ def take_docstrings(source: str) -> tuple[str, str]:
     return code.strip("\n") + "\n", prose
 
 
-def make_piece(domain: str, text: str, origin: str) -> Piece:
-    """A piece with the hash of its text."""
-    return Piece(domain, text, origin, hashlib.blake2b(text.encode(), digest_size=16).digest())
+def extracted(domain: str, text: str, origin: str) -> ExtractedText:
+    """A text with its hash, by which equal ones are found."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return ExtractedText(domain, text, origin, digest)
 
 
 def _bodies(tree: ast.Module) -> Iterator[list]:

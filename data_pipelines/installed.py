@@ -23,10 +23,10 @@ import zstandard
 
 from data_pipelines.extract import (
     Chunk,
-    Piece,
+    ExtractedText,
     SourceFile,
+    extracted,
     is_worth_reading,
-    make_piece,
     read_chunk,
 )
 from data_pipelines.sources import SOURCE, Document, write_jsonl_line
@@ -119,7 +119,7 @@ def write_raw(
     """
     writers = {domain: _RawWriter(folder / f"{domain}.jsonl.zst") for domain in ORIGIN_SHARE}
     try:
-        found = collect(installed, cap, workers, lambda piece: writers[piece.domain](piece), report)
+        found = collect(installed, cap, workers, lambda text: writers[text.domain](text), report)
     finally:
         for writer in writers.values():
             writer.close()
@@ -143,7 +143,7 @@ def collect(
     installed: Installed,
     cap: int | None,
     workers: Workers,
-    write: Callable[[Piece], None],
+    write: Callable[[ExtractedText], None],
     report: Callable[[float], None],
 ) -> dict[str, Yield]:
     """Hand the documents of all domains to `write`, and say what each domain came to.
@@ -155,19 +155,19 @@ def collect(
         write: called with the documents, in the order that the environment alone decides.
         report: told the share done.
     """
-    gathered = {domain: _Gathered(domain, cap) for domain in ORIGIN_SHARE}
+    quotas = {domain: _DomainQuota(domain, cap) for domain in ORIGIN_SHARE}
     sources = _files(installed)
     for suffixes, domains in ((CPP_SUFFIXES, ["cpp"]), (PYTHON_SUFFIXES, ["python", "prose"])):
         mine = [file for file in sources if Path(file.name).suffix in suffixes]
         if "prose" in domains:
-            for piece in _descriptions(installed):
-                _offer(gathered["prose"], piece, write)
-        chunks = _chunks(mine, [gathered[domain] for domain in domains])
-        for pieces in workers.map(read_chunk, chunks):
-            for piece in pieces:
-                _offer(gathered[piece.domain], piece, write)
-            report(sum(g.share() for g in gathered.values()) / len(gathered))
-    return {domain: g.result() for domain, g in gathered.items()}
+            for text in _descriptions(installed):
+                _offer(quotas["prose"], text, write)
+        chunks = _chunks(mine, [quotas[domain] for domain in domains])
+        for texts in workers.map(read_chunk, chunks):
+            for text in texts:
+                _offer(quotas[text.domain], text, write)
+            report(sum(quota.share() for quota in quotas.values()) / len(quotas))
+    return {domain: quota.result() for domain, quota in quotas.items()}
 
 
 class _RawWriter:
@@ -177,8 +177,8 @@ class _RawWriter:
         self._file = path.open("wb")
         self._stream = zstandard.ZstdCompressor(level=3).stream_writer(self._file)
 
-    def __call__(self, piece: Piece) -> None:
-        self._stream.write(write_jsonl_line(Document(piece.domain, piece.text, piece.origin)))
+    def __call__(self, text: ExtractedText) -> None:
+        self._stream.write(write_jsonl_line(Document(text.domain, text.text, text.origin)))
 
     def close(self) -> None:
         """Finish the file."""
@@ -186,8 +186,8 @@ class _RawWriter:
         self._file.close()
 
 
-class _Gathered:
-    """How much of a domain is there, in all and of each origin; once full, always full."""
+class _DomainQuota:
+    """How much of a domain was taken, in all and per origin; once full, it stays full."""
 
     def __init__(self, domain: str, cap: int | None) -> None:
         self.domain, self.cap = domain, cap
@@ -203,12 +203,12 @@ class _Gathered:
             not self.full and _group(self.domain, file.package + ":" + file.name) not in self.closed
         )
 
-    def take(self, piece: Piece) -> bool:
-        """Count a piece if it is new and fits."""
-        group, size = _group(self.domain, piece.origin), len(piece.text.encode())
+    def take(self, text: ExtractedText) -> bool:
+        """Whether a text is new and fits; it is counted if so."""
+        group, size = _group(self.domain, text.origin), len(text.text.encode())
         if self.full or group in self.closed:
             return False
-        if piece.digest in self.seen:
+        if text.digest in self.seen:
             self.duplicates += 1
             return False
         if self.cap is not None:
@@ -218,7 +218,7 @@ class _Gathered:
             if self._of_origin[group] + size > ORIGIN_SHARE[self.domain] * self.cap:
                 self.closed.add(group)
                 return False
-        self.seen.add(piece.digest)
+        self.seen.add(text.digest)
         self._of_origin[group] += size
         self.utf8_bytes += size
         return True
@@ -232,9 +232,11 @@ class _Gathered:
         return Yield(len(self.seen), self.utf8_bytes, self.duplicates, self.full)
 
 
-def _offer(gathered: _Gathered, piece: Piece, write: Callable[[Piece], None]) -> None:
-    if gathered.take(piece):
-        write(piece)
+def _offer(
+    quota: _DomainQuota, text: ExtractedText, write: Callable[[ExtractedText], None]
+) -> None:
+    if quota.take(text):
+        write(text)
 
 
 def _group(domain: str, origin: str) -> str:
@@ -243,11 +245,11 @@ def _group(domain: str, origin: str) -> str:
     return "/".join([package, *name.split("/")[:3]]) if domain == "cpp" else package
 
 
-def _chunks(files: Iterable[SourceFile], gathered: list[_Gathered]) -> Iterator[Chunk]:
+def _chunks(files: Iterable[SourceFile], quotas: list[_DomainQuota]) -> Iterator[Chunk]:
     """Files that may still be wanted, drawn late so that few are read in vain."""
-    wanted = (file for file in files if any(g.wants(file) for g in gathered))
+    wanted = (file for file in files if any(quota.wants(file) for quota in quotas))
     while chunk := tuple(itertools.islice(wanted, CHUNK)):
-        yield Chunk(chunk, frozenset(g.domain for g in gathered if not g.full))
+        yield Chunk(chunk, frozenset(quota.domain for quota in quotas if not quota.full))
 
 
 def _files(installed: Installed) -> list[SourceFile]:
@@ -272,12 +274,12 @@ def _place(file: SourceFile) -> bytes:
     return hashlib.blake2b(f"{file.package}:{file.name}".encode(), digest_size=16).digest()
 
 
-def _descriptions(installed: Installed) -> Iterator[Piece]:
+def _descriptions(installed: Installed) -> Iterator[ExtractedText]:
     for distribution in installed.distributions:
         package = _normal(distribution.name)
         text = distribution.metadata.get_payload()  # type: ignore[attr-defined]
         if isinstance(text, str) and is_worth_reading(text, "prose"):
-            yield make_piece("prose", text, f"{package}:METADATA")
+            yield extracted("prose", text, f"{package}:METADATA")
 
 
 def _normal(name: str) -> str:

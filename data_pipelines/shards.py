@@ -62,7 +62,7 @@ def batch_of(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
     if int(tokens.max()) >= manifest.vocab_size:
         raise RuntimeError(
             f"dataset {config.dataset} holds the token {tokens.max()}, but its tokenizer has "
-            f"{manifest.vocab_size} ids; verify it, or build it again"
+            f"{manifest.vocab_size} ids; check it with launch/sweep.py SWEEP --verify"
         )
     documents = np.stack([row["documents"] for row in rows])
     samples = np.array([row["sample"] for row in rows], np.uint64)

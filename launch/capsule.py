@@ -23,7 +23,7 @@ from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.ids import evaluation_id
-from trainer.record import StoredRun, read_run
+from trainer.record import StoredRun, number, read_run
 from trainer.schema import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -134,7 +134,7 @@ def retrain(
 def _last_losses(run: StoredRun, wanted: str) -> dict[str, float]:
     last = run.summary["step"]
     return {
-        str(row["evaluation_set"]): float(row["total_nats"] or 0) / float(row["targets"] or 1)
+        str(row["evaluation_set"]): number(row, "total_nats") / number(row, "targets")
         for row in run.evaluations
         if row["step"] == last and row["evaluation_id"] == wanted
     }

@@ -21,7 +21,7 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class Shape:
+class Resources:
     """What one process of a run needs, and how many there are."""
 
     ranks: int
@@ -38,7 +38,7 @@ class Submission:
     """A submitted job and what it holds."""
 
     job: submitit.Job
-    shape: Shape
+    shape: Resources
     units: tuple[Unit, ...]
 
 
@@ -53,8 +53,8 @@ class Pool:
 
     slots: int
     note: Callable[[Submission], None]
-    start: Callable[[Shape, tuple[Unit, ...]], Submission]
-    queue: list[tuple[Shape, tuple[Unit, ...]]]
+    start: Callable[[Resources, tuple[Unit, ...]], Submission]
+    queue: list[tuple[Resources, tuple[Unit, ...]]]
     running: list[Submission] = field(default_factory=list)
 
     def step(self) -> bool:
@@ -71,10 +71,10 @@ class Pool:
         return bool(self.running or self.queue)
 
 
-def shape_of(unit: Unit) -> Shape:
+def resources_of(unit: Unit) -> Resources:
     """What a unit's runs need."""
     execution = unit.branches[0].execution
-    return Shape(execution.ranks, execution.threads)
+    return Resources(execution.ranks, execution.threads)
 
 
 def run_units(
@@ -109,10 +109,10 @@ def available_slots(launcher: LauncherConfig) -> int:
 
 def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
     slots = available_slots(launcher)
-    queue: list[tuple[Shape, tuple[Unit, ...]]] = []
-    shapes: dict[Shape, list[Unit]] = {}
+    queue: list[tuple[Resources, tuple[Unit, ...]]] = []
+    shapes: dict[Resources, list[Unit]] = {}
     for unit in units:
-        shapes.setdefault(shape_of(unit), []).append(unit)
+        shapes.setdefault(resources_of(unit), []).append(unit)
     for shape in sorted(shapes, key=lambda s: -s.slots):
         if shape.slots > slots:
             raise ConfigError(
@@ -126,7 +126,7 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             # Every worker is handed all units and claims the next free one.
             queue += [(shape, mine)] * min(slots // shape.slots, len(mine))
 
-    def start(shape: Shape, units: tuple[Unit, ...]) -> Submission:
+    def start(shape: Resources, units: tuple[Unit, ...]) -> Submission:
         executor = submitit.LocalExecutor(folder=sweep / "jobs")
         executor.update_parameters(
             tasks_per_node=shape.ranks,
@@ -143,15 +143,15 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
     """One SLURM job a multi-rank unit, `runs_per_job` small ones in one job."""
     adopted = _still_queued(sweep)
     waiting = [unit for unit in units if unit.name not in adopted]
-    queue: list[tuple[Shape, tuple[Unit, ...]]] = []
-    shapes: dict[Shape, list[Unit]] = {}
+    queue: list[tuple[Resources, tuple[Unit, ...]]] = []
+    shapes: dict[Resources, list[Unit]] = {}
     for unit in waiting:
-        shapes.setdefault(shape_of(unit), []).append(unit)
+        shapes.setdefault(resources_of(unit), []).append(unit)
     for shape, mine in shapes.items():
         size = 1 if shape.ranks > 1 else launcher.runs_per_job
         queue += [(shape, tuple(mine[i : i + size])) for i in range(0, len(mine), size)]
 
-    def start(shape: Shape, units: tuple[Unit, ...]) -> Submission:
+    def start(shape: Resources, units: tuple[Unit, ...]) -> Submission:
         per_node = min(launcher.ranks_per_node or shape.ranks, shape.ranks)
         executor = QueueExecutor(folder=sweep / "jobs", max_num_timeout=100)
         intent = uuid.uuid4().hex
@@ -202,7 +202,7 @@ def _error_of(job: submitit.Job) -> str:
 
 
 def _submit(
-    executor: submitit.Executor, job: TrainJob, shape: Shape, intent: str | None
+    executor: submitit.Executor, job: TrainJob, shape: Resources, intent: str | None
 ) -> Submission:
     journal = Journal(job.sweep)
     names = ",".join(unit.name for unit in job.units)
@@ -233,6 +233,6 @@ def _still_queued(sweep: Path) -> dict[str, Submission]:
             ranks = int(row["ranks"] or 1)
             job = QueuedJob(folder=sweep / "jobs", job_id=name, tasks=range(ranks))
             units = str(row["units"]).split(",")
-            adopted |= dict.fromkeys(units, Submission(job, Shape(0, 0), ()))
+            adopted |= dict.fromkeys(units, Submission(job, Resources(0, 0), ()))
             Journal(sweep).write("adopted", units=row["units"], job=name)
     return adopted

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from data_pipelines.config import DatasetConfig
 from data_pipelines.manifest import MANIFEST, read_manifest
+from data_pipelines.verify import verify_dataset
 from trainer.exit_codes import ExitCode
 from trainer.schema import dump, load
 
@@ -41,6 +42,18 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
         return _follow(ours, console)
     finally:
         child.join()
+
+
+def verify_data(config: DatasetConfig, root: Path) -> None:
+    """Check every byte of a dataset against its manifest, whatever was checked before.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    try:
+        verify_dataset(root / config.name)
+    except RuntimeError as error:
+        raise DataError(str(error)) from error
 
 
 def _follow(pipe: Connection, console: Console) -> str:

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from trainer.record import Row, read_rows
+from trainer.record import Row, number, read_rows
 
 
 class Journal:
@@ -34,7 +34,7 @@ class Journal:
         failed: dict[str, str] = {}
         for row in self.rows():
             name = str(row.get("run", ""))
-            if row["event"] == "failed" and float(row["written"]) >= since:  # type: ignore[arg-type]
+            if row["event"] == "failed" and number(row, "written") >= since:
                 # The first error is the cause; peers that lost a rank complain after it.
                 failed.setdefault(name, str(row.get("error")))
             elif row["event"] == "ended":

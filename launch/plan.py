@@ -15,7 +15,7 @@ from models.accounting import Account, account
 from models.backbone import BackboneConfig
 from sweeps.grammar import Experiment, Sweep, trunks_of
 from trainer.machine import gemm_peak_flops
-from trainer.record import read_rows
+from trainer.record import number, read_rows
 from trainer.schedule import decay_begins
 
 STEP_OVERHEAD_SECONDS = 0.02
@@ -217,5 +217,5 @@ def _seconds(unit: Unit, runs: Sequence[PlannedRun], folder: Path) -> float:
 
 def _measured_rate(folder: Path) -> float | None:
     rows = read_rows(folder / "metrics.jsonl")[-50:]
-    rates = sorted(float(row["tokens_per_second"]) for row in rows)  # type: ignore[arg-type]
+    rates = sorted(number(row, "tokens_per_second") for row in rows)
     return rates[len(rates) // 2] if rates else None

@@ -134,11 +134,7 @@ class Progress:
                 folder = experiment.trunk_id if is_trunk else experiment.folder_name
                 status = self._status(folder)
                 if status.get("state") == "running":
-                    run = experiment.run
-                    what = "trunk" if is_trunk else f"{run.budget.tokens / 1e6:.2f} M"
-                    active.append(
-                        (f"{run.architecture} {run.corpus.name} {run.rung} {what}", status)
-                    )
+                    active.append((_title(experiment, is_trunk), status))
         return active
 
 

@@ -17,16 +17,17 @@ from rich.markup import escape
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
 from launch.cluster import available_slots, run_units
-from launch.data import build_data
+from launch.data import build_data, verify_data
 from launch.job import Unit
 from launch.journal import Journal
+from launch.keys import keys_page
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
-from trainer.record import write_atomically
+from trainer.record import number, write_atomically
 from trainer.schema import ConfigError, dump
 
 REDRAW_SECONDS = 45.0
@@ -38,6 +39,7 @@ examples:
   python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and its cost
   python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, three hours
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
+  python launch/sweep.py --keys optimizer                     the YAML keys of the optimizer
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
 
 The command may be stopped at any time and given again: what is complete is not trained again, and
@@ -73,6 +75,10 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         return int(ExitCode.DONE)
     data_root = Path(sweep.experiments[0].execution.data_root)
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
+    if arguments.verify:
+        verify_data(sweep.corpora.dataset, data_root)
+        console.print(f"{data_root / sweep.corpora.dataset.name}: every file matches its hash")
+        return int(ExitCode.DONE)
     if arguments.data:
         return int(ExitCode.DONE)
     for name, status in statuses.items():
@@ -123,7 +129,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
         line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
         console.print(line, highlight=False, soft_wrap=True)
     for row in journal.rows():
-        if row["event"] == "job failed" and float(row["written"]) >= begin:  # type: ignore[arg-type]
+        if row["event"] == "job failed" and number(row, "written") >= begin:
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
     statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
@@ -200,6 +206,20 @@ def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
     return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 
+class _PrintKeys(argparse.Action):
+    """Prints the page of YAML keys and ends, as `--help` does, without a sweep file."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _namespace: object, prefix: object, _option: object
+    ) -> None:
+        """Print the keys that begin with the prefix."""
+        try:
+            sys.stdout.write(keys_page(str(prefix or "")) + "\n")
+        except ConfigError as error:
+            parser.error(str(error))
+        parser.exit()
+
+
 class _Redraw:
     """Redraws the report beside the training, in a process of its own, as points arrive."""
 
@@ -248,6 +268,15 @@ def _parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
     parser.add_argument("--status", action="store_true", help="print where every run stands")
     parser.add_argument("--data", action="store_true", help="build the data and stop")
+    parser.add_argument("--verify", action="store_true", help="check every byte of the data; stop")
+    parser.add_argument(
+        "--keys",
+        nargs="?",
+        action=_PrintKeys,
+        metavar="PREFIX",
+        help="print every YAML key with its type, default and meaning, or those that begin with a "
+        "prefix such as optimizer or model.blocks, and stop",
+    )
     parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
     return parser.parse_intermixed_args(words)
 

@@ -21,7 +21,7 @@ from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
 from trainer.exit_codes import ExitCode
-from trainer.record import read_json, read_run
+from trainer.record import number, read_json, read_run
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
 
 LINE_SECONDS = 2.0
@@ -81,7 +81,8 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
     evaluation = plain.pop("evaluation", {})
     for section in ("dataset", "launcher"):
         plain.pop(section, None)
-    plain["precision"] = resolve_precision(str(plain.get("precision", "auto")))
+    if plain.get("precision", "auto") == "auto":
+        plain["precision"] = resolve_precision("auto")
     try:
         experiment = Experiment(
             load(RunConfig, plain),
@@ -104,10 +105,13 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
         return 1
     stored = read_run(folder)
     for row in stored.evaluations:
-        nats = float(row["total_nats"]) / float(row["targets"])  # type: ignore[arg-type]
+        if row.get("error"):
+            console.print(f"evaluation at step {row['step']} failed: {escape(str(row['error']))}")
+            continue
+        nats = number(row, "total_nats") / number(row, "targets")
         console.print(
             f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats a token, "
-            f"{float(row['bits_per_byte']):.4f} bits a byte",  # type: ignore[arg-type]
+            f"{number(row, 'bits_per_byte'):.4f} bits a byte",
             highlight=False,
         )
     return int(ExitCode.DONE)

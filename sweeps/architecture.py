@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from models.backbone import BackboneConfig
 from trainer.schema import load, read_yaml
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -10,36 +12,34 @@ ARCHITECTURES = Path(__file__).parent / "architectures"
 
 @dataclass(frozen=True)
 class ArchitectureConfig:
-    """An architecture without a size.
-
-    Attributes:
-        blocks: blocks by name, as in a backbone; `n_heads`, `d_hidden` and `max_len` that a kind
-            needs and that are left out are filled in from the rung and the context.
-        pattern: as in a backbone.
-        layers_ratio: layers per layer of the Transformer.
-        hidden_ratio: published inner width of channel mixers over d_model.
-        d_model_step: legal step of d_model from 512 on; below, it is 4.
-        narrow: keys over the blocks where d_model is below 512: published sizes that make no
-            sense there, such as a state larger than the width.
-        narrow_options: keys over `narrow` that are tried in turn where no shape reaches a rung
-            without them: a state in place of an inner width, where an architecture has none.
-        learned_positions: whether absolute places up to the context are learned.
-        learning_rate_scale: the architecture's factor on the rung's learning rate.
-        learning_rate_evidence: the sweep that the factor was read off, and its rungs.
-        model: other keys of the backbone.
-    """
+    """An architecture without a size."""
 
     blocks: dict[str, dict]
+    """Blocks by name, as model.blocks; n_heads, d_hidden and max_len that a kind needs and that are
+    left out are filled in from the rung and the sequence length."""
     pattern: str
+    """Names of blocks, separated by spaces, repeated to the depth."""
     layers_ratio: float = 1.0
+    """Layers per layer of a Transformer of the rung, as published; the search for a size starts
+    from it."""
     hidden_ratio: float = 8 / 3
+    """Published inner width of channel mixers over d_model; 8/3 as in Llama (Touvron 2023)."""
     d_model_step: int = 16
+    """Step of the widths to try, from d_model 512 on; below, it is 4."""
     narrow: dict = field(default_factory=dict)
+    """Keys that replace those of the blocks below d_model 512, where published sizes, such as a
+    state larger than the width, make no sense."""
     narrow_options: tuple[dict, ...] = ()
+    """Alternatives to `narrow`, tried in turn where no shape comes within 1 % of a rung: a state
+    size in place of an inner width, for an architecture that has none."""
     learned_positions: bool = False
+    """Learned absolute positions up to the sequence length."""
     learning_rate_scale: float = 1.0
+    """The architecture's factor on the rung's learning rate, above 0."""
     learning_rate_evidence: str = ""
-    model: dict = field(default_factory=dict)
+    """The search that the factor was read off, and its rungs."""
+    model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
+    """Other keys of the model, such as form or tied."""
 
 
 def read_architectures() -> dict[str, ArchitectureConfig]:

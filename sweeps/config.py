@@ -1,32 +1,43 @@
 """What a sweep file may say: ladders, corpora, architectures, and where runs are executed."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from data_pipelines.config import DatasetConfig
-from trainer.config import Objective
+from models.backbone import BackboneConfig
+from trainer.config import (
+    EvaluationConfig,
+    ExecutionConfig,
+    Objective,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 
 @dataclass(frozen=True)
 class LauncherConfig:
-    """Where runs are executed; the trainer never sees it.
-
-    Attributes:
-        cluster: `local` processes, `slurm`, or `inline` in the launcher's own process.
-        slots: CPU threads (or GPUs) that local runs may hold together; None for all there are.
-        partition, account, minutes, memory_gb: as SLURM asks for them.
-        runs_per_job: small runs that one SLURM job trains one after the other.
-    """
+    """Where runs are executed; it is not part of a run's configuration."""
 
     cluster: Literal["local", "slurm", "inline"] = "local"
+    """local for processes on this machine, slurm for SLURM jobs, inline for the launcher's own
+    process."""
     slots: int | None = None
+    """CPU threads that local runs may use together; null for all that this process may use."""
     partition: str | None = None
+    """SLURM's --partition; null for the cluster's default."""
     account: str | None = None
+    """SLURM's --account; null for the user's default."""
     minutes: int = 240
+    """Time limit of a job, in minutes (SLURM's --time); longer runs are requeued and resume."""
     memory_gb: int | None = None
+    """Memory per node in GB (SLURM's --mem); null for the cluster's default."""
     gpus_per_node: int = 0
+    """GPUs per node (SLURM's --gpus-per-node)."""
     ranks_per_node: int | None = None
+    """Ranks per node on SLURM; null for all ranks of a run on one node."""
     runs_per_job: int = 8
+    """Single-rank runs that one SLURM job trains one after the other, so that small runs do not
+    wait in the queue one by one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,9 @@ class PowerRule:
     """coefficient * (N / 1e6) ** exponent of a rung's nominal parameters N."""
 
     coefficient: float
+    """The rule's value at 1 M parameters."""
     exponent: float
+    """Power of the size; below 0 the value falls with size."""
 
     def at(self, parameters: int) -> float:
         """The rule's value."""
@@ -42,42 +55,54 @@ class PowerRule:
 
 
 @dataclass(frozen=True)
-class Replicates:
-    """More seeds of some rungs, which show the noise floor."""
+class ExtraSeeds:
+    """Additional seeds at some rungs, which measure the seed noise."""
 
     rungs: tuple[str, ...]
+    """Sizes that are trained with these seeds too."""
     seeds: tuple[int, ...]
+    """The additional seeds."""
 
 
 @dataclass(frozen=True)
 class LadderConfig:
-    """Sizes, horizons and the rules that all arms share.
-
-    Attributes:
-        horizons: token budgets; runs of one seed that differ in these alone share a trunk.
-        tokens_per_parameter: budgets as multiples of a rung's nominal parameters, instead.
-        replicates: more seeds of some rungs.
-        more_corpora: corpora beside the default ones.
-        learning_rate_factors: factors on the rule's rate, each a run of its own: a search.
-        epoch_blocks: longer epochs than the corpora's own, for horizons that would repeat blocks.
-    """
+    """Sizes, horizons and the rules that all architectures and corpora share."""
 
     rungs: tuple[str, ...]
+    """Model sizes, by name: 10k to 3B (launch/ladder.py lists them)."""
     seq_len: int
+    """Tokens of a training sequence."""
     batch_tokens: int
+    """Tokens per optimizer step, the same at all sizes."""
     learning_rate: PowerRule
+    """Peak learning rate as a power of the size."""
     warmup_tokens: int
+    """Tokens of linear warm-up, the same at all sizes."""
     seeds: tuple[int, ...] = (17,)
+    """Seeds that every run is trained with."""
     horizons: tuple[int, ...] = ()
+    """Token budgets, rounded to whole batches; runs that differ in these alone share a trunk.
+    Either these or tokens_per_parameter."""
     tokens_per_parameter: tuple[float, ...] = ()
-    replicates: Replicates | None = None
+    """Token budgets as multiples of a rung's nominal parameters; 20 is about Chinchilla's optimum
+    (Hoffmann et al. 2022)."""
+    replicates: ExtraSeeds | None = None
+    """Additional seeds at some rungs; null for none."""
     more_corpora: tuple[str, ...] = ()
+    """Mixtures to train on beside the corpora's default ones."""
     learning_rate_factors: tuple[float, ...] = (1.0,)
+    """Factors on the rule's learning rate, each a run of its own; several make the sweep a search
+    over learning rates."""
     epoch_blocks: int | None = None
+    """Blocks per epoch, for horizons that would repeat the corpora's own; null for those."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    model: dict = field(default_factory=dict)
-    execution: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
+    """Precision of matrix products; auto takes bf16 on a GPU and fp32 on a CPU."""
+    model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
+    """Keys that replace the architectures' own, as the sweep's model does; that one wins."""
+    execution: Annotated[dict, ExecutionConfig] = field(default_factory=dict)
+    """How runs of this ladder are executed; the sweep's execution wins."""
+    evaluation: Annotated[dict, EvaluationConfig] = field(default_factory=dict)
+    """What is measured of this ladder's runs; the sweep's evaluation wins."""
 
     def __post_init__(self) -> None:
         if bool(self.horizons) == bool(self.tokens_per_parameter):
@@ -89,50 +114,66 @@ class MixtureConfig:
     """One corpus: shares of domains, and how many bytes of them are unique."""
 
     domains: dict[str, float]
+    """Share of each domain; the shares sum to 1."""
     unique_bytes: int | None = None
+    """UTF-8 bytes of distinct training text, after which it repeats; null for all there is."""
 
 
 @dataclass(frozen=True)
 class CorporaConfig:
-    """A dataset and the corpora mixed from its domains.
-
-    Attributes:
-        default: names of the mixtures that every ladder crosses.
-        neutral_set: evaluation set of equal share in all corpora, for headlines.
-        epoch_blocks: blocks after which the order starts anew; fixed for the study.
-    """
+    """A dataset and the corpora mixed from its domains."""
 
     dataset: DatasetConfig
+    """The dataset, built at the first run of the sweep."""
     mixtures: dict[str, MixtureConfig]
+    """Corpora, by name."""
     default: tuple[str, ...]
+    """Mixtures that every ladder trains on."""
     neutral_set: str
+    """Domain with the same share in all mixtures, whose validation loss the headline compares."""
     epoch_blocks: int
+    """Blocks per epoch, after which they are shuffled anew; the same for the whole study."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`.
-
-    Attributes:
-        objective: what is predicted; the form of all backbones follows from it.
-        mask_rate: share of the tokens that an objective with masks hides in training.
-        baselines: orders of n-gram models of the training bytes that the report shows as lines.
-    """
+    """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`."""
 
     name: str
+    """Name of its folder below runs/; a ladder other than default is appended to it."""
     ladder: str
+    """Which of the ladders to train."""
     corpus: str
+    """Which of the corpora to train on."""
     architectures: tuple[str, ...]
+    """Architectures to train, by the names of sweeps/architectures/."""
     ladders: dict[str, LadderConfig]
+    """Ladders of model sizes, by name."""
     corpora: dict[str, CorporaConfig]
+    """Datasets and their mixtures, by name."""
     objective: Objective = "causal_lm"
+    """What is predicted; it decides whether models are decoders, encoders or both."""
     mask_rate: float = 0.3
+    """Share of the tokens, 0 to 1, that a masked objective hides in training."""
     baselines: tuple[int, ...] = ()
-    model: dict = field(default_factory=dict)
-    optimizer: dict = field(default_factory=dict)
-    schedule: dict = field(default_factory=dict)
-    execution: dict = field(default_factory=dict)
-    evaluation: dict = field(default_factory=dict)
+    """Orders of n-gram models of the training bytes that the report shows as lines; 2 for a
+    bigram."""
+    model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
+    """Keys of the model that replace the architectures' own; blocks apply to the architectures that
+    have a block of that name."""
+    optimizer: Annotated[dict, OptimizerConfig] = field(default_factory=dict)
+    """Keys of the optimizer, over those that ladder and architecture give."""
+    schedule: Annotated[dict, ScheduleConfig] = field(default_factory=dict)
+    """Keys of the learning-rate schedule."""
+    execution: Annotated[dict, ExecutionConfig] = field(default_factory=dict)
+    """How runs are executed."""
+    evaluation: Annotated[dict, EvaluationConfig] = field(default_factory=dict)
+    """What is measured of every run."""
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
+    """Where runs are executed."""
     also: tuple[dict, ...] = ()
+    """More runs: each entry sets some of architecture, corpus, rung, seed, learning_rate_factor,
+    horizon (a token budget), label (a name for a repeat of a run) and execution; the rest is the
+    ladder's. A list of values makes a run of each."""
     exclude: tuple[dict, ...] = ()
+    """Runs to leave out: those that match all values of an entry."""

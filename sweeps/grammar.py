@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -277,7 +277,7 @@ def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
         yield max(1, round(tokens / batch)) * batch
 
 
-def resolve_precision(asked: str) -> Any:  # noqa: ANN401
+def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
     """What `auto` means on this machine: bf16 on a GPU, fp32 elsewhere."""
     if asked != "auto":
         return asked

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
+from data_pipelines.durable import sync
 from data_pipelines.fault_points import fault_point
 from trainer.manifest import (
     FORMAT,
@@ -269,7 +270,7 @@ def _write_and_sync(tmp: Path, draft: Draft) -> list[str]:
     names = list_files(tmp)
     # Also what other ranks have written: a second fsync is nearly free, and each host needs one.
     for name in names:
-        _sync(tmp / name)
+        sync(tmp / name)
     fault_point("save.files_synced")
     return names
 
@@ -296,14 +297,14 @@ def _commit(tmp: Path, draft: Draft, files: dict[str, FileHash], owner: RunRecor
     }
     (tmp / MANIFEST).write_text(manifest_text(body))
     fault_point("save.manifest_written")
-    _sync(tmp / MANIFEST)
+    sync(tmp / MANIFEST)
     for at, _, _ in os.walk(tmp):
-        _sync(Path(at))
+        sync(Path(at))
     _require_owned(owner)
     fault_point("save.before_rename")
     tmp.rename(final)
     fault_point("save.renamed")
-    _sync(tmp.parent)
+    sync(tmp.parent)
     fault_point("save.parent_synced")
     return final
 
@@ -342,13 +343,4 @@ def _quarantine(rejected: Rejected) -> None:
     aside = rejected.path.with_name(f"{rejected.path.name}.bad-{rejected.reason}")
     taken = len(list(aside.parent.glob(f"{aside.name}*")))
     rejected.path.rename(aside.with_name(f"{aside.name}-{taken}") if taken else aside)
-    _sync(aside.parent)
-
-
-def _sync(path: Path) -> None:
-    """Bring a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(aside.parent)

@@ -15,25 +15,31 @@ from models.backbone import BackboneConfig
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its batch.
-
-    Attributes:
-        learning_rate: peak rate of the rung, the same for all architectures.
-        learning_rate_scale: the architecture's own factor on it.
-        batch_tokens: tokens a step, over all ranks and accumulated micro-batches.
-        gradient_clip: largest global gradient norm; larger ones are scaled down to it.
-        max_skipped_steps: non-finite steps in a row that are survived; one more ends the run.
-    """
+    """AdamW (Loshchilov and Hutter 2019) and its batch."""
 
     learning_rate: float
+    """Peak learning rate, above 0; the same for all architectures of a rung. In a sweep the
+    ladder's rule gives it."""
     batch_tokens: int
+    """Tokens per optimizer step, over all ranks and accumulated micro-batches; a multiple of
+    corpus.seq_len. In a sweep the ladder gives it."""
     learning_rate_scale: float = 1.0
+    """The architecture's own factor on the learning rate, above 0. In a sweep the architecture's
+    file gives it, with the search that it was read off."""
     weight_decay: float = 0.1
+    """Decoupled weight decay, 0 or more; norms, biases and what a mixer exempts are not decayed.
+    0.1 as in GPT-3 (Brown et al. 2020, appendix B)."""
     beta1: float = 0.9
+    """Decay of the gradient's running mean, 0 to 1 (GPT-3)."""
     beta2: float = 0.95
+    """Decay of the squared gradient's running mean, 0 to 1 (GPT-3)."""
     eps: float = 1e-8
+    """Added to the root of the squared gradient's mean, above 0 (Kingma and Ba 2015)."""
     gradient_clip: float = 1.0
+    """Largest global gradient norm, above 0; a larger gradient is scaled down to it (GPT-3)."""
     max_skipped_steps: int = 0
+    """Consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run
+    as diverged."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
@@ -44,17 +50,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Warm-up, stable, decay (Hu et al. 2024, section 4).
-
-    Attributes:
-        warmup_tokens: tokens over which the rate rises linearly from 0; the same at all horizons.
-        decay_fraction: last share of the budget, over which the rate falls linearly; 0 for none.
-        final_share: share of the peak rate at the end of the decay.
-    """
+    """Warm-up, stable, decay (Hu et al. 2024, section 4)."""
 
     warmup_tokens: int
+    """Tokens over which the learning rate rises linearly from 0; the same at all horizons, so that
+    they share a trunk. In a sweep the ladder gives it."""
     decay_fraction: float = 0.2
+    """Last share of the budget, 0 to 1, over which the learning rate falls linearly; 0 for none.
+    10 to 20 % of the steps do as well as a cosine schedule (Haegele et al. 2024)."""
     final_share: float = 0.0
+    """Learning rate at the end of the decay as a share of the peak, 0 to 1."""
 
     def __post_init__(self) -> None:
         _require_within(self, 0, math.inf, "warmup_tokens")
@@ -63,13 +68,10 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """How long a run trains.
-
-    Attributes:
-        tokens: its horizon; a whole number of batches.
-    """
+    """How long a run trains."""
 
     tokens: int
+    """Training tokens, the run's horizon; a whole number of batches."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "tokens")
@@ -86,30 +88,37 @@ FORMS: Mapping[str, tuple[str, bool]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What is trained. Its hash is the run id.
-
-    Attributes:
-        architecture: name of the architecture in the study.
-        rung: name of the size in the study.
-        nominal_parameters: size of the rung that budgets and rates are derived from.
-        precision: fp32, or bf16 for bf16 products over fp32 weights.
-        objective: next tokens; hidden tokens (an encoder's); a hidden span, written by a decoder
-            after an encoder has read the rest. The last two hide with the vocabulary's last id.
-        mask_rate: share of the tokens that the objective hides in training.
-    """
+    """What is trained. Its hash is the run id."""
 
     architecture: str
+    """Name of the architecture; in a sweep one of sweeps/architectures/."""
     rung: str
+    """Name of the model size, such as 31k."""
     nominal_parameters: int
+    """Parameters of the rung, which budgets and learning rates are derived from; the model's own
+    may differ by 1 %."""
     model: BackboneConfig
+    """The model: blocks, depth and width."""
     corpus: DataConfig
+    """The training data: a mixture of the domains of one dataset."""
     optimizer: OptimizerConfig
+    """The optimizer and its batch."""
     schedule: ScheduleConfig
+    """The learning-rate schedule."""
     budget: BudgetConfig
+    """How long the run trains."""
     precision: Literal["fp32", "bf16"]
+    """fp32, or bf16 for bf16 matrix products over fp32 weights. In a sweep and in a run's YAML,
+    auto takes bf16 on a GPU and fp32 on a CPU."""
     seed: int
+    """Seed of the initial weights and of what masked objectives hide."""
     objective: Objective = "causal_lm"
+    """What is predicted: the next token; masked tokens, by an encoder; or a masked span, by a
+    decoder that attends to an encoder of the rest. The last two mask with the vocabulary's last
+    id."""
     mask_rate: float = 0.3
+    """Share of the tokens, 0 to 1, that a masked objective hides in training; causal_lm ignores it.
+    0.3 as in M2-BERT (Fu et al. 2023)."""
 
     def __post_init__(self) -> None:
         _require_within(self, 0, 1, "mask_rate")
@@ -172,36 +181,37 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """How a run is executed; it may change a number only by rounding of fp32 reductions.
-
-    Attributes:
-        ranks: processes of one run.
-        sequence_parallel: consecutive ranks that hold the parts of the same sequences, a divisor
-            of `ranks`; 1 for whole sequences on every rank.
-        threads: CPU threads of each process, fixed for the life of a run.
-        micro_batch_sequences: sequences a rank passes through the model at once; None for all.
-        zero_stage: DeepSpeed's ZeRO stage.
-        recompute: whether blocks are computed anew in the backward pass: less memory, a third more
-            work, the same numbers.
-        compile: whether `torch.compile` makes the blocks faster; the first steps take minutes.
-        save_every_tokens: tokens between checkpoints; None saves at forks and the end only.
-        keep_checkpoints: newest checkpoints kept beside the pinned ones.
-        data_root: folder of the built datasets.
-        tracker: where rows are copied to.
-    """
+    """How a run is executed; it changes results only by the rounding of fp32 reductions."""
 
     ranks: int = 1
+    """Processes of one run, 1 or more."""
     sequence_parallel: int = 1
+    """Consecutive ranks that share each sequence, cut along its length; a divisor of ranks. 1 for
+    whole sequences on every rank."""
     threads: int = 1
+    """CPU threads per process, 1 or more; another number changes the rounding of sums."""
     micro_batch_sequences: int | None = None
+    """Sequences that a rank passes through the model at once; the rest of its batch is accumulated.
+    null for all at once."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage (Rajbhandari et al. 2020): 1 shards optimizer states, 2 gradients too;
+    3 shards weights too and needs ranks 1 here."""
     recompute: bool = False
+    """Activation checkpointing: recompute each block in the backward pass, for less memory, about a
+    third more work and the same numbers."""
     compile: bool = False
+    """Compile the blocks with torch.compile; the first steps take minutes."""
     save_every_tokens: int | None = None
+    """Training tokens between checkpoints; null saves at forks and at the end only."""
     keep_checkpoints: int = 2
+    """Newest checkpoints to keep, 1 or more, beside those that other runs branch from. 2, so that a
+    damaged newest one leaves another."""
     data_root: str = "data"
+    """Folder of the built datasets."""
     tracker: Literal["off", "wandb"] = "off"
+    """Where metrics are copied to, beside the run's own record."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model is trained; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "ranks", "sequence_parallel", "threads", "keep_checkpoints")
@@ -233,20 +243,17 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is measured of a checkpoint; hashed into the evaluation id, never into the run id.
-
-    Attributes:
-        milestones: token counts at which every run is evaluated, beside its end.
-        blocks_per_set: validation blocks read of each set.
-        batch_sequences: sequences evaluated at once.
-        mask_rate: share of the tokens that an objective with masks hides here, whatever it hid in
-            training.
-    """
+    """What is measured of a checkpoint; hashed into the evaluation id, never into the run id."""
 
     milestones: tuple[int, ...] = ()
+    """Training tokens after which every run is evaluated, beside its end."""
     blocks_per_set: int = 64
+    """Validation blocks that are read of each evaluation set, 1 or more."""
     batch_sequences: int = 16
+    """Sequences evaluated at once, 1 or more; changes speed and memory only."""
     mask_rate: float = 0.15
+    """Share of the tokens, 0 to 1, that a masked objective hides in evaluation, whatever it hides
+    in training; 0.15 as in BERT (Devlin et al. 2019)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "blocks_per_set", "batch_sequences")

@@ -135,17 +135,6 @@ def intact(folder: Path) -> list[tuple[Path, dict]]:
     return fitting
 
 
-def verify(folder: Path) -> dict:
-    """The manifest of a checkpoint whose every file is as committed and calls no code when loaded.
-
-    Raises:
-        CheckpointError: names the file and what is wrong with it.
-    """
-    manifest = read_manifest(folder)
-    verify_files(folder, manifest)
-    return manifest
-
-
 def verify_sizes(folder: Path, manifest: Mapping) -> None:
     """Check that a checkpoint has the listed files and no other, each of the listed size.
 

@@ -15,14 +15,13 @@ Rows are flat; a key names its unit. A column is *exact* (bit-identical after an
 *measured* (times, memory). This file imports no torch: a laptop reads records with it.
 """
 
-import contextlib
 import fcntl
 import json
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -124,10 +123,6 @@ class RunRecord:
         """Add the row of one step."""
         self._append("metrics.jsonl", [row])
 
-    def append_evaluation(self, row: Row) -> None:
-        """Add the row of one evaluation set at one milestone."""
-        self._append("evaluations.jsonl", [row])
-
     def append_evaluations(self, rows: Sequence[Row]) -> None:
         """Add the rows of all sets at one milestone, in one write: all of them or none."""
         self._append("evaluations.jsonl", rows)
@@ -204,6 +199,20 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def number(row: Row, column: str) -> float:
+    """A column that holds numbers.
+
+    Raises:
+        RuntimeError: it holds something else.
+    """
+    value = row.get(column)
+    if not isinstance(value, int | float):
+        raise RuntimeError(
+            f"column {column} is {value!r}, which is not a number; look at the row in the record"
+        )
+    return float(value)
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file, or an empty one if there is no such file.
 
@@ -242,16 +251,6 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def open_record(path: Path) -> Iterator[RunRecord]:
-    """A RunRecord that is given back at the end."""
-    record = RunRecord(path)
-    try:
-        yield record
-    finally:
-        record.close()
 
 
 def _lock_or_refuse(path: Path) -> IO[str]:

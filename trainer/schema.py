@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,8 @@ from models.channel import ChannelConfig, channel_kinds
 from models.mixer import MixerConfig, mixer_kinds
 
 MAX_YAML_BYTES = 1_000_000
+
+Config = TypeVar("Config")
 
 RENAMED: Mapping[str, str] = {}
 """Old key path -> new key path, or "" for a key that is gone: the only shim for stored configs."""
@@ -33,7 +35,7 @@ def dump(config: object) -> dict[str, Any]:
     return plain
 
 
-def load(kind: type, data: object, path: str = "") -> Any:  # noqa: ANN401
+def load(kind: type[Config], data: object, path: str = "") -> Config:
     """Build a config from plain data.
 
     Args:
@@ -107,6 +109,12 @@ def suggest(wrong: str, known: Sequence[str]) -> str:
     return f"{hint}known: {', '.join(sorted(known))}"
 
 
+def kinds_of(config: type) -> Mapping[str, type] | None:
+    """The classes that a `kind` key chooses from, by that name; None for a class of one kind."""
+    families = {MixerConfig: mixer_kinds, ChannelConfig: channel_kinds}
+    return families[config]() if config in families else None
+
+
 def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
@@ -152,10 +160,9 @@ def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
 
 
 def _resolve_kind(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
-    families = {MixerConfig: mixer_kinds, ChannelConfig: channel_kinds}
-    if kind not in families:
+    known = kinds_of(kind)
+    if known is None:
         return kind
-    known = families[kind]()
     name = _mapping(data, path).get("kind")
     if name is None:
         raise ConfigError(f"{path}.kind is missing; choose from {', '.join(known)}")

@@ -1,8 +1,6 @@
-"""One run while it is trained: its engine, its record on rank 0, and what is done with both."""
+"""One run while it is trained: its engine, stream, checkpoints and evaluations."""
 
-import hashlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -11,24 +9,23 @@ from data_pipelines.batch import Batch
 from data_pipelines.fault_points import fault_point
 from data_pipelines.manifest import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
-from models.accounting import Account, account
 from models.backbone import build_backbone
 from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
-from trainer.engine import Engine, StepResult
+from trainer.engine import Engine
 from trainer.evaluate import Evaluator
 from trainer.heartbeat import Heartbeat
-from trainer.ids import evaluation_id, run_id, trunk_id
-from trainer.machine import gemm_peak_flops, memory_bytes, provenance
+from trainer.ids import evaluation_id, trunk_id
 from trainer.manifest import CheckpointError, Found, inspect
-from trainer.record import Row, RunRecord, read_run
+from trainer.record import Row, number, read_run
+from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
-from trainer.schema import ConfigError, dump
+from trainer.schema import ConfigError
 from trainer.shared_stream import shared_batches
+from trainer.train_state import TrainState
 
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
 """Seconds that a phase may last before the stall report."""
-STATUS_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,28 +50,8 @@ class Outcome:
     message: str = ""
 
 
-@dataclass
-class TrainState:
-    """What is carried from step to step, and through a checkpoint."""
-
-    step: int = 0
-    certificate: int = 0
-    skipped_in_row: int = 0
-
-    def facts(self, session: "Session") -> dict[str, object]:
-        """As a checkpoint's manifest states it."""
-        return {
-            "tokens": self.step * session.config.optimizer.batch_tokens,
-            "certificate": f"{self.certificate:016x}",
-            "skipped_in_row": self.skipped_in_row,
-            "trunk": trunk_id(session.config),
-            "dataset_root_hash": session.root_hash,
-            "layout": session.layout(),
-        }
-
-
 class Session:
-    """The parts of one run, made from its configs; every rank has one, rank 0 holds the record."""
+    """The parts of one run, made from its configs; every rank has one."""
 
     def __init__(
         self,
@@ -90,17 +67,11 @@ class Session:
         self.root_hash = read_dataset(self._data_root / config.corpus.dataset).root_hash
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
-        self._account: Account = account(config.model, config.corpus.seq_len)
         self._evaluator = Evaluator(config, evaluation, self._data_root)
         self._stream: TokenStream | None = None
-        self._shown = 0.0
-        self.record = RunRecord(folder) if self.engine.ranks.rank == 0 else None
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = self.engine.ranks.rank
-        self.heartbeat = Heartbeat(folder, rank, DEADLINES, self.complain)
-        self._tracker = None
-        if self.record is not None:
-            self._open_record(self.record)
+        self.log = RunLog(folder, config, self.engine)
+        self.log.open(execution, evaluation, self.root_hash)
+        self.heartbeat = Heartbeat(folder, self.engine.ranks.rank, DEADLINES, self.log.warn)
 
     def resume(self) -> TrainState:
         """Take up the newest checkpoint: the run's own, else one of its trunk before the fork."""
@@ -113,9 +84,8 @@ class Session:
         self._refuse_changes(found)
         self.engine.load(found.path)
         for rejected in found.rejected:
-            self.complain(rejected.message)
-        facts = found.manifest
-        return TrainState(facts["step"], int(facts["certificate"], 16), facts["skipped_in_row"])
+            self.log.warn(rejected.message)
+        return TrainState.of_manifest(found.manifest)
 
     def open_stream(self, first_step: int) -> Iterator[Batch]:
         """This rank's batches from a step on; what one rank cannot open stops all of them."""
@@ -138,61 +108,32 @@ class Session:
         sequences = self.config.batch_sequences // ranks.data_ranks
         return shared_batches(self._stream, ranks, (sequences, self.config.corpus.seq_len))
 
-    def write_row(
-        self, progress: TrainState, result: StepResult, rate: float, seconds: tuple[float, float]
-    ) -> None:
-        """Record one step."""
-        if self.record is None:
-            return
-        took, waited = seconds
-        batch = self.config.optimizer.batch_tokens
-        speed = batch * self._account.training_flops_per_token / took
-        row: Row = {
-            "step": progress.step,
-            "tokens": progress.step * batch,
-            "learning_rate": rate,
-            "loss_nats": result.loss_nats,
-            "gradient_norm": result.gradient_norm,
-            "skipped": result.skipped,
-            "certificate": f"{progress.certificate:016x}",
-            "step_seconds": took,
-            "data_wait_seconds": waited,
-            "tokens_per_second": batch / took,
-            "flops_per_second": speed,
-            "gemm_peak_share": speed / self._peak,
-            "memory_bytes": memory_bytes(self.engine.device),
-        }
-        self.record.append_metrics(row)
-        if self._tracker is not None:
-            self._tracker.log(row)
-        self._show(progress, loss_nats=result.loss_nats, tokens_per_second=batch / took)
-
-    def save(self, progress: TrainState, *, pinned: bool) -> None:
-        """Publish a checkpoint; a failure is told and training goes on."""
-        self.heartbeat.beat(progress.step, "save")
-        if self.record is not None:
-            self.record.sync()
-        draft = Draft(progress.step, progress.facts(self), pinned, self.engine.save)
-        saved = publish(self.folder / "checkpoints", draft, self._group, self.record)
+    def save(self, state: TrainState, *, pinned: bool) -> None:
+        """Publish a checkpoint; after a failure there is a warning and training goes on."""
+        self.heartbeat.beat(state.step, "save")
+        # Rows first: a checkpoint must never be ahead of the metrics that led to it.
+        self.log.sync()
+        draft = Draft(state.step, self._facts(state), pinned, self.engine.save)
+        saved = publish(self.folder / "checkpoints", draft, self._group, self.log.record)
         if isinstance(saved, SaveFailure):
-            self.complain(str(saved))
+            self.log.warn(str(saved))
             return
         keep = self.execution.keep_checkpoints
-        failure = collect(self.folder / "checkpoints", keep, self._group, self.record)
+        failure = collect(self.folder / "checkpoints", keep, self._group, self.log.record)
         if failure is not None:
-            self.complain(str(failure))
+            self.log.warn(str(failure))
 
-    def evaluate(self, progress: TrainState) -> None:
-        """Measure all sets, unless that was done; an error is a row, never the end of the run."""
+    def evaluate(self, state: TrainState) -> None:
+        """Measure all sets unless that was done; an error becomes a row and training goes on."""
         measured = evaluation_id(self.evaluation)
-        tokens = progress.step * self.config.optimizer.batch_tokens
-        row: Row = {"step": progress.step, "tokens": tokens, "evaluation_id": measured}
-        done = {e["evaluation_set"] for e in self._evaluations(measured, progress.step)}
+        tokens = state.step * self.config.optimizer.batch_tokens
+        row: Row = {"step": state.step, "tokens": tokens, "evaluation_id": measured}
+        done = {e["evaluation_set"] for e in self._evaluations(measured, state.step)}
         if done >= set(self._evaluator.sets):
             return
-        self.heartbeat.beat(progress.step, "evaluate")
-        decayed = not self.lineage.forks and progress.step == self.config.steps
-        row |= {"decayed": decayed, "certificate": f"{progress.certificate:016x}"}
+        self.heartbeat.beat(state.step, "evaluate")
+        decayed = not self.lineage.forks and state.step == self.config.steps
+        row |= {"decayed": decayed, "certificate": state.certificate_hex}
         rows: list[Row] = []
         try:
             for result in self._evaluator.evaluate(self.engine):
@@ -200,40 +141,32 @@ class Session:
                 rows.append({**row, **asdict(result), **bits})
                 fault_point("evaluate.set_done")
         except (RuntimeError, OSError) as error:
-            self.complain(f"evaluation at step {progress.step} failed: {error}")
+            self.log.warn(f"evaluation at step {state.step} failed: {error}")
             rows = [{**row, "error": str(error)}]
-        if self.record is not None:
-            self.record.append_evaluations(rows)
+        self.log.write_evaluations(rows)
 
-    def stop(self, progress: TrainState, name: str) -> Outcome:
+    def stop(self, state: TrainState, name: str) -> Outcome:
         """End early, with everything saved."""
-        message = f"stopped by {name or 'another rank'} at step {progress.step}"
-        if self.record is not None:
-            self.record.write_status("stopped", step=progress.step, message=message)
-        return Outcome("stopped", progress.step, message)
+        message = f"stopped by {name or 'another rank'} at step {state.step}"
+        self.log.write_status("stopped", state, message=message)
+        return Outcome("stopped", state.step, message)
 
-    def diverge(self, progress: TrainState) -> Outcome:
-        """End with a result: training left the finite numbers."""
+    def diverge(self, state: TrainState) -> Outcome:
+        """End with a result: the loss or the gradient is not finite."""
         message = (
-            f"non-finite for {progress.skipped_in_row} steps in a row at step {progress.step}, "
+            f"non-finite for {state.skipped_in_row} steps in a row at step {state.step}, "
             f"{self.config.optimizer.max_skipped_steps} are allowed"
         )
-        self._write_summary("diverged", progress, message)
-        return Outcome("diverged", progress.step, message)
+        self._summarize("diverged", state, message)
+        return Outcome("diverged", state.step, message)
 
-    def finish(self, progress: TrainState) -> Outcome:
+    def finish(self, state: TrainState) -> Outcome:
         """End at the budget; a trunk gets no summary, since it may be extended."""
         if self.lineage.forks:
-            if self.record is not None:
-                self.record.write_status("extended", step=progress.step)
-            return Outcome("extended", progress.step)
-        self._write_summary("done", progress, "")
-        return Outcome("done", progress.step)
-
-    def complain(self, message: str) -> None:
-        """Leave a line where a person finds it: among the run's warnings."""
-        with (self.folder / "warnings.txt").open("a") as file:
-            file.write(message + "\n")
+            self.log.write_status("extended", state)
+            return Outcome("extended", state.step)
+        self._summarize("done", state, "")
+        return Outcome("done", state.step)
 
     def layout(self) -> dict[str, object]:
         """What may not change between a checkpoint and its resumption."""
@@ -244,32 +177,19 @@ class Session:
         """Free everything, so that another run can follow in this process."""
         if self._stream is not None:
             self._stream.close()
-        if self._tracker is not None:
-            self._tracker.close()
-        if self.record is not None:
-            self.record.close()
+        self.log.close()
         self.engine.close()
 
-    def _open_record(self, record: RunRecord) -> None:
-        self._peak = gemm_peak_flops(self.engine.device, self.engine.product_dtype)
-        record.write_config(dump(self.config))
-        record.write_provenance(
-            {
-                "run_id": run_id(self.config),
-                "trunk_id": trunk_id(self.config),
-                "decay_begins": decay_begins(self.config),
-                "evaluation_id": evaluation_id(self.evaluation),
-                "accounting": asdict(self._account),
-                "dataset_root_hash": self.root_hash,
-                "execution": dump(self.execution),
-                "gemm_peak_flops": self._peak,
-                **provenance(),
-            }
-        )
-        if self.execution.tracker == "wandb":
-            from trainer.tracker import Tracker
-
-            self._tracker = Tracker(self.folder.name, self.folder, dump(self.config))
+    def _facts(self, state: TrainState) -> dict[str, object]:
+        """What a checkpoint's manifest says of the run."""
+        return {
+            "tokens": state.step * self.config.optimizer.batch_tokens,
+            "certificate": state.certificate_hex,
+            "skipped_in_row": state.skipped_in_row,
+            "trunk": trunk_id(self.config),
+            "dataset_root_hash": self.root_hash,
+            "layout": self.layout(),
+        }
 
     def _find_fork(self, trunk: Path) -> Found | None:
         """Rank 0 looks and decides for all: a live trunk may collect folders meanwhile."""
@@ -280,9 +200,9 @@ class Session:
         return self._group.gather(found)[0]
 
     def _refuse_rows_without_checkpoint(self) -> None:
-        rows = read_run(self.folder).metrics if self.record is not None else []
+        rows = read_run(self.folder).metrics if self.log.record is not None else []
         every = self.execution.save_every_tokens
-        if rows and every and rows[-1]["tokens"] > 2 * every:  # type: ignore[operator]
+        if rows and every and number(rows[-1], "tokens") > 2 * every:
             raise CheckpointError(
                 "missing",
                 f"run {self.folder.name} has metrics to step {rows[-1]['step']} but no checkpoint; "
@@ -302,34 +222,10 @@ class Session:
         rows = (r for r in read_run(self.folder).evaluations if r["step"] == step)
         return [r for r in rows if r["evaluation_id"] == measured and not r.get("error")]
 
-    def _write_summary(self, state: str, progress: TrainState, message: str) -> None:
+    def _summarize(self, status: str, state: TrainState, message: str) -> None:
+        # Under ZeRO-3 gathering the weights is a collective, which every rank must enter.
         weights = self.engine.weights()
-        if self.record is None:
-            return
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            digest.update(name.encode())
-            digest.update(weights[name].numpy().tobytes())
-        summary: Mapping[str, object] = {
-            "state": state,
-            "step": progress.step,
-            "tokens": progress.step * self.config.optimizer.batch_tokens,
-            "certificate": f"{progress.certificate:016x}",
-            "parameters_sha256": digest.hexdigest(),
-            "read_blocks": self._realised(),
-            "message": message,
-        }
-        self.record.write_summary(summary)
-        self.record.write_status(state, step=progress.step, steps=self.config.steps)
-
-    def _realised(self) -> dict[str, dict[str, int]]:
-        """Blocks, different blocks and most repeats of each domain, over all ranks."""
-        assert self._stream is not None
-        return {domain: asdict(read) for domain, read in self._stream.realised().items()}
-
-    def _show(self, progress: TrainState, **facts: float) -> None:
-        now = time.monotonic()
-        if self.record is not None and now - self._shown > STATUS_SECONDS:
-            self._shown = now
-            steps = self.config.steps
-            self.record.write_status("running", step=progress.step, steps=steps, **facts)
+        if self.log.record is not None:
+            assert self._stream is not None, "rank 0 reads its own sequences"
+            read = {domain: asdict(each) for domain, each in self._stream.realised().items()}
+            self.log.write_summary(status, state, weights, read_blocks=read, message=message)

@@ -31,7 +31,7 @@ class Measured(NamedTuple):
     recall: Float[Tensor, "B L"] | None
 
 
-def swapped(model: BackboneConfig, swap: Mapping[str, Mapping[str, Any]]) -> BackboneConfig:
+def swapped(model: BackboneConfig, swap: Mapping[str, Mapping[str, object]]) -> BackboneConfig:
     """The model with mixers of some kinds replaced; fields that are not given are kept.
 
     Args:
@@ -44,7 +44,7 @@ def swapped(model: BackboneConfig, swap: Mapping[str, Mapping[str, Any]]) -> Bac
     plain = dump(model)
     for old, new in swap.items():
         known = mixer_kinds()
-        for kind in (old, new.get("kind", old)):
+        for kind in (old, str(new.get("kind", old))):
             if kind not in known:
                 raise ConfigError(f"unknown mixer kind {kind!r}; {suggest(kind, list(known))}")
         there = _kinds(plain["blocks"])

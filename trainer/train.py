@@ -27,7 +27,7 @@ def train(
     Every rank of the run calls it; rank 0 writes the record.
 
     Raises:
-        ConfigError: the configuration, or a change of it, cannot be session.
+        ConfigError: the configuration, or a change of it, cannot be run.
         RuntimeError: data, disk or checkpoints are not as they must be.
     """
     prepare_process(execution)
@@ -39,38 +39,38 @@ def train(
 
 
 def _loop(session: Session) -> Outcome:
-    progress = session.resume()
+    state = session.resume()
     plan = run_milestones(
         session.config, session.execution, session.evaluation, session.lineage.forks
     )
-    batches = session.open_stream(progress.step)
-    signal = StopSignal(GRACE_SECONDS, session.folder / "stop-stacks.txt", session.complain)
+    batches = session.open_stream(state.step)
+    signal = StopSignal(GRACE_SECONDS, session.folder / "stop-stacks.txt", session.log.warn)
     with signal, session.heartbeat:
-        if plan.events(progress.step).evaluate and progress.step:
-            session.evaluate(progress)
-        while progress.step < plan.last:
+        if plan.events(state.step).evaluate and state.step:
+            session.evaluate(state)
+        while state.step < plan.last:
             begin = time.perf_counter()
-            session.heartbeat.beat(progress.step, "data")
+            session.heartbeat.beat(state.step, "data")
             batch = next(batches)
             waited = time.perf_counter() - begin
-            session.heartbeat.beat(progress.step, "step")
-            rate = learning_rate(session.config, progress.step)
+            session.heartbeat.beat(state.step, "step")
+            rate = learning_rate(session.config, state.step)
             result = session.engine.step(batch, rate)
             # Of the ranks that hold parts of the same sequences one counts them.
             seen = certificate(batch.samples) if session.engine.ranks.shard == 0 else 0
             mixed, stops = session.engine.ranks.sum_integers([seen, int(signal.requested)])
-            progress.step += 1
-            progress.certificate = (progress.certificate + mixed) & 0xFFFFFFFFFFFFFFFF
-            progress.skipped_in_row = progress.skipped_in_row + 1 if result.skipped else 0
-            session.write_row(progress, result, rate, (time.perf_counter() - begin, waited))
+            state.step += 1
+            state.certificate = (state.certificate + mixed) & 0xFFFFFFFFFFFFFFFF
+            state.skipped_in_row = state.skipped_in_row + 1 if result.skipped else 0
+            session.log.write_step(state, result, rate, (time.perf_counter() - begin, waited))
             fault_point("train.step")
-            if progress.skipped_in_row > session.config.optimizer.max_skipped_steps:
-                return session.diverge(progress)
-            events = plan.events(progress.step)
+            if state.skipped_in_row > session.config.optimizer.max_skipped_steps:
+                return session.diverge(state)
+            events = plan.events(state.step)
             if events.save or stops:
-                session.save(progress, pinned=events.pin)
+                session.save(state, pinned=events.pin)
             if events.evaluate:
-                session.evaluate(progress)
+                session.evaluate(state)
             if stops:
-                return session.stop(progress, signal.name)
-        return session.finish(progress)
+                return session.stop(state, signal.name)
+        return session.finish(state)

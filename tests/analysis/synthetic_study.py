@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from trainer.record import open_record
+from trainer.record import RunRecord
 
 SIZES = {"r9k": 9e3, "r16k": 1.6e4, "r30k": 3e4, "r55k": 5.5e4, "r100k": 1e5}
 
@@ -89,7 +90,7 @@ def _write_run(study, path, trunk, point, state):
         return
     horizon, noise = point
     steps = int(horizon / 4096)
-    with open_record(path) as record:
+    with closing(RunRecord(path)) as record:
         record.write_config(_config(study, trunk, horizon))
         record.write_provenance(_provenance(study, trunk, path.name))
         for step in range(1, steps + 1, max(1, steps // 4)):
@@ -108,7 +109,7 @@ def _write_run(study, path, trunk, point, state):
 
 def _write_trunk(study, root, trunk, shift):
     trunk_id = _identity("trunk", *trunk)
-    with open_record(root / trunk_id) as record:
+    with closing(RunRecord(root / trunk_id)) as record:
         record.write_config(_config(study, trunk, max(study.horizons)))
         record.write_provenance(_provenance(study, trunk, trunk_id))
         for tokens in np.geomspace(min(study.horizons) / 4, 0.8 * max(study.horizons), 8):
@@ -125,19 +126,21 @@ def _evaluate(study, record, trunk, point, decayed):
         loss = study.loss(parameters, tokens) * np.exp(effect + noise)
         targets = 200_000
         order = (corpus, seed, tokens) if study.certificate_of == "order" else (*trunk, tokens)
-        record.append_evaluation(
-            {
-                "step": int(tokens / 4096),
-                "tokens": int(tokens),
-                "evaluation_set": name,
-                "evaluation_id": "e1",
-                "total_nats": float(loss * targets),
-                "targets": targets,
-                "utf8_bytes": targets,
-                "bits_per_byte": float(loss / np.log(2)),
-                "decayed": decayed,
-                "certificate": _identity(*order),
-            }
+        record.append_evaluations(
+            [
+                {
+                    "step": int(tokens / 4096),
+                    "tokens": int(tokens),
+                    "evaluation_set": name,
+                    "evaluation_id": "e1",
+                    "total_nats": float(loss * targets),
+                    "targets": targets,
+                    "utf8_bytes": targets,
+                    "bits_per_byte": float(loss / np.log(2)),
+                    "decayed": decayed,
+                    "certificate": _identity(*order),
+                }
+            ]
         )
 
 

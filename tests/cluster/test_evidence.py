@@ -1,17 +1,19 @@
 """The drill's own eyes: what it reads from records and accounting tells right from wrong."""
 
+from contextlib import closing
+
 import pytest
 
 from tests.cluster.accounting import read_accounts
 from tests.cluster.records import compare
-from trainer.record import open_record
+from trainer.record import RunRecord
 
 LOSS = 2.718281828459045
 NEXT_LOSS = 2.7182818284590455
 
 
 def write_run(folder, losses, sha256="aa"):
-    with open_record(folder) as record:
+    with closing(RunRecord(folder)) as record:
         for step, loss in enumerate(losses, start=1):
             record.append_metrics({"step": step, "loss_nats": loss, "step_seconds": 1.0 / step})
         record.write_summary({"state": "done", "parameters_sha256": sha256})

@@ -273,7 +273,7 @@ def test_a_trained_tokenizer_is_the_same_at_every_build(shards, tmp_path):
 
 
 def test_a_large_vocabulary_is_stored_in_wider_tokens(shards, tmp_path, monkeypatch):
-    for module in ("packing", "verify"):
+    for module in ("packing", "format"):
         monkeypatch.setattr(f"data_pipelines.{module}.token_dtype", lambda _: "uint32")
     build_dataset(dataset_config(shards), tmp_path, processes=1, report=silent)
     (stored,) = json.loads((tmp_path / "tiny/alpha/train/index.json").read_text())["shards"]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -48,10 +49,10 @@ def run_task(task: dict) -> list[str]:
     os.environ["CROSSLADDER_FAULT"] = task["fault"]
     from trainer.checkpoint import Draft, SaveFailure, collect, publish
     from trainer.parallel import SoloGroup
-    from trainer.record import open_record
+    from trainer.record import RunRecord
 
     said = []
-    with open_record(Path(task["run"])) as record:
+    with closing(RunRecord(Path(task["run"]))) as record:
         for step in task["steps"]:
             draft = Draft(
                 step=step,

@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 
 from tests.faults.checkpoint_victim import FILES, content
+from tests.trainer.checkpoint_samples import verify
 from trainer import checkpoint
 from trainer.checkpoint import FAULT_POINTS
-from trainer.manifest import MANIFEST, CheckpointError, committed, inspect, verify
-from trainer.record import open_record
+from trainer.manifest import MANIFEST, CheckpointError, committed, inspect
+from trainer.record import RunRecord
 
 SIZE = 512 * 1024
 SAVE_POINTS = [point for point in FAULT_POINTS if point.startswith("save.")]
@@ -150,7 +152,7 @@ def test_a_disk_error_in_a_collection_does_not_end_the_run(tmp_path, victim, poi
 def test_every_fault_point_is_passed_in_the_order_it_is_listed(tmp_path, monkeypatch):
     passed = []
     monkeypatch.setattr(checkpoint, "fault_point", passed.append)
-    with open_record(tmp_path) as record:
+    with closing(RunRecord(tmp_path)) as record:
         for step in (1, 2, 3):
             passed.clear()
             draft = checkpoint.Draft(step, {}, False, write_nothing)

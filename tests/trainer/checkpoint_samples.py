@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from trainer.checkpoint import Draft, publish
-from trainer.manifest import MANIFEST, manifest_text
+from trainer.manifest import MANIFEST, manifest_text, read_manifest, verify_files
 from trainer.parallel import SoloGroup
 
 SOLO = SoloGroup()
@@ -32,6 +32,13 @@ def save(record, *steps, pinned=()):
     for step in steps:
         saved = publish(record.checkpoints, draft(step, step in pinned), SOLO, record)
         assert isinstance(saved, Path), saved
+
+
+def verify(folder):
+    """The manifest of a checkpoint whose every file is as committed."""
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    return manifest
 
 
 def reseal(folder, **changes):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,18 +19,19 @@ from tests.trainer.checkpoint_samples import (
     save,
     tree,
     truncate,
+    verify,
     write_files,
 )
 from trainer.checkpoint import SaveFailure, SupersededError, collect, newest, publish, require_room
 from trainer.exit_codes import ExitCode
-from trainer.manifest import MANIFEST, CheckpointError, verify
+from trainer.manifest import MANIFEST, CheckpointError
 from trainer.parallel import DistributedGroup
-from trainer.record import open_record, write_json
+from trainer.record import RunRecord, write_json
 
 
 @pytest.fixture
 def record(tmp_path):
-    with open_record(tmp_path / "run") as opened:
+    with closing(RunRecord(tmp_path / "run")) as opened:
         yield opened
 
 
@@ -314,7 +316,7 @@ def save_on_two_ranks(rank, folder, answers):
     )
     group = DistributedGroup(dist.new_group(backend="gloo"))
     said = []
-    with open_record(folder / "run") if rank == 0 else open_record(folder / "other") as opened:
+    with closing(RunRecord(folder / ("run" if rank == 0 else "other"))) as opened:
         checkpoints, owner = folder / "run" / "checkpoints", opened if rank == 0 else None
 
         def write(tmp, step):

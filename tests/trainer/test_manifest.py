@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from tests.trainer.checkpoint_samples import (
     sha256,
     tree,
     truncate,
+    verify,
 )
 from trainer.checkpoint import newest
 from trainer.manifest import (
@@ -25,9 +27,8 @@ from trainer.manifest import (
     read_manifest,
     refuse_unsafe,
     verified_file,
-    verify,
 )
-from trainer.record import open_record
+from trainer.record import RunRecord
 
 
 class Canary:
@@ -42,7 +43,7 @@ class Canary:
 
 @pytest.fixture
 def record(tmp_path):
-    with open_record(tmp_path / "run") as opened:
+    with closing(RunRecord(tmp_path / "run")) as opened:
         yield opened
 
 

@@ -1,5 +1,7 @@
 """The run table: columns, units, states, and what is left out."""
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 import yaml
@@ -7,7 +9,7 @@ import yaml
 from analysis.tables.run_table import COLUMNS, final, load
 from analysis.validity.checks import repetition, tokenizers
 from tests.analysis.synthetic_study import Study, write
-from trainer.record import open_record, read_json
+from trainer.record import RunRecord, read_json
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def troubled(tmp_path):
         state={0: "diverged", 1: "running", 2: "failed", 3: "not started"},
     )
     root = write(study, tmp_path / "troubled", np.random.default_rng(0))
-    with open_record(root / "stranger") as record:
+    with closing(RunRecord(root / "stranger")) as record:
         record.write_config({"architecture": "transformer"})
     return root
 
@@ -84,8 +86,8 @@ def test_a_failed_evaluation_is_an_exclusion_and_not_a_point(sweep, tmp_path):
     run_id = yaml.safe_load((root / "sweep.yaml").read_text())["runs"][0]
     before = len(load(root).rows)
     row = {"step": 7, "tokens": 9, "evaluation_set": "prose", "evaluation_id": "e1"}
-    with open_record(root / run_id) as record:
-        record.append_evaluation({**row, "decayed": False, "error": "out of memory"})
+    with closing(RunRecord(root / run_id)) as record:
+        record.append_evaluations([{**row, "decayed": False, "error": "out of memory"}])
     table = load(root)
     assert len(table.rows) == before
     assert "out of memory" in table.exclusions[0].reason
@@ -95,7 +97,7 @@ def test_runs_from_other_data_are_reported_and_not_used(tmp_path):
     study = Study(architectures=("a",), corpora=("c",), seeds={})
     root = write(study, tmp_path / "mixed", np.random.default_rng(0))
     run_id = yaml.safe_load((root / "sweep.yaml").read_text())["runs"][0]
-    with open_record(root / run_id) as record:
+    with closing(RunRecord(root / run_id)) as record:
         stored = {**_latest_start(root / run_id), "dataset_root_hash": "d1"}
         record.write_provenance(stored)
     table = load(root)
@@ -107,13 +109,11 @@ def test_points_measured_by_another_evaluation_do_not_mix(tmp_path):
     study = Study(architectures=("a",), corpora=("c",), sizes={"s": 9e3}, seeds={})
     root = write(study, tmp_path / "swapped", np.random.default_rng(0))
     run_id = yaml.safe_load((root / "sweep.yaml").read_text())["runs"][0]
-    with open_record(root / run_id) as record:
-        record.append_evaluation(
-            {
+    with closing(RunRecord(root / run_id)) as record:
+        record.append_evaluations([{
                 "step": 1, "tokens": 1, "evaluation_set": "prose", "evaluation_id": "swap",
                 "total_nats": 1.0, "targets": 1, "utf8_bytes": 1, "decayed": True,
-            }
-        )  # fmt: skip
+            }])  # fmt: skip
     table = load(root)
     assert set(table.rows["evaluation_id"]) == {"e1"}
     assert [each.kind for each in table.exclusions] == ["evaluation"]

@@ -5,6 +5,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from trainer.config import ExecutionConfig
 from trainer.engine import Engine, prepare_process
 from trainer.machine import keep_freed_memory
 from trainer.parallel import SoloGroup
-from trainer.record import open_record
+from trainer.record import RunRecord
 
 CONTENDERS: dict[tuple[str, str], Callable[[Task], Built]] = {
     ("transformer", "bare"): bare,
@@ -158,7 +159,7 @@ def _save(run: Engine, step: int, folder: Path) -> float:
     """Seconds of one published checkpoint, in a run folder of its own."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as path,
-        open_record(Path(path)) as record,
+        closing(RunRecord(Path(path))) as record,
     ):
         begin = time.perf_counter()
         draft = Draft(step, {"tokens": step}, pinned=False, write=run.save)
