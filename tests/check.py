@@ -7,31 +7,22 @@ python -m tests.check --floors   a table and a drawing of what stands on what in
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from launch.measurements import Measurement, write_measurements
 from tests.floors import show_floors
-
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-TOOLS = (
-    ("ruff format", "ruff", "format", "--no-cache", "--check", "."),
-    ("ruff check", "ruff", "check", "--no-cache", "."),
-    ("pyright", "pyright", "--pythonpath", sys.executable),
-    ("import rules", "lint-imports", "--no-cache"),
-)
+from tests.groups import LINTERS, ROOT
 
 
 def check() -> list[Measurement]:
     """Run every linter; a measurement each, 0 for content."""
     measured = []
-    for name, tool, *words in TOOLS:
+    for linter in LINTERS:
         begin = time.monotonic()
-        ended = subprocess.run([str(BIN / tool), *words], cwd=ROOT, check=False)
-        sys.stdout.write(f"{name}: {'ok' if ended.returncode == 0 else 'FAILED'}\n")
+        ended = subprocess.run(linter.command, cwd=ROOT, check=False)
+        sys.stdout.write(f"{linter.name}: {'ok' if ended.returncode == 0 else 'FAILED'}\n")
         sys.stdout.flush()
-        measured.append(Measurement(f"{name} exit code", abs(ended.returncode), "", 0))
-        measured.append(Measurement(f"{name} time", time.monotonic() - begin, "s"))
+        measured.append(Measurement(f"{linter.name} exit code", abs(ended.returncode), "", 0))
+        measured.append(Measurement(f"{linter.name} time", time.monotonic() - begin, "s"))
     return measured
 
 

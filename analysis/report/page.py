@@ -21,7 +21,7 @@ from analysis.study.findings import Findings
 from analysis.study.study import FittedLaw, Study
 from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import WARNINGS
-from analysis.words.numbers import bracketed, capital, with_unit
+from analysis.words.numbers import bracketed, capital
 from analysis.words.sentences import largest_effect, law_words, multiplier_sentence
 
 PAGE_SCALE = 1.53

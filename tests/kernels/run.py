@@ -1,6 +1,7 @@
 """Every Triton kernel against its oracle, in Triton's interpreter: `python -m tests.kernels.run`.
 
 python -m tests.kernels.run                 all, two at a time; writes reports/kernel_tests.json
+python -m tests.kernels.run --processes 1   all, one after the other
 python -m tests.kernels.run ssd linear_scan some; writes reports/kernel_tests_part.json
 
 Prints a table of operators and properties, with the operators that a GPU runs as torch code, which
@@ -101,12 +102,13 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.kernels.run", description=__doc__)
     parser.add_argument("operators", nargs="*", help="all if not given")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
+    parser.add_argument("--processes", type=int, default=PROCESSES, help="operators at a time")
     asked = parser.parse_args(words)
     unknown = sorted(set(asked.operators) - set(known))
     if unknown:
         parser.error(f"unknown operators {unknown}; known are {', '.join(known)}")
     begin = time.monotonic()
-    with ThreadPoolExecutor(PROCESSES) as pool:
+    with ThreadPoolExecutor(asked.processes) as pool:
         groups = list(pool.map(run_operator, asked.operators or known))
     tests = [test for group in groups for test in group]
     seconds = Measurement("all", time.monotonic() - begin, "s")
