@@ -106,7 +106,7 @@ def _multipliers(study: Study, found: Findings) -> ReportFigure:
     caption = (
         f"n = {fitted_points(study)} decayed points, {law_words(study.joint.law)}. Bands: "
         f"95 % bootstrap interval. No estimate at {refused:.0%} of the sizes: within its runs the "
-        f"baseline does not reach that loss, or fails to in over one of twenty replicates."
+        "baseline does not reach that loss, or misses it in over 5 % of the replicates."
     )
     return ReportFigure("multipliers_by_size", title, caption, figure, found.by_scale)
 

@@ -122,7 +122,7 @@ def plot_counting(ax: Axes, rows: pd.DataFrame) -> None:
         colour, marker = (COLOURS[0], "o") if first else (COLOURS[1], "s")
         ax.plot([row["low"], row["high"]], [place] * 2, color=colour, lw=2.6, solid_capstyle="butt")
         ax.plot(row["exponent"], place, marker, color=colour, ms=7, mec=PAPER)
-        labels.append(f"N: {row['parameters counted']}\n{fill('C: ' + row['FLOPs counted'], 34)}")
+        labels.append(f"N: {row['parameters counted']}\n{fill('C: ' + row['FLOPs counted'], 38)}")
     ax.set_yticks(range(len(labels)), labels, fontsize=8)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlabel("exponent of the compute-optimal N in C")
