@@ -1,10 +1,10 @@
-"""Attention to an interval of keys as Triton kernels: tiles of scores that are never stored.
+"""Attention to an interval of keys as Triton kernels (Dao 2023, "FlashAttention-2", 3.1 and 3.2).
 
-One program owns a tile of queries (outputs, and the gradient of queries) or a tile of keys (their
-gradients), and walks over what sees or is seen in order, so that sums are ordered and nothing is
-atomic. Softmax statistics and sums are float32. Products take bfloat16 operands where activations
-are bfloat16, as flash attention does, else float32; the interpreter always takes float32. Loops
-hold one load in flight, because they carry sums. Not yet run on a GPU: tested in Triton's
+A program handles a tile of queries (outputs and the gradient of queries) or a tile of keys (their
+gradients), and loops over the other side in order: sums have a fixed order, and there are no
+atomics. Softmax statistics and sums are float32. Products take bfloat16 operands if activations are
+bfloat16, as flash attention does, else float32; in the interpreter always float32. Loops are not
+pipelined, because they carry sums (see `launch`). Not yet run on a GPU: tested in Triton's
 interpreter, compiled ahead of time.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.triton_launch import interpreting, is_recording, launch
 
-# Queries, keys and warps of a tile by (float32 operands, heads wider than 64): at heads of 64 and
-# 128 all compile for sm_80, sm_90 and sm_100 without spills.
+# Tile sizes (queries, keys) and warps by (float32 operands, heads wider than 64). No spills on
+# sm_80, sm_90 and sm_100 with heads of 64 and 128.
 FORWARD = {
     (False, False): (64, 64, 4),
     (False, True): (64, 32, 4),
@@ -35,10 +35,10 @@ KEYS = {
     (True, False): (32, 16, 4),
     (True, True): (16, 16, 8),
 }
-# Channels of a wide head that a float32 product takes at once: it goes to no tensor core, and each
-# thread holds its operands in registers, for all channels.
+# Channels per partial product of wide float32 heads: without tensor cores each thread holds the
+# operands in registers, so all channels at once would spill.
 PART = 32
-# Numbers of a head's keys, or values, that one program of `_own_kernel` holds: 48 registers.
+# Elements of a head's keys, or values, per program of `_own_kernel`: 48 registers.
 OWN_NUMBERS = 512
 
 
@@ -46,11 +46,11 @@ OWN_NUMBERS = 512
 def load_rows(
     x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Load one head's channels of some tokens; what is not there is zero."""
+    """Load one head's channels of some tokens; zeros outside the tensor."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
-    # Narrow numbers are widened first: the interpreter computes nothing else rightly.
+    # Via float32: the interpreter does not compute correctly in bfloat16.
     return tl.load(places, mask=mask, other=0.0).to(tl.float32).to(DOT)
 
 
@@ -59,9 +59,9 @@ def products(
     query, key, q, k, tokens, places, real, there, q_stride, k_stride,
     WIDTH: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Products of all rows of two tiles, which lie at q and k; PART channels at once, or all at 0.
+    """Products of all rows of two tiles, PART channels at a time, or all at once if PART is 0.
 
-    A part is loaded again, so that no more of the tiles than it has to be in registers.
+    Parts are loaded again from q and k, so that only one part has to be in registers.
     """
     if PART == 0:
         sums = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -78,7 +78,7 @@ def products(
 def store_rows(
     x, tile, tokens, real, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ) -> None:  # fmt: skip
-    """Store one head's channels of some tokens; what is not there is left alone."""
+    """Store one head's channels of some tokens, within the tensor."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
@@ -87,7 +87,7 @@ def store_rows(
 
 @triton.jit
 def _visible(first, past, places, shown, row, S, SHOWN: tl.constexpr):
-    """Which keys each query sees, one more dimension on each of the first three."""
+    """Mask of the keys that each query sees; the first three arguments broadcast to the mask."""
     seen = (places >= first) & (places < past)
     if SHOWN:
         flags = tl.load(shown + row * S + places, mask=places < S, other=0)
@@ -108,7 +108,7 @@ def _forward_kernel(
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    # Later queries may see more keys: the longest programs start first.
+    # Later queries may see more keys. Starting with them balances the load.
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real, shared = tokens < L, head // (H // G)
@@ -137,7 +137,7 @@ def _forward_kernel(
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
-        # A query that has seen nothing yet has no largest score to subtract.
+        # A query without any key so far: -inf minus -inf would be NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         share, kept = tl.exp(scores - level[:, None]), tl.exp(top - level)
         value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
@@ -146,7 +146,7 @@ def _forward_kernel(
         total = total * kept + tl.sum(share, axis=1)
         top = higher
     at = outputs + (row * L * H + head) * Q
-    # Padding of the tile and queries that see nothing have no sum.
+    # Padding and queries without keys have a sum of 0.
     some = tl.where(total > 0, total, 1.0)
     store_rows(at, mixed / some[:, None], tokens, real, H * Q, Q, QQ)
     log = tl.where(total > 0, top + tl.log(some), 0.0)
@@ -161,7 +161,7 @@ def _query_kernel(
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries; leaves sum(outputs d_outputs) of each for the other kernels."""
+    """The gradient of queries; also writes sum(outputs * d_outputs) per row for other kernels."""
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real, shared = tokens < L, head // (H // G)
@@ -344,7 +344,7 @@ def backward(
 
 
 def _seers(first: Tensor, past: Tensor, S: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The first query that sees any key of a tile, and the end of those: both bounds only rise."""
+    """The range of queries that see a key of each tile, by binary search in monotonic bounds."""
     begins = torch.arange(0, S, columns, device=first.device, dtype=first.dtype)
     begins = begins.expand(first.shape[0], -1).contiguous()
     lowest = torch.searchsorted(past, begins, right=True, out_int32=True)
@@ -378,5 +378,5 @@ def _part(sizes: dict) -> int:
 
 
 def _or(given: Tensor | None, instead: Tensor) -> Tensor:
-    """The tensor, or another in the place of one that the kernel will not touch."""
+    """The tensor or, if it is None, a placeholder that the kernel does not read."""
     return instead if given is None else given

@@ -1,9 +1,9 @@
-"""The causal depthwise convolution as Triton kernels: one tile of tokens and channels a program.
+"""The causal depthwise convolution as Triton kernels, one tile of tokens and channels per program.
 
-Inputs and outputs stay in the dtype of the values; sums are in float32. The backward kernel meets
-each pair of an input and an output once, for all three gradients; weight and bias are summed within
-a tile there, and over tiles by torch, in a fixed order. Not yet run on a GPU: tested in Triton's
-interpreter, compiled ahead of time.
+Inputs and outputs have the dtype of the values; sums are float32. The backward kernel visits each
+pair of an input and an output once, for all three gradients. The gradients of weight and bias are
+summed within tiles, then over tiles by torch, in a fixed order. Not yet run on a GPU: tested in
+Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -19,13 +19,13 @@ WARPS = 8
 
 @triton.jit
 def _seen(documents, own, positions, inside):
-    """Mark tokens of the documents `own`; tokens before the first belong to document 0."""
+    """Mark tokens of the document `own`; tokens before the first belong to document 0."""
     return tl.load(documents + positions, mask=inside & (positions >= 0), other=0) == own
 
 
 @triton.jit
 def _inputs(values, initial, positions, inside, channels, real, E, K, INITIAL: tl.constexpr):
-    """Values, and carried inputs before the first token; zero where there is neither."""
+    """Values, or carried inputs before the first token, or zeros."""
     given = inside & (positions >= 0)
     offsets = positions[:, None] * E + channels[None, :]
     x = tl.load(values + offsets, mask=given[:, None] & real[None, :], other=0.0).to(tl.float32)
@@ -70,7 +70,7 @@ def _backward_kernel(
     K: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Collect what each input, carried ones included, is owed by the K outputs that see it."""
+    """Gather the gradient of each input, carried ones included, from the K outputs that read it."""
     row = tl.program_id(1).to(tl.int64)
     first = -(K - 1) if INITIAL else 0
     positions = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS) + first
@@ -156,7 +156,7 @@ def backward(
 
 
 def _carries(initial: Tensor | None) -> bool:
-    """Tell whether any input is carried: one tap needs none."""
+    """Whether there are carried inputs; with one tap there are none."""
     return initial is not None and initial.shape[1] > 0
 
 
