@@ -192,6 +192,7 @@ def register(config: type[MixerConfig]) -> Callable[[type[Registered]], type[Reg
 
 def mixer_kinds() -> dict[str, type[MixerConfig]]:
     """The configuration class of every mixer, by kind."""
+    # Imported here: mixers import this module.
     import models.mixers as family
 
     for module in pkgutil.walk_packages(family.__path__, prefix=f"{family.__name__}."):

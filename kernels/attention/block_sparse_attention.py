@@ -100,6 +100,7 @@ def query_blocks(positions: Int[Tensor, "B L"], keys: int, width: int, finish: i
         starts = positions % width == 0
         begun = ~(starts.cumsum(dim=1) > 0)
         starts = starts | (begun & (positions % finish == 0))
+        # The first query begins a block even in the middle of one: earlier queries are not here.
         starts[:, 0] = True
         rows, places = _rows(starts, min(width, L))
     here = torch.gather(positions, 1, rows.flatten(1)).view(rows.shape)
@@ -253,6 +254,7 @@ class _BlockSparse(torch.autograd.Function):
                 (address, k, v), scores = _score(inputs, tile)
                 share = torch.exp(scores - totals[tile, :, None])
                 d_out = d_mixed[tile].to(share.dtype)
+                # The softmax gradient: dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2).
                 carried = (d_out * mixed[tile]).sum(dim=-1, keepdim=True)
                 d_scores = share * (d_out @ v.mT - carried) * queries.shape[-1] ** -0.5
                 d_queries[tile] = d_scores @ k

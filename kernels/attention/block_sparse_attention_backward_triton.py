@@ -76,6 +76,7 @@ def _query_kernel(
         d_share = products(
             given, value, at_d, values, rows, places, real, there, Q, G * Q, Q, PART, DOT
         )
+        # dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2).
         d_score = tl.where(seen, share * (d_share - moment[:, None]), 0.0)
         d_query += tl.dot(d_score.to(DOT), key, input_precision="ieee")
     store_rows(d_q + item * R * P, d_query * scale, rows, real, P, P, PP)
@@ -155,6 +156,7 @@ def _key_kernel(
             d_key, d_value, key, value, keys, values, places, there, G,
             q, d_outputs, logs, carried, rows, seen, scale, P, Q, PP, QQ, DOT, PART,
         )  # fmt: skip
+    # Then, per query head, the rows that have the tile in the window, and those as sinks.
     for walk in range(2 * (H // G)):
         head, of_sinks = walk // 2, walk % 2
         end = tl.load(at_bounds + 3 + 2 * of_sinks)
@@ -224,6 +226,7 @@ def _sorted_lists(kept: Tensor, starts: Tensor, lists: BlockSparseSizes) -> tupl
 def _naming(names: Tensor, edges: Tensor, columns: int, key_block: int) -> tuple[Tensor, Tensor]:
     """Bounds of the sorted entries that list a key of each tile, (B G, T)."""
     begins = edges.to(names.dtype).expand(len(names), -1)
+    # A block that begins up to key_block - 1 keys before the tile overlaps it.
     low = torch.searchsorted(names, (begins - key_block).contiguous(), right=True)
     return low, torch.searchsorted(names, (begins + columns).contiguous())
 

@@ -54,7 +54,7 @@ def slots_of(
 
 @triton.jit
 def seen_slots(position, places, near, window) -> tl.tensor:
-    """Mask of the slots that each row sees; a key in its window counts only in the window's slot."""
+    """Mask of the slots that each row sees; a key in its window counts in that slot only."""
     behind = position[:, None] - places[None, :]
     in_window = behind < window
     return (places >= 0)[None, :] & (behind >= 0) & (in_window == near[None, :])

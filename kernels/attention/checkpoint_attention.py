@@ -290,12 +290,14 @@ def _add_gradients(d: _Laid, d_mixed: Tensor, laid: _Laid, tile: _Tile, share: T
     keys, values = _own(laid.keys, laid, tile), _own(laid.values, laid, tile)
     others = d_rows @ laid.checkpoint_values[seen].mT
     d_share = torch.cat([(d_rows * values).sum(-1, keepdim=True), others], dim=-1)
+    # The softmax gradient, in place: dS = P * (dP - rowsum(P * dP)).
     d_score = d_share.sub_((d_share * share).sum(-1, keepdim=True)).mul_(share)
     R = laid.queries.shape[3]
     d_queries = d_score[..., 1:] @ laid.checkpoint_keys[seen] + d_score[..., :1] * keys
     d.queries[at] = d_queries.unflatten(2, (-1, R))
     d.keys[at] = (d_score[..., :1] * rows).unflatten(2, (-1, R)).sum(3)
     d.values[at] = (share[..., :1] * d_rows).unflatten(2, (-1, R)).sum(3)
+    # Several tiles see a checkpoint, so these add up; a query is in one tile only.
     d.checkpoint_keys[seen] += d_score[..., 1:].mT @ rows
     d.checkpoint_values[seen] += share[..., 1:].mT @ d_rows
 

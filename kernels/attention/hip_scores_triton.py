@@ -46,6 +46,7 @@ def _score_kernel(
         query = load_rows(at_q, rows, real, P, P, PP, DOT)
         for within in range(WIDTH):
             place = first + within
+            # Clamped to the document; such keys are masked below.
             address = tl.minimum(tl.maximum(place, 0), last)
             key = load_rows(keys, address, there, stride * P, P, PP, DOT)
             found = products(

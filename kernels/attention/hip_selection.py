@@ -168,7 +168,7 @@ def recall_at_k(
 
 
 class _QueryBlockTile(NamedTuple):
-    """Some query blocks of single heads; key t of a block is row `begins + stride * t` of `keys`."""
+    """Query blocks, each of one head; key t of a block is row `begins + stride * t` of `keys`."""
 
     queries: Float[Tensor, "M R P"]
     keys: Float[Tensor, "X P"]
@@ -204,6 +204,7 @@ def _descend(tile: _QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, 
     end = torch.where(few, after.minimum(n_blocks), after * n_blocks // search.kept)
     judge = _every_key(tile, search.longest) if search.exact else _centre(tile, search.key_block)
     for _ in range(rounds):
+        # The first half is the longer one; of a single block the second half is empty.
         middle = (begin + end + 1) // 2
         begins = torch.stack([begin, middle], dim=2).flatten(1)
         ends = torch.stack([middle, end], dim=2).flatten(1)
@@ -218,6 +219,7 @@ def _prune(
 ) -> Int[Tensor, "M K"]:
     """Staged search: score every chunk, keep the best, split them for the next stage."""
     last = tile.positions[:, -1:]
+    # Keys after `high` are in the window of every row that uses the list.
     served = torch.maximum(last, tile.positions[:, :1] + region.served - 1)
     high = torch.minimum(last, served - region.window) + 1
     before = stages[0].chunk

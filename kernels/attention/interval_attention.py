@@ -77,6 +77,7 @@ def neighbours(documents: Int[Tensor, "b S"], queries: int, before: int, after: 
     S = documents.shape[1]
     place = torch.arange(S, device=documents.device).expand(documents.shape)
     changes = documents[:, 1:] != documents[:, :-1]
+    # First and last token of each document, spread over its tokens by running extrema.
     begins = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
     ends = torch.where(F.pad(changes, (0, 1), value=True), place + 1, S)
     ends = ends.flip(1).cummin(dim=1).values.flip(1)

@@ -120,6 +120,7 @@ def _forward_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, QQ), tl.float32)
     if OWN:
+        # The own key starts the online softmax: its power relative to itself is 1.
         top, _ = _own_score(
             query, own_k + (row * L * G + shared) * P, tokens, real, G, scale, P, PP
         )
@@ -139,6 +140,7 @@ def _forward_kernel(
         higher = tl.maximum(top, tl.max(scores, axis=1))
         # A query without any key so far: -inf minus -inf would be NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
+        # Online softmax: earlier sums are rescaled to the new maximum.
         share, kept = tl.exp(scores - level[:, None]), tl.exp(top - level)
         value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
         added = tl.dot(share.to(DOT), value, input_precision="ieee")
@@ -183,6 +185,7 @@ def _query_kernel(
         score, own = _own_score(query, own_k + at_k, tokens, real, G, scale, P, PP)
         own_value = load_rows(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
         d_of_own = tl.sum(given.to(tl.float32) * own_value, axis=1) - moment
+        # dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2), for the own key.
         d_own = tl.exp(score - log) * d_of_own
         d_query += tl.where(real, d_own, 0.0)[:, None] * own
     keys, values = k + (row * S * G + shared) * P, v + (row * S * G + shared) * Q

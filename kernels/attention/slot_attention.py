@@ -101,6 +101,7 @@ def mix_slots(
         parts = _Chunks.of(slots)
         w, inputs = parts.split(weights), parts.split(x)
         before, final = parts.states(inputs, initial)
+        # Weights times shares is the mixing matrix within a chunk.
         matrix = (parts.shares @ w[..., None]).squeeze(-1)
         mixed = parts.join(matrix @ inputs + (w * parts.carry) @ before)
         return mixed.to(x.dtype), final
@@ -175,6 +176,7 @@ class _Chunks(NamedTuple):
         """The slots before each chunk, and those after the last."""
         added = self.shares[:, :, :, -1].transpose(-1, -2) @ x
         state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(x.dtype)
+        # Slots between chunks are a linear scan over chunks.
         decays = self.decays[..., None].expand_as(added)
         scanned = linear_scan(
             decays.flatten(2), added.flatten(2), state.flatten(1), self.documents

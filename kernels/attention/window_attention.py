@@ -52,6 +52,7 @@ def window_attention(
             "least as many keys as queries"
         )
     before = min(window, S) - 1
+    # Keys before the first query's window are cut off.
     unseen = max(S - L - before, 0)
     keys, values = keys[:, unseen:], values[:, unseen:]
     if documents is not None:

@@ -65,6 +65,7 @@ def causal_conv_reference(
     batch, L, E = values.shape
     K = weight.shape[1]
     accumulator = torch.promote_types(values.dtype, torch.float32)
+    # Carried inputs come first, so tap k reads the slice that starts at k.
     before = values.new_zeros(batch, K - 1, E) if initial is None else initial
     inputs = torch.cat([before, values], dim=1).to(accumulator)
     outputs = bias.to(accumulator).expand(batch, L, E)
@@ -123,6 +124,7 @@ def _final_inputs(
     final = values[:, values.shape[1] - count :].clone()
     if documents is None:
         return final
+    # Carried inputs belong to document 0; those of another document must not reach the next call.
     ids = torch.cat([documents.new_zeros(batch, count), documents], dim=1)[:, L:]
     return torch.where((ids == documents[:, -1:])[:, :, None], final, 0.0)
 

@@ -49,6 +49,7 @@ def _forward_kernel(
     real, inside = channels < E, tokens < L
     if PACKED:
         own = tl.load(documents + row * L + tokens, mask=inside, other=0)
+    # K is a compile-time constant, so the loop over taps is unrolled.
     total = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(bias + channels, mask=real, other=0.0)
     for k in tl.static_range(K):
         positions = tokens - (K - 1) + k
@@ -72,6 +73,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Gather the gradient of each input, carried ones included, from the K outputs that read it."""
     row = tl.program_id(1).to(tl.int64)
+    # Tiles cover inputs: K - 1 carried ones at negative positions, then those of the tokens.
     first = -(K - 1) if INITIAL else 0
     positions = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS) + first
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -95,6 +97,7 @@ def _backward_kernel(
         owed += tl.load(weight + channels * K + k, mask=real, other=0.0)[None, :] * given
         products = tl.where(reached[:, None], given * x, 0.0)
         tl.store(partial + (part + k) * E + channels, tl.sum(products, axis=0), mask=real)
+        # The last tap reads the own token, so these outputs are exactly those of the tile's tokens.
         if k == K - 1:
             tl.store(partial + (part + K) * E + channels, tl.sum(given, axis=0), mask=real)
     mask = (inside & (positions >= 0))[:, None] & real[None, :]
@@ -151,6 +154,7 @@ def backward(
         num_warps=WARPS, flops=4 * K * values.numel(), K=K, INITIAL=carries,
         PACKED=documents is not None, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
+    # Row k of `partial` is the gradient of tap k, row K that of the bias.
     sums = partial.sum(0)
     return d_values, sums[:K].t().contiguous(), sums[K].clone(), d_initial
 

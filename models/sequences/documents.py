@@ -131,6 +131,7 @@ def landmarks_of(x: Float[Tensor, "N T H P"], bucket: DocumentRows, count: int) 
     length = bucket.lengths(x)[:, None]
     segments = length.clamp(max=count)
     place = torch.arange(count, device=x.device)
+    # Segment sizes differ by at most one token, so a gather of the longest with a mask covers all.
     begin = place * length // segments
     size = (place + 1) * length // segments - begin
     offset = torch.arange(-(-T // count), device=x.device)
