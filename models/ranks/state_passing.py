@@ -173,6 +173,7 @@ class RingPassing(StatePassing):
         for direction in sorted(self.directions, key=lambda direction: len(direction.behind)):
             passing = None
             if direction.behind:
+                # Posted early, so that the sender need not wait for this rank.
                 passing = self.ranks.receive(
                     real(added[direction.rows]), direction.behind[-1], self.tag
                 )
@@ -296,6 +297,7 @@ def unpacked(
 ) -> tuple[Tensor, Tensor | None]:
     """The state of a message, and its summed decays if it has any."""
     size = real(state).numel()
+    # In the backward pass a gather sends no decays.
     if sums is None or len(numbers) == size:
         return like(numbers[:size], state), None
     return like(numbers[:size], state), numbers[size:].view(sums.shape)

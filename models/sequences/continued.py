@@ -137,6 +137,7 @@ class ContinuedSequence(WholeSequence):
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document so far, this chunk included."""
         before = self._recall()
+        # The first chunk needs no state; later ones append to the collected tokens.
         if before is None or self._earlier is None:
             new = super().collect(x, every)
             # A copy: a view would keep the whole chunk alive in the state.
@@ -168,6 +169,7 @@ class ContinuedSequence(WholeSequence):
         places = positions_in_documents(self.documents)
         if self._earlier is None:
             return places
+        # Only document 0 of the chunk began earlier.
         return places + torch.where(self.documents == 0, self._before(), 0)
 
     def _recall(self) -> Tensor | None:

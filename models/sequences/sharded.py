@@ -123,6 +123,7 @@ class ShardedSequence(WholeSequence):
             continues = torch.cat([continues, self._continues_after().flip(1)])
             n_reversed = len(self.documents)
         carry = Carry(keep, n_reversed, self.ranks, self.scheme)
+        # Between publish and before: the outputs from zero overlap with communication.
         token = carry.publish(outputs.summary())
         from_zero = outputs.from_zero()
         carried = outputs.carried(carry.before(token), continues)
@@ -141,6 +142,7 @@ class ShardedSequence(WholeSequence):
         rank computes all filters and uses those of its channels.
         """
         rows, E = swap(x, self.spans, self.ranks, "channels"), x.shape[2]
+        # The first of this rank's channels, as `shares` in models.ranks.exchange cuts them.
         mine = slice(E * self.ranks.rank // self.ranks.size, None)
         mine = slice(mine.start, mine.start + rows.shape[2])
         T, documents = self.spans.total, self._row if self.packed else None
@@ -151,6 +153,7 @@ class ShardedSequence(WholeSequence):
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document up to the end of this shard."""
         index = self._segment_ends(every)
+        # Every rank knows all documents, so it knows how many ends each other rank sends.
         ends, rank = Spans(each.shape[1] for each in index), self.ranks.rank
         mine = picked(x, index[rank])
         features = fetch(mine, ends, ends.up_to(), self.ranks, "collect")
