@@ -72,6 +72,7 @@ def total_parameters(config: BackboneConfig) -> int:
 def dense_flops_per_token(backbone: Backbone) -> float:
     """2 per weight of every dense map, short convolution and the head."""
     counts = (getattr(module, "token_flops", None) for module in backbone.modules())
+    # An untied head is a `Linear`, already counted; a tied one is a product with the embedding.
     head = 2 * backbone.embedding.weight.numel() if backbone.config.tied else 0
     return float(sum(count() for count in counts if count is not None) + head)
 
@@ -81,6 +82,7 @@ def mix_flops(backbone: Backbone, seq_len: int) -> MixFlops:
     blocks = [module for module in backbone.modules() if isinstance(module, Block)]
     mixers = [block.mixer for block in blocks]
     mixers += [block.cross for block in blocks if block.cross is not None]
+    # Cross mixers too: the source is counted at the same length.
     each = [mixer.mix_flops(seq_len, seq_len) for mixer in mixers]
     return MixFlops(
         needed=sum(mix.needed for mix in each),

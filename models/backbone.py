@@ -177,6 +177,7 @@ class Stack(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """Map features to normalised hidden states."""
         for layer in self.layers:
+            # Without gradients nothing is kept, so there is nothing to recompute.
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, sequence, memory, use_reentrant=False)
             else:
@@ -279,4 +280,5 @@ def undecayed(backbone: Backbone) -> set[str]:
 
 def _generator(seed: int, name: str) -> torch.Generator:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    # Shifted to 63 bits: manual_seed takes a signed integer.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -168,6 +168,8 @@ class MonarchMLP(nn.Module):
         """Mix the channels of each token."""
         inner = self.gate_up(x)
         if self.config.interleave:
+            # From (block, gate or value, channel) to (gate or value, block, channel), for `chunk`
+            # below.
             inner = inner.unflatten(-1, (self.config.n_blocks, 2, -1)).transpose(-2, -3).flatten(-3)
         gate, up = inner.chunk(2, dim=-1)
         return self.down(F.gelu(gate) * up)

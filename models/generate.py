@@ -86,6 +86,7 @@ def choose(
     """Choose a token of each row."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
+    # In float64 on the CPU: the same draws from one seed on every device.
     shares = torch.softmax(logits.double() / sampling.temperature, dim=-1).cpu()
     if sampling.top_p < 1:
         ordered, index = shares.sort(dim=-1, descending=True, stable=True)

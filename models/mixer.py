@@ -172,6 +172,7 @@ class Mixer(nn.Module, abc.ABC):
         values, coefficients = self.project(sequence.without_padding(x), sequence, memory)
         B, S, G, _ = values.shape
         units = torch.eye(S, dtype=values.dtype, device=values.device)
+        # Unit vector s as the value of token s: output t is then row t of the matrix.
         units = units[None, :, None, :].expand(B, S, G, S)
         return self.mix(units, coefficients, sequence).permute(0, 2, 1, 3)
 

@@ -1,10 +1,10 @@
-"""Softmax attention of query blocks over the key blocks on their lists, sink tokens and a window.
+"""Softmax attention of query blocks to listed key blocks, sink tokens and a sliding window.
 
 Source: Lee et al. 2024, "HiP Attention", section 3.3; Xiao et al. 2023, "StreamingLLM", section 3.2
-(sinks). A key that is listed, a sink and in the window at once takes one share of the softmax. A
-window of W is W keys, the query's own included. Changed: forward and backward gather the keys of a
-bounded number of query blocks at a time, so no memory grows with queries times keys. On a GPU the
-Triton kernels of `block_sparse_operator` do the same, and store no gathered key.
+(sinks). A key that is listed, a sink and in the window counts once. A window of W is W keys, the
+query's own included. Changed: forward and backward gather the keys of a bounded number of query
+blocks at a time, so that no memory grows with queries times keys. The Triton kernels of
+`block_sparse_operator` compute the same without storing gathered keys.
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ from kernels.attention.block_sparse_operator import BlockSparseSizes, attend_to_
 from kernels.dispatch import uses_triton
 from kernels.precision import without_autocast
 
-# Numbers that a tile gathers of keys: 2 MiB of float32, about a core's share of the last cache.
+# Key elements gathered at a time: 2 MiB of float32, about a core's share of the last-level cache.
 GATHERED = 1 << 19
-# The same on a GPU, where a start costs more than a pass over memory: 256 MiB of float32.
+# The same on a GPU, where launches cost more than memory traffic: 256 MiB of float32.
 GATHERED_ON_GPU = 1 << 26
 
 
 class QueryBlocks(NamedTuple):
-    """Queries that share a list, all of one document.
+    """Blocks of queries of one document, which share a list of key blocks.
 
     Attributes:
-        rows: index of each query of a block; its last query again where it has fewer.
-        places: where in the flattened `rows` each query stands.
-        positions: place in its document of each of `rows`.
-        begins: index of the key that begins the block's document.
+        rows: index of each query of a block; a shorter block repeats its last query.
+        places: index of each query in the flattened `rows`.
+        positions: position of each of `rows` in its document.
+        begins: index of the first key of the block's document.
     """
 
     rows: Int[Tensor, "B N R"]
@@ -42,11 +42,11 @@ class QueryBlocks(NamedTuple):
     begins: Int[Tensor, "B N"]
 
     def first_rows(self) -> "QueryBlocks":
-        """Blocks of their first query alone; `places` stay those of whole blocks."""
+        """The blocks reduced to their first query; `places` still refers to whole blocks."""
         return self._replace(rows=self.rows[:, :, :1], positions=self.positions[:, :, :1])
 
     def split(self, n: int) -> tuple["QueryBlocks", "QueryBlocks"]:
-        """The first `n` blocks of each row, and the others; `places` stay those of all."""
+        """The first `n` blocks of each row, and the rest; `places` still refers to all."""
         parts = zip(*(x.tensor_split([n], dim=1) for x in (self.rows, self.positions)), strict=True)
         begins = self.begins.tensor_split([n], dim=1)
         first, others = (
@@ -62,12 +62,12 @@ class QueryBlocks(NamedTuple):
 
 
 class BlockSparsity(NamedTuple):
-    """What a list's entries stand for, and which keys are seen whatever it says.
+    """The size of listed key blocks, and the keys that every query sees.
 
     Attributes:
-        key_block: keys of a block; block c holds keys c * key_block to (c + 1) * key_block - 1 of
+        key_block: keys per block; block c holds keys c * key_block to (c + 1) * key_block - 1 of
             the document.
-        n_sink: keys at the document's beginning.
+        n_sink: number of sinks, keys at the beginning of the document.
         window: last keys, the query's own included; at least 1.
     """
 
@@ -77,7 +77,7 @@ class BlockSparsity(NamedTuple):
 
 
 class Where(NamedTuple):
-    """Places of the query blocks of all rows and heads; key t is row `begins + stride * t`."""
+    """Positions of the query blocks of all rows and heads; key t is row `begins + stride * t`."""
 
     positions: Int[Tensor, "M R"]
     begins: Int[Tensor, " M"]
@@ -91,7 +91,7 @@ def query_blocks(positions: Int[Tensor, "B L"], keys: int, width: int, finish: i
         positions: place of each query in its document.
         keys: number of keys; the last of them are the queries' own.
         width: queries of a whole block.
-        finish: distance of the cuts in a block that began before the first query.
+        finish: where a block that began before the first query is cut: at multiples of this.
     """
     B, L = positions.shape
     index = torch.arange(L, device=positions.device).expand(B, L)
@@ -100,6 +100,7 @@ def query_blocks(positions: Int[Tensor, "B L"], keys: int, width: int, finish: i
         starts = positions % width == 0
         begun = ~(starts.cumsum(dim=1) > 0)
         starts = starts | (begun & (positions % finish == 0))
+        # The first query begins a block even in the middle of one: earlier queries are not here.
         starts[:, 0] = True
         rows, places = _rows(starts, min(width, L))
     here = torch.gather(positions, 1, rows.flatten(1)).view(rows.shape)
@@ -114,19 +115,20 @@ def block_sparse_attention(
     blocks: QueryBlocks,
     reach: BlockSparsity,
 ) -> Float[Tensor, "B L H Q"]:
-    """Attend with each query to its block's listed keys, sinks and window, none after itself.
+    """Causal attention of each query to its block's listed keys, the sinks and the window.
 
     Scores are scaled by 1/sqrt(P) and normalised in float32 (float64 in, float64 out); outputs have
-    the dtype of `values`. No gradient reaches the lists. Two runs are equal bit for bit, but not in
-    float64 on a GPU, where torch sums the gradients of keys and values in no order.
+    the dtype of `values`. Lists get no gradient. Deterministic, except in float64 on a GPU, where
+    torch sums the gradients of keys and values in arbitrary order.
 
     Args:
-        queries: those of the last L of the S tokens.
-        keys: one for each token; query head h reads key head h // (H / G).
-        values: one for each token.
-        kept: key blocks on the list of each query block, in any order, repeated or not; -1 is none.
+        queries: queries of the last L of the S tokens.
+        keys: one per token; query head h reads key head h // (H / G).
+        values: one per token.
+        kept: the listed key blocks of each query block, in any order; duplicates count once, and -1
+            is an empty entry.
         blocks: which queries share a list.
-        reach: what is seen besides, and the keys of a block.
+        reach: the size of key blocks, and the sinks and window.
 
     Raises:
         ValueError: the window is empty, or there are fewer keys than queries or other values.
@@ -169,7 +171,7 @@ def block_sparse_attention_reference(
 def visible_keys(
     kept: Int[Tensor, "B H N K"], keys: int, blocks: QueryBlocks, reach: BlockSparsity
 ) -> Bool[Tensor, "B H L S"]:
-    """Mark the keys that each query sees, as a dense mask: for references and pictures."""
+    """The dense mask of the keys that each query sees, for references and figures."""
     index = torch.arange(keys, device=kept.device)
     place = index - blocks.begins[:, :, None]  # (B, N, S)
     listed = (place[:, None, :, None] // reach.key_block == kept[..., None]) & (
@@ -186,7 +188,7 @@ def visible_keys(
 def in_one_list(
     queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "B S G P"], blocks: QueryBlocks
 ) -> tuple[Float[Tensor, "M R P"], Where]:
-    """List the query blocks of all rows and heads: rows of the batch first, then heads."""
+    """Flatten the query blocks of all rows and heads, ordered by row, then head."""
     B, L, H, P = queries.shape
     S, G = keys.shape[1:3]
     N, R = blocks.rows.shape[1:]
@@ -201,7 +203,7 @@ def in_one_list(
 
 
 def tiles(items: int, each: int, device: torch.device) -> Iterator[slice]:
-    """Slices of as many items as may gather `each` numbers at a time."""
+    """Slices of as many items as fit the gather limit at `each` elements per item."""
     most = GATHERED if device.type == "cpu" else GATHERED_ON_GPU
     size = max(1, most // max(1, each))
     return (slice(begin, begin + size) for begin in range(0, items, size))
@@ -252,6 +254,7 @@ class _BlockSparse(torch.autograd.Function):
                 (address, k, v), scores = _score(inputs, tile)
                 share = torch.exp(scores - totals[tile, :, None])
                 d_out = d_mixed[tile].to(share.dtype)
+                # The softmax gradient: dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2).
                 carried = (d_out * mixed[tile]).sum(dim=-1, keepdim=True)
                 d_scores = share * (d_out @ v.mT - carried) * queries.shape[-1] ** -0.5
                 d_queries[tile] = d_scores @ k
@@ -272,7 +275,7 @@ class _Inputs(NamedTuple):
 
 
 class _GatheredKeys(NamedTuple):
-    """Keys and values of a tile, and the rows that they come from."""
+    """Gathered keys and values of a tile, and the rows from which they come."""
 
     address: Int[Tensor, "M J"]
     keys: Float[Tensor, "M J P"]
@@ -280,14 +283,14 @@ class _GatheredKeys(NamedTuple):
 
 
 class _Slots(NamedTuple):
-    """Keys that a query block gathers, each once for every row, and which rows see them."""
+    """The keys that a query block gathers, and which rows see them; no row sees a key twice."""
 
     places: Int[Tensor, "M J"]
     visible: Bool[Tensor, "M R J"]
 
 
 def _score(inputs: _Inputs, tile: slice) -> tuple[_GatheredKeys, Float[Tensor, "M R J"]]:
-    """Gather what a tile may see; scores are -inf where a row does not see a key."""
+    """Gather the keys and values of a tile; scores are -inf where a row does not see a key."""
     where = inputs.where
     at = _slots(inputs.kept[tile], where.positions[tile], inputs.reach)
     address = where.begins[tile, None] + where.stride * at.places
@@ -305,7 +308,8 @@ def _slots(kept: Int[Tensor, "M K"], positions: Int[Tensor, "M R"], reach: Block
 
     listed = (kept[:, :, None] * reach.key_block + count(reach.key_block)).flatten(1)
     far = torch.cat([listed, count(reach.n_sink).expand(M, -1)], dim=1)
-    # A sink, the window and a list may share keys: the window takes its own, then the sinks theirs.
+    # Lists, sinks and window may overlap. Each key counts in one of them only: the window first,
+    # then the sinks.
     eligible = far >= 0
     eligible[:, : listed.shape[1]] = listed >= reach.n_sink
     left = positions[:, :, None] - reach.window
@@ -313,7 +317,7 @@ def _slots(kept: Int[Tensor, "M K"], positions: Int[Tensor, "M R"], reach: Block
     in_window = (near[:, None] > left) & (near[:, None] <= positions[:, :, None])
     before_window = eligible[:, None] & (far[:, None] <= left)
     visible = torch.cat([before_window, in_window & (near[:, None] >= 0)], dim=2)
-    # What no row sees may lie in another document: the document's first key stands in for it.
+    # A key that no row sees may be in another document and hold a NaN: take the first key instead.
     places = torch.cat([far, near], dim=1)
     return _Slots(torch.where(visible.any(dim=1), places, 0), visible)
 
@@ -327,7 +331,7 @@ def _tiles(inputs: _Inputs) -> Iterator[slice]:
 
 
 def _rows(starts: Bool[Tensor, "B L"], width: int) -> tuple[Tensor, Tensor]:
-    """Index of each query of each block, and where in that each query stands."""
+    """Index of each query of each block, and of each query in the flattened blocks."""
     B, L = starts.shape
     block = starts.cumsum(dim=1) - 1
     N = -(-L // width) if starts.is_meta else int(block[:, -1].max()) + 1
@@ -341,7 +345,7 @@ def _rows(starts: Bool[Tensor, "B L"], width: int) -> tuple[Tensor, Tensor]:
 
 
 def _distinct(kept: Int[Tensor, "M K"]) -> Int[Tensor, "M K"]:
-    """Sort each list and leave one of equals; -1 is none."""
+    """Sort each list, and replace duplicates by -1."""
     ordered = kept.sort(dim=1).values.long()
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
@@ -352,6 +356,6 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, reach: BlockSparsity) 
     if reach.window < 1 or keys.shape[1] < queries.shape[1] or keys.shape[:3] != values.shape[:3]:
         raise ValueError(
             f"window {reach.window} with {queries.shape[1]} queries on keys of shape "
-            f"{tuple(keys.shape)} and values of shape {tuple(values.shape)}; take a window of 1 or "
-            "more, at least as many keys as queries, and a value for each key"
+            f"{tuple(keys.shape)} and values of shape {tuple(values.shape)}; take a window of at "
+            "least 1, at least as many keys as queries, and one value per key"
         )

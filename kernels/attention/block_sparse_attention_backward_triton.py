@@ -1,11 +1,12 @@
 # The language of Triton kernels is not Python to a type checker.
 # pyright: reportArgumentType=false, reportOperatorIssue=false
-"""The gradients of attention to listed key blocks as Triton kernels, none of them atomic.
+"""The gradients of attention to listed key blocks as Triton kernels, without atomics.
 
-The gradient of queries is found as the outputs are. That of keys has programs that own a tile of
-keys and walk over what sees them: the lists that name them, sorted by key, then the runs of rows
-that have them in the window or as sinks. The order is that of the inputs, so two runs are equal bit
-for bit. The sorted lists take 8 bytes for each entry, 20 while they are sorted. Not run on a GPU so
+Source: Dao 2023, "FlashAttention-2", section 3.2. The kernel for queries loops like the forward
+kernel. In the kernel for keys and values a program handles one tile of keys and loops over the rows
+that see it: those whose lists contain it, from lists sorted by key, then those that have it in the
+window or as a sink. The order is fixed, so results are deterministic. Sorted lists take 8 bytes per
+entry, 20 during sorting. Not run on a GPU so
 far: tested in Triton's interpreter, compiled ahead of time.
 """
 
@@ -28,14 +29,14 @@ from kernels.attention.block_sparse_operator import BlockSparseSizes
 from kernels.attention.interval_attention_triton import load_rows, products, store_rows
 from kernels.triton_launch import launch
 
-# Keys, rows that see them, and warps by (float32 operands, heads wider than 64).
+# Tile sizes (keys, rows) and warps by (float32 operands, heads wider than 64).
 KEYS = {
     (False, False): (16, 32, 4),
     (False, True): (16, 32, 4),
     (True, False): (16, 32, 4),
     (True, True): (16, 16, 8),
 }
-# The key of an entry that is none: behind all others.
+# Sorting key of an empty entry, after all others.
 NONE = 2**31 - 1
 
 
@@ -46,7 +47,7 @@ def _query_kernel(
     KEY_BLOCK: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, PP: tl.constexpr, QQ: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries; leaves sum(outputs d_outputs) of each for the other kernel."""
+    """The gradient of queries; also writes sum(outputs * d_outputs) per row for the key kernel."""
     item, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * ROWS
     rows = first + tl.arange(0, ROWS)
     real = rows < R
@@ -75,6 +76,7 @@ def _query_kernel(
         d_share = products(
             given, value, at_d, values, rows, places, real, there, Q, G * Q, Q, PART, DOT
         )
+        # dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2).
         d_score = tl.where(seen, share * (d_share - moment[:, None]), 0.0)
         d_query += tl.dot(d_score.to(DOT), key, input_precision="ieee")
     store_rows(d_q + item * R * P, d_query * scale, rows, real, P, P, PP)
@@ -82,7 +84,7 @@ def _query_kernel(
 
 @triton.jit
 def _behind(places, rows, real, positions, starts, R):
-    """How far each place of the tile lies behind each row, and its place in the row's document."""
+    """Distance from each key of the tile to each row, and the key's position in its document."""
     position = tl.load(positions + rows, mask=real, other=-1)
     place = places[:, None] - tl.load(starts + rows // R, mask=real, other=0)[None, :]
     behind = tl.where(real[None, :] & (place >= 0), position[None, :] - place, -1)
@@ -96,7 +98,7 @@ def _pull(
     P: tl.constexpr, Q: tl.constexpr, PP: tl.constexpr, QQ: tl.constexpr,
     DOT: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Add what some rows give to the gradients of a tile of keys and values."""
+    """Add the contribution of some rows to the gradients of a tile of keys and values."""
     some = tl.max(seen.to(tl.int32), axis=0) > 0
     query = load_rows(q, rows, some, P, P, PP, DOT)
     given = load_rows(d_outputs, rows, some, Q, Q, QQ, DOT)
@@ -108,12 +110,13 @@ def _pull(
     d_share = products(
         value, given, values, d_outputs, places, rows, there, some, G * Q, Q, Q, PART, DOT
     )
-    # A product of tiles takes what a key does not see times 0, which is NaN for a row of another
-    # document that is not finite. Such a row is taken out, and told to the keys that it sees.
-    spoilt = 0 * (tl.sum(query.to(tl.float32), axis=1) + tl.sum(given.to(tl.float32), axis=1))
+    # A non-finite row would reach keys of other documents in the products, as 0 * NaN is NaN. It is
+    # zeroed there, and a NaN is added to its shares of the keys that do see it. `nan_or_zero` is 0
+    # for a finite row.
+    nan_or_zero = 0 * (tl.sum(query.to(tl.float32), axis=1) + tl.sum(given.to(tl.float32), axis=1))
     share = tl.exp(tl.where(seen, scores - log[None, :], float("-inf")))
-    share = tl.where(seen, share + spoilt[None, :], 0.0)
-    finite = (spoilt == 0)[:, None]
+    share = tl.where(seen, share + nan_or_zero[None, :], 0.0)
+    finite = (nan_or_zero == 0)[:, None]
     d_value += tl.dot(share.to(DOT), tl.where(finite, given, 0.0).to(DOT), input_precision="ieee")
     d_score = tl.where(seen, share * (d_share - moment[None, :]), 0.0)
     d_key += tl.dot(d_score.to(DOT), tl.where(finite, query, 0.0).to(DOT), input_precision="ieee")
@@ -153,6 +156,7 @@ def _key_kernel(
             d_key, d_value, key, value, keys, values, places, there, G,
             q, d_outputs, logs, carried, rows, seen, scale, P, Q, PP, QQ, DOT, PART,
         )  # fmt: skip
+    # Then, per query head, the rows that have the tile in the window, and those as sinks.
     for walk in range(2 * (H // G)):
         head, of_sinks = walk // 2, walk % 2
         end = tl.load(at_bounds + 3 + 2 * of_sinks)
@@ -195,7 +199,7 @@ def backward(
     edges = torch.arange(0, S, tile["COLUMNS"], device=q.device)
     bounds = [*_naming(names, edges, tile["COLUMNS"], key_block)]
     bounds += _seeing(positions, starts, edges, tile["COLUMNS"], lists)
-    # Each row of a list's entry meets a whole tile of keys, those of sinks and window one or more.
+    # Pairs multiplied: a whole tile of keys per row and list entry, and for sinks and window.
     met = M * R * (K * tile["COLUMNS"] + window + 2 * tile["COLUMNS"])
     launch(
         _key_kernel,
@@ -208,9 +212,9 @@ def backward(
 
 
 def _sorted_lists(kept: Tensor, starts: Tensor, lists: BlockSparseSizes) -> tuple[Tensor, Tensor]:
-    """First keys of all listed blocks in order, and the query blocks that list them, (B G, E).
+    """The first keys of all listed blocks, sorted, and the query blocks that list them, (B G, E).
 
-    Keys are counted in their row of the batch, query blocks among those that read the key head.
+    Keys are indexed within their row of the batch, query blocks among those of the key head.
     """
     pairs, K = lists.B * lists.G, kept.shape[1]
     first = kept * lists.key_block + starts.view(-1, 1).int()
@@ -220,8 +224,9 @@ def _sorted_lists(kept: Tensor, starts: Tensor, lists: BlockSparseSizes) -> tupl
 
 
 def _naming(names: Tensor, edges: Tensor, columns: int, key_block: int) -> tuple[Tensor, Tensor]:
-    """Bounds of the entries that name a key of each tile, (B G, T)."""
+    """Bounds of the sorted entries that list a key of each tile, (B G, T)."""
     begins = edges.to(names.dtype).expand(len(names), -1)
+    # A block that begins up to key_block - 1 keys before the tile overlaps it.
     low = torch.searchsorted(names, (begins - key_block).contiguous(), right=True)
     return low, torch.searchsorted(names, (begins + columns).contiguous())
 
@@ -229,10 +234,10 @@ def _naming(names: Tensor, edges: Tensor, columns: int, key_block: int) -> tuple
 def _seeing(
     positions: Tensor, starts: Tensor, edges: Tensor, columns: int, lists: BlockSparseSizes
 ) -> list[Tensor]:
-    """Bounds of one head's rows that have a key of each tile near, and as a sink, (B G, T) each."""
+    """Bounds of the rows with a key of each tile in the window, and as a sink, (B G, T) each."""
     B, H, G = lists[:3]
     R = positions.shape[1]
-    # Heads are alike.
+    # Positions are equal in all heads.
     begun = starts.view(B, H, -1)[:, 0, :, None].expand(-1, -1, R).flatten(1)
     begun = begun.contiguous()
     token = begun + positions.view(B, H, -1)[:, 0]
@@ -247,7 +252,7 @@ def _seeing(
 
 
 def _key_tile(q: Tensor, k: Tensor, v: Tensor) -> dict:
-    """Constants of a program that owns keys."""
+    """Compile-time constants of the key kernel."""
     wide, (dot, part) = widths(q, v), operands(q, k, v)
     columns, rows, warps = KEYS[dot == tl.float32, is_wide(wide)] if compiled() else (64, 64, 4)
     return {**wide, "ROWS": rows, "COLUMNS": columns, "DOT": dot, "PART": part, "num_warps": warps}

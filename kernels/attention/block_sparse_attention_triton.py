@@ -1,11 +1,12 @@
-"""Attention to listed key blocks as Triton kernels: keys are gathered on the chip, never stored.
+"""Attention to listed key blocks as a Triton kernel that gathers keys on chip.
 
-One program owns the rows of a query block (outputs; `block_sparse_attention_back` has the
-gradients) and walks over its slots: listed keys, sinks, window. Sums are ordered and nothing is
-atomic. Softmax statistics and sums are float32; products are as in `interval_attention`, and take
-16 rows at least, so that a row that chooses alone leaves 15 of them empty. It reads slots (P + Q)
-numbers for as many products: memory and caches bound it. Not yet run on a GPU: tested in
-Triton's interpreter, compiled ahead of time.
+Source: Dao 2023, "FlashAttention-2", section 3.1, with the keys of Lee et al. 2024, "HiP
+Attention", section 3.3. A program handles the rows of a query block and loops over its slots:
+listed keys, sinks and window (gradients: `block_sparse_attention_backward_triton`). Sums have a
+fixed order, and there are no atomics. Softmax statistics and sums are float32; products are as in
+`interval_attention`. A product takes at least 16 rows, so a block of one row wastes 15. Arithmetic
+intensity is low: memory bandwidth bounds the speed. Not yet run on a GPU: tested in Triton's
+interpreter, compiled ahead of time.
 """
 
 import torch
@@ -17,8 +18,9 @@ from kernels.attention.block_sparse_operator import BlockSparseSizes
 from kernels.attention.interval_attention_triton import PART, load_rows, products, store_rows
 from kernels.triton_launch import interpreting, is_recording, launch
 
-# Rows (at most), slots and warps by (float32 operands, heads wider than 64), of blocks of up to 16
-# rows and of longer ones: heads of 64 and 128 compile for sm_80, sm_90 and sm_100 without spills.
+# Tile sizes (rows at most, slots) and warps by (float32 operands, heads wider than 64), for blocks
+# of up to 16 rows and for longer ones. No spills on sm_80, sm_90 and sm_100 with heads of 64 and
+# 128.
 SHORT = {
     (False, False): (16, 64, 4),
     (False, True): (16, 64, 4),
@@ -37,7 +39,7 @@ LONG = {
 def slots_of(
     kept, near_place, start, K, n_sink, KEY_BLOCK: tl.constexpr, COLUMNS: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Places of some slots in the document, and which of them are the window's; below 0 is none."""
+    """Positions of the keys in some slots, negative for none, and which slots are the window's."""
     slot = start + tl.arange(0, COLUMNS)
     block = tl.load(kept + slot // KEY_BLOCK, mask=slot < K * KEY_BLOCK, other=-1)
     listed = block * KEY_BLOCK + slot % KEY_BLOCK
@@ -52,7 +54,7 @@ def slots_of(
 
 @triton.jit
 def seen_slots(position, places, near, window) -> tl.tensor:
-    """Which slots each row sees: a key of its window from the window's slot alone."""
+    """Mask of the slots that each row sees; a key in its window counts in that slot only."""
     behind = position[:, None] - places[None, :]
     in_window = behind < window
     return (places >= 0)[None, :] & (behind >= 0) & (in_window == near[None, :])
@@ -85,7 +87,7 @@ def _forward_kernel(
         )
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
-        # A row that has seen nothing yet has no largest score to subtract.
+        # A row without any key so far: -inf minus -inf would be NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
         share, left = tl.exp(scores - level[:, None]), tl.exp(top - level)
         value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
@@ -93,7 +95,7 @@ def _forward_kernel(
         mixed = mixed * left[:, None] + added
         total = total * left + tl.sum(share, axis=1)
         top = higher
-    # Padding of the tile has no sum; that of a row with a NaN is NaN.
+    # Padding rows have a sum of 0. Not `total > 0`, which would turn a NaN into a 1.
     some = tl.where(total == 0, 1.0, total)
     store_rows(outputs + item * R * Q, mixed / some[:, None], rows, real, Q, Q, QQ)
     tl.store(logs + item * R + rows, top + tl.log(some), mask=real)
@@ -117,13 +119,13 @@ def forward(
 
 
 def products_of(R: int, K: int, lists: BlockSparseSizes, tile: dict) -> int:
-    """Pairs of a row and a slot that the tiles of one query block multiply, empty rows too."""
+    """Row-slot pairs that the tiles of one query block multiply, including empty rows."""
     rows = triton.cdiv(R, tile["ROWS"]) * tile["ROWS"]
     return rows * (K * lists.key_block + lists.n_sink + lists.window)
 
 
 def row_tile(q: Tensor, k: Tensor, v: Tensor) -> dict:
-    """Constants of a program that owns rows."""
+    """Compile-time constants of the row kernels."""
     wide, (dot, part) = widths(q, v), operands(q, k, v)
     table = SHORT if q.shape[1] <= 16 else LONG
     rows, columns, warps = table[dot == tl.float32, is_wide(wide)]
@@ -133,13 +135,13 @@ def row_tile(q: Tensor, k: Tensor, v: Tensor) -> dict:
 
 
 def operands(q: Tensor, k: Tensor, v: Tensor) -> tuple:
-    """What a product takes, and how many channels at once, 0 for all."""
+    """The operand dtype of products, and the channels per partial product, 0 for all."""
     narrow = compiled() and all(x.dtype is torch.bfloat16 for x in (q, k, v))
     return (tl.bfloat16, 0) if narrow else (tl.float32, PART if is_wide(widths(q, v)) else 0)
 
 
 def widths(q: Tensor, v: Tensor) -> dict[str, int]:
-    """Channels of queries and values, and those with padding."""
+    """Channels of queries and values, and their padded sizes."""
     P, Q = q.shape[2], v.shape[1]
     padded = (max(16, triton.next_power_of_2(x)) for x in (P, Q))
     return dict(zip(("P", "Q", "PP", "QQ"), (P, Q, *padded), strict=True))
@@ -151,5 +153,5 @@ def is_wide(sizes: dict[str, int]) -> bool:
 
 
 def compiled() -> bool:
-    """Whether a compiler will see the launch."""
+    """Whether kernels are compiled (or recorded), not interpreted."""
     return is_recording() or not interpreting()

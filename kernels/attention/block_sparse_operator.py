@@ -1,6 +1,6 @@
-"""Block-sparse attention as an operator: what the Triton kernels are given, and its gradients.
+"""The torch operator of the block-sparse Triton kernels, and its autograd function.
 
-Query blocks and their lists stand in one row after another: rows of the batch first, then heads.
+Query blocks and their lists are flattened, ordered by row of the batch, then head.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from kernels.dispatch import define_operator
 
 
 class BlockSparseSizes(NamedTuple):
-    """Rows of the batch, heads of queries and of keys, and what a list stands for."""
+    """Batch size, query heads, key heads, and the sizes of `BlockSparsity`."""
 
     B: int
     H: int
@@ -34,19 +34,19 @@ def attend_to_lists(
 ) -> Float[Tensor, "M R Q"]:
     """Attend with the queries of each block, on tensors that `path_of` sends to Triton.
 
-    Bit for bit the same on every run, gradients too. What is not finite stays in its document.
+    Deterministic, gradients included. NaN and infinity stay in their document.
 
     Args:
-        queries: rows of one block are neighbours in their document, or its last one again.
+        queries: rows of a block are consecutive in their document; padding repeats the last.
         keys: key t of a document is row `begins + G t`.
-        values: one for each key.
-        kept: distinct key blocks on each list; -1 is none.
-        places: place of each query in its document, and `begins`.
-        sizes: M is B H query blocks of each.
+        values: one per key.
+        kept: distinct key blocks of each list; -1 is an empty entry.
+        places: position of each query in its document, and `begins`.
+        sizes: sizes; M is B H times the query blocks per row and head.
     """
     tensors = (x.contiguous() for x in (queries, keys, values))
     positions, begins = places
-    # Kernels divide by the number of query blocks of a row and of entries: none at all need one.
+    # The kernels divide by the number of entries: an empty list gets one empty entry.
     lists = kept if kept.shape[1] else kept.new_full((len(kept), 1), -1)
     where = (lists.int().contiguous(), positions.int().contiguous(), begins.contiguous())
     return _Listed.apply(*tensors, *where, sizes)

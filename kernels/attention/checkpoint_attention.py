@@ -1,10 +1,9 @@
 """Softmax attention of each token to itself and to earlier checkpoints of its document.
 
 Source: Jafari et al. 2025, "SCOUT: Toward Sub-Quadratic Attention via Segment Compression for
-Optimized Utility in Transformers", and the authors' release. Changed: documents, which the release
-does not know. Tiles of queries meet the checkpoints that they see between them; the backward pass
-computes the probabilities again, so that none are kept. On a GPU the Triton kernels of
-`interval_attention` do the same.
+Optimized Utility in Transformers", and the authors' release. Changed: packed documents. Queries are
+processed in tiles with the range of checkpoints that they see; the backward pass recomputes
+probabilities. On a GPU the Triton kernels of `interval_attention` compute the same.
 """
 
 import math
@@ -21,18 +20,18 @@ from kernels.attention.interval_attention import Intervals, Own, interval_attent
 from kernels.dispatch import uses_triton
 from kernels.precision import without_autocast
 
-# Scores computed at once. They should stay in the cache, but each tile costs some twenty calls.
+# Scores per tile: few enough for the cache, but enough for the overhead of some twenty torch calls.
 TILE = 2**19
-# Queries of a tile. A long one computes scores of many checkpoints that only its last queries see,
-# a short one reads all checkpoints for few queries.
+# Queries per tile. Long tiles compute scores that only their last queries need; short ones read all
+# checkpoints for few queries.
 SHORTEST, LONGEST = 64, 256
 
 
 class Segments(NamedTuple):
-    """Rows of one document: checkpoint c is seen after its segment, by positions >= (c + 1) every.
+    """Visibility in rows of one document: positions >= (c + 1) every see checkpoint c.
 
     Attributes:
-        every: tokens of a segment.
+        every: tokens per segment.
         first: position of the first query.
     """
 
@@ -56,27 +55,27 @@ class Segments(NamedTuple):
         return Intervals(torch.zeros_like(past)[None], past[None])
 
     def shown(self) -> Bool[Tensor, "B S"] | None:
-        """Which checkpoints can be seen at all; None for all."""
+        """Which checkpoints are visible to any query; None for all."""
         return None
 
     def spans(self, queries: int, length: int) -> "_Spans":
-        """Where the checkpoints lie that each run of `length` queries sees."""
+        """The range of checkpoints that each run of `length` queries sees."""
         ends = [min(begin + length, queries) for begin in range(0, queries, length)]
         past = [(self.first + end - 1) // self.every for end in ends]
         return _Spans([[0] * len(past)], [past])
 
 
 class Places(NamedTuple):
-    """Where tokens and checkpoints stand: a later token of its document sees a checkpoint.
+    """Visibility by documents and positions: later tokens of its document see a checkpoint.
 
     Attributes:
-        documents: of each query's token, never falling along a row; negative for padding, which
-            stands at a row's end and sees itself alone.
-        positions: of each query's token in its document.
-        checkpoint_documents: of each checkpoint, never falling along a row but for negative ones,
-            which nobody sees.
-        checkpoint_positions: of the last token that a checkpoint knows of, in its document; rising
-            within a document.
+        documents: document of each query, nondecreasing along a row; negative for padding, at the
+            end of a row, which sees only itself.
+        positions: position of each query in its document.
+        checkpoint_documents: document of each checkpoint, nondecreasing along a row except for
+            negative ones, which are never visible.
+        checkpoint_positions: position of the last token that a checkpoint covers; increasing within
+            a document.
     """
 
     documents: Int[Tensor, "B L"]
@@ -98,10 +97,10 @@ class Places(NamedTuple):
         return same & (positions < self.positions[rows, queries][:, :, None])
 
     def intervals(self, queries: int) -> Intervals:
-        """The checkpoints between the ends of what each query sees; some may be seen by nobody.
+        """The range of checkpoints of each query, which may include invisible ones.
 
-        Document and position in one number rise along a row, so a search finds both ends.
-        Checkpoints that nobody sees take the number of the one before.
+        The pair (document, position), encoded as one integer, is nondecreasing along a row, so a
+        binary search finds both ends. Invisible checkpoints take the key of the previous one.
         """
         documents, positions, of_checkpoints, ends = (x.long() for x in self)
         if ends.shape[1] == 0:
@@ -114,13 +113,13 @@ class Places(NamedTuple):
         return Intervals(torch.searchsorted(order, begins), torch.searchsorted(order, here))
 
     def shown(self) -> Bool[Tensor, "B S"] | None:
-        """Which checkpoints can be seen at all."""
+        """Which checkpoints are visible to any query."""
         return self.checkpoint_documents >= 0
 
     def spans(self, queries: int, length: int) -> "_Spans":
-        """Where the checkpoints lie that each run of `length` queries sees."""
+        """The range of checkpoints that each run of `length` queries sees."""
         first, past = self.intervals(queries)
-        # Padding sees nothing, so it must not stretch a run to the end.
+        # Padding sees no checkpoint; it must not extend the range of its run.
         past = past.masked_fill(self.documents < 0, 0)
         behind = (0, -queries % length)
         first = F.pad(first, behind, value=2**62).unflatten(1, (-1, length)).amin(dim=2)
@@ -142,22 +141,22 @@ def checkpoint_attention(
     returns the dtype of `queries`.
 
     Args:
-        queries: one for each token.
-        keys: the tokens' own; G divides H, and query head h reads key head h // (H / G).
-        values: the tokens' own.
-        checkpoint_keys: those of all checkpoints, earlier ones first.
-        checkpoint_values: one for each of them.
-        sight: what decides which checkpoints a query sees.
+        queries: one per token.
+        keys: the tokens' own keys; G divides H, and query head h reads key head h // (H / G).
+        values: the tokens' own values.
+        checkpoint_keys: keys of all checkpoints, in order.
+        checkpoint_values: one per checkpoint.
+        sight: which checkpoints each query sees.
 
     Raises:
-        ValueError: `sight` speaks of other numbers of queries or checkpoints.
+        ValueError: `sight` is for other numbers of queries or checkpoints.
     """
     given = queries.shape[1], checkpoint_keys.shape[1]
     needed = sight.shape(queries.shape[1])
     if given != needed:
         raise ValueError(
-            f"checkpoint_attention is given {given[0]} queries and {given[1]} checkpoints, but "
-            f"sight is of {needed[0]} and {needed[1]}; give as many"
+            f"checkpoint_attention got {given[0]} queries and {given[1]} checkpoints, but sight is "
+            f"for {needed[0]} and {needed[1]}; give as many"
         )
     if uses_triton(queries):
         seen = Intervals(*(x.to(queries.device) for x in sight.intervals(given[0])))
@@ -235,14 +234,14 @@ class _Checkpoints(torch.autograd.Function):
 
 
 class _Spans(NamedTuple):
-    """For rows, or one for all, and runs of queries: the first checkpoint seen, and the end."""
+    """The range of checkpoints, first to past - 1, by row (or one for all) and run of queries."""
 
     first: list[list[int]]
     past: list[list[int]]
 
 
 class _Laid(NamedTuple):
-    """Scaled queries, keys and values with their heads in front; R queries share a key."""
+    """Scaled queries, keys and values, heads before tokens; R query heads share a key head."""
 
     queries: Float[Tensor, "B G L R P"]
     keys: Float[Tensor, "B G L P"]
@@ -252,7 +251,7 @@ class _Laid(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Rows and queries computed at once, and the checkpoints that any of them sees."""
+    """The rows and queries of a tile, and the checkpoints that any of them sees."""
 
     rows: slice
     queries: slice
@@ -260,7 +259,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(laid: _Laid, sight: Segments | Places) -> Iterator[_Tile]:
-    """Cut the work into pieces of about `TILE` scores, without what no query of a piece sees."""
+    """Cut the work into tiles of about `TILE` scores, without checkpoints that no query sees."""
     B, G, L, R, _ = laid.queries.shape
     scores = max(1, G * R * laid.checkpoint_keys.shape[2])
     length = min(L, max(SHORTEST, min(LONGEST, TILE // scores)))
@@ -291,12 +290,14 @@ def _add_gradients(d: _Laid, d_mixed: Tensor, laid: _Laid, tile: _Tile, share: T
     keys, values = _own(laid.keys, laid, tile), _own(laid.values, laid, tile)
     others = d_rows @ laid.checkpoint_values[seen].mT
     d_share = torch.cat([(d_rows * values).sum(-1, keepdim=True), others], dim=-1)
+    # The softmax gradient, in place: dS = P * (dP - rowsum(P * dP)).
     d_score = d_share.sub_((d_share * share).sum(-1, keepdim=True)).mul_(share)
     R = laid.queries.shape[3]
     d_queries = d_score[..., 1:] @ laid.checkpoint_keys[seen] + d_score[..., :1] * keys
     d.queries[at] = d_queries.unflatten(2, (-1, R))
     d.keys[at] = (d_score[..., :1] * rows).unflatten(2, (-1, R)).sum(3)
     d.values[at] = (share[..., :1] * d_rows).unflatten(2, (-1, R)).sum(3)
+    # Several tiles see a checkpoint, so these add up; a query is in one tile only.
     d.checkpoint_keys[seen] += d_score[..., 1:].mT @ rows
     d.checkpoint_values[seen] += share[..., 1:].mT @ d_rows
 

@@ -1,11 +1,10 @@
-"""Scores of HiP's search as a Triton kernel: keys of ranges are gathered on the chip, never stored.
+"""Scores of HiP's search as a Triton kernel (Lee et al. 2024, "HiP Attention", algorithm 1).
 
-One program owns some ranges of a list. It multiplies the keys that stand for them with the rows
-that choose together and keeps the largest score of each range, so that a round of a search stores a
-number a range. Products accumulate in float32 and are as in `interval_attention`, 16 rows at least.
-A list's keys are read from caches, which hold those of a document's head; what it cannot do without
-is its places and scores. Not yet run on a GPU: tested in Triton's interpreter, compiled ahead of
-time.
+A program handles some ranges of one list. It multiplies the keys that represent them with the rows
+that select together, and keeps the largest score per range, so that a round stores one number per
+range and no gathered keys. Products accumulate in float32, as in `interval_attention`, with at
+least 16 rows. Keys mostly come from caches, which hold those of one document and head. Not yet run
+on a GPU: tested in Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -17,8 +16,8 @@ from kernels.attention.block_sparse_attention_triton import compiled, operands
 from kernels.attention.interval_attention_triton import load_rows, products
 from kernels.triton_launch import launch
 
-# Rows (at most), ranges and warps by (float32 operands, heads wider than 64): heads of 64 and 128
-# compile for sm_80, sm_90 and sm_100 without spills.
+# Tile sizes (rows at most, ranges) and warps by (float32 operands, heads wider than 64). No spills
+# on sm_80, sm_90 and sm_100 with heads of 64 and 128.
 TILES = {
     (False, False): (32, 64, 4),
     (False, True): (32, 64, 4),
@@ -47,6 +46,7 @@ def _score_kernel(
         query = load_rows(at_q, rows, real, P, P, PP, DOT)
         for within in range(WIDTH):
             place = first + within
+            # Clamped to the document; such keys are masked below.
             address = tl.minimum(tl.maximum(place, 0), last)
             key = load_rows(keys, address, there, stride * P, P, PP, DOT)
             found = products(
@@ -75,7 +75,7 @@ def forward(
 
 
 def _tile(q: Tensor, k: Tensor) -> dict:
-    """Constants of a program."""
+    """Compile-time constants of the kernel."""
     P = q.shape[2]
     padded = max(16, triton.next_power_of_2(P))
     dot, part = operands(q, k, k)

@@ -1,13 +1,14 @@
-"""Which key blocks a query block should read, found without a score of every key.
+"""HiP's search: selects the key blocks that each query block reads, without scoring every key.
 
-Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (the tree); Lee et al. 2025, "InfiniteHiP",
-section 3.1 (the stages). Changed against the papers: a range is represented by its centre and ties
-go to the earlier range, so a search is a function of its inputs; query rows that choose together
-all vote; each query head chooses for itself; documents are searched apart.
-A GPU scores the ranges of a round by a Triton kernel, which stores no key; torch sorts the scores
-and keeps tables of places. By count, a layer of 16 heads at 8 x 2,048 tokens, 512 kept keys of 64
-channels in bf16, two rounds, moves 0.10 TB, most of it these tables, and starts some 4,000 kernels
-(0.58 TB and 22,000 where torch gathers the keys). Nothing of that was timed on a GPU.
+Sources: Lee et al. 2024, "HiP Attention", algorithm 1 (tree search); Lee et al. 2025,
+"InfiniteHiP", section 3.1 (staged pruning). Changed: a range is represented by its centre, and ties
+go to the earlier range, so that the search is deterministic; all rows of a query block vote; each
+query head selects for itself; documents are searched separately.
+
+On a GPU a Triton kernel scores the ranges of a round, and torch sorts the scores. By count, a layer
+of 16 heads at 8 x 2,048 tokens with 512 kept keys of 64 channels in bf16 and two rounds moves 0.10
+TB, mostly tables of indices, and launches some 4,000 kernels (0.58 TB and 22,000 if torch gathers
+the keys). This was not timed on a GPU.
 """
 
 import itertools
@@ -25,17 +26,17 @@ from kernels.dispatch import define_operator, uses_triton
 from kernels.precision import without_autocast
 
 TABLES = 16
-"""Numbers of float32 that a round is taken to hold for a key: some eight tables of places."""
+"""Float32 numbers that a round is assumed to hold per key: about eight tables of indices."""
 
 
 class Search(NamedTuple):
-    """What a search keeps, and how it judges a range of keys.
+    """Sizes of a search.
 
     Attributes:
         kept: key blocks on each list.
-        key_block: keys of a block.
-        longest: keys of the longest document at hand, or more.
-        exact: judge a range by all of its keys, which takes a score of every key: for tests.
+        key_block: keys per block.
+        longest: keys of the longest document, or an upper bound.
+        exact: score ranges by all of their keys, for tests.
     """
 
     kept: int
@@ -45,19 +46,19 @@ class Search(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One pruning: chunks of as many key blocks, of which so many are kept."""
+    """One stage of pruning: key blocks per chunk, and number of chunks to keep."""
 
     chunk: int
     keep: int
 
 
 class Region(NamedTuple):
-    """Keys that stages search: none of the sinks, and none that every served row has in its window.
+    """The keys that stages search: not the sinks, nor keys in the window of every served row.
 
     Attributes:
-        n_sink: keys at the document's beginning.
-        window: last keys that a row sees anyway.
-        served: rows from a block's first one on that its list serves at least.
+        n_sink: sinks, keys at the beginning of the document.
+        window: last keys, which a row sees anyway.
+        served: least number of rows, from a block's first on, that use its list.
     """
 
     n_sink: int
@@ -66,7 +67,7 @@ class Region(NamedTuple):
 
 
 Judge: TypeAlias = Callable[[Int[Tensor, "M J"], Int[Tensor, "M J"]], Float[Tensor, "M J"]]
-"""Maps the beginnings and ends of ranges of keys to scores; a range may be empty."""
+"""Maps begins and ends of ranges of keys to scores; ranges may be empty."""
 
 
 @torch.no_grad()
@@ -76,10 +77,10 @@ def tree_search(
     blocks: QueryBlocks,
     search: Search,
 ) -> Int[Tensor, "B H N K"]:
-    """List `search.kept` key blocks for each query block by halving as many ranges at once.
+    """Select `search.kept` key blocks for each query block by halving that many ranges.
 
-    All keys up to the block's last row are searched. A list holds every block where they are no
-    more than it may keep; -1 fills it up. Takes about 2 kept log2(blocks / kept) scores of blocks.
+    Searches all keys up to the block's last row. A list holds all blocks if they fit, padded with
+    -1. Scores about 2 kept log2(blocks / kept) blocks.
     """
     rounds = _halvings(math.ceil(search.longest / search.key_block), search.kept)
     judged = search.longest if search.exact else 2 * search.kept * search.key_block
@@ -97,18 +98,18 @@ def staged_search(
     stages: tuple[Stage, ...],
     region: Region,
 ) -> Int[Tensor, "B H N K"]:
-    """List `search.kept` key blocks for each query block by pruning ever shorter chunks.
+    """Select `search.kept` key blocks for each query block by pruning shorter and shorter chunks.
 
-    The first stage judges every chunk of the region, so work grows with queries times keys, divided
-    by the length of its chunks.
+    The first stage scores every chunk of the region, so work is queries times keys over the length
+    of its chunks.
 
     Args:
-        queries: those of the last L of the S tokens.
-        keys: one for each token.
-        blocks: which queries choose together.
-        search: what is kept.
-        stages: in order; a chunk is whole chunks of the next stage, the last one's is one block.
-        region: what is searched.
+        queries: queries of the last L of the S tokens.
+        keys: one per token.
+        blocks: which queries select together.
+        search: sizes.
+        stages: stages in order; each chunk length is a multiple of the next, and the last is 1.
+        region: the keys to search.
     """
     judged = search.longest if search.exact else max(_candidates(search, stages))
     parts = _cut(queries, keys, blocks, judged * _held(queries))
@@ -117,7 +118,7 @@ def staged_search(
 
 
 def tree_keys_scored(positions: Int[Tensor, " L"], kept: int, key_block: int) -> Int[Tensor, " L"]:
-    """Count the keys that the tree search scores at most for a row at each place."""
+    """The most keys that the tree search scores for a row at each position."""
     n_blocks = positions // key_block + 1
     ratio = (n_blocks + kept - 1) // kept
     # The bit length of ratio - 1 is the number of halvings that bring it to one.
@@ -128,7 +129,7 @@ def tree_keys_scored(positions: Int[Tensor, " L"], kept: int, key_block: int) ->
 def staged_keys_scored(
     positions: Int[Tensor, " L"], key_block: int, stages: tuple[Stage, ...], region: Region
 ) -> Int[Tensor, " L"]:
-    """Count the keys that the staged search scores at most for a row at each place."""
+    """The most keys that the staged search scores for a row at each position."""
     low = region.n_sink
     last = torch.minimum(positions, positions + region.served - 1 - region.window)
     scored = torch.zeros_like(positions)
@@ -152,9 +153,9 @@ def recall_at_k(
     blocks: QueryBlocks,
     key_block: int,
 ) -> Float[Tensor, "B H L"]:
-    """Share of each query's best keys that are on its list, as many keys as a list has room for.
+    """Share of each query's best keys, as many as a list holds, that are on its list.
 
-    Takes a score of every key.
+    Scores every key.
     """
     B, L, H, _ = queries.shape
     parts = list(_cut(queries, keys, blocks, keys.shape[1] * keys.shape[3]))
@@ -167,7 +168,7 @@ def recall_at_k(
 
 
 class _QueryBlockTile(NamedTuple):
-    """A few query blocks of single heads; key t of one is row `begins + stride * t` of `keys`."""
+    """Query blocks, each of one head; key t of a block is row `begins + stride * t` of `keys`."""
 
     queries: Float[Tensor, "M R P"]
     keys: Float[Tensor, "X P"]
@@ -177,14 +178,14 @@ class _QueryBlockTile(NamedTuple):
 
 
 def _held(queries: Tensor) -> int:
-    """Numbers held for each key that a search judges: its channels, or tables of places."""
+    """Numbers held per scored key: its channels, or tables of indices with the Triton kernel."""
     return TABLES if uses_triton(queries) else queries.shape[3]
 
 
 def _cut(
     queries: Tensor, keys: Tensor, blocks: QueryBlocks, each: int
 ) -> Iterator[_QueryBlockTile]:
-    """Tiles of as many query blocks as may hold so many numbers each."""
+    """Tiles of as many query blocks as fit the gather limit at `each` numbers per block."""
     listed, where = in_one_list(queries, keys, blocks)
     flat = keys.reshape(-1, keys.shape[-1])
     for part in tiles(len(listed), each, keys.device):
@@ -194,7 +195,7 @@ def _cut(
 
 
 def _descend(tile: _QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, "M K"]:
-    """The tree: split every range, keep the best halves, until all hold one block."""
+    """Tree search: split every range, keep the best halves, until each holds one block."""
     n_blocks = tile.positions[:, -1:] // search.key_block + 1
     number = torch.arange(search.kept, device=n_blocks.device)
     few = n_blocks <= search.kept
@@ -203,6 +204,7 @@ def _descend(tile: _QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, 
     end = torch.where(few, after.minimum(n_blocks), after * n_blocks // search.kept)
     judge = _every_key(tile, search.longest) if search.exact else _centre(tile, search.key_block)
     for _ in range(rounds):
+        # The first half is the longer one; of a single block the second half is empty.
         middle = (begin + end + 1) // 2
         begins = torch.stack([begin, middle], dim=2).flatten(1)
         ends = torch.stack([middle, end], dim=2).flatten(1)
@@ -215,8 +217,9 @@ def _descend(tile: _QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, 
 def _prune(
     tile: _QueryBlockTile, search: Search, stages: tuple[Stage, ...], region: Region
 ) -> Int[Tensor, "M K"]:
-    """The stages: judge every chunk, keep the best, cut them up for the next stage."""
+    """Staged search: score every chunk, keep the best, split them for the next stage."""
     last = tile.positions[:, -1:]
+    # Keys after `high` are in the window of every row that uses the list.
     served = torch.maximum(last, tile.positions[:, :1] + region.served - 1)
     high = torch.minimum(last, served - region.window) + 1
     before = stages[0].chunk
@@ -234,7 +237,7 @@ def _prune(
         best = _strongest(judge(begins, ends), begins < ends, keep)
         chunks = torch.gather(chunks, 1, best)
         inside, before = torch.gather(begins < ends, 1, best), chunk
-    # No block that exists comes later than the number of them.
+    # Blocks are in order, existing ones first, so only empty entries are cut off.
     kept = torch.where(inside, chunks, -1)[:, : search.kept]
     return F.pad(kept, (0, search.kept - kept.shape[1]), value=-1)
 
@@ -242,7 +245,7 @@ def _prune(
 def _strongest(
     scores: Float[Tensor, "M J"], exists: Bool[Tensor, "M J"], kept: int
 ) -> Int[Tensor, "M K"]:
-    """Index of the best ranges in order, the earlier of equals; those that exist come first."""
+    """Indices of the best ranges, in order of position; ties go to the earlier range."""
     ordered = scores.masked_fill(~exists, -torch.inf).sort(dim=1, descending=True, stable=True)
     return ordered.indices[:, :kept].sort(dim=1).values
 
@@ -250,7 +253,7 @@ def _strongest(
 def _best_scores(
     tile: _QueryBlockTile, firsts: Int[Tensor, "M J"], width: int = 1
 ) -> Float[Tensor, "M J"]:
-    """The largest product of any of `width` keys from each place on with a row that may see it."""
+    """The largest product of any of `width` keys from each position on with a row that sees it."""
     if uses_triton(tile.queries):
         tensors = (tile.queries, tile.keys, tile.positions.int(), tile.begins, firsts.int())
         return _scores(*(x.contiguous() for x in tensors), tile.stride, width)
@@ -267,7 +270,7 @@ def _best_scores(
 
 
 def _centre(tile: _QueryBlockTile, key_block: int) -> Judge:
-    """Judge ranges of whole blocks by the keys of the central one."""
+    """Score ranges of whole blocks by the keys of their central block."""
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
         centre = (begins // key_block + ends // key_block - 1) // 2
@@ -277,7 +280,7 @@ def _centre(tile: _QueryBlockTile, key_block: int) -> Judge:
 
 
 def _halving(tile: _QueryBlockTile, length: int) -> Judge:
-    """Judge ranges of at most `length` keys by the key that halving them by centres ends at."""
+    """Score ranges of at most `length` keys by the key at which repeated halving ends."""
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
         if length == 1:
@@ -296,7 +299,7 @@ def _halving(tile: _QueryBlockTile, length: int) -> Judge:
 
 
 def _every_key(tile: _QueryBlockTile, longest: int) -> Judge:
-    """Judge ordered ranges by all of their keys."""
+    """Score ordered ranges by all of their keys."""
     places = torch.arange(longest, device=tile.positions.device).expand(len(tile.positions), -1)
     scores = _best_scores(tile, places)
 
@@ -313,7 +316,7 @@ def _every_key(tile: _QueryBlockTile, longest: int) -> Judge:
 def _found(
     tile: _QueryBlockTile, lists: Int[Tensor, "M K"], longest: int, key_block: int
 ) -> Float[Tensor, "M R"]:
-    """Share of each row's best keys, as many as its list has room for, that are on the list."""
+    """Share of each row's best keys, as many as its list holds, that are on the list."""
     places = torch.arange(longest, device=lists.device)
     address = tile.begins[:, None] + tile.stride * places.minimum(tile.positions[:, -1:])
     keys = take(tile.keys, address)
@@ -324,7 +327,7 @@ def _found(
     best = scores.topk(min(longest, lists.shape[1] * key_block), dim=2).indices
     seen = best <= rows
     n_blocks = math.ceil(longest / key_block)
-    # One column more takes the entries that are none.
+    # An additional column takes empty entries.
     on_list = torch.zeros(len(lists), n_blocks + 1, dtype=torch.bool, device=lists.device)
     on_list.scatter_(1, torch.where(lists < 0, n_blocks, lists).long(), value=True)
     found = torch.gather(on_list, 1, (best // key_block).flatten(1)).view(best.shape) & seen
@@ -332,12 +335,12 @@ def _found(
 
 
 def _halvings(length: int, parts: int) -> int:
-    """Halvings that bring `length`, cut into `parts`, to lengths of one."""
+    """Halvings that reduce `length`, cut into `parts`, to lengths of one."""
     return max(0, math.ceil(length / parts) - 1).bit_length()
 
 
 def _candidates(search: Search, stages: tuple[Stage, ...]) -> list[int]:
-    """Chunks that each stage judges at most."""
+    """The most chunks that each stage scores."""
     counts = [math.ceil(search.longest / (stages[0].chunk * search.key_block))]
     for before, stage in itertools.pairwise(stages):
         counts.append(min(counts[-1], before.keep) * (before.chunk // stage.chunk))

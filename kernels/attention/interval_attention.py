@@ -1,9 +1,9 @@
-"""Softmax attention of each query to an interval of keys: what the compiled kernels compute.
+"""Softmax attention of each query to an interval of keys, by the native and Triton kernels.
 
-Windows, packed documents and earlier checkpoints all show a query a run of neighbouring keys whose
-ends only move forward from query to query, so one kernel serves them. Source: Dao 2023,
-"FlashAttention-2", sections 3.1 and 3.2: tiles of scores, the log of the softmax's sum kept for the
-backward pass. Changed: intervals, one own key beside them, and no atomic sums.
+For windows, packed documents and checkpoints, the keys that a query sees are consecutive, and both
+ends are nondecreasing over queries; one kernel serves them all. Source: Dao 2023,
+"FlashAttention-2", sections 3.1 and 3.2: tiles of scores, and the log-sum-exp kept for the backward
+pass. Changed: intervals, an optional own key per query, and no atomics.
 """
 
 from typing import NamedTuple
@@ -18,14 +18,14 @@ from kernels.dispatch import Path, define_operator, path_of
 
 
 class Intervals(NamedTuple):
-    """Keys first to past - 1 are seen by a query, in every row or all; neither falls along it."""
+    """Each query sees keys first to past - 1; both are nondecreasing. One row may serve all."""
 
     first: Int[Tensor, "b L"]
     past: Int[Tensor, "b L"]
 
 
 class Own(NamedTuple):
-    """A key and value for each query that it alone sees."""
+    """An additional key and value per query, visible only to it."""
 
     keys: Float[Tensor, "B L G P"]
     values: Float[Tensor, "B L G Q"]
@@ -41,21 +41,20 @@ def interval_attention(
 ) -> Float[Tensor, "B L H Q"]:
     """Attend with each query to its keys, on tensors that `path_of` sends to a compiled kernel.
 
-    Scores are scaled by 1/sqrt(P). A query that sees nothing gets zeros. Keys that a query does not
-    see change nothing for it, bit for bit, where they and their values are finite. One that is not
-    may reach queries of its tile that do not see it: their share in it is 0, and 0 times NaN is
-    NaN. The same holds for gradients and queries. Gradients come from the log of each softmax's
-    sum, which as a float32 costs them digits where scores are large: at a thousand, 3e-4. The CPU
-    kernel computes in float32, knows neither own keys nor hidden ones, and has no tile across a gap
-    between what neighbouring queries see.
+    Scores are scaled by 1/sqrt(P). A query without keys gets zeros. Finite keys and values that a
+    query does not see do not affect it, bit for bit. A NaN may reach queries in the same tile that
+    do not see it, because their probability of 0 times NaN is NaN; likewise in gradients. Gradients
+    use the float32 log-sum-exp, which loses digits for large scores: a relative 3e-4 at scores of a
+    thousand. The CPU kernel computes in float32, supports neither `own` nor `shown`, and never puts
+    queries without common keys in one tile.
 
     Args:
-        queries: of any number.
+        queries: any number of queries.
         keys: G divides H, and query head h reads key head h // (H / G).
-        values: one for each key.
-        seen: what each query sees.
-        own: what each query sees besides.
-        shown: keys that can be seen at all; all if not given.
+        values: one per key.
+        seen: the interval of each query.
+        own: an additional key and value per query.
+        shown: keys that are visible at all; all if not given.
     """
     B, L = queries.shape[:2]
     first, past = (x.int().expand(B, L).contiguous() for x in seen)
@@ -67,17 +66,18 @@ def interval_attention(
 
 
 def neighbours(documents: Int[Tensor, "b S"], queries: int, before: int, after: int) -> Intervals:
-    """What each of the last `queries` tokens sees: those of its document that are near enough.
+    """The interval of each of the last `queries` tokens: near tokens of its document.
 
     Args:
         documents: document of each token; each document is contiguous.
-        queries: tokens that see others.
-        before: keys before its own that a token sees at most.
-        after: keys after its own.
+        queries: number of queries.
+        before: most keys before the query's own.
+        after: most keys after it.
     """
     S = documents.shape[1]
     place = torch.arange(S, device=documents.device).expand(documents.shape)
     changes = documents[:, 1:] != documents[:, :-1]
+    # First and last token of each document, spread over its tokens by running extrema.
     begins = torch.where(F.pad(changes, (1, 0), value=True), place, 0).cummax(dim=1).values
     ends = torch.where(F.pad(changes, (0, 1), value=True), place + 1, S)
     ends = ends.flip(1).cummin(dim=1).values.flip(1)

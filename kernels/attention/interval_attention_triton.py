@@ -1,10 +1,10 @@
-"""Attention to an interval of keys as Triton kernels: tiles of scores that are never stored.
+"""Attention to an interval of keys as Triton kernels (Dao 2023, "FlashAttention-2", 3.1 and 3.2).
 
-One program owns a tile of queries (outputs, and the gradient of queries) or a tile of keys (their
-gradients), and walks over what sees or is seen in order, so that sums are ordered and nothing is
-atomic. Softmax statistics and sums are float32. Products take bfloat16 operands where activations
-are bfloat16, as flash attention does, else float32; the interpreter always takes float32. Loops
-hold one load in flight, because they carry sums. Not yet run on a GPU: tested in Triton's
+A program handles a tile of queries (outputs and the gradient of queries) or a tile of keys (their
+gradients), and loops over the other side in order: sums have a fixed order, and there are no
+atomics. Softmax statistics and sums are float32. Products take bfloat16 operands if activations are
+bfloat16, as flash attention does, else float32; in the interpreter always float32. Loops are not
+pipelined, because they carry sums (see `launch`). Not yet run on a GPU: tested in Triton's
 interpreter, compiled ahead of time.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.triton_launch import interpreting, is_recording, launch
 
-# Queries, keys and warps of a tile by (float32 operands, heads wider than 64): at heads of 64 and
-# 128 all compile for sm_80, sm_90 and sm_100 without spills.
+# Tile sizes (queries, keys) and warps by (float32 operands, heads wider than 64). No spills on
+# sm_80, sm_90 and sm_100 with heads of 64 and 128.
 FORWARD = {
     (False, False): (64, 64, 4),
     (False, True): (64, 32, 4),
@@ -35,10 +35,10 @@ KEYS = {
     (True, False): (32, 16, 4),
     (True, True): (16, 16, 8),
 }
-# Channels of a wide head that a float32 product takes at once: it goes to no tensor core, and each
-# thread holds its operands in registers, for all channels.
+# Channels per partial product of wide float32 heads: without tensor cores each thread holds the
+# operands in registers, so all channels at once would spill.
 PART = 32
-# Numbers of a head's keys, or values, that one program of `_own_kernel` holds: 48 registers.
+# Elements of a head's keys, or values, per program of `_own_kernel`: 48 registers.
 OWN_NUMBERS = 512
 
 
@@ -46,11 +46,11 @@ OWN_NUMBERS = 512
 def load_rows(
     x, tokens, real, stride, WIDTH, PADDED: tl.constexpr, DOT: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """Load one head's channels of some tokens; what is not there is zero."""
+    """Load one head's channels of some tokens; zeros outside the tensor."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
-    # Narrow numbers are widened first: the interpreter computes nothing else rightly.
+    # Via float32: the interpreter does not compute correctly in bfloat16.
     return tl.load(places, mask=mask, other=0.0).to(tl.float32).to(DOT)
 
 
@@ -59,9 +59,9 @@ def products(
     query, key, q, k, tokens, places, real, there, q_stride, k_stride,
     WIDTH: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Products of all rows of two tiles, which lie at q and k; PART channels at once, or all at 0.
+    """Products of all rows of two tiles, PART channels at a time, or all at once if PART is 0.
 
-    A part is loaded again, so that no more of the tiles than it has to be in registers.
+    Parts are loaded again from q and k, so that only one part has to be in registers.
     """
     if PART == 0:
         sums = tl.dot(query, tl.trans(key), input_precision="ieee")
@@ -78,7 +78,7 @@ def products(
 def store_rows(
     x, tile, tokens, real, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr
 ) -> None:  # fmt: skip
-    """Store one head's channels of some tokens; what is not there is left alone."""
+    """Store one head's channels of some tokens, within the tensor."""
     channels = tl.arange(0, PADDED)
     places = x + tokens.to(tl.int64)[:, None] * stride + channels[None, :]
     mask = real[:, None] & (channels < WIDTH)[None, :]
@@ -87,7 +87,7 @@ def store_rows(
 
 @triton.jit
 def _visible(first, past, places, shown, row, S, SHOWN: tl.constexpr):
-    """Which keys each query sees, one more dimension on each of the first three."""
+    """Mask of the keys that each query sees; the first three arguments broadcast to the mask."""
     seen = (places >= first) & (places < past)
     if SHOWN:
         flags = tl.load(shown + row * S + places, mask=places < S, other=0)
@@ -108,7 +108,7 @@ def _forward_kernel(
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    # Later queries may see more keys: the longest programs start first.
+    # Later queries may see more keys. Starting with them balances the load.
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real, shared = tokens < L, head // (H // G)
@@ -120,6 +120,7 @@ def _forward_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, QQ), tl.float32)
     if OWN:
+        # The own key starts the online softmax: its power relative to itself is 1.
         top, _ = _own_score(
             query, own_k + (row * L * G + shared) * P, tokens, real, G, scale, P, PP
         )
@@ -137,8 +138,9 @@ def _forward_kernel(
         seen = _visible(begin[:, None], end[:, None], places[None, :], shown, row, S, SHOWN)
         scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
-        # A query that has seen nothing yet has no largest score to subtract.
+        # A query without any key so far: -inf minus -inf would be NaN.
         level = tl.where(higher == float("-inf"), 0.0, higher)
+        # Online softmax: earlier sums are rescaled to the new maximum.
         share, kept = tl.exp(scores - level[:, None]), tl.exp(top - level)
         value = load_rows(values, places, there, G * Q, Q, QQ, DOT)
         added = tl.dot(share.to(DOT), value, input_precision="ieee")
@@ -146,7 +148,7 @@ def _forward_kernel(
         total = total * kept + tl.sum(share, axis=1)
         top = higher
     at = outputs + (row * L * H + head) * Q
-    # Padding of the tile and queries that see nothing have no sum.
+    # Padding and queries without keys have a sum of 0.
     some = tl.where(total > 0, total, 1.0)
     store_rows(at, mixed / some[:, None], tokens, real, H * Q, Q, QQ)
     log = tl.where(total > 0, top + tl.log(some), 0.0)
@@ -161,7 +163,7 @@ def _query_kernel(
     QQ: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DOT: tl.constexpr,
     PART: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries; leaves sum(outputs d_outputs) of each for the other kernels."""
+    """The gradient of queries; also writes sum(outputs * d_outputs) per row for other kernels."""
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real, shared = tokens < L, head // (H // G)
@@ -183,6 +185,7 @@ def _query_kernel(
         score, own = _own_score(query, own_k + at_k, tokens, real, G, scale, P, PP)
         own_value = load_rows(own_v + at_v, tokens, real, G * Q, Q, QQ, tl.float32)
         d_of_own = tl.sum(given.to(tl.float32) * own_value, axis=1) - moment
+        # dS = P * (dP - rowsum(dO * O)) (Dao 2023, algorithm 2), for the own key.
         d_own = tl.exp(score - log) * d_of_own
         d_query += tl.where(real, d_own, 0.0)[:, None] * own
     keys, values = k + (row * S * G + shared) * P, v + (row * S * G + shared) * Q
@@ -344,7 +347,7 @@ def backward(
 
 
 def _seers(first: Tensor, past: Tensor, S: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The first query that sees any key of a tile, and the end of those: both bounds only rise."""
+    """The range of queries that see a key of each tile, by binary search in monotonic bounds."""
     begins = torch.arange(0, S, columns, device=first.device, dtype=first.dtype)
     begins = begins.expand(first.shape[0], -1).contiguous()
     lowest = torch.searchsorted(past, begins, right=True, out_int32=True)
@@ -378,5 +381,5 @@ def _part(sizes: dict) -> int:
 
 
 def _or(given: Tensor | None, instead: Tensor) -> Tensor:
-    """The tensor, or another in the place of one that the kernel will not touch."""
+    """The tensor or, if it is None, a placeholder that the kernel does not read."""
     return instead if given is None else given

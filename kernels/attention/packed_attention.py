@@ -1,6 +1,6 @@
-"""Softmax attention over rows of packed documents, without a mask of all pairs of tokens.
+"""Softmax attention over packed documents, without a mask of all pairs of tokens.
 
-A document is a window that is as wide as the row.
+Uses `window_attention` with a window as long as the row; its kernels stop at document boundaries.
 """
 
 import sys
@@ -13,11 +13,11 @@ from torch import Tensor
 from kernels.attention.window_attention import centred_window_attention, window_attention
 from kernels.dispatch import Path, path_of
 
-# Keys of one document up to which the compiled kernel is faster than torch's.
+# Longest document, in keys, for which the compiled kernel is faster than torch's attention.
 MOST_KEYS = sys.maxsize if torch.backends.cpu.get_cpu_capability() == "AVX512" else 512
 
 
-# The number of documents is not the compiler's business: it would compile again for each.
+# Not traced: the compiler would specialise on, and recompile for, the number of documents.
 @torch.compiler.disable
 def packed_attention(
     queries: Float[Tensor, "B L H P"],
@@ -27,7 +27,7 @@ def packed_attention(
     *,
     causal: bool,
 ) -> Float[Tensor, "B L H Q"]:
-    """Attend with each query to the keys of its own document, to none of them later if causal.
+    """Attend with each query to the keys of its document, only to earlier ones if causal.
 
     Scores are scaled by 1/sqrt(P); softmax statistics are float32 or wider; returns the dtype of
     `queries`. The compiled kernels skip other documents.
@@ -54,13 +54,13 @@ def packed_attention(
 
 
 def serves_one_document(queries: Float[Tensor, "B L H P"], keys: Float[Tensor, "B S G P"]) -> bool:
-    """Whether `window_attention` is the better choice for one causal document too.
+    """Whether `window_attention` is faster than torch's attention for a single causal document.
 
     In float32 on a CPU with AVX-512 it took 0.68, 0.55, 0.66, 0.80 and 0.83 of the time of torch's
-    fused attention, forward and back at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of 64;
-    on the same one limited to AVX2 0.97, 0.86, 1.10, 1.29 and 1.42 (`python
-    tests/benchmarks/kernels/bench_attention.py`). Going back, threads share rows and key heads,
-    torch's rows and query heads: where key heads are too few for the threads, torch's serves.
+    fused attention, forward and backward, at 256, 512, 1,024, 2,048 and 4,096 tokens of 8 heads of
+    64; limited to AVX2 on the same CPU 0.97, 0.86, 1.10, 1.29 and 1.42 (`python
+    tests/benchmarks/kernels/bench_attention.py`). Its backward pass is parallel over rows and key
+    heads, torch's over rows and query heads, so with too few key heads torch's is used.
     """
     if queries.device.type != "cpu" or keys.shape[1] > MOST_KEYS:
         return False

@@ -1,10 +1,10 @@
-"""Slots: running averages of tokens, each slot weighing the tokens in its own way.
+"""Attention slots: softmax-weighted running averages of tokens, with separate weights per slot.
 
 slot[t, c] = sum_{s <= t} exp(a[s, c]) x[s] / sum_{s <= t} exp(a[s, c])
 
-Written with the logarithm of the denominator, l[t, c], a token's share in a slot is
-exp(a[s, c] - l[t, c]) <= 1 whatever the size of the logits: nothing overflows, nothing later enters
-and no document feels another. Shares are formed within chunks; between chunks a slot decays by
+With the log-sum-exp l[t, c] of the logits so far, a token's share in a slot is
+exp(a[s, c] - l[t, c]) <= 1: no overflow at any logits, and no stabiliser that would depend on later
+tokens or other documents. Shares are formed within chunks; between chunks a slot decays by
 exp(l before - l after).
 
 Source: the recurrence of Peng et al. 2022, "ABC: Attention with Bounded-memory Control", section
@@ -22,20 +22,20 @@ from kernels.precision import without_autocast
 from kernels.scans.linear_attention import chunked_documents, continuing
 from kernels.scans.linear_scan import linear_scan
 
-# Tokens of a chunk. Its shares take CHUNK numbers for each token and slot, and the slots between
-# chunks P / CHUNK of them; 8 and 16 are as fast at the usual width of a head, 64.
+# Tokens per chunk. Shares take CHUNK numbers per token and slot, the slots between chunks P /
+# CHUNK. At heads of 64, 8 and 16 are equally fast.
 CHUNK = 16
 
 
 class Slots(NamedTuple):
-    """What decides the shares.
+    """What determines the shares.
 
     Attributes:
         logits: a[t, c].
         log_sums: l[t, c], from `slot_log_sums`.
-        initial: l[-1, c], None if nothing precedes.
-        documents: document of each token, never falling along the length but for padding at its
-            end; None for one. Document 0 continues what precedes.
+        initial: l[-1, c]; None if nothing precedes.
+        documents: document of each token, nondecreasing except for padding at the end; None for a
+            single one. Document 0 continues what precedes.
     """
 
     logits: Float[Tensor, "B L H C"]
@@ -64,7 +64,7 @@ def slot_log_sums(
         first = initial.to(wide.dtype)[:, None]
     carry = first
     if totals.shape[1] > 1:
-        # Chunks are to their sums what tokens are to theirs, in the document of their last token.
+        # The same recursively over chunks, each with its total and its last token's document.
         last = None if ids is None else ids[:, :, -1]
         carry = torch.cat([first, slot_log_sums(totals, initial, last)[:, :-1]], dim=1)
     carry = carry[:, :, :, None]
@@ -79,7 +79,7 @@ def read_slots(
     slots: Slots,
     initial: Float[Tensor, "B H C P"] | None = None,
 ) -> tuple[Float[Tensor, "B L H C"], Float[Tensor, "B H C P"]]:
-    """Multiply each query with every slot at its token; give also the slots after the last one."""
+    """Products of each query with all slots at its token, and the slots after the last token."""
     with without_autocast(x):
         parts = _Chunks.of(slots)
         q, inputs = parts.split(queries), parts.split(x)
@@ -96,11 +96,12 @@ def mix_slots(
     slots: Slots,
     initial: Float[Tensor, "B H C P"] | None = None,
 ) -> tuple[Float[Tensor, "B L H P"], Float[Tensor, "B H C P"]]:
-    """Sum the slots at each token by its weights; give also the slots after the last one."""
+    """The weighted sum of the slots at each token, and the slots after the last token."""
     with without_autocast(x):
         parts = _Chunks.of(slots)
         w, inputs = parts.split(weights), parts.split(x)
         before, final = parts.states(inputs, initial)
+        # Weights times shares is the mixing matrix within a chunk.
         matrix = (parts.shares @ w[..., None]).squeeze(-1)
         mixed = parts.join(matrix @ inputs + (w * parts.carry) @ before)
         return mixed.to(x.dtype), final
@@ -111,7 +112,7 @@ def slot_averages(
     slots: Slots,
     initial: Float[Tensor, "B H C P"] | None = None,
 ) -> tuple[Float[Tensor, "B L H C P"], Float[Tensor, "B H C P"]]:
-    """Compute every slot at every token; give also the slots after the last one."""
+    """All slots at every token, and the slots after the last token."""
     with without_autocast(x):
         parts = _Chunks.of(slots)
         inputs = parts.split(x)
@@ -122,14 +123,14 @@ def slot_averages(
 
 
 class _Chunks(NamedTuple):
-    """Shares of tokens and of what came before in the slots, chunk by chunk.
+    """Shares of tokens, and of the previous slots, in chunks.
 
     Attributes:
-        shares: that of token s of a chunk at its token t.
-        carry: that of the slots before the chunk at its token t.
-        decays: log of the carry at a chunk's last token.
-        documents: that of each chunk's last token; None for one.
-        length: tokens in all.
+        shares: share of token s in the slots at token t of the same chunk.
+        carry: share of the slots before the chunk at its token t.
+        decays: log of the carry at each chunk's last token.
+        documents: document of each chunk's last token; None for a single one.
+        length: number of tokens.
     """
 
     shares: Float[Tensor, "B J H T T C"]
@@ -142,7 +143,7 @@ class _Chunks(NamedTuple):
     def of(cls, slots: Slots) -> "_Chunks":
         """Form the shares."""
         sums, L = slots.log_sums, slots.logits.shape[1]
-        # Tokens that fill up the last chunk have no share, and leave its slots as they are.
+        # Padding of the last chunk has no share, and does not change the slots.
         logits = _fill(slots.logits.to(sums.dtype), float("-inf"))
         sums = torch.cat([sums, sums[:, -1:].expand(-1, -L % CHUNK, -1, -1)], dim=1)
         sums = sums.unflatten(1, (-1, CHUNK)).transpose(2, 3)
@@ -175,6 +176,7 @@ class _Chunks(NamedTuple):
         """The slots before each chunk, and those after the last."""
         added = self.shares[:, :, :, -1].transpose(-1, -2) @ x
         state = torch.zeros_like(added[:, 0]) if initial is None else initial.to(x.dtype)
+        # Slots between chunks are a linear scan over chunks.
         decays = self.decays[..., None].expand_as(added)
         scanned = linear_scan(
             decays.flatten(2), added.flatten(2), state.flatten(1), self.documents
@@ -185,7 +187,7 @@ class _Chunks(NamedTuple):
 def _sums_inside(
     logits: Float[Tensor, "B J H T C"], ids: Int[Tensor, "B J T"] | None
 ) -> Float[Tensor, "B J H T C"]:
-    """Log-sums over a chunk's tokens so far; each round doubles how many they cover."""
+    """Cumulative log-sum-exp within chunks, by recursive doubling."""
     sums, reach = logits, 1
     while reach < CHUNK:
         later, earlier = sums[:, :, :, reach:], sums[:, :, :, :-reach]

@@ -1,9 +1,9 @@
-"""Softmax attention over the nearest tokens, with work and memory linear in the length.
+"""Sliding-window softmax attention, with work and memory linear in the length.
 
 Source: Beltagy et al. 2020, "Longformer", section 3.1. A window of W is exactly W keys, the query's
-own included: key j is seen by query i if 0 <= i - j <= W - 1. It is the compiled kernels of
-`interval_attention` that do the work, on a GPU and on a CPU; they keep no probabilities. In float64
-and without a compiler, plain torch does it in blocks and keeps those of every window.
+own included: query i sees key j if 0 <= i - j <= W - 1. The kernels of `interval_attention` compute
+it, on GPU and CPU, and keep no probabilities. In float64 and without a compiler it is computed in
+blocks by plain torch, which keeps the probabilities of every window.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ from kernels.attention.interval_attention import Intervals, interval_attention, 
 from kernels.dispatch import Path, path_of
 from kernels.precision import without_autocast
 
-# Queries of a block in plain torch.
+# Queries per block in plain torch.
 BLOCK = 64
-# Queries that meet their keys in one masked product, because intervals and tiles would cost more.
+# Up to this many queries, as in decoding, a single masked product is faster than tiles.
 FEW = 16
 
 
@@ -36,10 +36,10 @@ def window_attention(
     returns the dtype of `queries`.
 
     Args:
-        queries: those of the last L of the S tokens.
-        keys: one for each token; G divides H, and query head h reads key head h // (H / G).
-        values: one for each token.
-        window: keys that a query sees at most.
+        queries: queries of the last L of the S tokens.
+        keys: one per token; G divides H, and query head h reads key head h // (H / G).
+        values: one per token.
+        window: most keys that a query sees.
         documents: document of each of the S tokens; one document if not given.
 
     Raises:
@@ -52,6 +52,7 @@ def window_attention(
             "least as many keys as queries"
         )
     before = min(window, S) - 1
+    # Keys before the first query's window are cut off.
     unseen = max(S - L - before, 0)
     keys, values = keys[:, unseen:], values[:, unseen:]
     if documents is not None:
@@ -121,7 +122,7 @@ def _visible(
 def _attend(
     queries: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, reach: tuple[int, int]
 ) -> Float[Tensor, "B L H Q"]:
-    """Attend to as many keys before and after the own one as `reach` says."""
+    """Attend to `reach` keys before and after each query's own."""
     L, S = queries.shape[1], keys.shape[1]
     ids = queries.new_zeros((1, S), dtype=torch.int32) if documents is None else documents
     if path_of(queries) is Path.REFERENCE and not queries.is_meta:
@@ -132,7 +133,7 @@ def _attend(
 def _attend_in_blocks(
     queries: Tensor, keys: Tensor, values: Tensor, seen: Intervals
 ) -> Float[Tensor, "B L H Q"]:
-    """Attend in plain torch: blocks of queries, which end with a document, meet masked keys."""
+    """Attend in plain torch, by blocks of queries that do not cross documents."""
     L, wide = queries.shape[1], torch.promote_types(queries.dtype, torch.float32)
     q, k, v = (x.to(wide) for x in (queries, keys, values))
     firsts, pasts = (x.expand(len(q), L).tolist() for x in seen)
@@ -148,7 +149,7 @@ def _attend_in_blocks(
 
 
 def _blocks(first: list[int], past: list[int]) -> Iterator[slice]:
-    """Neighbouring queries, of which each sees something that the one before it sees."""
+    """Blocks of consecutive queries, each of which shares keys with the one before it."""
     begin = 0
     for t in range(1, len(first) + 1):
         if t == len(first) or first[t] >= past[t - 1] or t - begin == BLOCK:

@@ -1,4 +1,7 @@
-"""The short causal depthwise convolution in front of recurrent mixers, with carried inputs."""
+"""The short causal depthwise convolution before recurrent mixers (Gu and Dao 2023, section 3.4).
+
+Changed: carried inputs, for decoding and sharded sequences, and document boundaries.
+"""
 
 from typing import NamedTuple
 
@@ -11,7 +14,7 @@ from kernels.dispatch import Path, define_operator, path_of
 
 
 class Conv(NamedTuple):
-    """What a convolution returns: the outputs, and the inputs that the next tokens still see."""
+    """The outputs, and the last inputs, which the next tokens need."""
 
     outputs: Float[Tensor, "B L E"]
     final: Float[Tensor, "B K-1 E"]
@@ -32,7 +35,7 @@ def causal_conv(
 
     Args:
         values: the inputs.
-        weight: taps, the oldest input's first, as in torch's convolutions.
+        weight: taps, that of the oldest input first, as in torch's convolutions.
         bias: added to each output.
         initial: the inputs of the K - 1 tokens before the first; zero if not given.
         documents: document of each token; each document is contiguous. Inputs of another document
@@ -62,6 +65,7 @@ def causal_conv_reference(
     batch, L, E = values.shape
     K = weight.shape[1]
     accumulator = torch.promote_types(values.dtype, torch.float32)
+    # Carried inputs come first, so tap k reads the slice that starts at k.
     before = values.new_zeros(batch, K - 1, E) if initial is None else initial
     inputs = torch.cat([before, values], dim=1).to(accumulator)
     outputs = bias.to(accumulator).expand(batch, L, E)
@@ -77,7 +81,7 @@ def causal_conv_reference(
 def prepared(
     values: Tensor, weight: Tensor, bias: Tensor, initial: Tensor | None, documents: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """What the operators read, as it must lie for them."""
+    """The operators' arguments, in their dtypes and contiguous."""
     start = None if initial is None else initial.to(values.dtype).contiguous()
     ids = None if documents is None else documents.int().contiguous()
     tensors = (x.contiguous() for x in (values, weight.float(), bias.float()))
@@ -120,6 +124,7 @@ def _final_inputs(
     final = values[:, values.shape[1] - count :].clone()
     if documents is None:
         return final
+    # Carried inputs belong to document 0; those of another document must not reach the next call.
     ids = torch.cat([documents.new_zeros(batch, count), documents], dim=1)[:, L:]
     return torch.where((ids == documents[:, -1:])[:, :, None], final, 0.0)
 
@@ -131,7 +136,7 @@ def check_shapes(
     initial: Tensor | None,
     documents: Tensor | None,
 ) -> None:
-    """Refuse shapes that do not belong together."""
+    """Check that shapes match."""
     batch, L, E = values.shape
     K = weight.shape[-1]
     expected = {

@@ -1,9 +1,9 @@
-"""The causal depthwise convolution as Triton kernels: one tile of tokens and channels a program.
+"""The causal depthwise convolution as Triton kernels, one tile of tokens and channels per program.
 
-Inputs and outputs stay in the dtype of the values; sums are in float32. The backward kernel meets
-each pair of an input and an output once, for all three gradients; weight and bias are summed within
-a tile there, and over tiles by torch, in a fixed order. Not yet run on a GPU: tested in Triton's
-interpreter, compiled ahead of time.
+Inputs and outputs have the dtype of the values; sums are float32. The backward kernel visits each
+pair of an input and an output once, for all three gradients. The gradients of weight and bias are
+summed within tiles, then over tiles by torch, in a fixed order. Not yet run on a GPU: tested in
+Triton's interpreter, compiled ahead of time.
 """
 
 import torch
@@ -19,13 +19,13 @@ WARPS = 8
 
 @triton.jit
 def _seen(documents, own, positions, inside):
-    """Mark tokens of the documents `own`; tokens before the first belong to document 0."""
+    """Mark tokens of the document `own`; tokens before the first belong to document 0."""
     return tl.load(documents + positions, mask=inside & (positions >= 0), other=0) == own
 
 
 @triton.jit
 def _inputs(values, initial, positions, inside, channels, real, E, K, INITIAL: tl.constexpr):
-    """Values, and carried inputs before the first token; zero where there is neither."""
+    """Values, or carried inputs before the first token, or zeros."""
     given = inside & (positions >= 0)
     offsets = positions[:, None] * E + channels[None, :]
     x = tl.load(values + offsets, mask=given[:, None] & real[None, :], other=0.0).to(tl.float32)
@@ -49,6 +49,7 @@ def _forward_kernel(
     real, inside = channels < E, tokens < L
     if PACKED:
         own = tl.load(documents + row * L + tokens, mask=inside, other=0)
+    # K is a compile-time constant, so the loop over taps is unrolled.
     total = tl.zeros((ROWS, COLUMNS), tl.float32) + tl.load(bias + channels, mask=real, other=0.0)
     for k in tl.static_range(K):
         positions = tokens - (K - 1) + k
@@ -70,8 +71,9 @@ def _backward_kernel(
     K: tl.constexpr, INITIAL: tl.constexpr, PACKED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Collect what each input, carried ones included, is owed by the K outputs that see it."""
+    """Gather the gradient of each input, carried ones included, from the K outputs that read it."""
     row = tl.program_id(1).to(tl.int64)
+    # Tiles cover inputs: K - 1 carried ones at negative positions, then those of the tokens.
     first = -(K - 1) if INITIAL else 0
     positions = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS) + first
     channels = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
@@ -95,6 +97,7 @@ def _backward_kernel(
         owed += tl.load(weight + channels * K + k, mask=real, other=0.0)[None, :] * given
         products = tl.where(reached[:, None], given * x, 0.0)
         tl.store(partial + (part + k) * E + channels, tl.sum(products, axis=0), mask=real)
+        # The last tap reads the own token, so these outputs are exactly those of the tile's tokens.
         if k == K - 1:
             tl.store(partial + (part + K) * E + channels, tl.sum(given, axis=0), mask=real)
     mask = (inside & (positions >= 0))[:, None] & real[None, :]
@@ -151,12 +154,13 @@ def backward(
         num_warps=WARPS, flops=4 * K * values.numel(), K=K, INITIAL=carries,
         PACKED=documents is not None, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip
+    # Row k of `partial` is the gradient of tap k, row K that of the bias.
     sums = partial.sum(0)
     return d_values, sums[:K].t().contiguous(), sums[K].clone(), d_initial
 
 
 def _carries(initial: Tensor | None) -> bool:
-    """Tell whether any input is carried: one tap needs none."""
+    """Whether there are carried inputs; with one tap there are none."""
     return initial is not None and initial.shape[1] > 0
 
 

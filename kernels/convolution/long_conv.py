@@ -1,8 +1,8 @@
-"""Convolutions as long as the sequence, in one direction or two, that never leave a document.
+"""Long convolutions within documents, causal or bidirectional, by FFT.
 
-A product of float32 spectra does the work, each document by itself, padded so that nothing wraps
-around. Short documents are summed directly, which is faster there and exact about what comes later.
-Source: Fu et al. 2023, "Monarch Mixer", and its release for what the two directions mean.
+Each document is zero-padded so that the circular convolution does not wrap around, and convolved in
+float32. Short documents are convolved directly, which is faster and strictly causal. Source: Fu et
+al. 2023, "Monarch Mixer", and its release for the bidirectional form.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from kernels.convolution.causal_conv import causal_conv
 from kernels.dispatch import Path, path_of
 from kernels.precision import without_autocast
 
-# Up to this length the compiled direct sum beats the FFT, forward and backward together.
+# Up to this length the compiled direct convolution is faster than the FFT, forward and backward.
 DIRECT = 64
-# Points that are transformed at a time: enough to fill a processor, few enough to bound the memory
-# of the spectra to some tens of megabytes whatever the width.
+# Points transformed at a time: enough to use all cores, and few enough to bound the memory of the
+# spectra to some tens of megabytes at any width.
 POINTS = 1 << 20
 
 
@@ -32,15 +32,15 @@ def long_conv(
 ) -> Float[Tensor, "B L E"]:
     """Compute outputs[t] = sum of filter[:, t - s] * values[s] over the s <= t, by channel.
 
-    Accumulates in float32 and returns the dtype of `values`; float64 goes to the reference, whose
-    matrix is exactly triangular. Through an FFT later tokens leave a trace of rounding: about 1e-7
-    of the largest of them times the filter's 1-norm.
+    Accumulates in float32 and returns the dtype of `values`; float64 goes to the reference, which
+    is strictly causal. With the FFT later tokens leak into rounding: about 1e-7 of the largest of
+    them times the filter's 1-norm.
 
     Args:
         values: the inputs.
-        filter: taps, that of lag 0 first; one that is shorter than a document ends there.
-        documents: document of each token; a token sees no other than its own.
-        reverse_filter: taps of the tokens s > t, that of s = t + 1 first.
+        filter: taps from lag 0 on; taps beyond its length are zero.
+        documents: document of each token; documents do not mix.
+        reverse_filter: taps of the tokens s > t, from s = t + 1 on.
 
     Raises:
         ValueError: the channels or the documents do not fit the values, or there are no tokens.
@@ -94,7 +94,7 @@ def toeplitz(
 
 
 def fast_size(points: int) -> int:
-    """An even length of an FFT, at least `points` and not much more, of factors 2, 3 and 5."""
+    """The smallest even FFT length >= `points` of the form 2^n times 1, 3, 5, 9 or 15."""
     odd = (1, 3, 5, 9, 15)
     return min(m << max(1, (-(-points // m) - 1).bit_length()) for m in odd)
 
@@ -106,17 +106,18 @@ def _sum_directly(
     wide = values.float()
     outputs = causal_conv(wide, taps.flip(1), nothing, None, documents).outputs
     if reverse is not None:
-        # Backwards in time the same sum, its lag 0 left to the filter; ids need only differ there.
-        turned = None if documents is None else documents.flip(1)
+        # The same on the reversed sequence, with a tap of 0 at lag 0, which `filter` covers.
+        reversed_ids = None if documents is None else documents.flip(1)
         later = F.pad(reverse, (1, 0)).flip(1)
-        outputs = outputs + causal_conv(wide.flip(1), later, nothing, None, turned).outputs.flip(1)
+        added = causal_conv(wide.flip(1), later, nothing, None, reversed_ids).outputs
+        outputs = outputs + added.flip(1)
     return outputs.to(values.dtype)
 
 
 def _convolve_documents(
     values: Tensor, taps: Tensor, reverse: Tensor | None, documents: Tensor
 ) -> Tensor:
-    """Convolve each document as a row of its own, those of about a length together."""
+    """Convolve each document as a separate row, batching documents of similar length."""
     layout = _layout(documents)
     slots = _gather_rows(values.flatten(0, 1), layout.tokens, layout.slots)
     outputs, begin = [], 0
@@ -128,12 +129,12 @@ def _convolve_documents(
 
 
 class _Layout(NamedTuple):
-    """Where the tokens stand when every document has a row of its own.
+    """The layout of a batch with one document per row, rows sorted by length.
 
     Attributes:
-        slots: the slot of each token.
-        tokens: the token in each slot, -1 in those that fill up a row.
-        sizes: length and number of the rows, in the order of the slots.
+        slots: index of each token in the layout.
+        tokens: token at each index of the layout; -1 in padding.
+        sizes: length and number of rows of each length, in order.
     """
 
     slots: Int[Tensor, "T"]
@@ -147,7 +148,8 @@ def _layout(documents: Int[Tensor, "B L"]) -> _Layout:
     first = first.flatten()
     begins = first.nonzero().squeeze(1)
     ends = torch.cat([begins[1:], begins.new_tensor([first.numel()])])
-    # Powers of two and the middles between them, from 8 on: few lengths, at most half too long.
+    # Lengths are rounded up to 2^n or 3 * 2^(n-1), at least 8: few distinct ones, with at most half
+    # as much padding as tokens.
     double = torch.exp2(torch.log2((ends - begins).double()).ceil()).long().clamp(min=8)
     lengths = torch.where(4 * (ends - begins) <= 3 * double, 3 * double // 4, double)
     order = torch.argsort(lengths, stable=True)
@@ -169,7 +171,7 @@ def _gather_rows(rows: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """Pick rows, zeros at -1; `inverse` says where each row goes, so that the adjoint picks too."""
+    """Gather rows, zeros at -1. With the inverse index the backward pass is a gather too."""
 
     @staticmethod
     def forward(
@@ -194,7 +196,7 @@ def _rows_or_zeros(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class _LongConv(torch.autograd.Function):
-    """Rows of one document each; spectra are computed again in the backward pass, not kept."""
+    """Convolve rows of one document each; the backward pass recomputes spectra."""
 
     @staticmethod
     def forward(
@@ -236,7 +238,7 @@ class _LongConv(torch.autograd.Function):
 
 
 def _points(values: Tensor, taps: Tensor, reverse: Tensor | None) -> int:
-    """An FFT length at which neither direction wraps around."""
+    """The FFT length, at which neither direction wraps around."""
     reach = max(taps.shape[1] - 1, 0 if reverse is None else reverse.shape[1])
     return fast_size(values.shape[1] + reach)
 
@@ -256,7 +258,7 @@ def _spectrum(values: Tensor, n: int) -> Tensor:
 
 
 def _circle(taps: Tensor, reverse: Tensor | None, part: slice, n: int) -> Tensor:
-    """Both filters around a circle of n places: lag -1 stands in the last."""
+    """Both filters as one circular filter of n taps: lag -1 is the last."""
     K = taps.shape[1]
     circle = taps.new_zeros(taps[part].shape[0], n)
     circle[:, :K] = taps[part]

@@ -1,4 +1,8 @@
-"""The long convolution piece by piece: what decoding keeps, and how it grows by the next tokens."""
+"""Online long convolution: the decoding state of `long_conv`, and its extension by new tokens.
+
+Source: Oncescu et al. 2024, "Flash Inference", section 3; Agarwal et al. 2024, "FutureFill".
+Changed: chunks of any length, several documents.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,14 +16,14 @@ from kernels.convolution.long_conv import DIRECT, fast_size, long_conv
 from kernels.precision import without_autocast
 
 Taps = Callable[[int], Tensor]
-"""Gives the first so many taps of a filter, (E, K), or fewer where it ends."""
+"""Maps a count to the first taps of a filter, (E, K); fewer if the filter is shorter."""
 
 
 class InputBlock(NamedTuple):
-    """Inputs that follow one another, and what they add to the outputs right after them.
+    """Consecutive inputs, and their precomputed contribution to the outputs after them.
 
     Attributes:
-        ahead: as many outputs as are known, in float32 or wider.
+        ahead: the contribution to the next A outputs, in float32 or wider.
     """
 
     values: Float[Tensor, "B U E"]
@@ -33,21 +37,20 @@ def extend_blocks(
     documents: Int[Tensor, "B L"] | None = None,
     longest: int | None = None,
 ) -> tuple[Float[Tensor, "B L E"], list[InputBlock]]:
-    """Convolve the tokens that follow those of the blocks; return the outputs and the blocks then.
+    """Convolve the inputs that follow the blocks; return the outputs and the new blocks.
 
-    This is the relaxed tiling of Oncescu et al. 2024, "Flash Inference", section 3, for pieces of
-    any length. A block lives until as many tokens have followed as it holds; then it and they
-    become one. So every token enters at most log2 T blocks, each by one FFT of twice the block's
-    length: work and memory traffic are O(log^2 T) a token. No tensor is written to twice, so
-    several continuations may start from the same blocks.
+    The relaxed tiling of "Flash Inference", section 3. A block is merged with all later inputs once
+    as many have followed as it holds. So each token enters at most log2 T blocks, each by one FFT
+    of twice the block's length: O(log^2 T) work and memory traffic per token. Tensors are never
+    modified, so several continuations may start from the same blocks.
 
     Args:
         values: the next inputs.
         taps: the filter.
-        blocks: earlier inputs, the oldest first.
-        documents: documents of the next inputs; 0 goes on with that of the blocks' last input.
-        longest: tokens seen of the longest document that is open after the last input, older ones
-            being dropped; all are kept if not given.
+        blocks: blocks of earlier inputs, the oldest first.
+        documents: documents of the next inputs; 0 continues that of the last earlier input.
+        longest: tokens so far of the longest document that is still open; older inputs are dropped.
+            None keeps all.
     """
     L = values.shape[1]
     blocks = _cover(blocks, L, taps)
@@ -67,10 +70,10 @@ def extend_blocks(
 def following(
     values: Float[Tensor, "B U E"], filter: Float[Tensor, "E K"], count: int
 ) -> Float[Tensor, "B A E"]:
-    """Compute what inputs add to the `count` outputs after the last of them, in float32 or wider.
+    """The contribution of inputs to the `count` outputs after them, in float32 or wider.
 
-    Source: Agarwal et al. 2024, "FutureFill". A circular FFT of U + count points is enough: what
-    wraps around falls on the first U outputs, which nobody reads.
+    As in "FutureFill", a circular FFT of U + count points suffices: what wraps around falls on the
+    first U outputs, which are not used.
     """
     U = values.shape[1]
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
@@ -84,7 +87,7 @@ def following(
 
 
 def _cover(blocks: list[InputBlock], count: int, taps: Taps) -> list[InputBlock]:
-    """Join blocks, where need be, until all of them know what they add to the next outputs."""
+    """Merge blocks, if necessary, so that all cover their contribution to the next outputs."""
     for i, (block, age) in enumerate(zip(blocks, _ages(blocks), strict=True)):
         if block.ahead.shape[1] < age + count:
             joined = torch.cat([later.values for later in blocks[i:]], dim=1)
@@ -95,27 +98,28 @@ def _cover(blocks: list[InputBlock], count: int, taps: Taps) -> list[InputBlock]
 
 
 def _drop(blocks: list[InputBlock], longest: int | None) -> list[InputBlock]:
-    """Leave out what lies before the longest open document."""
+    """Drop inputs before the longest open document."""
     if longest is None:
         return blocks
     blocks = [b for b, age in zip(blocks, _ages(blocks), strict=True) if age < longest]
     last = blocks[-1].values
-    # A copy: a view would keep the whole piece alive.
+    # A copy: a view would keep the whole chunk alive.
     newest = last[:, max(0, last.shape[1] - longest) :].clone()
     return [*blocks[:-1], blocks[-1]._replace(values=newest)]
 
 
 def _forget(blocks: list[InputBlock], changed: Bool[Tensor, "B"]) -> list[InputBlock]:
-    """Empty the rows that have gone on to another document."""
+    """Zero the rows in which a new document has begun."""
     if not bool(changed.any()):
         return blocks
-    away = changed[:, None, None]
+    row_changed = changed[:, None, None]
     return [
-        InputBlock(b.values.masked_fill(away, 0.0), b.ahead.masked_fill(away, 0.0)) for b in blocks
+        InputBlock(b.values.masked_fill(row_changed, 0.0), b.ahead.masked_fill(row_changed, 0.0))
+        for b in blocks
     ]
 
 
 def _ages(blocks: list[InputBlock]) -> list[int]:
-    """How many inputs have followed each block."""
+    """Number of inputs after each block."""
     sizes = [block.values.shape[1] for block in blocks]
     return [sum(sizes[i + 1 :]) for i in range(len(sizes))]

@@ -1,4 +1,7 @@
-"""Silu behind the short causal convolution, cut into parts: on a CPU in one pass over memory."""
+"""The short causal convolution with SiLU, and its output in parts, fused on a CPU.
+
+The composition in Mamba's block (Gu and Dao 2023, section 3.4).
+"""
 
 from collections.abc import Sequence
 
@@ -20,17 +23,18 @@ def silu_conv(
     initial: Float[Tensor, "B K-1 E"] | None = None,
     documents: Int[Tensor, "B L"] | None = None,
 ) -> tuple[Float[Tensor, "B L E_i"], ...]:
-    """Silu of the outputs of `causal_conv`, cut into so many channels each.
+    """SiLU of the outputs of `causal_conv`, split into parts of `sizes` channels.
 
-    On a CPU one pass over memory does it all, and one back, which computes anew what silu was
-    given: the outputs themselves are not kept.
+    On a CPU each direction is one pass over memory; the backward pass recomputes the input of the
+    SiLU.
 
     Raises:
-        ValueError: the shapes differ, the sizes are not all channels, or the length is 0.
+        ValueError: the shapes differ, the sizes do not sum to the channels, or the length is 0.
     """
     if sum(sizes) != values.shape[-1]:
         raise ValueError(
-            f"silu_conv was given {values.shape[-1]} channels to cut into {list(sizes)}"
+            f"silu_conv was given {values.shape[-1]} channels to split into {list(sizes)}; sizes "
+            "must sum to the channels"
         )
     if path_of(values) is not Path.NATIVE:
         outputs = causal_conv(values, weight, bias, initial, documents).outputs
@@ -85,7 +89,7 @@ def _backward_shapes(
     return gradient_shapes(values, values, weight, initial, documents)
 
 
-# The CPU's alone: elsewhere silu follows as an operation of its own.
+# CPU only: elsewhere SiLU is a separate operation.
 _forward = define_operator(
     "silu_conv_forward(Tensor values, Tensor weight, Tensor bias, Tensor? initial, "
     "Tensor? documents, int[] sizes) -> Tensor[]",

@@ -112,6 +112,7 @@ class _RMSNorm(torch.autograd.Function):
         eps: float,
         *rotation: Tensor | int | None,
     ) -> Tensor:
+        # Saves the scale of each group, one number, instead of the normalised rows.
         outputs, scale = _forward(x, gate, weight, groups, eps, *rotation)
         *angles, heads = rotation
         ctx.heads = heads  # pyright: ignore[reportAttributeAccessIssue]
@@ -126,6 +127,7 @@ class _RMSNorm(torch.autograd.Function):
         x, gate, weight, scale, cos, sin = list(ctx.saved_tensors)
         heads = ctx.heads  # pyright: ignore[reportAttributeAccessIssue]
         d_x, d_gate, d_weight = _backward(_rows(d_outputs), x, gate, weight, scale, cos, sin, heads)
+        # No gradient for groups, eps and the rotation.
         return d_x, None if gate is None else d_gate, d_weight, *[None] * 5
 
 

@@ -34,11 +34,13 @@ def bidirectional_ssd(
         C: the output map of each token, per direction; it reads the output for the next token.
         documents: document of each token; each document is contiguous.
     """
+    # The backward scan is a forward scan of the reversed sequence: one call with twice the rows.
     both = torch.cat([values, values.flip(1)])
     steps, enter, leave = (torch.cat([x[:, :, 0], x[:, :, 1].flip(1)]) for x in (dt, B, C))
     ids = None if documents is None else torch.cat([documents, documents.flip(1)])
     outputs = ssd(both, steps, A, enter, leave, None, ids).outputs[:, :-1]
     if ids is not None:
+        # A document's first token has no previous output.
         outputs = filled_where(outputs, ids[:, 1:] != ids[:, :-1])
     before, after = F.pad(outputs, (0, 0, 0, 0, 1, 0)).chunk(2)
     return before + after.flip(1)

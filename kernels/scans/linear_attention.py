@@ -54,8 +54,10 @@ def linear_attention(
     q, k, v = (_chunked(x.to(wide)) for x in (queries, keys, values))
     ids = None if documents is None else chunked_documents(documents, CHUNK)
     with without_autocast(values):
+        # Within a chunk: causal attention without a softmax. Across chunks: queries read the state.
         scores = (q @ k.transpose(-1, -2)).tril()
         if ids is not None:
+            # Masked scores are 0, so values of other documents contribute nothing.
             scores = scores.masked_fill(~_same(ids), 0.0)
         before, final = _states(k, v, initial, ids)
         carried = q @ before
@@ -128,6 +130,7 @@ def _states(
     before = []
     for more, goes_on in zip(added, kept, strict=True):
         before.append(state)
+        # Reset if the chunk's last token is in another document than the token before the chunk.
         state = (state if goes_on is None else state.masked_fill(~goes_on, 0.0)) + more
     return torch.stack(before, dim=1), state
 

@@ -46,6 +46,7 @@ def begins_document(documents, tokens, inside):  # noqa: ANN201
 @triton.jit
 def _scanned(log, value, carry):
     """The states of a tile, from the state before its first token."""
+    # The scan starts from zero; the state before the tile is added to tokens up to the first reset.
     log, value = tl.associative_scan((log, value), 0, _chain)
     forgets = log == float("inf")
     decay = tl.exp(tl.where(forgets, 0.0, log))
@@ -123,6 +124,7 @@ def _backward_kernel(
         if INITIAL:
             first = tl.load(initial + row * E + channels, mask=real, other=0.0)
             before = tl.where((tokens == 0)[:, None], first[None, :], before)
+        # d_log_decay = g[t] * decay[t] * h[t - 1]; the outputs are the states h.
         decayed = adjoint * tl.exp(tl.load(log_decay + place + within, mask=mask, other=0.0))
         if PACKED:
             begins = begins_document(documents + row * L, tokens, inside)
@@ -130,6 +132,7 @@ def _backward_kernel(
             before = tl.where(begins[:, None], 0.0, before)
         tl.store(d_log_decay + place + within, decayed * before, mask=mask)
         if INITIAL:
+            # The gradient of the initial state is decay * adjoint of the first token.
             handed = tl.sum(tl.where((tokens == 0)[:, None], decayed, 0.0), axis=0)
             tl.store(d_initial + row * E + channels, handed, mask=real & (start + ROWS >= L))
 

@@ -66,6 +66,7 @@ def selective_scan(
     start = None if initial is None else initial.float().contiguous()
     ids = None if documents is None else documents.int().contiguous()
     skip = None if D is None or on_triton else D.float().contiguous()
+    # Without gradients no states are kept, whatever the length.
     if torch.is_grad_enabled() and any(
         x.requires_grad for x in (*tensors, start, skip) if x is not None
     ):
@@ -124,6 +125,7 @@ class _SelectiveScan(torch.autograd.Function):
         # save_for_backward accepts None, but its stub does not.
         saved = (values, dt, A, B, C, documents, checkpoints, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
+        # A final state that nothing uses then has gradient None instead of a tensor of zeros.
         ctx.set_materialize_grads(False)
         return outputs, final
 

@@ -86,8 +86,10 @@ def _summary_kernel(
         given *= step
         later = kept & (rows + 1 < ROWS) & (tokens + 1 < L)
         step_after = _tile(dt + (first + 1) * E, rows, later, channels, real, E)
+        # The steps after each token, without its own: reading one token late excludes it.
         exponent = tl.cumsum(step_after, 0, reverse=True)
     border = row * tl.num_programs(0) + chunk
+    # Infinity marks a reset. The carry kernel tests for it: rate 0 times infinity is NaN.
     total = tl.where(begins > 0, float("inf"), tl.sum(step, axis=0))
     tl.store(totals + border * E + channels, total, mask=real)
     for n in range(N):
@@ -211,6 +213,7 @@ def _backward_kernel(
         adjoint = _after(scanned[0], scanned[1], end)
         tl.store(part_B + (along + n * L) + rows, tl.sum(adjoint * given, axis=1), mask=inside)
         by_input += adjoint * b
+        # The exponent dt A has the gradient g[t] * decay * h[t - 1], shared by dt and A.
         by_exponent = adjoint * decayed
         by_step += by_exponent * rate
         # Rows past the end hold the adjoint at the end, and add nothing: their step is 0.
@@ -285,6 +288,7 @@ def backward(
         num_warps=BACKWARD_WARPS, flops=25 * values.numel() * N, PACKED=documents is not None,
         ROWS=chunk, COLUMNS=columns,
     )  # fmt: skip
+    # Sums over programs in a fixed order, so results are deterministic.
     d_A = part_A.flatten(0, 1).sum(0).t().contiguous()
     d_B, d_C = (part.sum(0).transpose(1, 2).to(B.dtype).contiguous() for part in (part_B, part_C))
     return d_values, d_dt, d_A, d_B, d_C, d_initial, A.new_empty(0)

@@ -133,8 +133,10 @@ def _by_kernels(
     if ids is not None:
         affected = tokens_after_non_finite(*non_finite_tokens(values, dt, B, C, initial), ids)
         ids = ids.masked_fill(affected, NON_FINITE).contiguous()
+    # One dtype for all operands of products, as tensor cores need.
     dtype = torch.promote_types(torch.promote_types(values.dtype, B.dtype), C.dtype)
     x, enter, leave = (tensor.to(dtype).contiguous() for tensor in (values, B, C))
+    # Decays always in float32.
     steps, rates = dt.float().contiguous(), A.float().contiguous()
     start = None if initial is None else initial.float().contiguous()
     outputs, final = _Ssd.apply(x, steps, rates, enter, leave, start, ids, None)
@@ -185,6 +187,7 @@ class _Ssd(torch.autograd.Function):
         # save_for_backward accepts None, but its stub does not.
         saved = (values, dt, A, B, C, initial, documents, D)
         ctx.save_for_backward(*saved)  # pyright: ignore[reportArgumentType]
+        # A final state that nothing uses then has gradient None instead of a tensor of zeros.
         ctx.set_materialize_grads(False)
         return _forward(*saved)
 

@@ -74,6 +74,7 @@ def _head_kernel(
     dy = load_tile(d_outputs + at, index, channels, H * P, valid, real)
     entering, leaving = factors(decays, tokens, L, ENTERING), factors(decays, tokens, L, LEAVING)
     step = factors(decays, tokens, L, STEP)
+    # The matrix without step sizes: dt multiplies its columns.
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs, 0.0)
     added = tl.where((leaving != 0)[:, None], leaving[:, None] * added, 0.0)
     received = tl.trans(matrix.to(COMPUTE))
@@ -84,6 +85,7 @@ def _head_kernel(
     # earlier and a later token, the previous state's contribution to it and later tokens, earlier
     # tokens' contributions to the next state, and the state carried across the chunk. All terms are
     # added as they are; differences of running sums would cancel under strong decay.
+    # Products of output gradients and values: the gradient of the matrix.
     scores = tl.dot(dy.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision=PRECISION)
     later = tl.cumsum(matrix * scores * step[None, :], axis=0, reverse=True)
     by_added = step * tl.sum(added * x, axis=1)
@@ -216,6 +218,7 @@ def _shared_gradients(
     """Gradients of B and C."""
     size = Sizes.of(values, B)
     batch, L, H, G, P, N, K = size
+    # A program's heads must be in one group, so their number divides the group's.
     each = max(heads for heads in range(1, HEADS + 1) if H // G % heads == 0)
     parts, how = H // each, plan("shared", values, N)
     # Without partial sums the kernel writes the final dtype; otherwise float32, summed afterwards.

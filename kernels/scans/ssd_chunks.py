@@ -25,6 +25,7 @@ def ssd_in_chunks(
     L, G = values.shape[1], B.shape[2]
     x, steps, enter, leave = (_cut(tensor.to(dtype), chunk) for tensor in (values, dt, B, C))
     x, steps = (tensor.unflatten(3, (G, -1)) for tensor in (x, steps))
+    # Float64: the exponential turns the absolute rounding of sums into a relative error of decays.
     exponents = (steps.double() * A.double().view(G, -1)).movedim(2, -1)
     if documents is None:
         sums = exponents.cumsum(-1)
@@ -38,12 +39,15 @@ def ssd_in_chunks(
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=values.device).tril()
     # The decay from token j to token i >= j: exp of the sum of dt A over the tokens between them.
     between = _decay(sums[..., :, None] - sums[..., None, :], same & later, dtype)
+    # C B^T once per group; only the decays differ between its heads.
     pairs = torch.einsum("bkign,bkjgn->bkgij", leave, enter)
     matrix = between * pairs[:, :, :, None] * steps.movedim(2, -1)[..., None, :]
     inside = torch.einsum("bkgrij,bkjgrp->bkigrp", matrix, x)
+    # What each token adds to the state after the chunk, decayed to the chunk's end.
     share = _decay(sums[..., -1:] - sums, leaving, dtype).movedim(-1, 2) * steps
     added = torch.einsum("bkjgrp,bkjgn->bkgrpn", share[..., None] * x, enter)
     entering_decay = _decay(sums, entering, dtype)
+    # The recurrence between chunks; `states` are those before each chunk.
     state = torch.zeros_like(added[:, 0])
     if initial is not None:
         state = initial.to(dtype).view_as(state)

@@ -123,6 +123,7 @@ def _decay_kernel(
     # A masked sum over all pairs instead of a cumulative sum: other documents contribute nothing,
     # not even rounding.
     exact = tl.sum(tl.where(seen(ids), exponents[None, :], 0.0), axis=1)
+    # The exponent at the chunk's last token; the decay to the chunk's end is exp(total - exact).
     total = tl.sum(tl.where(tokens == end - 1, exact, 0.0), axis=0)
     enters, leaves = valid, valid
     if PACKED:
@@ -181,9 +182,11 @@ def _state_kernel(
         x = load_tile(at, index, channels, H * P, share != 0, real_channels)
         at = shared + (first * G + head // (H // G)) * N
         y = load_tile(at, index, entries, G * N, share != 0, real_entries)
+        # The decay across the whole chunk; 0 if a document begins in it.
         kept = tl.load(decays + ENTERING * L + tl.minimum(chunk * TOKENS + TOKENS, L) - 1)
         x = tl.trans(x * share[:, None]).to(COMPUTE)
         added = tl.dot(x, y.to(COMPUTE), input_precision=PRECISION)
+        # A selection: after a reset a NaN of the previous document must not survive as 0 * NaN.
         state = tl.where(kept != 0, kept * state, 0.0) + added
     to = end + program * P * N
     store_tile(to, channels, entries, N, real_channels, real_entries, state)
@@ -220,7 +223,9 @@ def _output_kernel(
     at = (first * H + head) * P
     x = load_tile(values + at, index, channels, H * P, valid, real).to(COMPUTE)
     y = tl.dot(matrix.to(COMPUTE), x, input_precision=PRECISION)
+    # Likewise for tokens of other documents than the state's.
     y += tl.where((entering != 0)[:, None], entering[:, None] * carried, 0.0)
+    # Tokens after a non-finite input, which were not loaded.
     y = tl.where(valid[:, None], y, float("nan"))
     store_tile(outputs + at, index, channels, H * P, tokens < L, real, y)
 

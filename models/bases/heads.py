@@ -77,6 +77,7 @@ class Heads(nn.Module):
         H, P = self.n_heads, self.head_dim
         to_queries, to_pairs = self.qkv.weight.split([H * P, 2 * H * P])
         seen = memory.sequence.without_padding(memory.x)
+        # Keys and values in one tensor, so that the decoding state stores one.
         pairs = sequence.once(lambda: F.linear(seen, to_pairs).unflatten(2, (2 * H, P)))
         queries = F.linear(x, to_queries).unflatten(2, (H, P))
         return self._normalise(queries, *pairs.split(H, dim=2))

@@ -49,6 +49,7 @@ class SeparableMixer(StructuredMixer):
     def __init__(self, config: StructuredConfig, slot: Slot, d_qk: int) -> None:
         H, R = config.n_heads, self.directions
         N, aligned = H * d_qk, config.sequence_aligned
+        # B and C are convolved like the values, step sizes are not, as in Mamba-2.
         super().__init__(config, slot, convolved=2 * N * aligned, plain=R * H * aligned)
         self.d_state = N
         self.A_log = nn.Parameter(torch.empty(H))

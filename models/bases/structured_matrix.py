@@ -187,6 +187,7 @@ class StructuredMixer(Mixer):
             seen = self._seen(sequence).to(widened(mixed).dtype)
             mixed = mixed * (self.gain * seen.rsqrt())[:, :, None, None]
         if self.residual:
+            # In a later chunk values hold all tokens so far, outputs only the last ones.
             mixed = mixed + values[:, -mixed.shape[1] :]
         return mixed.to(values.dtype)
 
@@ -322,5 +323,6 @@ def _can_align(config: type[MixerConfig]) -> bool:
 
 
 def _lengths(sequence: WholeSequence) -> Int[Tensor, "B L"]:
+    # The position from the document's end; with that from its beginning it gives the length.
     to_end = positions_in_documents(sequence.documents.flip(1)).flip(1)
     return sequence.positions() + to_end + 1

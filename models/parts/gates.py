@@ -64,6 +64,7 @@ class RGLRU(nn.Module):
     def draw(self, name: str, generator: torch.Generator) -> Tensor:
         """Initial Lambda: the inverse softplus of -log(decay) / 8."""
         assert name == "Lambda"
+        # Uniform decays at r = 1, then solved for Lambda: decay = exp(-8 softplus(Lambda)).
         middle, reach = (SLOWEST + FASTEST) / 2, (SLOWEST - FASTEST) / 2
         decay = middle + uniform(self.Lambda.shape, reach, generator)
         return torch.log(torch.expm1(-torch.log(decay) / SHARPNESS))
@@ -98,6 +99,7 @@ class MinGRU(nn.Module):
         write = torch.sigmoid(z)
         if candidate is not None:
             write = write * torch.tanh(widened(candidate))
+        # log(1 - sigmoid(z)), without the cancellation of 1 - sigmoid(z) for large z.
         return Steps(F.logsigmoid(-z), write)
 
 

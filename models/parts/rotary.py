@@ -33,6 +33,7 @@ def rotation(positions: Int[Tensor, "B L"], head_dim: int, theta: float) -> Rota
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(exponents * (-math.log(theta) / head_dim))
     angles = positions[..., None].float() * frequencies
+    # Both halves of a head share their angles: channel p is paired with p + P/2.
     angles = torch.cat([angles, angles], dim=-1)[:, :, None]
     return Rotation(angles.cos(), angles.sin())
 

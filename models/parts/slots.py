@@ -154,6 +154,7 @@ class SlotAverages(AssociativeRecurrence):
         """The average over both spans: their averages, weighted by their sums."""
         if self.x is None:
             return torch.logaddexp(before, after)
+        # Each span's share is exp(its log-sum - joint log-sum), at most 1.
         both = torch.logaddexp(before[..., -1:], after[..., -1:])
         earlier, later = (s[..., :-1] * torch.exp(s[..., -1:] - both) for s in (before, after))
         return torch.cat([earlier + later, both], dim=-1)

@@ -69,6 +69,7 @@ class Carry:
 
     def start(self, state: Tensor, decay: Decay) -> None:
         """Choose a scheme, and start sending."""
+        # All ranks compute the same costs, so they choose the same scheme.
         scheme = self.scheme or choose(self.ranks.size, self._payload(state, decay), ASSUMED)
         self.passing = STATE_PASSINGS[scheme](self.keep, self.n_reversed, decay, self.ranks)
         self.passing.start(state, backward=False)
@@ -101,6 +102,7 @@ class _Publish(torch.autograd.Function):
         factor = passing.decay.factor(backward=True)
         if sums is None or factor is None:
             return None, d_state, None, None
+        # after = exp(log) * before + state, so d_log = conj(exp(log) * before) * d_after.
         d_log = masked(factor * initial.conj() * d_state, carry.keep[carry.ranks.rank])
         if rates is None:
             return None, d_state, d_log.sum_to_size(sums.shape), None

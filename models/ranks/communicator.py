@@ -48,6 +48,7 @@ class Communicator:
         work = dist.all_gather(everyones, x, group=self.group, async_op=True)
         assert work is not None, "this rank is in the group"
         others = tuple(r for r in range(self.size) if r != self.rank)
+        # Counted as if sent to each other rank directly, whatever algorithm the backend uses.
         self.sent.append(Sent(what, len(others) * x.numel() * x.element_size(), others))
         return PendingGather(everyones, work)
 
@@ -57,6 +58,7 @@ class Communicator:
         sizes = [shape.numel() for shape in shapes]
         incoming = outgoing.new_empty(sum(sizes))
         counts = [piece.numel() for piece in pieces]
+        # Flat buffers: slices of different shapes in one call.
         dist.all_to_all_single(incoming, outgoing, sizes, counts, group=self.group)
         others = tuple(r for r, count in enumerate(counts) if count and r != self.rank)
         sent = sum(counts[r] for r in others) * outgoing.element_size()

@@ -57,10 +57,12 @@ def fetch(
     mine, (begin, end) = spans.each[ranks.rank], wanted[ranks.rank]
     pieces = []
     for span in wanted:
+        # What this rank has of the slice that another one wants.
         a, b = _overlap(mine, span)
         pieces.append(x[:, a - mine[0] : b - mine[0]])
     shapes = []
     for span in spans.each:
+        # What another rank has of the slice that this one wants.
         a, b = _overlap(span, (begin, end))
         shapes.append(torch.Size((x.shape[0], b - a, *x.shape[2:])))
     return torch.cat(_Exchange.apply(ranks, shapes, what, *pieces), dim=1)

@@ -154,6 +154,7 @@ class GatherPassing(StatePassing):
     def run(self, added: list[Tensor], decays: list[Decay]) -> Tensor:
         """Apply the recurrence over the ranks before this one, in order."""
         total = torch.zeros_like(added[0])
+        # O(ranks) small operations, all local: the states of all ranks are here already.
         for rows, behind, _ in self.directions:
             for rank in behind:
                 decayed = decays[rank].of_rows(rows).applied(total[rows], backward=self.backward)
@@ -172,6 +173,7 @@ class RingPassing(StatePassing):
         for direction in sorted(self.directions, key=lambda direction: len(direction.behind)):
             passing = None
             if direction.behind:
+                # Posted early, so that the sender need not wait for this rank.
                 passing = self.ranks.receive(
                     real(added[direction.rows]), direction.behind[-1], self.tag
                 )
@@ -232,6 +234,7 @@ class DoublingPassing(StatePassing):
         self.going: list[PendingTransfer] = []
         for direction, total, sums in zip(self.directions, self.totals, self.sums, strict=True):
             own = self.decay.of_rows(direction.rows).sums
+            # Log decays add up: the message decays over this rank and those before it.
             joined = None if sums is None or own is None else own + sums
             message = packed(self.after(direction, total, added), joined)
             asked = None
@@ -249,6 +252,7 @@ class DoublingPassing(StatePassing):
                 continue
             total, sums = self.totals[i], self.sums[i]
             state, received = unpacked(passing.wait(), total, sums)
+            # The received state is decayed over the ranks between the sender and this one.
             nearest = direction.behind[len(direction.behind) - distance + 1 :]
             keep = self.keep[nearest, direction.rows].all(dim=0)
             passed_on = self.decay.of(sums).applied(state, backward=self.backward)
@@ -293,6 +297,7 @@ def unpacked(
 ) -> tuple[Tensor, Tensor | None]:
     """The state of a message, and its summed decays if it has any."""
     size = real(state).numel()
+    # In the backward pass a gather sends no decays.
     if sums is None or len(numbers) == size:
         return like(numbers[:size], state), None
     return like(numbers[:size], state), numbers[size:].view(sums.shape)

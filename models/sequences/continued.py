@@ -53,6 +53,7 @@ class ContinuedSequence(WholeSequence):
         super().__init__(documents)
         self._earlier = state
         seen = None if state is None else state.documents
+        # A chunk counts its documents from the last one seen, which is its 0.
         counted = documents if seen is None else documents + seen[:, -1:]
         self._all_documents = counted if seen is None else torch.cat([seen, counted], dim=1)
         self.packed = not documents.is_meta and bool(counted[:, -1].any())
@@ -100,6 +101,7 @@ class ContinuedSequence(WholeSequence):
 
     def halo_documents(self, left: int) -> Int[Tensor, "B W"]:
         """For each token of `halo`, 0 if the first token continues its document, else -1."""
+        # Only the last `known` tokens belong to the document that continues.
         known = torch.zeros_like(self.documents[:, :1]) if self._earlier is None else self._before()
         ago = torch.arange(left, 0, -1, device=self.documents.device)
         return -(ago > known).to(self.documents.dtype)
@@ -135,6 +137,7 @@ class ContinuedSequence(WholeSequence):
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document so far, this chunk included."""
         before = self._recall()
+        # The first chunk needs no state; later ones append to the collected tokens.
         if before is None or self._earlier is None:
             new = super().collect(x, every)
             # A copy: a view would keep the whole chunk alive in the state.
@@ -166,6 +169,7 @@ class ContinuedSequence(WholeSequence):
         places = positions_in_documents(self.documents)
         if self._earlier is None:
             return places
+        # Only document 0 of the chunk began earlier.
         return places + torch.where(self.documents == 0, self._before(), 0)
 
     def _recall(self) -> Tensor | None:

@@ -54,6 +54,7 @@ class DocumentRows(NamedTuple):
         """The table entry of each document; zero if the table has none."""
         if self.rows is None or self.ids is None:
             return table[:, 0]
+        # Clamped for the lookup; entries beyond the table are zeroed below.
         found = table[self.rows, self.ids.clamp(max=table.shape[1] - 1)]
         missing = self.ids >= table.shape[1]
         return found.masked_fill(missing.view(-1, *[1] * (found.ndim - 1)), 0.0)
@@ -73,6 +74,7 @@ def documents_by_length(sequence: WholeSequence) -> list[DocumentRows]:
         begin, n = first[chosen, None], length[chosen, None]
         offset = torch.arange(int(n.max()), device=n.device)
         present = offset < n
+        # Padding points to the document's first token, a valid index; `take` zeroes it.
         index = begin + torch.where(present, offset, 0)
         buckets.append(DocumentRows(index, present, rows[chosen], ids[chosen]))
     return buckets
@@ -131,6 +133,7 @@ def landmarks_of(x: Float[Tensor, "N T H P"], bucket: DocumentRows, count: int) 
     length = bucket.lengths(x)[:, None]
     segments = length.clamp(max=count)
     place = torch.arange(count, device=x.device)
+    # Segment sizes differ by at most one token, so a gather of the longest with a mask covers all.
     begin = place * length // segments
     size = (place + 1) * length // segments - begin
     offset = torch.arange(-(-T // count), device=x.device)

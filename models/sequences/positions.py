@@ -13,6 +13,7 @@ def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    # The index at which each token's document begins: the latest begin so far.
     first = torch.where(begins, index, 0).cummax(dim=1).values
     return index - first
 

@@ -54,6 +54,7 @@ class ShardedSequence(WholeSequence):
         self._row = _whole_rows(documents, self.spans, self.ranks)
         begin, end = self.spans.each[self.ranks.rank]
         self._begin, self._end = begin, end
+        # The document of the last token of the previous shard becomes 0.
         before = self._row[:, begin - 1 : begin] if begin else torch.zeros_like(documents[:, :1])
         super().__init__(torch.where(documents == PADDING, PADDING, documents - before))
         # Of the whole row, not the shard: ranks that branch differently would deadlock.
@@ -79,6 +80,7 @@ class ShardedSequence(WholeSequence):
         wanted = self.spans.before(left)
         before = fetch(x, self.spans, wanted, self.ranks, "halo")
         before = _filled(before, left - before.shape[1], 0)
+        # A halo may reach into earlier documents, whose features must not enter.
         others = self.halo_documents(left) != 0
         return before.masked_fill(others.view(*others.shape, *[1] * (before.ndim - 2)), 0.0)
 
@@ -121,6 +123,7 @@ class ShardedSequence(WholeSequence):
             continues = torch.cat([continues, self._continues_after().flip(1)])
             n_reversed = len(self.documents)
         carry = Carry(keep, n_reversed, self.ranks, self.scheme)
+        # Between publish and before: the outputs from zero overlap with communication.
         token = carry.publish(outputs.summary())
         from_zero = outputs.from_zero()
         carried = outputs.carried(carry.before(token), continues)
@@ -139,6 +142,7 @@ class ShardedSequence(WholeSequence):
         rank computes all filters and uses those of its channels.
         """
         rows, E = swap(x, self.spans, self.ranks, "channels"), x.shape[2]
+        # The first of this rank's channels, as `shares` in models.ranks.exchange cuts them.
         mine = slice(E * self.ranks.rank // self.ranks.size, None)
         mine = slice(mine.start, mine.start + rows.shape[2])
         T, documents = self.spans.total, self._row if self.packed else None
@@ -149,6 +153,7 @@ class ShardedSequence(WholeSequence):
     def collect(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:
         """Features of every `every`-th token of each document up to the end of this shard."""
         index = self._segment_ends(every)
+        # Every rank knows all documents, so it knows how many ends each other rank sends.
         ends, rank = Spans(each.shape[1] for each in index), self.ranks.rank
         mine = picked(x, index[rank])
         features = fetch(mine, ends, ends.up_to(), self.ranks, "collect")
@@ -167,6 +172,7 @@ class ShardedSequence(WholeSequence):
         """The outputs of an associative recurrence: gather all final states, join the earlier."""
         final, ids, ranks = recurrence.final_state_from_zero(), recurrence.documents, self.ranks
         kept = final.new_ones(len(final)) if ids is None else (ids[:, -1] == 0).to(final)
+        # Whether the state before each rank survives it: not if a document begins in its shard.
         keep = [x > 0 for x in ranks.gather(kept, "keep").wait()]
         wanted = [(0, rank) for rank in range(ranks.size)]
         earlier = fetch(final[:, None], Spans([1] * ranks.size), wanted, ranks, "state")

@@ -173,4 +173,5 @@ def visible_memory(
 
 def _not_later(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "L S"]:
     place = torch.arange(keys, device=device)
+    # The queries are the last of the keys.
     return place[None, :] <= place[keys - queries :, None]

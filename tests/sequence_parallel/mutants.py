@@ -1,8 +1,8 @@
-"""Changes of one line in the shipped functions, each of which must not pass unseen.
+"""Mutation tests: each mutant changes one line of the product, and the comparison must detect it.
 
-The first four are those of a published patch, which one process that plays all ranks cannot find:
-one round of states that no rank has corrected, outside autograd, and a first token that always goes
-on with the document before it.
+The first four are the faults of a published patch, which a test that simulates all ranks in one
+process cannot find: states are exchanged once, uncorrected and outside autograd, and a shard's
+first token always continues the previous document.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ RECURRENT = ("mamba2", "gated_recurrence")
 
 @dataclass(frozen=True)
 class Mutant:
-    """A line of a function that is put in another's place.
+    """A function with one line replaced.
 
     Attributes:
         what: what goes wrong.
-        module, path: where the function is.
-        names: the mixers that are tried.
+        module, path: the function.
+        names: the mixers to test.
         scheme: how states go from rank to rank.
-        ranks: numbers of ranks on which it is tried.
+        ranks: the numbers of ranks to test.
     """
 
     what: str
@@ -47,7 +47,7 @@ class Mutant:
     ranks: tuple[int, ...] = (2, 4)
 
     def problems(self) -> list[Problem]:
-        """What the mutant is tried on."""
+        """The problems on which the mutant must fail."""
         return [
             Problem(name, layout, dtype, scheme=self.scheme)
             for name in self.names
@@ -57,10 +57,10 @@ class Mutant:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the changed function in place for a while.
+        """Replace the function inside the context.
 
         Raises:
-            ValueError: the line does not stand in the function exactly once.
+            ValueError: the function does not contain the line exactly once.
         """
         owner_path, _, name = self.path.rpartition(".")
         module = importlib.import_module(self.module)
@@ -90,7 +90,7 @@ PASSING = "models.ranks.state_passing"
 SHARDED, RECURRENCE = "models.sequences.sharded", "models.sequences.recurrence"
 MUTANTS = (
     Mutant(
-        "a neighbour's own state is taken for the true one",
+        "a neighbour's state from zero is used without those of earlier ranks",
         PASSING,
         "GatherPassing.run",
         "masked(decayed, self.keep[rank, rows]) + added[rank][rows]",
@@ -104,42 +104,42 @@ MUTANTS = (
         "0 * passing.finish(), passing.decay",
     ),
     Mutant(
-        "a shard's first token always goes on with the document before it",
+        "a shard's first token always continues the previous document",
         SHARDED,
         "ShardedSequence.__init__",
         "self._row[:, begin - 1 : begin] if begin",
         "self._row[:, begin : begin + 1] if begin",
     ),
     Mutant(
-        "ids are those of the whole row, not counted from the shard's first",
+        "document ids are those of the whole row, not relative to the shard",
         SHARDED,
         "ShardedSequence.__init__",
         "PADDING, documents - before)",
         "PADDING, documents)",
     ),
     Mutant(
-        "states do not decay on their way",
+        "states do not decay over a rank's tokens",
         PASSING,
         "Decay.factor",
         "torch.exp(log.conj() if backward else log)",
         "torch.exp(0 * log)",
     ),
     Mutant(
-        "states go on into other documents",
+        "states continue into other documents",
         PASSING,
         "GatherPassing.run",
         "masked(decayed, self.keep[rank, rows])",
         "decayed",
     ),
     Mutant(
-        "tokens of other documents hear the state",
+        "tokens of other documents receive the state",
         SHARDED,
         "ShardedSequence.recur",
         "self.documents == 0, 0",
         "self.documents >= 0, 0",
     ),
     Mutant(
-        "the state's gradient is counted once for each rank",
+        "the state's gradient is multiplied by the number of ranks",
         CARRY,
         "_Receive.backward",
         "carry.passing.start(d_initial,",
@@ -153,21 +153,21 @@ MUTANTS = (
         "packed(added, sums).bfloat16().to(real(added).dtype)",
     ),
     Mutant(
-        "gradients are collected from the near rank to the far one",
+        "gradients are accumulated from the nearest rank to the farthest",
         PASSING,
         "Direction.opposite",
         "self.ahead[::-1], self.behind[::-1]",
         "self.ahead, self.behind",
     ),
     Mutant(
-        "decays learn nothing from states that pass through",
+        "decays get no gradient from states that pass through",
         CARRY,
         "_Publish.backward",
         "return None, d_state, d_log.sum_to_size(sums.shape), None",
         "return None, d_state, 0 * d_log.sum_to_size(sums.shape), None",
     ),
     Mutant(
-        "the rates of a Mamba learn nothing from states that pass through",
+        "the rates of a Mamba get no gradient from states that pass through",
         CARRY,
         "_Publish.backward",
         "d_rates = (d_log * sums).sum_to_size(rates.shape)",
@@ -183,7 +183,7 @@ MUTANTS = (
         ("s4d",),
     ),
     Mutant(
-        "nothing comes before a shard's convolutions and windows",
+        "the halo of a shard's convolutions and windows is zero",
         SHARDED,
         "ShardedSequence.halo",
         "return before.masked_fill(",
@@ -191,7 +191,7 @@ MUTANTS = (
         ("window", "mamba2"),
     ),
     Mutant(
-        "what comes before a shard is one token off",
+        "the halo of a shard is one token off",
         EXCHANGE,
         "Spans.before",
         "(max(0, a - left), a)",
@@ -199,7 +199,7 @@ MUTANTS = (
         ("window", "mamba2"),
     ),
     Mutant(
-        "gradients of what was sent do not come back",
+        "exchanged slices get no gradient",
         EXCHANGE,
         "_Exchange.backward",
         "list(d_incoming)",
@@ -207,7 +207,7 @@ MUTANTS = (
         ("window", "attention", "scout", "monarch"),
     ),
     Mutant(
-        "positions are one off behind the first rank",
+        "positions are one off after the first rank",
         SHARDED,
         "ShardedSequence.positions",
         "self._all_positions()[:, self._begin : self._end]",
@@ -215,7 +215,7 @@ MUTANTS = (
         ("attention", "scout"),
     ),
     Mutant(
-        "both ways of a Hydra run from the first rank to the last",
+        "both directions of a Hydra run from the first rank to the last",
         SHARDED,
         "ShardedSequence.recur",
         "n_reversed = len(self.documents)",
@@ -223,7 +223,7 @@ MUTANTS = (
         ("hydra noncausal_self",),
     ),
     Mutant(
-        "a Hydra reads the state with its own row, not with that of the token after",
+        "a Hydra reads the state with C of the token itself, not of the next one",
         RECURRENCE,
         "BidirectionalSsd._reading_C",
         "around[:, 2:, 1]",
@@ -247,7 +247,7 @@ MUTANTS = (
         ("scout",),
     ),
     Mutant(
-        "a ring hands on what a rank adds, not what came to it",
+        "a ring passes on what a rank adds, without the state it received",
         PASSING,
         "RingPassing.end",
         "self.after(direction, total[direction.rows], added)",
@@ -255,7 +255,7 @@ MUTANTS = (
         scheme=Scheme.RING,
     ),
     Mutant(
-        "a ring hands on what came to a rank, not what its tokens make of it",
+        "a ring passes on the state it received, without this rank's tokens",
         PASSING,
         "RingPassing.end",
         "self.after(direction, total[direction.rows], added)",
@@ -263,7 +263,7 @@ MUTANTS = (
         scheme=Scheme.RING,
     ),
     Mutant(
-        "what is heard of far ranks does not decay over the near ones",
+        "states received from far ranks do not decay over the near ones",
         PASSING,
         "DoublingPassing.receive",
         "self.decay.of(sums).applied(state, backward=self.backward)",
@@ -271,17 +271,17 @@ MUTANTS = (
         scheme=Scheme.DOUBLING,
     ),
     Mutant(
-        "a rank tells of its own decay, not of that of all it tells of",
+        "a rank sends its own decay, not that of all ranks in its summary",
         PASSING,
         "DoublingPassing.round",
         "own + sums",
         "own",
         scheme=Scheme.DOUBLING,
-        # On four ranks nobody hears of several ranks before more, so that no sum is read.
+        # With four ranks no received sum is used in a later round.
         ranks=(8,),
     ),
     Mutant(
-        "documents that end at near ranks let states of far ones through",
+        "states of far ranks pass through documents that end at near ones",
         PASSING,
         "DoublingPassing.receive",
         "masked(passed_on, keep)",
@@ -293,7 +293,7 @@ MUTANTS = (
 
 @dataclass(frozen=True)
 class Caught:
-    """A mutant on so many ranks: the largest error over its tolerance, by dtype."""
+    """A tested mutant: the largest error over its tolerance, by dtype."""
 
     mutant: Mutant
     ranks: int
@@ -301,12 +301,12 @@ class Caught:
 
 
 def mutant_problems() -> list[Problem]:
-    """Every problem that a mutant is tried on, once."""
+    """All problems of all mutants, without duplicates."""
     return list(dict.fromkeys(p for mutant in MUTANTS for p in mutant.problems()))
 
 
 def try_mutants(path: Path, group: dist.ProcessGroup) -> list[Caught]:
-    """Judge the problems of each mutant with the mutant in place; solutions are written down."""
+    """Compare each mutant's results with the stored solutions of its problems."""
     loaded = torch.load(path, weights_only=True)
     solutions = dict(zip(mutant_problems(), loaded, strict=True))
     caught, size = [], dist.get_world_size(group)

@@ -129,6 +129,8 @@ class Hybrid(Mixer):
         """Apply the matrix of each branch to the same values, and interleave the results."""
         mixed = []
         if coefficients.scores is not None:
+            # Channels of a head are contiguous, so P values per channel become one head of width P
+            # * P_head.
             heads = values.reshape(*values.shape[:2], self.config.n_heads, -1)
             local = attend_window(*coefficients.scores, heads, self.config.window, sequence)
             mixed.append(local.reshape(values.shape))
@@ -156,6 +158,7 @@ class Hybrid(Mixer):
         needs, for each channel and token, exp, decay h, write v and their sum.
         """
         E, W = self.out.in_features, self.config.window
+        # The pairs of the last `queries` tokens.
         seen = visible_in_window(keys, W) - visible_in_window(keys - queries, W)
         return MixFlops(
             needed=4.0 * E * seen * self.attends,

@@ -134,6 +134,7 @@ class Parallel(Mixer):
         mixed = []
         channels = values.split([part.channels for part in coefficients], dim=2)
         for mixer, part, own in zip(self._each(), coefficients, channels, strict=True):
+            # Without the padding of a mixer that keeps fewer tokens.
             own = own[:, own.shape[1] - part.length :].unflatten(2, (part.heads, part.width))
             mixed_values = mixer.mix(own.flatten(3).to(part.dtype), part.coefficients, sequence)
             part.copies = mixed_values.shape[2] // part.heads
@@ -153,6 +154,7 @@ class Parallel(Mixer):
         channels = mixed.squeeze(-1).unflatten(2, (-1, copies))
         channels = channels.split([part.channels for part in coefficients], dim=2)
         for mixer, part, own in zip(self._each(), coefficients, channels, strict=True):
+            # One of the equal copies that `mix` made to reach the common number.
             own = own[..., :: copies // part.copies].unflatten(2, (part.heads, part.width))
             own = own.transpose(3, 4).flatten(2, 3)  # (B, L, H_i, P_i)
             outputs.append(mixer.merge(own.to(part.dtype), part.coefficients))

@@ -89,6 +89,7 @@ class CausalMonarch(StructuredMixer):
         mixed = torch.einsum("hkij,nkjhc->nkihc", _triangle(self.inside[:, :K], b, 0), blocks)
         if K > 1:
             sums = torch.einsum("hkij,nkjhc->nkihc", self.first[:, : K - 1], blocks[:, :-1])
+            # Strictly lower triangular: without its empty first row and last column.
             below = _triangle(self.second[..., : K * (K - 1) // 2], K, -1)[:, :, 1:, :-1]
             later = torch.einsum("hits,nsihc->ntihc", below, sums)
             mixed = torch.cat([mixed[:, :1], mixed[:, 1:] + later], dim=1)

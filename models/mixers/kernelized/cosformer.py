@@ -146,6 +146,7 @@ def _turns(sequence: WholeSequence, max_len: int) -> Float[Tensor, "2 B L 1 1"]:
 def _running(
     queries: Float[Tensor, "B L H N"], keys: Float[Tensor, "B L H N"], sequence: WholeSequence
 ) -> CausalFeatures:
+    # The row sums are the mixed values of a constant 1.
     ones = torch.ones_like(keys[..., :1])
     sums = sequence.recur(LinearAttention(queries, keys, ones, sequence.packed_documents))
     return CausalFeatures(_divided(queries, sums), keys)

@@ -166,6 +166,7 @@ class Performer(Mixer):
 
     def _logits(self, keys: Float[Tensor, "B S H P"]) -> Float[Tensor, "B S H F"]:
         """The logarithm of each feature of the keys."""
+        # |k|^2 of the scaled key: the scale P^(-1/4) enters squared.
         square = widened(keys).square().sum(dim=-1, keepdim=True) * keys.shape[-1] ** -0.5
         return self._features(keys) - square / 2
 

@@ -106,6 +106,7 @@ class Hydra(Mixer):
         gate, inner, steps = self.in_proj.in_parts(x, [E, E + 4 * GN, 2 * H])
         values, BC = self.conv.silu_in_parts(inner, sequence, [E, 4 * GN])
         B, C = BC.unflatten(2, (2, 2, G, -1)).unbind(3)
+        # Both directions share the biases, as in the release.
         dt = F.softplus(widened(steps.unflatten(2, (2, H))) + widened(self.dt_bias))
         diagonal = widened(self.fc_D(values)) + widened(self.D)
         return values.unflatten(2, (H, -1)), Coefficients(dt, B, C, diagonal, gate)
@@ -123,6 +124,7 @@ class Hydra(Mixer):
         self, mixed: Float[Tensor, "B L H P"], coefficients: Coefficients
     ) -> Float[Tensor, "B L D"]:
         """Normalise, gate and project out."""
+        # The release normalises first and then gates; Mamba-2 does the reverse.
         normed = self.norm(widened(mixed.flatten(2)))
         gated = silu_gated(normed, widened(coefficients.gate))
         return self.out_proj(gated.to(mixed.dtype))

@@ -111,6 +111,7 @@ class Mamba(Mixer):
         P = values.shape[-1]
         A, D = -torch.exp(widened(self.A_log)), widened(self.D)
         if P > 1:
+            # Each of the P values of a channel gets the channel's own step sizes and rates.
             dt = dt.repeat_interleave(P, dim=-1)
             A, D = (x.repeat_interleave(P, dim=0) for x in (A, D))
         inputs = values.flatten(2)
@@ -144,4 +145,5 @@ class Mamba(Mixer):
         low, high = math.log(config.dt_min), math.log(config.dt_max)
         dt = torch.exp(torch.rand(self.dt_bias.shape, generator=generator) * (high - low) + low)
         dt = dt.clamp(min=1e-4)
+        # The inverse of softplus, log(exp(dt) - 1), in a form that keeps the digits of a small dt.
         return dt + torch.log(-torch.expm1(-dt))

@@ -115,6 +115,7 @@ class Mamba2(Mixer):
         E, GN = H * config.head_dim, config.n_groups * config.d_state
         gate, inner, steps = self.in_proj.in_parts(x, [E, E + 2 * GN, H])
         values, B, C = self.conv.silu_in_parts(inner, sequence, [E, GN, GN])
+        # Float32: a small step size rounded to half precision changes the decay's time scale.
         dt = F.softplus(widened(steps) + widened(self.dt_bias))
         if config.dt_limit is not None:
             dt = dt.clamp(*config.dt_limit)

@@ -127,6 +127,7 @@ class S4D(Mixer):
         A_log, A_imag, C = (widened(x) for x in (self.A_log, self.A_imag, self.C[direction]))
         A = torch.complex(-torch.exp(A_log), A_imag)
         rate = A * torch.exp(widened(self.log_dt))[:, None]
+        # Zero-order hold: B_bar = (exp(dt A) - 1) / A * B with B = 1; expm1 for a small dt A.
         return Diagonal(rate, torch.view_as_complex(C) * torch.expm1(rate) / A)
 
     def filter_norm(self) -> float:

@@ -122,6 +122,8 @@ class ABC(Mixer):
 
         def outputs(state: Tensor | None) -> tuple[Tensor, Tensor]:
             averages, initial = unpacked(state)
+            # Scores and log-sums come out of one recurrence, so that they are sent over ranks
+            # together.
             log_sums = slot_log_sums(logits, initial, documents)
             slots = Slots(logits, log_sums, initial, documents)
             scores, final = read_slots(queries, keys, slots, averages)

@@ -109,6 +109,8 @@ class Attention(Mixer):
     ) -> Float[Tensor, "B L H P"]:
         """Attend, by the fastest kernel; all of them keep softmax statistics in float32."""
         queries, keys, visible = coefficients
+        # In a later chunk queries are the last of the keys, which torch's causal mask does not
+        # support.
         packed = sequence.packed or keys.shape[1] > queries.shape[1]
         if packed and self.slot.pattern in (Pattern.CAUSAL_SELF, Pattern.NONCAUSAL_SELF):
             documents = sequence.gathered_documents()

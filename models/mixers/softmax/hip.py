@@ -97,6 +97,8 @@ class HipConfig(AttentionConfig):
         """The search of documents of at most `longest` keys."""
         kept = self.k // self.key_block
         if self.refresh == 1:
+            # A reused list must keep its size from chunk to chunk; a fresh one needs no more than
+            # all blocks.
             kept = min(kept, -(-longest // self.key_block))
         return Search(kept, self.key_block, longest, self.representative == "oracle")
 
@@ -168,6 +170,7 @@ class Hip(Attention):
             mixed = block_sparse_attention(queries, keys, values, kept, blocks, reach)
             return mixed, blocks.last(kept)
 
+        # With refresh above 1 the last list is part of the decoding state.
         return attend(None)[0] if config.refresh == 1 else sequence.recur(attend)
 
     def unsharded(self) -> str:

@@ -191,6 +191,7 @@ class LongShort(Mixer):
         log_sums = sequence.recur(SlotAverages(outputs, logits, None, chunks))
         keys, ends = self._chunk_averages(projected.keys, logits, log_sums, sequence)
         same = sequence.own_documents()[:, :, None] == ends.documents[:, None]
+        # Chunks that ended before the query, in its document.
         seen = same & (ends.positions[:, None] < sequence.positions()[:, :, None])
         far = _products(projected.queries, self.far_norm(keys))
         hidden = ~seen.repeat_interleave(self.rank, dim=2)[:, :, None]

@@ -169,6 +169,7 @@ def iterated_inverse(
     one = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     with without_autocast(matrix):
         largest = matrix.sum(dim=-2).amax(dim=-1)[..., None, None]
+        # The paper's start; rows of a softmax sum to 1, so its other norm is 1 (section 3.2).
         z = matrix.transpose(-1, -2) / largest
         for _ in range(iterations):
             near = matrix @ z

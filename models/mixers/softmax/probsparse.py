@@ -136,6 +136,7 @@ class ProbSparse(Mixer):
                 N, queries.shape[2], self.config.chosen(T), dtype=torch.int64, device="meta"
             )
         lengths = bucket.lengths(queries)
+        # In Python: a logarithm in floating point on another device could round to another number.
         quotas = lengths.new_tensor([self.config.chosen(n) for n in lengths.tolist()])
         most = int(quotas.max())
         measure = _measure(widened(queries), widened(keys), lengths, quotas)

@@ -137,6 +137,7 @@ class Scout(GroupedHeads):
         before = sequence.halo(x, every - 1)
         if before is None:
             before = x.new_zeros((x.shape[0], every - 1, *x.shape[2:]))
+        # With every - 1 tokens in front, the segment that ends at token t begins at index t.
         index = self._ends(sequence)[:, :, None] + torch.arange(every, device=x.device)
         return widened(torch.cat([before, x], dim=1))[_rows(index), index]
 

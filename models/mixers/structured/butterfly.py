@@ -84,6 +84,8 @@ class Butterfly(StructuredMixer):
             rows = blocks.permute(2, 0, 3, 1, 4)[..., None]  # (row, group, column, place, H, 1)
             mixed = torch.stack([(row * pairs).sum(2) for row in rows], dim=2).flatten(1, 3)
         if c < self.levels:
+            # In higher factors the second input of each pair is padding, so only the first entry
+            # acts.
             firsts = factors[c:, :, : 2**c, 0, 0].prod(dim=0)
             mixed = mixed * firsts.t()[..., None]
         return mixed[:, :T]

@@ -139,6 +139,7 @@ class _Reciprocals(torch.autograd.Function):
         for part in _parts(rows, columns):
             negative = -d_sums[:, :, part]
             for n, (row, column) in enumerate(zip(rows[..., part], columns, strict=True)):
+                # The derivative of 1 / z is -1 / z^2.
                 slopes = _reciprocals(row, column).square_().mul_(negative)
                 d_rows[n, :, :, part] = slopes.sum(dim=-1)
                 d_columns[n] += slopes.sum(dim=-2)

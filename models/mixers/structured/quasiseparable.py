@@ -74,6 +74,7 @@ class Quasiseparable(SeparableMixer):
         (dt, B, C), diagonal = structure
         forward, backward = dt.unbind(2)
         steps = torch.cat([forward, backward.flip(1)])
+        # The backward scan is a forward scan of the reversed sequence.
         x, B, C = (torch.cat([tensor, tensor.flip(1)]) for tensor in (values, B, C))
         documents = None
         if sequence.packed:

@@ -119,6 +119,7 @@ def _convolve(
     n = fft_size(T)
     forward, reverse = taps.unbind(2)
     between = forward.new_zeros(forward.shape[0], n - 2 * T + 1, forward.shape[2])
+    # One circular filter: forward taps from lag 0, zeros, and reverse taps up to lag -1 at the end.
     kernel = torch.cat([forward, between, reverse[:, 1:].flip(1)], dim=1)
     spectrum = torch.fft.rfft(kernel, dim=1)[..., None] * torch.fft.rfft(values, n=n, dim=1)
     return torch.fft.irfft(spectrum, n=n, dim=1)[:, :T]

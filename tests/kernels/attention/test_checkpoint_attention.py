@@ -276,5 +276,5 @@ def test_meta_tensors_give_shapes_forward_and_backward():
 
 def test_wrong_numbers_of_checkpoints_are_refused():
     q, k, v, _ = make_inputs(20)
-    with pytest.raises(ValueError, match="20 queries and 4 checkpoints, but sight is of 20 and 5"):
+    with pytest.raises(ValueError, match="20 queries and 4 checkpoints, but sight is for 20 and 5"):
         checkpoint_attention(q, k, v, k[:, 3:16:4], v[:, 3:16:4], Segments(4, 0))

@@ -120,7 +120,7 @@ def test_operators_promise_the_shapes_that_they_return():
 
 def test_parts_that_are_not_all_channels_are_refused():
     tensors, _ = rounded(make_inputs(9), torch.float32)
-    with pytest.raises(ValueError, match=r"24 channels to cut into \[20, 3\]"):
+    with pytest.raises(ValueError, match=r"24 channels to split into \[20, 3\]"):
         silu_conv(**tensors, sizes=[20, 3])
     with pytest.raises((ValueError, TypeError)):
         silu_conv(**{**tensors, "initial": tensors["initial"][:, :-1]}, sizes=[24])
