@@ -1,4 +1,4 @@
-"""Tables and sentences about arms compared at one size and horizon."""
+"""Tables and sentences for the leaderboard of arms at one size and horizon."""
 
 from collections.abc import Iterator
 
@@ -52,21 +52,23 @@ def caption(comparison: Comparison) -> str:
         text += (
             f"; intervals: 95 %, from the standard deviation between seeds pooled over the arms, "
             f"{comparison.pooled_sd:.2g} nats, and Student's t with {comparison.freedom} pooled "
-            "degrees of freedom. They suppose that seeds scatter alike in every arm, take seeds "
-            "of two arms as independent, and stand each for itself: no correction for their number."
+            "degrees of freedom. They assume equal seed noise in every arm and independent seeds, "
+            "and are not corrected for multiple comparisons."
         )
     else:
         text += (
-            "; one seed an arm, so there is no interval and no verdict: differences may be luck."
+            "; one seed per arm, so there is no interval and no verdict: differences may be noise."
         )
     counted = {tokens for tokens in comparison.line_tokens.values() if tokens != place.tokens}
     if counted:
-        text += f" N-grams were counted on {', '.join(map(with_unit, sorted(counted)))} tokens."
+        text += (
+            f" N-gram models were counted on {', '.join(map(with_unit, sorted(counted)))} tokens."
+        )
     return " ".join([text, *comparison.notes])
 
 
 def arm_lines(comparisons: tuple[Comparison, ...]) -> list[str]:
-    """The arms for a terminal: per place the best one, and which do not beat the lines."""
+    """The arms for a terminal: per setting the best one, and which do not beat the baselines."""
     lines = []
     for comparison in comparisons:
         place, best = comparison.place, comparison.arms[0]

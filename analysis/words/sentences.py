@@ -1,4 +1,4 @@
-"""How findings are put into words: one plain sentence for each."""
+"""Findings as text: one sentence each."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
         found = (
             f"changes loss by {percent.estimate:+.{places}f} % (95 % interval {low} to {high} %)"
         )
-        return f"{change} {found}: no difference that this study can tell from zero."
+        return f"{change} {found}: not distinguishable from zero in this study."
     verb = "raises" if percent.estimate > 0 else "lowers"
     size = f"{abs(percent.estimate):.{places}f}"
     ends = sorted((abs(percent.low), abs(percent.high)))
@@ -52,7 +52,9 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
     )
     doubt = ""
     if isinstance(detectable, Detectable) and abs(contrast.effect.estimate) < detectable.value:
-        doubt = " That is below the smallest difference this study finds reliably: hold it lightly."
+        doubt = (
+            " That is below the smallest effect this study detects reliably: read it with caution."
+        )
     return f"{change} {found}.{doubt}"
 
 
@@ -100,7 +102,7 @@ def ratio_sentence(arm: Arm) -> str:
 
 
 def headline_sentence(found: Headline) -> str:
-    """The named contrasts, their ratio, what each is worth, and what the study could have seen."""
+    """The named contrasts, their ratio, each converted to compute, and the smallest detectable."""
     corpus, architecture = found.corpus, found.architecture
     if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
         missing = corpus if isinstance(corpus, Refusal) else architecture
@@ -113,7 +115,7 @@ def headline_sentence(found: Headline) -> str:
     if isinstance(found.ratio, Refusal):
         text += f"; no ratio is quoted, as {found.ratio.reason}"
     else:
-        text += f"; the first is {bracketed(found.ratio)} times the second, signs aside"
+        text += f"; the first is {bracketed(found.ratio)} times the second in size"
     worth = [
         f"{bracketed(each.factor)} times the training compute ({name})"
         if isinstance(each, Multiplier)
@@ -121,12 +123,12 @@ def headline_sentence(found: Headline) -> str:
         for name, each in found.multipliers.items()
     ]
     seen = [each.value for each in found.detectable.values() if isinstance(each, Detectable)]
-    finds = f" The study finds {100 * math.expm1(max(seen)):.2g} % reliably." if seen else ""
+    finds = f" Smallest reliable effect: {100 * math.expm1(max(seen)):.2g} %." if seen else ""
     return f"{text}. Baselines need {' and '.join(worth)}.{finds}"
 
 
 def interaction_sentence(arm: Arm) -> str:
-    """Whether one architecture number can stand for all corpora."""
+    """Whether one architecture effect describes all corpora."""
     first = arm.contrast
     if isinstance(arm.interaction, Refusal) or isinstance(first, Refusal):
         return ""
@@ -134,12 +136,12 @@ def interaction_sentence(arm: Arm) -> str:
     text = f"The architecture effect differs between corpora by {bracketed(percent)} points"
     large = abs(arm.interaction.estimate) > 0.5 * abs(first.effect.estimate)
     if large and arm.interaction.excludes(0.0):
-        return f"{text}: quote it per corpus, not as one number."
+        return f"{text}: report it per corpus."
     return f"{text}."
 
 
 def detectable_sentence(answer: Answer) -> str:
-    """The smallest difference the study could have seen."""
+    """The smallest effect that the study detects."""
     values = [each for each in answer.detectable.values() if isinstance(each, Detectable)]
     if not values:
         return "Unknown: there is no contrast to measure it for."
@@ -166,11 +168,11 @@ def counting_sentence(arm: Arm) -> str:
     text = (
         f"At equal training FLOPs the architecture effect is {short_effect(headline)} of loss."
         if headline
-        else "At equal headline FLOPs the arms do not overlap."
+        else "The arms do not overlap in training FLOPs."
     )
     if arm.sign_changes:
-        return f"{text} Its sign depends on how compute is counted: no winner should be named."
-    return f"{text} Its sign is the same under every way of counting that could be tried."
+        return f"{text} Its sign depends on how compute is counted, so no arm can be called better."
+    return f"{text} Its sign is the same under every way of counting compute."
 
 
 def multiplier_sentence(multiplier: Multiplier) -> str:
