@@ -71,8 +71,8 @@ def _draw(ax: Axes, points: pd.DataFrame, slopes: pd.DataFrame, column: str) -> 
         x = floats(line, "length")
         y = UNITS[column] * floats(line, column) / x
         ax.plot(x, y, marker=marker, color=colour, ms=4.0, lw=1.3)
-        said = f"{mixer} {known[mixer]:.2f}" if mixer in known else str(mixer)
-        ends[said] = (x[-1], y[-1], colour)
+        label = f"{mixer} {known[mixer]:.2f}" if mixer in known else str(mixer)
+        ends[label] = (x[-1], y[-1], colour)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -1,8 +1,9 @@
-"""How to spend a budget: size and tokens for the lowest loss, or the cheapest way to a loss.
+"""Compute-optimal allocation: the lowest loss of a budget, or the cheapest way to a loss.
 
-Nothing is assumed about costs: a cost is a function of (parameters, tokens), counted for that
-architecture, in FLOPs or in seconds. With attention, scans or structured products C = 6 N D is
-wrong, and so is every closed form built on it.
+A cost is any function of (parameters, tokens), in FLOPs or in seconds: with attention, scans or
+structured matrices C = 6 N D is wrong, and so is the closed form of Hoffmann et al. 2203.15556 that
+rests on it. So the optimum is found numerically over the counted cost; with tokens to serve the
+objective is that of Sardana et al. 2401.00448.
 """
 
 from collections.abc import Callable
@@ -61,7 +62,7 @@ class Ladder:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Where a budget goes.
+    """How a budget is spent.
 
     Attributes:
         parameters: best size, with its interval over bootstrap replicates if they were given.
@@ -165,7 +166,12 @@ def _lowest(
     values = value(sizes)
     best = int(np.argmin(values))
     if not np.isfinite(values[best]):
-        return Refusal("R-REACH", f"no size within the range reaches {what}", "ask for less")
+        return Refusal(
+            "R-REACH",
+            f"no size in the range is possible for {what}",
+            "raise the budget or the loss",
+        )
+    # At an end of the range the true optimum may lie outside it.
     if best in (0, SIZES - 1):
         return Refusal(
             "R-REACH",
@@ -183,6 +189,7 @@ def _lowest(
 def _tokens_for_budget(question: Question, sizes: Array, budget: float) -> Array:
     """Training tokens that the budget leaves at each size, by bisection on the counted cost."""
     left = budget - question.overhead(sizes)
+    # Bisection in ln D: a cost is any rising function of tokens and need not be invertible.
     low, high = (np.full(len(sizes), end) for end in LOG_TOKENS)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)

@@ -1,7 +1,8 @@
-"""Where the best models of each compute lie: frontiers with bands, best sizes, contours.
+"""Compute-optimal frontiers with bands, best sizes against compute, and loss contours.
 
-Inside the data a band is the bootstrap's; beyond, it grows by what rolling forecasts of the same
-data erred by. At ten times the largest compute it ends: nothing is said there.
+Inside the data a band is the bootstrap's; beyond, it also includes the error of back-tests on the
+same data. Frontiers end at ten times the largest compute. Ours: sizes are searched on a grid over
+the counted cost, as no closed form holds for it.
 """
 
 from collections.abc import Iterator
@@ -67,8 +68,8 @@ class BestSizes:
 def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> BestSizes:
     """The best size at each compute, for each parameter vector of theta.
 
-    D/N is kept within three times what was run: beyond, a law's tail would choose. A size at that
-    edge is the best one allowed, and no optimum.
+    D/N is kept within three times what was run: further out the optimum would rest on the law's
+    tail. A size at that limit is the best one allowed, not an optimum.
     """
     rows = arm.rows
     ratios = floats(rows, "tokens") / floats(rows, "parameters")
@@ -93,9 +94,9 @@ def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> Best
 def frontier_with_band(
     fit: Fit, replicates: Bootstrap, group: str, tested: BackTest, rivals: list[Fit]
 ) -> pd.DataFrame:
-    """Lowest fitted loss at each compute to the wall, with a band and whether it is in the data.
+    """Lowest fitted loss at each compute, with a band, to ten times the largest compute.
 
-    Beyond the data the band holds the error of forecasts and how far the rival laws stand apart.
+    Beyond the data the band includes the error of back-tests and the spread of the rival laws.
     """
     arm = arm_of(fit, group)
     flops, seen = floats(arm.rows, "flops"), run_region(arm.rows)
@@ -143,7 +144,7 @@ def optimal_sizes(fit: Fit, replicates: Bootstrap, group: str) -> pd.DataFrame:
 
 
 def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Caveat]:
-    """What the isoFLOP curves of one arm call for, given the law fitted to that arm.
+    """Warnings about the isoFLOP curves of one arm, given the law fitted to it.
 
     The bias of a grid needs the law's own optimum; the sum of exponents is held against what the
     accountant's cost of a token implies along the same minima.

@@ -1,4 +1,4 @@
-"""IsoFLOP analysis (Hoffmann et al. 2022, approach 2): a parabola per budget, and where it fails.
+"""IsoFLOP curves (Hoffmann et al. 2203.15556, approach 2): a parabola per budget, and its bias.
 
 A parabola of L in ln N finds the optimum exactly only where both exponents of the law are equal
 and the grid is centred (arXiv 2603.22339), so the bias that a law implies for a grid is computed.
@@ -54,6 +54,7 @@ class IsoFlopCurve:
 def budgets(rows: pd.DataFrame) -> list[IsoFlopCurve]:
     """The isoFLOP curves of one arm: three sizes or more whose C agrees within a tenth."""
     rows = rows.sort_values("flops").reset_index(drop=True)
+    # Budgets are runs of sorted compute that stay within a tenth of the first of them.
     logs, first = np.log(floats(rows, "flops")), 0
     place = np.zeros(len(rows), dtype=int)
     for index in range(1, len(rows)):
@@ -81,7 +82,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     r2 = 1.0 - float(left @ left) / float(((y - y.mean()) ** 2).sum())
     warning = None
     if sides < 2 or r2 < LEAST_R2:
-        found = f"at {flops:.2g} FLOP {sides} sizes stand on one side of the minimum, R2 {r2:.2f}"
+        found = f"at {flops:.2g} FLOP {sides} sizes on one side of the minimum, R2 {r2:.2f}"
         warning = Caveat("W-EDGE", found)
     size = _vertex_interval(logs - centre, left, curve, centre)
     return IsoFlopCurve(flops, points, curve, centre, size, warning)
@@ -98,10 +99,11 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
     freedom = len(x) - 3
     if freedom < 1:
         return Refusal(
-            "R-UNDER", "three sizes fix a parabola and leave no noise", "add a fourth size"
+            "R-UNDER", "three sizes determine a parabola and leave no residual", "add a fourth size"
         )
     design = np.stack([x**2, x, np.ones_like(x)], axis=1)
     covariance = np.linalg.inv(design.T @ design) * float(left @ left) / freedom
+    # Derivatives of the vertex -b / 2a by a, b and c.
     gradient = np.array([curve[1] / (2 * curve[0] ** 2), -1 / (2 * curve[0]), 0.0])
     half = t_quantile(freedom) * float(np.sqrt(gradient @ covariance @ gradient))
     vertex = centre - float(curve[1] / (2 * curve[0]))

@@ -1,4 +1,4 @@
-"""How an answer changes with scale, with the way of counting, and with when a loss was read."""
+"""Sensitivity of the answers to scale, to how N and C are counted, and to learning-rate decay."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,7 @@ SCALE_COLUMNS = ["baseline", "other", "parameters", "factor", "low", "high", "re
 def multipliers_by_scale(
     fit: Fit, replicates: Bootstrap, pairs: list[tuple[str, str]]
 ) -> pd.DataFrame:
-    """Tokens that the baseline needs over those of the other arm, at each size; refused where not.
+    """The iso-loss data multiplier at each size, or why it is refused there.
 
     At each size the other arm is taken at the middle of its tokens. A point is refused where the
     baseline cannot reach that loss in more than one replicate of twenty, or only with tokens that
@@ -53,7 +53,7 @@ def _by_scale(fit: Fit, replicates: Bootstrap, pair: tuple[str, str]) -> Iterato
             ends = np.exp([interval.estimate, interval.low, interval.high])
             yield (baseline, other, size, *ends, "")
         else:
-            reason = interval.reason if isinstance(interval, Refusal) else "not run there"
+            reason = interval.reason if isinstance(interval, Refusal) else "outside the runs"
             yield (baseline, other, size, np.nan, np.nan, np.nan, reason)
 
 
@@ -97,16 +97,16 @@ def counting(
 
 
 def cooldown(table: Table) -> pd.DataFrame:
-    """Loss of each decayed point beside its trunk's at the same tokens, before decay.
+    """Loss of each point after decay, and of its trunk at the same tokens before decay.
 
     The trunk's ln L is interpolated in ln D, never beyond its own points.
     """
     rows = where(table.rows, "evaluation_set", table.neutral_set)
-    hot = keep(rows, ~rows["decayed"].astype(bool))
+    undecayed = keep(rows, ~rows["decayed"].astype(bool))
     done = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))
     records = []
     for (trunk,), points in groups(done, ["trunk_id"]):
-        line = where(hot, "trunk_id", trunk).sort_values("tokens")
+        line = where(undecayed, "trunk_id", trunk).sort_values("tokens")
         if len(line) < 2:
             continue
         known, losses = np.log(floats(line, "tokens")), np.log(floats(line, "loss_nats"))

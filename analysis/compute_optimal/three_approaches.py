@@ -1,7 +1,7 @@
-"""Hoffmann's three ways to the exponents of N*(C) and D*(C), side by side with what biases each.
+"""Hoffmann's three approaches to the exponents of N*(C) and D*(C), each with its known bias.
 
 Source: Hoffmann et al. 2203.15556, section 3. All three give exponents only where C = 6 N D; with
-another counter use `analysis.compute_optimal.allocation`, which asks the counter itself.
+another cost use `analysis.compute_optimal.allocation`, which takes any cost.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from analysis.validity.warnings import Caveat
 GRID = 200
 LEAST_RUNS = 3
 ENDS = 2
-"""The smallest and the largest size win up to the ends of the data: their middle is unknown."""
+"""The smallest and largest winning sizes are dropped: their range is cut off by the data."""
 
 
 @dataclass(frozen=True)
 class Approach:
-    """What one way says: the exponents with intervals or a refusal, and its reservations."""
+    """The result of one approach: exponents with intervals or a refusal, and warnings."""
 
     name: str
     parameters: Interval | Refusal
@@ -37,7 +37,7 @@ class Approach:
 
 
 def all_three(rows: pd.DataFrame, estimator: Estimator | None = None) -> tuple[Approach, ...]:
-    """Every approach on the same rows of one arm; unfinished checkpoints serve the first alone."""
+    """All approaches on the rows of one arm; only the first uses points before the decay."""
     finished = rows[rows["decayed"].astype(bool)] if "decayed" in rows else rows
     assert isinstance(finished, pd.DataFrame)
     law = (estimator or Estimator()).fit(finished.reset_index(drop=True), CHINCHILLA)
@@ -45,7 +45,7 @@ def all_three(rows: pd.DataFrame, estimator: Estimator | None = None) -> tuple[A
 
 
 def envelope(rows: pd.DataFrame) -> Approach:
-    """Approach 1: at each compute the training curve that is lowest, and a line through those.
+    """Approach 1: the lowest training curve at each compute, and a regression through its sizes.
 
     Curves are interpolated in ln C inside their own range. Points of one run are one cluster.
     """
@@ -64,7 +64,7 @@ def envelope(rows: pd.DataFrame) -> Approach:
         refused = Refusal(
             "R-UNDER",
             f"{len(curves)} training curves, of which {len(np.unique(winners[:, 1]))} sizes are "
-            f"ever lowest; {LEAST_RUNS + ENDS} are needed",
+            f"lowest somewhere; {LEAST_RUNS + ENDS} are needed",
             "keep checkpoints of more sizes",
         )
         return Approach(name, refused, refused, warnings)

@@ -1,4 +1,4 @@
-"""The whole answer on one evaluation set: contrasts, interaction, ratio, noise."""
+"""Data against architecture on one evaluation set: contrasts, interaction, ratio, seed noise."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The question itself: effects of corpus and of architecture from matched pairs of runs.
+"""Effects of corpus and of architecture, from matched pairs of runs.
 
 An effect is a mean difference of ln L between runs that agree in everything else. Pairs are
 averaged inside each size first; sizes are the independent clusters of the interval.
@@ -65,7 +65,7 @@ def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast 
             Refusal("R-FACTOR", f"one {factor} only so far ({found})", f"add a second {factor}"),
         )
     rows = where(table.rows, "evaluation_set", evaluation_set)
-    refusal = _unfit_for_pairing(rows)
+    refusal = _not_comparable(rows)
     if refusal:
         return (refusal,)
     return tuple(
@@ -76,7 +76,7 @@ def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast 
     )
 
 
-def _unfit_for_pairing(rows: pd.DataFrame) -> Refusal | None:
+def _not_comparable(rows: pd.DataFrame) -> Refusal | None:
     if len(rows[["targets", "utf8_bytes"]].drop_duplicates()) > 1:
         return Refusal(
             "R-EVAL",
@@ -89,7 +89,7 @@ def _unfit_for_pairing(rows: pd.DataFrame) -> Refusal | None:
         return Refusal(
             "R-AMBIGUOUS",
             f"two runs share {', '.join(str(part) for part in place)}",
-            "report one setting of the other choices at a time",
+            "report runs that differ in other settings separately",
         )
     return None
 

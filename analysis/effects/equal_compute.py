@@ -9,7 +9,7 @@ from analysis.validity.refusal import Refusal
 
 
 def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> Contrast | Refusal:
-    """The architecture effect where both arms have spent the same FLOPs.
+    """The architecture effect at equal training FLOPs.
 
     The baseline's ln L is interpolated in ln FLOPs along its horizons (a parabola through the
     nearest three, as a chord lies above a convex curve), never beyond them.

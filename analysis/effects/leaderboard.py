@@ -1,4 +1,4 @@
-"""Many architectures side by side: each arm's loss against the lines that it must beat."""
+"""A leaderboard of architectures: each arm's loss against baselines, by more than seed noise."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ BEATS, TIES, WORSE = "beats", "does not beat", "does not beat, is worse"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where arms are compared: one corpus, one rung and the longest horizon finished there."""
+    """What the compared arms share: corpus, rung and the longest horizon finished there."""
 
     corpus: str
     rung: str
@@ -27,12 +27,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One architecture at one place.
+    """One architecture in one setting.
 
     Attributes:
         seeds: loss of each seed [nats per token].
         loss: mean over seeds; with an interval only if some arm was run with two seeds.
-        against: line -> difference of loss to it, likewise.
+        against: baseline -> difference of loss to it, likewise.
     """
 
     architecture: str
@@ -47,10 +47,10 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms of one place, the best first.
+    """All arms of one setting, the best first.
 
     Attributes:
-        lines: name of a line -> its loss [nats per token].
+        lines: baseline -> its loss [nats per token].
         pooled_sd: standard deviation between seeds, pooled over the arms; NaN without repeats.
         freedom: degrees of freedom of it.
         notes: what was left out, and why.
@@ -80,7 +80,7 @@ def compare_arms(table: Table) -> tuple[Comparison, ...]:
 
 
 def verdict(difference: Interval) -> str:
-    """Whether an arm beats a line by more than the seed noise; empty without an interval."""
+    """Whether an arm beats a baseline by more than the seed noise; empty without an interval."""
     if not np.isfinite(difference.low):
         return ""
     if difference.high < 0:
@@ -89,7 +89,7 @@ def verdict(difference: Interval) -> str:
 
 
 def arms_table(comparisons: tuple[Comparison, ...]) -> pd.DataFrame:
-    """One row per arm and place, in numbers."""
+    """One row per arm and setting, in numbers."""
     return pd.DataFrame(
         [_record(comparison, arm) for comparison in comparisons for arm in comparison.arms]
     )
@@ -150,7 +150,7 @@ def pooled_sd(groups: Mapping[str, np.ndarray]) -> tuple[float, int]:
 def _models(
     table: Table, place: Setting, rows: pd.DataFrame
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
-    """Losses of the n-grams that were measured on what the runs were measured on."""
+    """Losses of the n-gram models that were evaluated on the same targets as the runs."""
     found = where(
         where(table.baselines, "corpus", place.corpus), "evaluation_set", table.neutral_set
     )
@@ -160,7 +160,7 @@ def _models(
         zip(*(floats(found, c) for c in ("order", "total_nats", "targets", "tokens")), strict=True)
     ):
         if targets != {count}:
-            notes = ("N-grams measured on other targets than the runs are not shown.",)
+            notes = ("N-gram models evaluated on other targets than the runs are not shown.",)
             continue
         name = {1: "unigram", 2: "bigram"}.get(int(order), f"{order:.0f}-gram")
         lines[name], counted[name] = nats / count, tokens

@@ -1,4 +1,4 @@
-"""A search over learning rates: the best rate of each cell, how sharp it is, and who tuned what."""
+"""A search over learning rates: each cell's best rate, and how sensitive the loss is to it."""
 
 import math
 
@@ -54,13 +54,13 @@ def trials(table: Table) -> pd.DataFrame:
 
 
 def search_table(table: Table) -> pd.DataFrame:
-    """One row per cell of a search: best rate, whether it is bracketed, and how sharp it is.
+    """One row per cell of a search: best rate, whether it is bracketed, and the sensitivity.
 
     `factor` is the best rate over the rule's, which is the middle one of the tried rates unless
     the sweep lists its factors; `refined_log2` is where a parabola in log2 of the rate, through
     the best trial and its two neighbours, is lowest. `sensitivity_nats` follows Wortsman et al.
     2023: the mean over the tried rates of the loss, capped at that of a uniform guess, less the
-    best loss. What needs every trial is missing while a trial is.
+    best loss. What needs every trial is empty until all have ended.
     """
     found = trials(table)
     factors = table.rate_factors

@@ -1,7 +1,7 @@
-"""Loss to loss: what corpus and architecture still change once the neutral loss is the same.
+"""Loss to loss: effects of corpus and architecture at equal loss on the neutral set.
 
-Source of the view: Brandfonbrener et al. 2411.12925 and Mayilvahanan et al. 2502.12120. Corpora
-move a line of ln L on one set against ln L on another; architectures hardly do.
+After Brandfonbrener et al. 2411.12925 and Mayilvahanan et al. 2502.12120: corpora shift the line of
+ln L on one set against ln L on another, architectures hardly do.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""What a difference is worth in tokens or in compute: iso-loss multipliers and frontiers."""
+"""Iso-loss multipliers: the loss gap between two arms converted to tokens or training FLOPs.
+
+Ours: the multiplier is taken at one loss that both arms have reached inside their runs, as it
+diverges near the floor, and is refused where more than 5 % of the bootstrap is undefined.
+"""
 
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ CURVE = 80
 
 @dataclass(frozen=True)
 class Multiplier:
-    """How much more the baseline needs than the other arm to reach one loss.
+    """A resource the baseline needs to reach one loss, over what the other arm needs.
 
     Attributes:
         factor: above 1, the baseline needs more: the other arm is more efficient.
@@ -94,6 +98,7 @@ def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
             f"the frontiers of {other} and {baseline} reach no common loss",
             "add sizes or horizons so that the arms' losses overlap",
         )
+    # From the middle outwards: there both frontiers are surrounded by runs.
     losses = np.geomspace(low, high, LOSSES)[np.argsort(np.abs(np.arange(LOSSES) - LOSSES // 2))]
     for loss in losses:
         if all(_optimum_is_inside(fit, name, float(loss)) for name in (baseline, other)):

@@ -1,8 +1,8 @@
-"""What a difference is worth in parameters, in seconds and in bytes of memory.
+"""The loss gap between two arms converted to parameters, seconds and bytes of memory.
 
-Beside the tokens and FLOPs of `analysis.effects.multipliers`: how much more of a resource the
-baseline needs than the other arm to reach one loss that both have reached. Seconds and bytes are
-those that were measured at the sizes that were run, log-log between them.
+Like the tokens and FLOPs of `analysis.effects.multipliers`: the ratio of what both arms need to
+reach one loss that both have reached. Seconds and bytes are measured at the sizes that were run and
+interpolated between them.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ DECODING_STATE = Resource("bytes of decoding state", "state_bytes", "held")
 def resource_multiplier(
     fit: Fit, replicates: Bootstrap, pair: tuple[str, str], resource: Resource
 ) -> Multiplier | Refusal:
-    """A resource the baseline needs over that the other arm needs, each at its cheapest size.
+    """A resource the baseline needs over what the other arm needs, each at its cheapest size.
 
     `pair` is (baseline, other). What is held is taken at the cheapest size that reaches the loss
     with the most tokens that the arm was run with.
@@ -110,7 +110,7 @@ def _price(rows: pd.DataFrame, resource: Resource) -> SizeCurve | Refusal:
     if not len(known):
         return Refusal(
             "R-REACH",
-            f"no run has {resource.column}, which {resource.quantity} are counted from",
+            f"no run has {resource.column}, from which {resource.quantity} are computed",
             f"add a column {resource.column}",
         )
     values = floats(known, resource.column)

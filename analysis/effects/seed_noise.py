@@ -1,4 +1,4 @@
-"""How much losses differ between seeds alone, and the smallest difference a study can detect."""
+"""The noise between seeds, and the smallest effect that a study can detect."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class SeedNoise:
 
 @dataclass(frozen=True)
 class Detectable:
-    """The smallest difference of ln L that this study finds in four of five repetitions."""
+    """The smallest effect on ln L that this study detects with 80 % power."""
 
     value: float
     basis: str
@@ -50,7 +50,7 @@ def seed_noise(rows: pd.DataFrame) -> SeedNoise | Refusal:
 
 
 def detectable(contrast: Contrast | Refusal, noise: SeedNoise | Refusal) -> Detectable | Refusal:
-    """The difference found with 80 % power at 95 % confidence, by this contrast's pairs."""
+    """The effect detected with 80 % power at 95 % confidence, given this contrast's pairs."""
     if isinstance(contrast, Refusal):
         return contrast
     sizes = len(contrast.by_size)

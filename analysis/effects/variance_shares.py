@@ -1,7 +1,8 @@
-"""Shares of variance: corpus, architecture, their interaction, scale and seed, at matched cells.
+"""Variance shares of corpus, architecture, interaction, scale and seed, at matched cells.
 
-Every cell (one N, one D) has a level of its own, so scale drops out of the comparison. Sizes are
-what is resampled: cells of one size share trunks, so they are not independent.
+A fixed effect for each cell (one N, one D) removes scale from the comparison. Main effects are
+averaged over both orders of entry (Shapley). Sizes are resampled: cells of one size share trunks,
+so they are not independent. Ours: the definition of cells and the bootstrap over sizes.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Decomposition:
             dependence` is what the effects change by from cell to cell, `seed` what seeds leave.
         deviations: component -> standard deviation of ln L that it explains.
         effects: `corpus` and `architecture` -> largest difference between two levels, in ln L.
-        worth: the same as a factor of compute, by the slope of ln L in ln C between cells.
+        worth: the effects converted to compute, by the slope of ln L in ln C between cells.
         cells: matched cells, of `sizes` sizes.
     """
 
@@ -175,6 +176,7 @@ class _Squares:
                 ("corpus", self._corpus), ("architecture", self._architecture), ("all", self._all),
             )
         }  # fmt: skip
+        # Shapley over two factors: the mean of entering first and entering second.
         mains, effects = self._left(self._mains, root)
         seed = float(weights @ self._seed**2)
         split = self._corpus.shape[1]

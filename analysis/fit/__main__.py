@@ -1,4 +1,4 @@
-"""The command: fit a scaling law to a table of anybody's runs.
+"""Fit a scaling law to a table of training runs.
 
 python -m analysis.fit runs.csv --law chinchilla
 python -m analysis.fit runs.csv --law chinchilla --by architecture
@@ -6,8 +6,9 @@ python -m analysis.fit runs.csv --columns N=Size,tokens=Tokens:B --at 7e9,1.4e11
 python -m analysis.fit runs.csv --approaches --budget 1e21 --served 1e12
 python -m analysis.fit runs.csv --by architecture --baseline transformer
 
-Reads .csv, .tsv, .parquet or .jsonl; says how each column was read, what was left out, what is
-doubtful about the table, and every parameter with its interval. Ends with 1 if the law is refused.
+Reads .csv, .tsv, .parquet or .jsonl. Prints how each column was read, which rows were left out,
+warnings about the table, and every parameter with its 95 % interval. Exits with 1 if the table
+cannot determine the law, with 2 if it cannot be read.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main(words: list[str]) -> int:
         law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
         for line in _reading(external):
             console.print(line, markup=False)
-        # One yardstick or several is a matter of the table, not of a set.
+        # How many evaluation sets there are is a property of the table, not of one set.
         if (caveat := evaluation(external.rows)) is not None:
             console.print(str(caveat), markup=False)
         answers = [_answer(console, external, name, law, options) for name in sets]
@@ -58,27 +59,46 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("table", type=Path, help="a file of runs, one row each")
-    parser.add_argument("--law", default="chinchilla", help=", ".join(sorted(LAWS)))
-    parser.add_argument("--by", nargs="*", default=[], help="columns that arms differ in")
     parser.add_argument(
-        "--varies", default="", help="parameters that differ, as in A,B; all if none"
-    )
-    parser.add_argument("--delta", type=float, help="where the Huber loss turns linear")
-    parser.add_argument("--columns", default="", help="schema column=column of the file, ...")
-    parser.add_argument("--at", default="", help="parameters,tokens to predict the loss at")
-    parser.add_argument(
-        "--approaches", action="store_true", help="the three ways to N*(C) and D*(C) side by side"
-    )
-    parser.add_argument("--budget", type=float, help="training FLOPs to spend as well as possible")
-    parser.add_argument(
-        "--served", type=float, default=0.0, help="tokens to be served by what the budget trains"
+        "table", type=Path, help="table of runs: one row per run, checkpoint and evaluation set"
     )
     parser.add_argument(
-        "--baseline", help="the arm that others are held against, in tokens, FLOPs and parameters"
+        "--law", default="chinchilla", help=f"law to fit: {', '.join(sorted(LAWS))}"
     )
     parser.add_argument(
-        "--allow", action="store_true", help="predict more than 10x beyond the data"
+        "--by", nargs="*", default=[], help="columns whose combinations are separate arms"
+    )
+    parser.add_argument(
+        "--varies", default="", help="parameters that differ between arms, as in A,B (default: all)"
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        help="threshold of the Huber loss on ln L (default: 1.345 robust standard deviations)",
+    )
+    parser.add_argument(
+        "--columns", default="", help="which column is which, as in N=Size,tokens=Tokens:B"
+    )
+    parser.add_argument("--at", default="", help="predict the loss at PARAMETERS,TOKENS")
+    parser.add_argument(
+        "--approaches",
+        action="store_true",
+        help="exponents of N*(C) and D*(C) by each of Hoffmann's approaches",
+    )
+    parser.add_argument(
+        "--budget", type=float, help="compute-optimal size and tokens for these training FLOPs"
+    )
+    parser.add_argument(
+        "--served",
+        type=float,
+        default=0.0,
+        help="tokens that the trained model will serve (use with --budget)",
+    )
+    parser.add_argument(
+        "--baseline", help="arm to compare the others with, in tokens, FLOPs and parameters"
+    )
+    parser.add_argument(
+        "--allow", action="store_true", help="answer more than 10x beyond the largest compute"
     )
     return parser
 
@@ -125,7 +145,7 @@ def _questions(rows: pd.DataFrame, learnt: Learnt, options: argparse.Namespace) 
     if options.budget is None and options.baseline is None:
         return
     if options.law != "chinchilla":
-        raise ValueError(f"--budget and --baseline ask the chinchilla law, not {options.law}")
+        raise ValueError(f"--budget and --baseline need --law chinchilla, not {options.law}")
     replicates = bootstrap(learnt.fit)
     if options.budget is not None:
         budget = Budget(options.budget, options.served, options.allow)
@@ -139,7 +159,7 @@ def _reading(external: ExternalTable) -> Iterator[str]:
         yield f"{target}: column {source.column!r}" + (f" in {source.unit}" if source.unit else "")
     yield from external.notes
     if external.ignored:
-        yield f"not used: {', '.join(external.ignored)}"
+        yield f"ignored columns: {', '.join(external.ignored)}"
     if len(external.rejected):
         yield f"{len(external.rejected)} values left out, the first: " + ", ".join(
             f"{key} {value}" for key, value in external.rejected.iloc[0].items()
@@ -147,8 +167,8 @@ def _reading(external: ExternalTable) -> Iterator[str]:
 
 
 def _parameters(learnt: Learnt) -> Grid:
-    """Exponents as they are; terms at the centre of the data, where they are best known."""
-    grid = Grid(title="the centre is that of the data, where terms are best known")
+    """Exponents, and each term at the centre of the data, where it is best determined."""
+    grid = Grid(title="centre: mean ln N and ln D of the data, where terms are best determined")
     for name in ("parameter", "at N = D = 1", "at the centre", "95 % interval", "by"):
         grid.add_column(name, no_wrap=True)
     reported = learnt.fit.parameters
@@ -173,7 +193,7 @@ def _quality(learnt: Learnt) -> Iterator[str]:
     for warned in fit.warnings:
         yield f"{warned.code}: {warned.finding}"
     if learnt.backtest is not None:
-        yield f"error of forecasts: {learnt.backtest.words}"
+        yield f"forecast error in back-tests: {learnt.backtest.words}"
 
 
 def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
@@ -192,11 +212,11 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
 
 def _alike(found: Alike | Refusal) -> str:
     if isinstance(found, Refusal):
-        return f"whether arms differ: {found}"
+        return f"test that no arm differs: {found}"
     effects, rest = found.freedom
     return (
-        f"that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} and "
-        f"{rest:.1f} degrees of freedom, all arms together)"
+        f"test that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} "
+        f"and {rest:.1f} degrees of freedom)"
     )
 
 

@@ -1,8 +1,8 @@
-"""What a user asks of a fitted table beyond its parameters, in words.
+"""Answers of `python -m analysis.fit` beyond the parameters, one line each.
 
-Where should a budget go, and what is left of it when the model is served? What is one arm's lead
-over another worth? Do the three approaches agree? Costs are those that the table counted, else
-6 N D, which is said.
+The compute-optimal size and tokens of a budget, with and without inference; the loss gap between
+two arms converted to tokens, FLOPs, parameters and seconds; and whether Hoffmann's three approaches
+agree. Costs are the FLOPs in the table, or 6 N D where it has none, and the line says which.
 """
 
 from collections.abc import Iterator
@@ -35,18 +35,18 @@ from analysis.words.sentences import multiplier_sentence
 
 REPLICATES = 400
 BEYOND = 10.0
-"""How far beyond the sizes that were run 6 N D is asked."""
+"""Sizes are searched this factor beyond those that were run where the cost is 6 N D."""
 SERVING_SHARE = 1 / 3
 """A served token is a forward pass: a third of a training step's FLOPs (Kaplan 2001.08361, 2.1)."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be spent.
+    """A compute budget.
 
     Attributes:
         flops: on training.
-        served: tokens to be served by the model afterwards.
+        served: tokens that the trained model will serve.
         allow: answer beyond ten times the largest compute all the same.
     """
 
@@ -56,7 +56,7 @@ class Budget:
 
 
 def bootstrap(fit: Fit, seed: int = 0) -> Bootstrap:
-    """Replicates of a fit to any table: what it does not tell of its arms is taken as one arm."""
+    """Bootstrap of a fit to any table; without arms all is one arm, without trunks each row one."""
     missing = {name: "one" for name in ("architecture", "corpus") if name not in fit.rows}
     rows = fit.rows.assign(**missing)
     if "trunk_id" not in rows:
@@ -72,13 +72,13 @@ def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
         for found in all_three(keep(priced, labels == arm).reset_index(drop=True)):
             size, tokens = (_or_why(each) for each in (found.parameters, found.tokens))
             who = f"{arm}: " if arm else ""
-            told = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
-            yield f"{who}approach {found.name}: {told}"
+            text = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
+            yield f"{who}approach {found.name}: {text}"
             yield from (f"  {caveat}" for caveat in found.warnings)
 
 
 def spending(fit: Fit, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
-    """Where a budget goes in each arm, by its own FLOPs and, where known, its own seconds."""
+    """The best size and tokens of each arm, by its own FLOPs and, where measured, its own speed."""
     for arm in fit.form.groups:
         who = f"{arm}: " if arm else ""
         yield from (f"{who}{line}" for line in _spend(fit, arm, replicates, budget))
@@ -102,14 +102,14 @@ def _spend(fit: Fit, arm: str, replicates: Bootstrap, budget: Budget) -> Iterato
         )  # fmt: skip
         least = cheapest(served, best.loss)
         yield (
-            f"the same loss, {with_unit(budget.served)} tokens served: {_allocated(least)}"
-            + ("" if isinstance(least, Refusal) else f", {least.cost:.3g} FLOPs in all")
+            f"cheapest for that loss, {with_unit(budget.served)} tokens served: {_allocated(least)}"
+            + ("" if isinstance(least, Refusal) else f", {least.cost:.3g} FLOPs in total")
         )
     yield from _by_the_clock(question, rows, best)
 
 
 def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> Iterator[str]:
-    """The best use of the seconds that the best use of the FLOPs takes."""
+    """The best size and tokens for the time that the FLOP-optimal run takes."""
     if "tokens_per_second" not in rows:
         return
     known = keep(rows, rows["tokens_per_second"].notna())
@@ -118,12 +118,12 @@ def _by_the_clock(question: Question, rows: pd.DataFrame, best: Allocation) -> I
     per_token = seconds_per_token(known)
     sizes = per_token.sizes
     if len(sizes) < 2 or not sizes[0] <= best.parameters <= sizes[-1]:
-        yield "seconds: speeds were not measured at sizes around this one"
+        yield "seconds: no measured speeds at sizes around this one"
         return
     ladder = Ladder(per_token)
     time = float(ladder(np.array([best.parameters]), np.array([best.tokens]))[0])
     clocked = replace(question, cost=ladder, sizes=(float(sizes[0]), float(sizes[-1])))
-    yield f"the same {time:.3g} s at the measured speeds: {_allocated(allocate(clocked, time))}"
+    yield f"best for the same {time:.3g} s of training: {_allocated(allocate(clocked, time))}"
 
 
 def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
@@ -147,19 +147,19 @@ def _allocated(found: Allocation | Refusal) -> str:
         spread = f" (interval refused, {found.size_interval})"
     return (
         f"{with_unit(found.parameters)}{spread} parameters, {with_unit(found.tokens)} tokens "
-        f"({found.tokens / found.parameters:.3g} each), loss {found.loss:.4g} nats"
+        f"({found.tokens / found.parameters:.3g} per parameter), loss {found.loss:.4g} nats"
     )
 
 
 def lead(fit: Fit, replicates: Bootstrap, baseline: str) -> Iterator[str]:
-    """What the baseline needs more of to reach the loss of each other arm.
+    """The loss gap between the baseline and each other arm, converted to resources.
 
     Raises:
         ValueError: no arm has the baseline's name.
     """
     if baseline not in fit.form.groups:
         arms = ", ".join(fit.form.groups)
-        raise ValueError(f"--baseline {baseline!r} is none of the arms {arms}")
+        raise ValueError(f"--baseline {baseline!r} is not an arm; the arms are {arms}")
     counted = replace(fit, rows=fit.rows.assign(flops=training_flops(fit.rows)))
     for other in (arm for arm in fit.form.groups if arm != baseline):
         ways = {

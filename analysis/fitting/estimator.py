@@ -1,4 +1,4 @@
-"""Estimation: from rows of a table to a fitted law, or to a refusal that says what is missing."""
+"""Fit a law to the rows of a table, or refuse and say what the table lacks."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,11 +26,11 @@ HALF = 0.5 - 1e-12
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted law; everything learnt is here, nothing is recomputed later.
+    """A fitted law.
 
     Attributes:
         theta: the parameter vector in the centred coordinates of `form`.
-        weights: how often each row counts.
+        weights: how often each row counts, as in a bootstrap.
         sigma: residual standard deviation of ln L, robust, for the degrees of freedom left.
         starts_agreeing: starts that ended within 1e-6 of the best objective, of `starts`.
         condition: condition number of the Jacobian with columns of unit length.
@@ -65,7 +65,7 @@ class Fit:
 
     @cached_property
     def parameters(self) -> dict[str, float]:
-        """Every parameter by its readable name, away from the centring (A and B at N = D = 1)."""
+        """Every parameter by its label; coefficients at N = D = 1, as papers report them."""
         found = {}
         for group in self.form.groups:
             for name, value in self.form.natural(self.theta, group).items():
@@ -131,12 +131,14 @@ class Estimator:
             return refusal
         form = bind(law, rows)
         weights = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
+        # Least squares first: it is smooth, and its residuals give the scale for delta.
         squares = Problem(form.design(rows), observed(rows, law), weights, np.inf)
         start = seeds(form, rows, self.grid, self.starts)
         theta, reached = solve(squares, start, COARSE_TOLERANCE)
         delta = self.delta
         if delta is None:
             left = squares.y - log_loss(squares.design, theta[[np.nanargmin(reached)]])[0]
+            # 1.345 standard deviations: 95 % efficient for normal errors, robust for the rest.
             delta = max(1.345 * robust_sigma(left, weights, len(form.labels)), SMALLEST_DELTA)
         problem = replace(squares, delta=delta)
         # Continuation: the surface is smooth near least squares, full of kinks near delta = 0.
@@ -153,7 +155,7 @@ class Estimator:
         if not np.isfinite(reached).any():
             return Refusal(
                 "R-UNDER",
-                f"no start of the {form.law.name} law reached a finite misfit",
+                f"the fit of the {form.law.name} law is not finite from any starting point",
                 "check the columns for zeros and impossible values",
             )
         best, objective = polish(problem, theta[np.nanargmin(reached)])
@@ -196,6 +198,7 @@ def under_determined(rows: pd.DataFrame, law: AnyLaw) -> Refusal | None:
     groups = np.array(group_of(rows, law.by))
     names = np.unique(groups)
     own_shape = bool(law.varies & set(law.exponents))
+    # Arms with exponents of their own share nothing but the floor: each must carry its own law.
     samples = {f" for {name}": keep(rows, groups == name) for name in names}
     if not own_shape or len(names) == 1:
         samples = {"": rows}
@@ -260,22 +263,24 @@ def _warnings(agreeing: int, condition: float, free: str) -> list[Caveat]:
     if agreeing < STARTS_THAT_AGREE:
         found.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
     if free:
-        found.append(Caveat("W-COND", f"{free} is loose (condition {condition:.0f})"))
+        found.append(Caveat("W-COND", f"{free} is poorly determined (condition {condition:.0f})"))
     return found
 
 
 def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:
-    """Whether the data would accept a floor of zero: the profile's value at E = 0."""
+    """Whether the data accept a floor of zero: the profile likelihood at E = 0."""
     law, rows = fitted.law, fitted.rows
     if not isinstance(law, Law) or law.floor is None or law.fixed:
         return []
     share = min(pivot[law.floor] for pivot in fitted.pivots.values())
     if share < 0.01 * float(floats(rows, law.target).mean()):
         return [Caveat("W-E0", "the floor went to zero")]
+    # The law without a floor has an optimum of its own, so it is fitted from its own starts.
     without = bind(law.without_floor(), rows)
     starts = seeds(without, rows, estimator.grid[::3], 4)
     problem = replace(fitted.problem, design=without.design(rows))
     lowest = float(np.nanmin(solve(problem, starts, 1e-10)[1]))
+    # Objectives are in squared ln L; over sigma^2 they are log-likelihood units.
     units = (lowest - fitted.objective) / max(fitted.sigma, 1e-12) ** 2
     if units < LOG_LIKELIHOOD_UNITS:
         return [Caveat("W-E0", f"a floor of zero fits as well ({units:.1f} log-likelihood units)")]

@@ -65,7 +65,7 @@ def surface_of(form: Form, theta: Array, group: str) -> LossSurface:
         ValueError: the law is no sum of a term in parameters and a term in tokens.
     """
     law = form.law
-    if not isinstance(law, Law) or law.warp is not None:
+    if not isinstance(law, Law) or law.transform is not None:
         raise ValueError(f"the {law.name} law is no sum of powers; ask a chinchilla or gamma law")
     found = {name: value[:, None] for name, value in form.natural(theta, group).items()}
     zero = np.zeros((len(theta), 1))

@@ -1,4 +1,9 @@
-"""The numerical core: Huber loss on logs, a batched Levenberg-Marquardt solver, a last polish."""
+"""Huber loss on ln L, a batched Levenberg-Marquardt solver, and a final polish.
+
+The objective is the one of Hoffmann et al. 2203.15556 (approach 3), as a sum over rows: scipy's
+stopping rules act as absolute limits on a mean of such small terms, and end the fit early (the
+explanation that Besiroglu et al. 2404.10102 give for the published parameters).
+"""
 
 from dataclasses import dataclass
 
@@ -11,7 +16,7 @@ from analysis.tables.frames import Array
 MAX_ITERATIONS = 300
 MAX_STEP = 1.5
 BATCH_NUMBERS = 30_000
-"""Replicates are solved in batches of about so many residuals, which stay in the cache."""
+"""Residuals in one batch of replicates; larger batches fall out of the cache."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Problem:
         size = np.abs(residuals)
         inside = np.minimum(size, self.delta)
         value = 0.5 * inside**2 + (inside * (size - inside) if np.isfinite(self.delta) else 0.0)
+        # Iteratively reweighted least squares: beyond delta a residual weighs delta / |r|.
         robust = self.weights * (inside / np.maximum(size, 1e-300))
         weighted = slopes * robust[:, None, :]
         gradient = np.matmul(weighted, residuals[:, :, None])[:, :, 0]
@@ -94,10 +100,12 @@ def _solve_batch(problem: Problem, start: Array, tolerance: float) -> tuple[Arra
         for _ in range(MAX_ITERATIONS):
             if not len(active):
                 break
+            # All replicates take a step at once; those that have converged drop out.
             proposal = theta[active] + _step(gradient[active], normal[active], damping[active])
             reached, slope, matrix = problem.rows_of(active).expand(proposal)
             gain = objective[active] - reached
             better = (gain > 0) & np.isfinite(matrix).all(axis=(1, 2))
+            # Damping beyond 1e12 makes steps of rounding size: nothing more can be gained.
             done = (better & (gain <= tolerance * objective[active])) | (damping[active] > 1e12)
             moved = active[better]
             theta[moved], objective[moved] = proposal[better], reached[better]
@@ -119,6 +127,7 @@ def polish(problem: Problem, start: Array) -> tuple[Array, float]:
             return 1e30, np.zeros_like(vector)
         return value / scale, gradient / scale
 
+    # BFGS first, L-BFGS-B from there: either alone stops early on some tables, the lowest wins.
     found = [start]
     for method, options in (
         ("BFGS", {"gtol": 1e-10}),
@@ -135,4 +144,5 @@ def _step(gradient: Array, normal: Array, damping: Array) -> Array:
     # The share of the trace keeps a vanished term (E = 0) from making the system singular.
     ridge = damping[:, None] * diagonal + 1e-12 * diagonal.sum(1, keepdims=True) + 1e-300
     normal = normal + ridge[:, :, None] * np.eye(normal.shape[1])
+    # Parameters are exponents and logs: a step above 1.5 leaves the region where the law holds.
     return np.clip(-np.linalg.solve(normal, gradient[:, :, None])[:, :, 0], -MAX_STEP, MAX_STEP)

@@ -1,4 +1,9 @@
-"""Where a fit starts: a grid over what is not linear, the rest by non-negative least squares."""
+"""Starting points by variable projection: a grid over exponents, the rest by least squares.
+
+At fixed exponents the law is linear in A, B and E, which non-negative least squares finds; the best
+cells of the grid start the optimiser. arXiv 2603.22339 compares this with other estimators of the
+same law.
+"""
 
 from dataclasses import replace
 from itertools import product
@@ -23,7 +28,7 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
     law = form.law
     if not isinstance(law, Law):
         return _scattered(form, count)
-    if isinstance(law.warp, Repetition):
+    if isinstance(law.transform, Repetition):
         return _repeated(form, law, rows, grid)
     base = _bases(form, law, rows, grid)
     slots = sorted({slot for (name, _), slot in form.slots.items() if name in law.coefficients})
@@ -31,6 +36,7 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
     values, misfit = _non_negative(columns)
     best = np.argsort(misfit, kind="stable")[:count]
     chosen = base[best]
+    # A coefficient of zero has no log: it starts at a ten-thousandth of the mean loss.
     chosen[:, slots] = np.log(np.maximum(values[best], 1e-4 * floats(rows, law.target).mean()))
     if law.power is None:
         return chosen
@@ -43,12 +49,13 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
 
 def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     """Every cell of the grid as a parameter vector, coefficients still zero."""
-    signed = law.floor is None or isinstance(law.warp, Offset)
+    # Without a floor, or with a shifted variable, an exponent may have either sign.
+    signed = law.floor is None or isinstance(law.transform, Offset)
     values = np.concatenate([-grid[::-2], grid[::2]]) if signed else grid
     axes = dict.fromkeys(law.exponents, values)
-    if isinstance(law.warp, Offset):
+    if isinstance(law.transform, Offset):
         axes = {name: -np.geomspace(0.3, 3.0, 13) for name in law.exponents}
-        lowest = float(floats(rows, law.warp.column).min())
+        lowest = float(floats(rows, law.transform.column).min())
         axes["E_x"] = lowest * (1.0 - np.array(GAPS))
     fixed = [f for f in law.factors if not isinstance(f.exponent, str)]
     extra = [grid] if law.power is not None and fixed else []
@@ -97,6 +104,7 @@ def _non_negative(columns: Array) -> tuple[Array, Array]:
         on = np.flatnonzero(active)
         if not len(on):
             continue
+        # Normal equations: a few columns, already of similar size, so squaring costs no digits.
         square = gram[:, on[:, None], on] * (1.0 + 1e-12 * np.eye(len(on)))
         found = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
         left = rows - (found * sums[:, on]).sum(axis=1)
@@ -108,7 +116,7 @@ def _non_negative(columns: Array) -> tuple[Array, Array]:
 
 
 def _powered(form: Form, law: Law, best: Array) -> Array:
-    """Each start at several outer powers, its inner parameters stretched to match."""
+    """Each start at several outer powers, its inner parameters divided by the power to match."""
     if any(not isinstance(factor.exponent, str) for factor in law.factors):
         return best
     found = []
@@ -124,7 +132,7 @@ def _powered(form: Form, law: Law, best: Array) -> Array:
 
 def _repeated(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     """Chinchilla starts as if nothing repeated, times a grid of both rates of decay."""
-    plain = bind(replace(law, warp=None), rows)
+    plain = bind(replace(law, transform=None), rows)
     alike = seeds(plain, rows, grid, 4) if plain.labels else np.zeros((1, 0))
     found = []
     for start, data_rate, size_rate in product(alike, *REPEATS):

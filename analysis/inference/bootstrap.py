@@ -1,8 +1,10 @@
 """Intervals: bootstraps that resample trunks, t intervals over clusters, and ratios of means.
 
-Points of one trunk share their training and their luck, so the trunk is what is resampled. With
-few trunks a case bootstrap draws degenerate designs (a size may be missing), so residuals are
-flipped by trunk instead, and the spread is widened by Student's t for the number of trunks.
+Points of one trunk share their training and its random error, so whole trunks are resampled. With
+few trunks a case bootstrap draws degenerate designs (a size may be missing); then the residuals of
+each trunk get a random sign and size instead (a wild cluster bootstrap), and the spread is widened
+by Student's t for the number of trunks. Ours: the choice between the two by trunks a cell, and the
+widening.
 """
 
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ WEBB = np.sqrt([0.5, 1.0, 1.5])
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Parameter vectors of a bootstrap, warm-started at the fit.
+    """Bootstrap replicates of a fit, each warm-started at it.
 
     Attributes:
         theta: (replicates, parameters); not numbers where a replicate could not be fitted.
@@ -43,16 +45,16 @@ class Bootstrap:
     def interval(self, estimate: float, values: Array) -> Interval | Refusal:
         """Percentile interval of a statistic, given its value in each replicate.
 
-        Undefined values (not a number) count as unbounded above; more than 5 % of values that are
-        not finite is a refusal.
+        NaN counts as unbounded above. More than 5 % of values that are not finite is a refusal.
         """
         undefined = float((~np.isfinite(values)).mean())
         if undefined > UNDEFINED_SHARE:
             return Refusal(
                 "R-MULT",
                 f"undefined in {100 * undefined:.0f} % of the bootstrap replicates",
-                "add sizes or horizons, or ask at a loss both arms reach",
+                "add sizes or horizons, or compare at a loss that both arms reach",
             )
+        # Ranks, not interpolation: no number lies between a finite value and infinity.
         ranked = np.where(np.isnan(values), np.inf, values)
         tail = 0.5 * (1 - LEVEL)
         low, high = np.quantile(ranked, [tail, 1 - tail], method="inverted_cdf")
@@ -64,6 +66,7 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Bootstrap
     """Refit `count` bootstrap samples, clustered by trunk."""
     trunks, index = np.unique(strings(fit.rows, "trunk_id"), return_inverse=True)
     cells = np.array(group_of(fit.rows, ("architecture", "corpus")))
+    # Fewer trunks than this in any cell, and a draw may miss a whole size or corpus.
     smallest = min(len(np.unique(index[cells == cell])) for cell in np.unique(cells))
     if smallest >= TRUNKS_FOR_CASES:
         y = observed(fit.rows, fit.law)
@@ -104,6 +107,7 @@ def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Ge
     counts = np.zeros((count, int(index.max()) + 1))
     for cell in np.unique(cells):
         trunks = np.unique(index[cells == cell])
+        # Drawn inside each cell, so that every replicate keeps the design's arms and corpora.
         drawn = trunks[generator.integers(len(trunks), size=(count, len(trunks)))]
         np.add.at(counts, (np.arange(count)[:, None], drawn), 1.0)
     return counts[:, index]
@@ -112,8 +116,8 @@ def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Ge
 def _jackknifed_residuals(fit: Fit, index: Array) -> Array:
     """Residuals as if each trunk had been left out of the fit: (I - H_gg)^-1 r_g by trunk.
 
-    A flexible law bends towards each of a few trunks, so plain residuals are too small; scaling
-    by degrees of freedom of points does not mend that, as points of a trunk err together.
+    A flexible law follows each of a few trunks closely, so plain residuals are too small. Scaling
+    by the degrees of freedom of points does not correct that, as points of a trunk err together.
     """
     jacobian = log_loss_and_jacobian(fit.form.design(fit.rows), fit.theta[None])[1][0]
     basis = np.linalg.svd(jacobian, full_matrices=False)[0]
@@ -129,7 +133,7 @@ def _jackknifed_residuals(fit: Fit, index: Array) -> Array:
 
 
 def _webb_signs(count: int, trunks: int, generator: np.random.Generator) -> Array:
-    """Webb's six-point weights: with few trunks, plus and minus one give too few samples."""
+    """Six-point weights: plus and minus one alone give few distinct samples of few trunks."""
     size = WEBB[generator.integers(3, size=(count, trunks))]
     return size * (2.0 * generator.integers(2, size=(count, trunks)) - 1.0)
 
@@ -137,10 +141,11 @@ def _webb_signs(count: int, trunks: int, generator: np.random.Generator) -> Arra
 def _replicates(
     fit: Fit, data: tuple[Array, Array, int], method: str, clusters: int, stretch: float = 1.0
 ) -> Bootstrap:
-    """Refit from the fit itself; what no fit can be had from is counted, and said."""
+    """Refit every sample, starting from the fit; failures are counted and named in the method."""
     y, weights, count = data
     problem = Problem(fit.form.design(fit.rows), y, weights, fit.delta)
     theta, reached = solve(problem, np.tile(fit.theta, (count, 1)), WARM_TOLERANCE)
+    # A draw with no more distinct rows than parameters is solved exactly, and says nothing.
     different = np.count_nonzero(np.broadcast_to(weights, (count, len(fit.rows))), axis=1)
     bad = ~np.isfinite(reached) | (different <= len(fit.theta))
     theta[bad] = np.nan

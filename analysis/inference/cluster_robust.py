@@ -1,4 +1,4 @@
-"""Intervals of one fit that hold inside its data, whatever runs of a cluster share.
+"""Cluster-robust intervals of one fit, inside its data.
 
 Errors of points from one trunk are correlated and need not have one variance, so the covariance is
 the cluster-robust one with the bias-reduced residuals of Bell and McCaffrey 2002 (CR2), and the
@@ -49,6 +49,8 @@ class Sandwich:
         for place, direction in enumerate(directions):
             weights = np.einsum("p,gpn->gn", direction, self.influence)
             together = weights @ self.members.T
+            # Imbens and Kolesar 2016: the dof are those of a chi-square with the mean and variance
+            # of the estimated variance, under a random effect of clusters.
             square = self.own * weights @ weights.T + self.shared * together @ together.T
             total = (square**2).sum()
             freedom[place] = np.trace(square) ** 2 / total if total > 0 else 1.0
@@ -88,7 +90,7 @@ def slopes_at(fit: Fit, rows: pd.DataFrame) -> Array:
 
 
 def covariance(fit: Fit, theta: Array, slopes: Array, residuals: Array) -> Sandwich:
-    """The same for any regression on the fit's rows, weighted and clipped as the fit is.
+    """The covariance of any regression on the fit's rows, weighted and clipped as the fit is.
 
     Args:
         fit: whose weights, threshold of clipping and clusters are taken.
@@ -105,6 +107,7 @@ def covariance(fit: Fit, theta: Array, slopes: Array, residuals: Array) -> Sandw
     pushes, influence = [], []
     for cluster in range(len(members)):
         mine = clusters == cluster
+        # CR2: residuals of a cluster times (I - H_gg)^-1/2, unbiased for independent errors.
         adjusted = solve[:, mine] @ _root_inverse(rest[np.ix_(mine, mine)])
         pushes.append(adjusted @ errors[mine])
         influence.append(adjusted @ rest[mine])
@@ -115,6 +118,7 @@ def covariance(fit: Fit, theta: Array, slopes: Array, residuals: Array) -> Sandw
 def projection(slopes: Array) -> tuple[Array, Array]:
     """An orthonormal basis of the columns, and the matrix that solves least squares."""
     basis, singular, right = np.linalg.svd(slopes, full_matrices=False)
+    # Directions that the rows do not determine are left out, not inverted.
     keep = singular > 1e-10 * singular[0]
     basis = basis[:, keep]
     return basis, (right[keep].T / singular[keep]) @ basis.T
@@ -141,13 +145,15 @@ def cluster_index(rows: pd.DataFrame) -> Array:
 
 def _pseudo_values(fit: Fit, residuals: Array, parameters: int) -> Array:
     inside = np.abs(residuals) <= fit.delta
+    # Huber 1973: clipped residuals over the share that is not clipped, with his correction for
+    # the number of parameters.
     share = max(float(np.average(inside, weights=fit.weights)), 0.1)
     correction = 1.0 + parameters / float(fit.weights.sum()) * (1.0 - share) / share
     return correction * np.clip(residuals, -fit.delta, fit.delta) / share
 
 
 def _root_inverse(matrix: Array) -> Array:
-    """Inverse square root; what only this cluster determines has no residual to enlarge."""
+    """Inverse square root, zero in directions that only this cluster determines."""
     values, vectors = np.linalg.eigh(matrix)
     gains = np.where(values > LEAST_REST, np.maximum(values, LEAST_REST) ** -0.5, 0.0)
     return (vectors * gains) @ vectors.T
@@ -160,4 +166,5 @@ def _variances(errors: Array, members: Array, parameters: int) -> tuple[float, f
     sizes = members.sum(axis=1)
     pairs = float((sizes * (sizes - 1)).sum())
     shared = max(float((sums**2 - squares).sum()) / pairs, 0.0) if pairs else 0.0
+    # Moments may make the row's own variance negative; dof need it positive.
     return shared, max(total - shared, 1e-3 * total)

@@ -79,6 +79,7 @@ def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
     x, y = float(np.mean(numerator)), float(np.mean(denominator))
     covariance = np.cov(numerator, denominator) / count
     t = t_quantile(count - 1)
+    # Fieller: the ratios r for which mean(x - r y) is not significant solve a r^2 - 2 b r + c = 0.
     a = y**2 - t**2 * covariance[1, 1]
     b = x * y - t**2 * covariance[0, 1]
     c = x**2 - t**2 * covariance[0, 0]

@@ -1,8 +1,8 @@
-"""Which parameters differ between arms: nested laws side by side, and one effect with its interval.
+"""Which parameters differ between arms: nested laws compared, and one effect with its interval.
 
-Criteria answer different questions: AICc and BIC describe these points, the hold-out over trunks
-asks which law predicts trunks that it has not seen. Where they disagree the hold-out decides about
-forecasts and BIC about description; both are shown.
+The criteria answer different questions: AICc and BIC describe these points, the hold-out error over
+trunks measures prediction of unseen trunks. Where they disagree, choose by hold-out error for
+forecasts and by BIC for description; both are shown.
 """
 
 from dataclasses import dataclass, replace
@@ -22,8 +22,8 @@ from analysis.validity.refusal import Refusal
 
 FOLDS = 5
 TOLERANCE = 1e-9
-WORTH_A_MENTION = 2.0
-"""Differences of BIC below this are none (Kass and Raftery 1995)."""
+BIC_TIE = 2.0
+"""Laws whose BIC differs by less count as equally good; by convention."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,11 @@ def choose(rows: pd.DataFrame, laws: dict[str, Law], estimator: Estimator | None
     if not scored:
         return Choice(table, fits, None, None)
     best = min(scored, key=lambda record: record["hold_out"])
+    # One standard error: a smaller law that predicts as well within noise is preferred.
     limit = best["hold_out"] + best["hold_out_se"]
     near = [record for record in scored if record["hold_out"] <= limit]
     forecast = min(near, key=lambda record: record["parameters"])
-    lowest = min(record["BIC"] for record in scored) + WORTH_A_MENTION
+    lowest = min(record["BIC"] for record in scored) + BIC_TIE
     described = [record for record in scored if record["BIC"] <= lowest]
     description = min(described, key=lambda record: record["parameters"])
     return Choice(table, fits, forecast["law"], description["law"])
@@ -87,8 +88,8 @@ def effect(
 ) -> Interval | Refusal:
     """Mean difference of fitted ln L between two groups, over the places where both were run.
 
-    One number with one degree of freedom, so that "these arms differ" is one test and not a search
-    over parameters. Places are the rows of both groups, each evaluated under both laws.
+    One number with one degree of freedom, so that "these arms differ" is a single test and not a
+    search over parameters. Both laws are evaluated at the rows of both groups.
     """
     if (refused := _single_trunks(fit, (baseline, other))) is not None:
         return refused
@@ -100,7 +101,7 @@ def alike(fit: Fit, found: Sandwich | None = None) -> Alike | Refusal:
     """Test that no group differs from the first, with the covariance between their effects.
 
     Hotelling's T^2 as Pustejovsky and Tipton 2018 use it for cluster-robust covariances; their
-    degrees of freedom are replaced by the fewest of any single effect, which is on the safe side.
+    degrees of freedom are replaced by the fewest of any single effect, which is conservative.
     """
     if (refused := _single_trunks(fit, fit.form.groups)) is not None:
         return refused
@@ -123,14 +124,14 @@ def alike(fit: Fit, found: Sandwich | None = None) -> Alike | Refusal:
 
 
 def _single_trunks(fit: Fit, names: tuple[str, ...]) -> Refusal | None:
-    """What one trunk has in common cannot be told from what its arm has in common."""
+    """An arm with a single trunk: the trunk's random error cannot be separated from the effect."""
     groups, clusters = np.array(group_of(fit.rows, fit.law.by)), cluster_index(fit.rows)
     single = [name for name in names if len(np.unique(clusters[groups == name])) < 2]
     if not single:
         return None
     return Refusal(
         "R-PAIRS",
-        f"all rows of {', '.join(single)} are of one trunk, whose luck would pass for an effect",
+        f"all rows of {', '.join(single)} are of one trunk, so its seed noise looks like an effect",
         "train a second trunk, of another size or seed",
     )
 
@@ -154,7 +155,7 @@ def _as_group(fit: Fit, rows: pd.DataFrame, group: str) -> pd.DataFrame:
 
 
 def _folds(rows: pd.DataFrame) -> Array:
-    """The fold of each row; trunks stay whole, and are dealt out in the order of their size."""
+    """The fold of each row. Trunks stay whole; sorted by size they go to the folds in turn."""
     clusters = cluster_index(rows)
     size = floats(rows, "parameters")
     means = [size[clusters == cluster].mean() for cluster in range(clusters.max() + 1)]
@@ -172,6 +173,7 @@ def _score(name: str, fit: Fit | Refusal, folds: Array) -> dict:
     errors = hold_out_errors(fit, folds)
     by_fold = np.array([np.mean(errors[folds == fold] ** 2) for fold in np.unique(folds)])
     mean = float(np.sqrt(by_fold.mean()))
+    # Delta method from the mean square to its root.
     se = float(by_fold.std(ddof=1) / np.sqrt(len(by_fold)) / (2 * mean)) if mean > 0 else 0.0
     return {
         "law": name,
@@ -188,6 +190,7 @@ def hold_out_errors(fit: Fit, folds: Array) -> Array:
     """Residual of each row under the law fitted without its fold, all folds solved at once."""
     names = np.unique(folds)
     problem = fit.problem
+    # A fold is left out by a weight of zero, so that all folds are replicates of one problem.
     weights = problem.weights * (folds[None] != names[:, None])
     held = replace(problem, weights=weights)
     theta, _ = solve(held, np.tile(fit.theta, (len(names), 1)), TOLERANCE)
@@ -198,6 +201,7 @@ def hold_out_errors(fit: Fit, folds: Array) -> Array:
 
 def criteria(fit: Fit) -> tuple[float, float]:
     """AICc and BIC of a least-squares fit: normal errors with their variance estimated."""
+    # One more than the coefficients: the error variance is estimated too.
     count, k = len(fit.rows), len(fit.theta) + 1
     deviance = count * np.log(max(2 * fit.objective / count, 1e-300))
     correction = 2 * k * (k + 1) / (count - k - 1) if count > k + 1 else np.inf

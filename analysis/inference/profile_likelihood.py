@@ -1,8 +1,9 @@
-"""Profiles: how much worse a fit gets as one parameter is held at other values; open intervals.
+"""Profile likelihoods: the misfit as one parameter is held at other values.
 
-A symmetric interval of a floor or an exponent says too much when the data accept a floor of zero.
-The profile is refitted at each value, warm-started from its neighbour, and the interval ends where
-the misfit passes the threshold, or is open where it never does.
+A symmetric interval of a floor or an exponent is misleading when the data accept a floor of zero.
+The other parameters are refitted at each value, warm-started from its neighbour; the interval ends
+where the misfit crosses the threshold, and is open where it never does. Ours: the threshold is that
+of the cluster-robust t interval, not of a likelihood, as rows of a trunk are not independent.
 """
 
 from dataclasses import dataclass, replace
@@ -21,8 +22,8 @@ FINER = 17
 """Points between the two that an end of the interval lies between."""
 POINTS = 13
 """To each side of the optimum."""
-REACH = 6.0
-"""How many half-widths of the plain interval a profile looks to each side."""
+HALF_WIDTHS = 6.0
+"""Distance to each side that is searched, in half-widths of the plain interval."""
 LARGEST_SPAN = 8.0
 TOLERANCE = 1e-10
 
@@ -72,7 +73,8 @@ def profile(fit: Fit, label: str) -> Profile:
     slot = fit.form.labels.index(label)
     error, freedom = sandwich(fit).error_and_freedom(np.eye(len(fit.theta))[[slot]])
     quantile = float(stats.t.ppf(0.5 + 0.5 * LEVEL, freedom[0]))
-    span = min(REACH * quantile * float(error[0]), LARGEST_SPAN)
+    span = min(HALF_WIDTHS * quantile * float(error[0]), LARGEST_SPAN)
+    # Quadratic spacing: dense near the optimum, where the curve is a parabola to be followed.
     offsets = span * np.linspace(0.0, 1.0, POINTS) ** 2
     scale = 0.5 * _curvature(fit, slot) * float(error[0]) ** 2
     sides = [_walk(fit, slot, fit.theta[slot] + sign * offsets) / scale for sign in (-1.0, 1.0)]
@@ -95,6 +97,7 @@ def profile(fit: Fit, label: str) -> Profile:
 def _curvature(fit: Fit, slot: int) -> float:
     """Second derivative of the profiled objective at the optimum (Gauss-Newton)."""
     jacobian = log_loss_and_jacobian(fit.form.design(fit.rows), fit.theta[None])[1][0]
+    # Clipped rows have no curvature in a Huber objective.
     inside = np.average(np.abs(fit.residuals) <= fit.delta, weights=fit.weights)
     normal = (jacobian * fit.weights[:, None]).T @ jacobian
     return float(inside / np.linalg.pinv(normal)[slot, slot])
@@ -105,6 +108,7 @@ def _walk(fit: Fit, slot: int, values: Array) -> Array:
     free = np.delete(np.arange(len(fit.theta)), slot)
     start, rise = fit.theta[free], np.zeros(len(values))
     for place, value in enumerate(values):
+        # Warm start from the neighbour: the profile stays in the valley of the optimum.
         theta, reached = solve(_held(fit.problem, slot, float(value)), start[None], TOLERANCE)
         start = theta[0]
         rise[place] = max(float(reached[0]) - fit.objective, 0.0)
@@ -128,8 +132,8 @@ def _held(problem: Problem, slot: int, value: float) -> Problem:
 def _finer(offsets: Array, rise: Array, threshold: float) -> Array:
     """The offsets up to the crossing, and many between the two that it lies between.
 
-    Where a floor or another term has run out the curve is a wall, which no line over a whole step
-    follows.
+    Where the floor or a term has fallen to zero the misfit rises almost vertically, and a straight
+    line over a whole step would miss the crossing.
     """
     inside = _last_inside(rise, threshold)
     if inside == len(rise) - 1:
@@ -148,10 +152,11 @@ def _last_inside(rise: Array, threshold: float) -> int:
 
 
 def _crossing(offsets: Array, rise: Array, threshold: float) -> float | None:
-    """Where the profile passes the threshold for good, by linear interpolation of its root."""
+    """Where the profile last crosses the threshold, by linear interpolation of its square root."""
     inside = _last_inside(rise, threshold)
     if inside == len(rise) - 1:
         return None
+    # The root of a parabola is a straight line, so interpolating it is exact near the optimum.
     roots = np.sqrt(rise[inside : inside + 2])
     share = (np.sqrt(threshold) - roots[0]) / (roots[1] - roots[0])
     return float(offsets[inside] + share * (offsets[inside + 1] - offsets[inside]))

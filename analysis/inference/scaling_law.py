@@ -1,6 +1,7 @@
-"""A law as an estimator in the usual form: the constructor stores, `fit` learns, `predict` answers.
+"""`ScalingLaw`: fit and predict in the manner of scikit-learn.
 
-What is learnt is one frozen record, so that a fitted law can be passed on without being changed.
+The constructor stores its arguments, `fit` estimates, `predict` answers. What was estimated is one
+frozen record, so a fitted law can be passed around without being changed.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ LAWS: dict[str, AnyLaw] = {
         CHINCHILLA, GAMMA, KAPLAN, GADRE, POWER, REPEAT, RATE, BATCH, MULTI_POWER, TaskError(),
     )
 }  # fmt: skip
-"""Every law that can be named in a command; loss to loss needs its two columns."""
+"""Every law that can be chosen by name; loss to loss is made for two columns instead."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class ScalingLaw:
         self._learnt: Learnt | Refusal | None = None
 
     def fit(self, table: pd.DataFrame) -> "ScalingLaw":
-        """Learn from rows; a table that cannot determine the law leaves a refusal in `learnt_`.
+        """Fit to the rows of a table; `learnt_` is a refusal if they cannot determine the law.
 
         Raises:
             ValueError: no law has this name, or a parameter of `varies` is not one of the law.
@@ -98,7 +99,7 @@ class ScalingLaw:
             RuntimeError: nothing was fitted yet.
         """
         if self._learnt is None:
-            raise RuntimeError("this law has learnt nothing yet; call fit with a table first")
+            raise RuntimeError("this law is not fitted yet; call fit with a table first")
         return self._learnt
 
     def predict(
@@ -106,10 +107,9 @@ class ScalingLaw:
     ) -> pd.DataFrame | Refusal:
         """The target at each row with an interval for a new run: `estimate`, `low`, `high`.
 
-        Inside the data `mean_low` and `mean_high` are the interval of the mean of many runs, which
-        does not take the law's shape for granted. Beyond the largest compute the interval holds
-        the back-test's error and the spread between laws; more than ten times beyond it is
-        refused, unless it is allowed.
+        Inside the data `mean_low` and `mean_high` are a shape-robust interval of the mean of many
+        runs. Beyond the largest compute the interval includes the back-test's error and the spread
+        between laws; more than ten times beyond is refused unless `allow` is set.
         """
         learnt = self.learnt_
         if isinstance(learnt, Refusal):
@@ -121,7 +121,7 @@ class ScalingLaw:
         return _at_level(found, learnt, table, interval)
 
     def profile(self, label: str) -> Profile | Refusal:
-        """How the misfit grows with one parameter; open intervals stay open."""
+        """Profile likelihood of one parameter; an open interval stays open."""
         learnt = self.learnt_
         return learnt if isinstance(learnt, Refusal) else profile(learnt.fit, label)
 
@@ -145,6 +145,7 @@ def _learn(estimator: Estimator, fit: Fit) -> Learnt:
     intervals = {}
     for label in fit.form.labels:
         found = parameter_interval(fit, covariance, label)
+        # Fitted as a logarithm, so the interval of the coefficient is asymmetric.
         if label.split(" [")[0] in fit.law.logs:
             found = found.mapped(lambda value: float(np.exp(value)))
         intervals[label] = found
@@ -179,10 +180,11 @@ def _forecast(learnt: Learnt, estimator: Estimator, table: pd.DataFrame) -> Fore
 def _at_level(
     found: Forecast | None, learnt: Learnt, table: pd.DataFrame, level: float
 ) -> pd.DataFrame:
-    """Intervals at any level: the forecast's parts, times the quantile of what they rest on."""
+    """Intervals at any level: each component times the quantile for its degrees of freedom."""
     mean = prediction_errors(learnt.fit, learnt.covariance, table)
     quantile = stats.t.ppf(0.5 + 0.5 * level, mean.freedom)
     normal = float(stats.norm.ppf(0.5 + 0.5 * level))
+    # Without a back-test only the residual scatter stands beside the error of the mean.
     rest = np.full(len(table), float(np.std(learnt.fit.residuals)) ** 2)
     if found is not None:
         parts = found.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)

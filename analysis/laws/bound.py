@@ -1,4 +1,8 @@
-"""A law bound to groups of rows and to the centre of its data: the solver's view of a law."""
+"""A law bound to groups of rows and to the centre of its data, as the solver sees it.
+
+Centring on the mean logs is what makes the five-parameter problem solvable: at N = D = 1 the
+coefficients and exponents are almost perfectly correlated.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,6 +75,7 @@ class Form:
                 f"the law was fitted on {', '.join(self.groups)}, but a row is of {unknown[0]}; "
                 "fit it with rows of that group"
             )
+        # The centres of the fit, not of these rows: parameters belong to them.
         x = self.law.prepare(rows, self.centres)
         found = []
         for group in self.groups:
@@ -97,6 +102,7 @@ class Form:
         """Each term's value at the data centre, in the unit of the target."""
         slots = self.slots_of(group)
         power = self.law.power
+        # At the centre the logs are zero: what is left of a term is its coefficient.
         outer = float(np.exp(theta[slots[power]])) if power in slots else 1.0
         return {
             name: float(np.exp(theta[slots[name]] * (1.0 if name == self.law.floor else outer)))
@@ -123,6 +129,8 @@ def bind(law: AnyLaw, rows: pd.DataFrame) -> Form:
         columns = own.get(name, law.by) if name in law.varies else ()
         seen: dict[str, int] = {}
         for group, levels in of_group.items():
+            # A parameter that differs with some columns only is shared by the groups that agree
+            # in them, so its place is looked up by those levels.
             owner = " on ".join(levels[law.by.index(column)] for column in columns)
             if owner not in seen:
                 labels.append(f"{name} [{owner}]" if owner else name)
@@ -147,6 +155,7 @@ def log_loss_and_slopes(design: Design, theta: Array) -> tuple[Array, Array]:
     single = len(design.groups) == 1
     for group in design.groups:
         value, by_name = _evaluate(design, group, theta)
+        # Writing through a slice is faster than through indices; a bootstrap spends its time here.
         where = slice(None) if single else group.rows
         found[:, where] = value
         for name, slot in group.slots.items():

@@ -16,9 +16,11 @@ _DATA = _term("B", "beta", tokens=1.0)
 
 
 CHINCHILLA = Law("chinchilla", (_SIZE, _DATA))
+"""Hoffmann et al. 2203.15556: L = E + A N^-alpha + B D^-beta."""
 
 
 POWER = Law("power", (_term("K", "gamma", flops=1.0),))
+"""Kaplan et al. 2001.08361, with a floor: L = E + K C^-gamma."""
 
 
 GAMMA = Law("gamma", (_SIZE, _DATA), power="power")

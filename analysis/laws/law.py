@@ -1,9 +1,10 @@
-"""The functional forms, and how a form is bound to groups of rows and to the centre of its data.
+"""Functional forms of scaling laws: terms, factors, and their log-sum-exp with derivatives.
 
 Every law predicts the ln of its target. With centred logs u = ln N - mean and v = ln D - mean the
 Chinchilla law L = E + A N^-alpha + B D^-beta reads ln L = LSE(a - alpha u, b - beta v, e), LSE
-being log-sum-exp. Any parameter may be shared by all groups of rows or belong to one group each,
-which gives the nested family that comparisons are made in.
+being log-sum-exp (Hoffmann et al. 2203.15556, approach 3; centred, the parameters of the solver are
+of similar size). Any parameter may be shared by all groups of rows or differ between them, which
+gives the nested family that comparisons use.
 """
 
 from collections.abc import Mapping
@@ -93,7 +94,7 @@ class Law:
     terms: tuple[Term, ...]
     floor: str | None = "E"
     power: str | None = None
-    warp: Reparametrisation | None = None
+    transform: Reparametrisation | None = None
     target: str = "loss_nats"
     by: tuple[str, ...] = ()
     varies: frozenset[str] = frozenset()
@@ -119,7 +120,7 @@ class Law:
             names += [term.coefficient, *(str(f.exponent) for f in term.factors)]
         names = [name for name in names if name in (*self.coefficients, *self.exponents)]
         names += [self.power] if self.power else []
-        names += self.warp.parameters if self.warp else ()
+        names += self.transform.parameters if self.transform else ()
         names += [self.floor] if self.floor else []
         return tuple(dict.fromkeys(names))
 
@@ -133,13 +134,13 @@ class Law:
     def logs(self) -> frozenset[str]:
         """The parameters that are fitted as logarithms, which keeps them positive."""
         names = {*self.coefficients, *([self.power] if self.power else [])}
-        return frozenset(names | (self.warp.logs if self.warp else frozenset()))
+        return frozenset(names | (self.transform.logs if self.transform else frozenset()))
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that the law reads, its target and its groups aside."""
         names = [name for factor in self.factors for name, _ in factor.columns]
-        return tuple(dict.fromkeys([*names, *(self.warp.columns if self.warp else ())]))
+        return tuple(dict.fromkeys([*names, *(self.transform.columns if self.transform else ())]))
 
     def centres(self, rows: pd.DataFrame) -> dict[str, float]:
         """The mean log of each variable, where coefficients are fitted."""
@@ -148,7 +149,7 @@ class Law:
     def prepare(self, rows: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
         """The centred logs that `evaluate` needs, (rows,) each."""
         logs = {f.variable: f.logs(rows) - centres[f.variable] for f in self.factors}
-        return logs | (self.warp.prepare(rows, centres) if self.warp else {})
+        return logs | (self.transform.prepare(rows, centres) if self.transform else {})
 
     def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
         """Ln of the target, (replicates, rows), and its derivative by each parameter.
@@ -157,14 +158,16 @@ class Law:
             p: each parameter as (replicates, 1), in the centred coordinates.
             x: what `prepare` returned.
         """
-        warped = self.warp.apply(p, x) if self.warp else {}
-        logs = [self._log_term(term, p, x, warped) for term in self.terms]
+        transformed = self.transform.apply(p, x) if self.transform else {}
+        logs = [self._log_term(term, p, x, transformed) for term in self.terms]
         slopes: dict[str, Array] = {}
+        # Shares of the log-sum-exp are the derivatives of ln L by the log of each term.
         if self.power is None:
             floor = [p[self.floor]] if self.floor else []
             value, shares = _log_sum_exp(logs + floor)
         else:
             inner, shares = _log_sum_exp(logs)
+            # ln (sum of terms)^power = power * inner: the floor joins in a second log-sum-exp.
             power = np.exp(p[self.power])
             value, outer = _log_sum_exp([power * inner, *([p[self.floor]] if self.floor else [])])
             slopes[self.power] = outer[0] * power * inner
@@ -174,7 +177,7 @@ class Law:
         for term, share in zip(self.terms, shares, strict=False):
             _add(slopes, term.coefficient, share)
             for factor in term.factors:
-                log, inner_slopes = warped.get(factor.variable, (x[factor.variable], {}))
+                log, inner_slopes = transformed.get(factor.variable, (x[factor.variable], {}))
                 if isinstance(factor.exponent, str):
                     _add(slopes, factor.exponent, -share * log)
                 for name, slope in inner_slopes.items():
@@ -186,6 +189,7 @@ class Law:
         values = {name: p[name] for name in self.parameters}
         for term in self.terms:
             for factor in term.factors:
+                # A exp(-alpha (ln N - mean)) = A exp(alpha mean) N^-alpha.
                 shift = _exponent(factor, p) * centres[factor.variable]
                 values[term.coefficient] = values[term.coefficient] + shift
         return values
@@ -209,10 +213,10 @@ class Law:
         """The law with its constant left out."""
         return replace(self, floor=None, varies=self.varies - {str(self.floor)})
 
-    def _log_term(self, term: Term, p: NamedArrays, x: NamedArrays, warped: Mapping) -> Array:
+    def _log_term(self, term: Term, p: NamedArrays, x: NamedArrays, transformed: Mapping) -> Array:
         log = p[term.coefficient]
         for factor in term.factors:
-            variable = warped[factor.variable][0] if factor.variable in warped else None
+            variable = transformed[factor.variable][0] if factor.variable in transformed else None
             log = log - _exponent(factor, p) * (
                 x[factor.variable] if variable is None else variable
             )
@@ -231,6 +235,7 @@ def _log_sum_exp(logs: list[Array]) -> tuple[Array, list[Array]]:
     """LSE of arrays that broadcast, and each one's share of the sum."""
     if len(logs) == 1:
         return logs[0], [np.ones_like(logs[0])]
+    # The largest is taken out first, so that exp cannot overflow.
     peak = logs[0]
     for log in logs[1:]:
         peak = np.maximum(peak, log)

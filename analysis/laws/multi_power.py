@@ -1,8 +1,8 @@
-"""Loss under any learning-rate schedule: the multi-power law, and what an unfinished decay hides.
+"""Loss under any learning-rate schedule: the multi-power law (Luo et al. 2503.12811).
 
 A run that stops before its learning rate has decayed has a loss above that of a run planned to end
-there, by an amount that grows with size: mixing both kinds of rows biases exponents. The law is
-fitted to curves under several schedules and then predicts the loss that a finished decay gives.
+there, by an amount that grows with size, so mixing both kinds of rows biases exponents. The law is
+fitted to curves under several schedules and then predicts the loss after a finished decay.
 """
 
 from collections.abc import Mapping
@@ -50,6 +50,7 @@ class MultiPower:
         drops = [_drops(np.asarray(rates, dtype=np.float64)) for rates in rows[RATES]]
         most = max(1, *(len(each) for each in drops))
         padded = np.zeros((len(rows), most, 3))
+        # Padding: a drop of zero adds nothing, and ln 1 keeps the unused logs finite.
         padded[:, :, 1:] = 1.0
         for place, each in enumerate(drops):
             padded[place, : len(each)] = each
@@ -62,11 +63,12 @@ class MultiPower:
         }
 
     def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
-        """Ln of the loss; not a number where the law says the loss is negative."""
+        """Ln of the loss; NaN where the law gives a negative loss."""
         start = np.exp(p["A"] - p["alpha"] * x["S"])
         deep = {name: p[name][:, :, None] for name in ("C", "gamma", "beta")}
         logs = deep["C"] - deep["gamma"] * x["rate"] + x["area"]
         inner, beta = np.exp(logs), np.exp(deep["beta"])
+        # (1 + x)^-beta through log1p: x is tiny for drops late in the schedule.
         left = np.exp(-beta * np.log1p(inner))
         size = np.exp(p["B"])
         by_log = x["drop"] * beta * left * inner / (1.0 + inner)

@@ -1,4 +1,4 @@
-"""Laws that are no sums of powers: a task's error from its loss, a loss curve under a schedule."""
+"""A downstream task's error as a function of the loss (Gadre et al. 2403.08540)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class TaskError:
         return {"above": floats(rows, self.loss) - centres["lowest"]}
 
     def evaluate(self, p: NamedArrays, x: NamedArrays) -> tuple[Array, dict[str, Array]]:
-        """Ln of the error; not a number where the law says the error is negative."""
+        """Ln of the error; NaN where the law gives a negative error."""
         rate = np.exp(p["g"])
         top = 1.0 / (1.0 + np.exp(-p["k"]))
         share = top * np.exp(-rate * x["above"])

@@ -1,4 +1,7 @@
-"""Laws whose variables are themselves functions of parameters: repeated data, loss against loss."""
+"""Laws whose variables depend on parameters: repeated data, and one loss as a function of another.
+
+Repetition is Muennighoff et al. 2305.16264, loss to loss Brandfonbrener et al. 2411.12925.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +31,7 @@ class Repetition:
     def prepare(self, rows: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
         """Logs that are not centred, and the centres."""
         size, data = np.log(floats(rows, SIZE)), np.log(floats(rows, DATA))
+        # Fewer tokens than unique ones: no repetition, D' = D.
         unique = np.minimum(np.log(floats(rows, "unique_tokens")), data)
         shift = np.array([centres[SIZE], centres[DATA]])
         return {"log N": size, "log D": data, "log U": unique, "centres": shift}
@@ -37,6 +41,7 @@ class Repetition:
         shift_size, shift_data = x["centres"]
         data, _, by_rate = _effective(x["log U"], x["log D"], p["R_D"])
         best, slopes = _optimal_size(p, x["log U"], (shift_size, shift_data))
+        # A model below the optimal size has no excess parameters, so U_N = N and no slope by it.
         free = best < x["log N"]
         size, by_best, by_size_rate = _effective(np.minimum(best, x["log N"]), x["log N"], p["R_N"])
         size_slopes = {name: by_best * free * slope for name, slope in slopes.items()}
@@ -70,14 +75,14 @@ class Offset:
         return {self.column: (np.log(left) - x["centre"], {"E_x": -1.0 / left})}
 
 
-REPEAT = replace(CHINCHILLA, name="repeat", warp=Repetition())
+REPEAT = replace(CHINCHILLA, name="repeat", transform=Repetition())
 
 
 def loss_to_loss(from_column: str, to_column: str) -> Law:
     """L_y = E_y + K (L_x - E_x)^k. Source: Brandfonbrener et al. 2411.12925."""
-    # The exponent is fitted as it stands: 1 / (L_x - E_x) to the power of -k.
+    # Terms fall with their variable, so k is fitted as minus the exponent.
     term = Term("K", (Factor("minus_k", ((from_column, 1.0),)),))
-    return Law("loss-to-loss", (term,), warp=Offset(from_column), target=to_column)
+    return Law("loss-to-loss", (term,), transform=Offset(from_column), target=to_column)
 
 
 def _effective(unique: Array, total: Array, log_rate: Array) -> tuple[Array, Array, Array]:
@@ -96,6 +101,7 @@ def _optimal_size(
     p: NamedArrays, log_unique: Array, shifts: tuple[float, float]
 ) -> tuple[Array, dict[str, Array]]:
     """Ln of the size that is compute-optimal for a number of tokens, with its derivatives."""
+    # alpha A N^-alpha = beta B U^-beta at the optimum for C = 6 N D (Hoffmann et al. 2203.15556).
     alpha, beta = p["alpha"], p["beta"]
     log_a, log_b = p["A"] + alpha * shifts[0], p["B"] + beta * shifts[1]
     rest = np.log(alpha) + log_a - np.log(beta) - log_b

@@ -1,8 +1,9 @@
-"""What a grid of runs can tell before it is run: widths to expect, and whether they settle it.
+"""The precision to expect of a grid of runs before any of them is trained.
 
-Local information about a law's parameters (Chaloner and Verdinelli 1995, section 2), with a
-covariance in which points of one trunk share the luck of their seed. The law, its exponents and the
-noise are assumed; they stand in `Assumed` and are printed with every answer.
+Fisher information of a law's parameters at assumed values (a local design), with a covariance in
+which points of one trunk share the random effect of their seed. The law, its exponents and the
+noise are assumptions: `Assumed` holds them, and every answer prints them. Ours: the noise model and
+the assumed values.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from analysis.validity.refusal import Refusal
 
 CELL = ("architecture", "corpus")
 TYPICAL = {"corpus": (4.0, 9.0), "architecture": (0.2, 4.0)}
-"""Effects in percent of loss that public runs show: web corpora; recurrence for attention."""
+"""Effects seen in public runs [% of loss]: between web corpora; recurrence against attention."""
 POWER = 0.8
 
 
@@ -47,10 +48,10 @@ class PlannedNoise:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What a design takes for granted.
+    """What the expected precision assumes.
 
     Attributes:
-        shares: of the loss at the centre of the grid that each term makes up.
+        shares: each term's share of the loss at the centre of the grid.
         exponents: alpha of N, beta of D.
     """
 
@@ -69,17 +70,17 @@ class Assumed:
 
 
 USUAL = Assumed({"E": 0.5, "A": 0.25, "B": 0.25}, {"alpha": 0.34, "beta": 0.3}, PlannedNoise())
-"""Published exponents, half of the loss a floor, noise as in careful studies."""
+"""Exponents as published, a floor of half the loss, noise as in carefully tuned studies."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """One line of what to expect.
+    """The expected precision of one quantity.
 
     Attributes:
         quantity: `alpha`, `beta`, `corpus` or `architecture`.
         half_width: of the 95 % interval; percent of loss for an effect.
-        detectable: smallest effect found in four of five repetitions [%]; None for an exponent.
+        detectable: smallest effect detected with 80 % power [%]; None for an exponent.
     """
 
     quantity: str
@@ -95,16 +96,16 @@ class Expected:
             return f"{self.quantity}: 95 % interval of about +-{self.half_width:.2g}"
         text = f"{self.quantity} effect: about +-{self.half_width:.2g} % of loss"
         low, high = TYPICAL[self.quantity]
-        verdict = "settles effects of the size public runs show"
+        verdict = "enough for effects as large as in public runs"
         if self.detectable > high:
-            verdict = f"cannot settle even the largest that public runs show ({high:g} %)"
+            verdict = f"too little even for the largest in public runs ({high:g} %)"
         elif self.detectable > low:
-            verdict = f"cannot settle the small ones that public runs show ({low:g} %)"
-        return f"{text}, finds {self.detectable:.2g} % in four of five repetitions: {verdict}"
+            verdict = f"too little for the small ones in public runs ({low:g} %)"
+        return f"{text}, detects {self.detectable:.2g} % with 80 % power: {verdict}"
 
 
 def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
-    """Widths that a grid leads to.
+    """The precision that a grid leads to.
 
     Args:
         grid: planned points with `architecture`, `corpus`, `rung`, `seed`, `trunk_id`,
@@ -130,6 +131,7 @@ def exponent_widths(grid: pd.DataFrame, assumed: Assumed) -> dict[str, float] | 
     jacobian = log_loss_and_jacobian(form.design(grid), assumed.theta(form)[None])[1][0]
     covariance = np.linalg.pinv(information(jacobian, strings(grid, "trunk_id"), assumed.noise))
     trunks = len(np.unique(strings(grid, "trunk_id")))
+    # Trunks, not points, are independent.
     quantile = t_quantile(max(trunks - len(form.labels), 1))
     deviations = np.sqrt(np.diagonal(covariance))
     return {
@@ -168,13 +170,15 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
         pairs = sides[0].merge(sides[1], on=[other, "seed", "tokens"])
         trunks = len(pairs[[other, "seed"]].drop_duplicates())
         if trunks:
-            luck = 2 * (noise.seed**2 / trunks + noise.point**2 / len(pairs))
-            variances.append(luck + noise.by_size[factor] ** 2)
+            # A pair is a difference of two runs, so both variances count twice.
+            between_seeds = 2 * (noise.seed**2 / trunks + noise.point**2 / len(pairs))
+            variances.append(between_seeds + noise.by_size[factor] ** 2)
     sizes = len(variances)
     if sizes < 2:
         reason = f"matched pairs at {sizes} sizes"
         return Expected(factor, Refusal("R-PAIRS", reason, "plan more sizes"))
     error = float(np.sqrt(np.mean(variances) / sizes))
+    # An interval uses the sample deviation, which is smaller on average than the true one.
     usual = error * _mean_over_deviation(sizes - 1)
     smallest = error * (t_quantile(sizes - 1) + float(stats.t.ppf(POWER, sizes - 1)))
     half = t_quantile(sizes - 1) * usual
@@ -188,37 +192,38 @@ def _mean_over_deviation(freedom: int) -> float:
 
 
 def measured_noise(points: Table) -> PlannedNoise | None:
-    """The noise that finished runs of a sweep show, or None while they cannot tell."""
+    """The noise measured on the finished runs of a sweep; None while there are too few."""
     rows = where(points.rows, "evaluation_set", points.neutral_set)
     seeds = seed_noise(rows) if len(rows) else None
     if not isinstance(seeds, SeedNoise):
         return None
-    luck = seeds.sd.estimate
+    seed_sd = seeds.sd.estimate
     by_size = {
-        factor: _change_between_sizes(points, factor, luck) for factor in USUAL.noise.by_size
+        factor: _change_between_sizes(points, factor, seed_sd) for factor in USUAL.noise.by_size
     }
     shown = {factor: change for factor, change in by_size.items() if change is not None}
     if not shown:
         return None
-    return PlannedNoise(luck, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
+    return PlannedNoise(seed_sd, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
 
 
-def _change_between_sizes(points: Table, factor: str, luck: float) -> float | None:
-    """Standard deviation of an effect between sizes, without the luck of seeds in it."""
+def _change_between_sizes(points: Table, factor: str, seed_sd: float) -> float | None:
+    """Standard deviation of an effect between sizes, with the seed noise taken out."""
     scatters = [
         float(np.std(each.by_size.to_numpy(), ddof=1))
         for each in contrasts(points, factor, points.neutral_set)
         if isinstance(each, Contrast) and len(each.by_size) > 2
     ]
-    return float(np.sqrt(max(max(scatters) ** 2 - 2 * luck**2, 0.0))) if scatters else None
+    # Pairs differ by two seeds: twice the seed variance is in the scatter.
+    return float(np.sqrt(max(max(scatters) ** 2 - 2 * seed_sd**2, 0.0))) if scatters else None
 
 
 def expectation_lines(grid: pd.DataFrame, assumed: Assumed) -> list[str]:
     """What to expect of a planned grid, for a terminal."""
     noise = assumed.noise
     changes = " and ".join(f"{100 * sd:.2g} % of the {x}'s" for x, sd in noise.by_size.items())
-    source = "assumed" if noise == USUAL.noise else "as finished runs show it, law assumed"
-    lines = ["Before it runs, under assumptions (not a measurement):"]
+    source = "assumed" if noise == USUAL.noise else "from finished runs, law assumed"
+    lines = ["Expected precision, from assumptions (not a measurement):"]
     lines += [f"  {each.sentence}" for each in expect(grid, assumed)]
     lines.append(
         f"  noise {source}: sd of ln L {100 * noise.seed:.2g} % of seeds, {changes} "

@@ -1,8 +1,10 @@
-"""Which run to do next: information about one target per FLOP, and when to stop.
+"""Which runs to train next: the information per FLOP about one quantity, and when to stop.
 
 Greedy local design for one quantity g(theta) (c-optimality): a run with gradient f lowers the
 variance of g by (g' M^-1 f)^2 / (s^2 + f' M^-1 f). That gain, over the square root of the cost, is
-averaged over parameter draws of several laws, so that no tail of one law is exploited.
+averaged over parameter draws of several laws, so that the design does not exploit the tail of one
+law. Ours: the square root of the cost (gain per FLOP buys tiny runs only), the stopping rule, and
+the run held out.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,26 +17,26 @@ from analysis.laws.bound import Form, log_loss_and_jacobian
 from analysis.tables.frames import Array, floats
 
 PRIOR = 2.0
-"""Standard deviation of the weak prior on every parameter, in its own coordinates."""
+"""Standard deviation of the weak prior on every parameter, in the fit's coordinates."""
 STOP_SHARE = 0.05
 NORMAL = 1.96
 
 
 @dataclass(frozen=True)
 class Belief:
-    """One law that may hold: its form, and draws of its parameters (draws, parameters)."""
+    """One candidate law: its form, and draws of its parameters (draws, parameters)."""
 
     form: Form
     theta: Array
 
 
 Quantity = Callable[[Belief], tuple[Array, Array]]
-"""Value (draws,) and gradient (draws, parameters) of what is to be known."""
+"""Value (draws,) and gradient (draws, parameters) of the quantity to estimate."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Runs to do, in order.
+    """Runs to train, in order.
 
     Attributes:
         runs: rows of the candidates, with `gain` (share of the target's variance that a run is
@@ -51,7 +53,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Terms:
-    """Under which terms advice is given.
+    """Constraints of the advice.
 
     Attributes:
         sigma: noise of ln L of one run.
@@ -88,20 +90,25 @@ def advise(
     """Rank the next runs; each row of `done` and `candidates` is a run with its `flops`."""
     state = _State(done, candidates, beliefs, target, terms.sigma)
     costs = floats(candidates, "flops")
-    spendable, first, stop = terms.budget * (1 - terms.hold_out), 0.0, "the list is full"
+    spendable, first, stop = (
+        terms.budget * (1 - terms.hold_out),
+        0.0,
+        "the number of runs is reached",
+    )
     records: list[dict] = []
     begin = state.half_width()
     for _ in range(terms.most):
         if state.half_width() <= terms.half_width:
-            stop = "the target's interval is narrow enough"
+            stop = "the interval is narrow enough"
             break
+        # Per square root of the cost: gain per FLOP would buy tiny runs only.
         worth = np.where(costs <= spendable, state.gains() / np.sqrt(costs), -np.inf)
         best = int(worth.argmax())
         if not np.isfinite(worth[best]):
             stop = "the budget is spent"
             break
         if records and worth[best] < STOP_SHARE * first:
-            stop = "another run would bring less than a twentieth of the first, per sqrt(FLOP)"
+            stop = "the next run would gain less than 5 % of what the first did, per sqrt(FLOP)"
             break
         first = first or float(worth[best])
         gain = float(state.gains()[best])
@@ -142,6 +149,7 @@ def _hold_out(candidates: pd.DataFrame, left: float) -> list[dict]:
     costs = floats(candidates, "flops")
     if not (costs <= left).any():
         return []
+    # The largest run that is left to afford tests the law furthest out.
     index = int(np.where(costs <= left, costs, -np.inf).argmax())
     return [{"index": index, "role": "hold-out", "gain": np.nan, "half_width": np.nan}]
 
@@ -165,9 +173,11 @@ class _State:
             seen = log_loss_and_jacobian(belief.form.design(done), belief.theta)[1]
             ahead = log_loss_and_jacobian(belief.form.design(candidates), belief.theta)[1]
             precision = np.einsum("bnp,bnq->bpq", seen, seen) / self._noise
+            # The prior keeps directions finite that the runs so far do not determine.
             covariance = np.linalg.inv(precision + np.eye(seen.shape[2]) / PRIOR**2)
             self._parts.append([gradient, ahead, covariance])
             values.append(float(value.mean()))
+        # The spread of the laws does not shrink with runs; it limits how narrow the target gets.
         self._spread = max(values) - min(values)
 
     def gains(self) -> Array:
@@ -187,6 +197,7 @@ class _State:
             _, ahead, covariance = part
             lean = np.einsum("bpq,bq->bp", covariance, ahead[:, index])
             scale = self._noise + np.einsum("bp,bp->b", ahead[:, index], lean)
+            # Sherman and Morrison: one run is a rank-one change, no matrix is inverted again.
             part[2] = covariance - np.einsum("bp,bq->bpq", lean, lean) / scale[:, None, None]
 
     def half_width(self) -> float:

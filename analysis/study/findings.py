@@ -1,4 +1,4 @@
-"""All numbers behind the figures that a study does not hold; figures draw and compute nothing."""
+"""The numbers behind the figures beyond those of a study; figures compute nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,11 +41,11 @@ DRAWS = 16
 
 @dataclass(frozen=True)
 class Findings:
-    """What the sixteen figures show beside the study itself; frames may be empty.
+    """What the figures show beyond the study itself; frames may be empty.
 
     Attributes:
-        reservations: every guard that fired on the decayed points.
-        frontiers: fitted frontiers to the wall, with bands.
+        reservations: every warning about the decayed points.
+        frontiers: fitted frontiers to ten times the largest compute, with bands.
         isoflop: architecture -> its isoFLOP curves on the first corpus.
         optima: N*(C) and D*(C) of the fitted law.
         tested: rolling forecasts by each law in the form of `shown`.
@@ -106,7 +106,7 @@ def find(study: Study, settings: Settings) -> Findings:
 
 
 def reservations(table: Table, points: Table) -> tuple[Caveat, ...]:
-    """The guards on decayed points, with what the sweep says about tuning."""
+    """Warnings about the decayed points, with the evidence on tuning that the sweep states."""
     rows = points.rows
     if not len(rows):
         return ()
@@ -136,7 +136,7 @@ def _tested(shown: FittedLaw | None) -> dict[str, BackTest]:
 
 
 def _rivals(joint: Fit | Refusal) -> list[Fit]:
-    """The other laws on the rows of the joint one, for what the choice of a law is worth."""
+    """The other laws fitted to the same rows: their spread shows how much the choice matters."""
     if isinstance(joint, Refusal):
         return []
     found = [Estimator(starts=4).fit(joint.rows, _like(law, joint)) for law in RIVALS]
@@ -171,7 +171,7 @@ def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[IsoFlopCurve
 
 
 def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Caveat, ...]:
-    """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one reservation a code."""
+    """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one warning a code."""
     found: dict[str, list[str]] = {}
     for name, mine in curves.items():
         law = next(
@@ -184,7 +184,7 @@ def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Ca
 
 
 def _first_of(findings: list[str], shown: int = 2) -> str:
-    """A guard that many budgets raise is told by the first of them."""
+    """Findings of many budgets: the first of them, and how many more."""
     left = len(findings) - shown
     more = [f"and {left} more like them"] if left > 0 else []
     return "; ".join([*findings[:shown], *more])

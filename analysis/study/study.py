@@ -1,4 +1,4 @@
-"""Everything the report says about a sweep, computed once: fits, intervals, effects, curves."""
+"""The analysis of a sweep, computed once: fits, intervals, effects, curves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ class FittedLaw:
 
 @dataclass(frozen=True)
 class Study:
-    """What was learnt from a sweep; figures and report draw from it and compute nothing.
+    """The analysis of a sweep; figures and report read it and compute nothing.
 
     Attributes:
         points: the table with nothing but decayed points of finished runs.

@@ -26,7 +26,7 @@ LARGEST_ENTRY = 2**29
 
 @dataclass(frozen=True)
 class Capsule:
-    """An opened capsule: its folder and what it says of itself."""
+    """An opened capsule: its folder and its index."""
 
     folder: Path
     index: dict
@@ -49,7 +49,7 @@ def pack(sweep: Path, root: Path, target: Path) -> Path:
         ValueError: the folder is no sweep, has no report, or the target is no .tar.gz.
     """
     if not target.name.endswith(".tar.gz"):
-        raise ValueError(f"{target} is no .tar.gz; name the capsule so")
+        raise ValueError(f"{target} does not end in .tar.gz; give it that suffix")
     if not (sweep / "report" / "report.json").exists():
         raise ValueError(f"{sweep} has no report; run python -m analysis.report {sweep} first")
     files = dict(sorted(_contents(sweep, root)))
@@ -73,7 +73,7 @@ def unpack(file: Path, folder: Path) -> Capsule:
     """Open a capsule into an empty or new folder, and check every hash.
 
     Raises:
-        ValueError: it is none, was changed, or names files outside the folder.
+        ValueError: it is not a capsule, was changed, or names files outside the folder.
     """
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; name a new folder")
@@ -81,10 +81,12 @@ def unpack(file: Path, folder: Path) -> Capsule:
     try:
         with tarfile.open(file, mode="r:gz") as archive:
             if any(entry.size > LARGEST_ENTRY for entry in archive.getmembers()):
-                raise ValueError(f"{file} holds an entry of more than 512 MiB; it is no capsule")
+                raise ValueError(
+                    f"{file} has an entry of more than 512 MiB, so it is not a capsule"
+                )
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is no capsule: {error}") from error
+        raise ValueError(f"{file} is not a capsule: {error}") from error
     index = _index(file, folder)
     for name, digest in index["files"].items():
         path = folder / name
@@ -97,7 +99,7 @@ def _index(file: Path, folder: Path) -> dict:
     path = folder / INDEX
     index = json.loads(path.read_text()) if path.is_file() else {}
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ValueError(f"{file} is no capsule of format {FORMAT}; pack it with this version")
+        raise ValueError(f"{file} is not a capsule of format {FORMAT}; pack it with this version")
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
     if found != set(index["files"]):
         odd = sorted(found ^ set(index["files"]))[:3]

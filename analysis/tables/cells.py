@@ -1,4 +1,4 @@
-"""Cells of an external table as numbers, flags or text: what is unknown, and what is refused."""
+"""Cells of an external table as numbers, flags or text; unknown and rejected cells apart."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -35,7 +35,7 @@ class Cells:
 
 
 def numbers(cells: pd.Series, scale: float, *, positive: bool) -> Cells:
-    """Cells as float64 in units of one; `1.4B`, `300M` and `1,000` are read as people mean them."""
+    """Cells as float64 in units of one; `1.4B`, `300M` and `1,000` are understood."""
     words = _words(cells)
     known = ~words.isin(UNKNOWN)
     parts = words.str.extract(_NUMBER)

@@ -1,7 +1,7 @@
-"""Tables of others: CSV, TSV, parquet or JSONL with columns never seen before, as one schema.
+"""External tables of runs (CSV, TSV, parquet, JSONL) read into one schema.
 
-Nothing is guessed in silence: which column was read as what, what was left out and which rows were
-refused are part of the result, and two columns that could both be meant are an error.
+The result says which column was read as what, what was ignored and which rows were rejected; two
+columns that could both be meant are an error.
 """
 
 import re
@@ -39,7 +39,7 @@ class ColumnSource:
 
 @dataclass(frozen=True)
 class ExternalTable:
-    """A table of others in the schema.
+    """An external table in the schema.
 
     Attributes:
         rows: one row per (run, checkpoint, evaluation set); only columns that the file has.
@@ -57,7 +57,7 @@ class ExternalTable:
 
 
 def read_external(path: Path, columns: Mapping[str, str] | None = None) -> ExternalTable:
-    """Read a table of runs whose columns were never seen before.
+    """Read an external table of runs.
 
     Args:
         path: a .csv, .tsv, .parquet or .jsonl file.
@@ -162,7 +162,7 @@ def _match(
     if "evaluation_set" in sources and named:
         raise ValueError(
             f"both the column {sources['evaluation_set'].column!r} and the names of columns "
-            f"({listed(named)}) say the evaluation set; choose one loss with --columns loss=..."
+            f"({listed(named)}) name the evaluation set; choose one loss with --columns loss=..."
         )
     return sources, losses
 
@@ -259,7 +259,7 @@ def _long(
     measures: Mapping[tuple[str, str], ColumnSource],
     bad: list[pd.DataFrame],
 ) -> pd.DataFrame:
-    """One row per evaluation set: measures of one set stand beside each other."""
+    """One row per evaluation set, with every measure of that set."""
     parts = []
     for set_name in dict.fromkeys(name for name, _ in measures):
         part = identity.copy()
@@ -291,17 +291,19 @@ def _completed(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     rows = rows.copy()
     if "run_id" not in rows:
         rows["run_id"] = "row " + rows["source_row"].astype(str)
-        notes.append("no column names the run: every row counts as a run of its own")
+        notes.append("no column identifies the run: each row counts as its own run")
     if "trunk_id" not in rows:
         rows["trunk_id"] = rows["run_id"]
     if {"parameters", "tokens"} <= set(rows) and "flops_six_nd" not in rows:
         rows["flops_six_nd"] = six_nd(floats(rows, "parameters"), floats(rows, "tokens"))
     if "flops" not in rows:
-        notes.append("no column holds training FLOPs: they are unknown; 6 N D is flops_six_nd")
+        notes.append("no column of training FLOPs: 6 N D is used instead")
     if "decayed" not in rows:
-        notes.append("nothing says whether schedules had ended: points may be read too early")
+        notes.append(
+            "no column says whether schedules had ended: some losses may be read before the decay"
+        )
     if UNNAMED_SET in set(rows["evaluation_set"]):
-        notes.append("the evaluation set has no name: losses of other tables do not compare")
+        notes.append("the evaluation set has no name: losses are not comparable with other tables")
     return columns_of(rows, [name for name in ("source_row", *SCHEMA) if name in rows]), notes
 
 
@@ -313,12 +315,12 @@ def _without_duplicates(rows: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, p
     content = [name for name in rows if name != "source_row"]
     repeated = rows.duplicated(content)
     kept = keep(rows, ~repeated)
-    # Rows of which the place is not fully known cannot be said to be at the same one.
+    # An unknown step or size may differ, so such rows are not a contradiction.
     clash = kept.duplicated(place, keep=False) & kept[place].notna().all(axis=1)
     if clash.any():
         lines = sorted(set(kept.loc[clash, "source_row"].head(4)))
         raise ValueError(
-            f"{path}: rows {listed(lines)} claim the same {', '.join(place)} but differ; add a "
+            f"{path}: rows {listed(lines)} share the same {', '.join(place)} but differ; add a "
             "column that tells them apart (step, seed), or remove all but one"
         )
     doubled = keep(rows, repeated)

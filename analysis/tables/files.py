@@ -1,4 +1,4 @@
-"""Files that hold tables: which formats are read, and what is wrong with one that is not."""
+"""Read a table file of any supported format, with an error that says what is wrong."""
 
 import json
 from collections.abc import Iterable

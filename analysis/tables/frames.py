@@ -23,7 +23,7 @@ def columns_of(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def floats(rows: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as float64: counts pass 2**63 in honest studies."""
+    """A column as float64: FLOP counts exceed 2**63 in large studies."""
     return rows[column].to_numpy(dtype=np.float64)
 
 

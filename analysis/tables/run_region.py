@@ -1,4 +1,4 @@
-"""Which sizes and token counts were run, and what a token of training costs there."""
+"""The region of sizes and tokens that an arm was run in, and what a token costs by size."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The run table: how a sweep folder becomes one row per evaluated point, and what was left out."""
+"""The run table: a sweep folder as one row per evaluated point, and what was excluded."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -85,7 +85,7 @@ class Table:
         rows: one row per evaluated point; see COLUMNS.
         runs: one row per run of the sweep as last expanded, whatever its state.
         tuning: architecture -> its `learning_rate_scale` and the `evidence` for it.
-        rate_factors: factors on the rule's learning rate that each cell tries, if the sweep says.
+        rate_factors: factors on the rung's learning rate that each cell tries, if listed.
         baselines: losses of n-gram models, one row per corpus, evaluation set and order.
         ladder: what the accountant counts, one row per architecture, rung and context.
         training: recorded training losses along each run; see analysis.tables.training_curves.

@@ -1,8 +1,8 @@
 """The one table schema: every column a table of runs may have, with kind, unit and known names.
 
 One row is one (run, checkpoint, evaluation set). All numbers are float64, losses are in nats, and
-an empty cell means unknown, never zero. Several counts of parameters and of FLOPs stand side by
-side, as conclusions may depend on the choice.
+an empty cell means unknown, never zero. Several counts of parameters and of FLOPs have columns
+of their own, as conclusions may depend on the choice.
 """
 
 import re

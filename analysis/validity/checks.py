@@ -1,7 +1,8 @@
-"""What to doubt about a table before any law is fitted: the warnings, each with what it takes.
+"""Checks of a table before any law is fitted, one function a warning code.
 
-A guard looks at rows in the columns of `analysis.tables.schema` and says what it found, or nothing.
-It never changes a number: what follows from it is written next to the result.
+A check reads rows in the columns of `analysis.tables.schema` and returns a warning or None. It
+never changes a number: the warning is printed next to the result. Ours, from errors that changed
+published fits; the thresholds are conventions.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ SMALL_MODEL = 1e8
 COUNT_TOLERANCE = 0.10
 COUNTER_RANGE = (0.5, 2.0)
 ROUGH_RANGE = (0.1, 10.0)
-"""C over 6 N D: without the counter of the architecture only a slip of ten is a slip."""
+"""C over 6 N D: without the architecture's own count only a factor of ten is surely a slip."""
 SUM_TOLERANCE = 0.05
 
 
@@ -30,7 +31,7 @@ def check(rows: pd.DataFrame) -> tuple[Caveat, ...]:
 
 
 def rates(rows: pd.DataFrame) -> Caveat | None:
-    """W-LR: an arm has no search over its learning rate, or its best rate is at the search's edge.
+    """W-LR: an arm's learning rate was not searched, or the best one is at the edge of the search.
 
     A cell that was trained at three rates or more is a search; its best must be bracketed.
     """
@@ -56,6 +57,7 @@ def _searches(arm: pd.DataFrame) -> tuple[int, int]:
     searched = at_edge = 0
     for _, part in groups(keep(arm, arm["learning_rate"].notna()), cell):
         average = means(part, ["learning_rate"], ["loss_nats"]).sort_index()
+        # Two rates cannot bracket an optimum.
         if len(average) >= 3:
             searched += 1
             at_edge += int(floats(average, "loss_nats").argmin()) in (0, len(average) - 1)
@@ -63,17 +65,18 @@ def _searches(arm: pd.DataFrame) -> tuple[int, int]:
 
 
 def decay(rows: pd.DataFrame) -> Caveat | None:
-    """W-DECAY: the schedule was to go on after the point, or decayed and hot points are mixed."""
+    """W-DECAY: some losses were read before the learning rate had decayed."""
     unfinished = np.zeros(len(rows), dtype=bool)
     if "decayed" in rows:
         unfinished |= (rows["decayed"].notna() & (rows["decayed"].astype(float) == 0)).to_numpy()
     for reached, horizon in (("step", "horizon_steps"), ("tokens", "horizon_tokens")):
         if {reached, horizon} <= set(rows):
+            # A thousandth of slack: the last step rounds the horizon to whole batches.
             unfinished |= floats(rows, reached) < 0.999 * floats(rows, horizon)
     if not unfinished.any():
         return None
     mixed = "all" if unfinished.all() else f"{int(unfinished.sum())} of {len(rows)}"
-    return Caveat("W-DECAY", f"{mixed} points stand before the end of their schedule")
+    return Caveat("W-DECAY", f"{mixed} points were read before the end of their schedule")
 
 
 def counting(rows: pd.DataFrame) -> Caveat | None:
@@ -106,7 +109,7 @@ def clusters(rows: pd.DataFrame) -> Caveat | None:
 
 
 def tokenizers(rows: pd.DataFrame) -> Caveat | None:
-    """W-TOK: losses per token of different tokenizers stand in one table."""
+    """W-TOK: the table mixes losses per token of different tokenizers."""
     found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
     return Caveat("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
 
@@ -114,6 +117,7 @@ def tokenizers(rows: pd.DataFrame) -> Caveat | None:
 def evaluation(rows: pd.DataFrame) -> Caveat | None:
     """W-EVAL: a single evaluation set, or one that a corpus was made for."""
     sets = _levels(rows, "evaluation_set")
+    # A corpus evaluated on its own kind of text has an advantage that is no better data.
     own = {name.lower() for name in sets} & {name.lower() for name in _levels(rows, "corpus")}
     if own:
         return Caveat("W-EVAL", f"{_some(sorted(own))} is a training corpus as well")
@@ -136,9 +140,10 @@ def repetition(rows: pd.DataFrame) -> Caveat | None:
 
 
 def seeds(rows: pd.DataFrame) -> Caveat | None:
-    """W-SEED: nothing was trained twice."""
+    """W-SEED: no configuration was trained with two seeds."""
     cell = [n for n in ("architecture", "corpus", "parameters", "tokens") if n in rows]
     if "seed" in rows and cell:
+        # Evaluation sets and checkpoints repeat a seed without repeating the training.
         distinct = rows.drop_duplicates([*cell, "seed"])
         if distinct.duplicated(cell).any():
             return None
@@ -149,6 +154,7 @@ def units(rows: pd.DataFrame) -> Caveat | None:
     """W-UNIT: a loss above a uniform guess, hardly any data, or FLOPs far from their count."""
     found = []
     if {"loss_nats", "vocab_size"} <= set(rows):
+        # ln V is the loss of a uniform guess: above it the unit is bits, or not per token.
         worse = floats(rows, "loss_nats") > np.log(floats(rows, "vocab_size"))
         found += [f"{int(worse.sum())} losses above ln V" for _ in range(bool(worse.any()))]
     if {"parameters", "tokens"} <= set(rows):

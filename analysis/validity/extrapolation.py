@@ -1,4 +1,4 @@
-"""How far beyond its runs a fit may be asked."""
+"""How far beyond its runs a fit may be extrapolated."""
 
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ RATIO_MARGIN = 3.0
 
 @dataclass(frozen=True)
 class Target:
-    """A point at which a law is asked."""
+    """A point at which a law is evaluated."""
 
     parameters: float
     tokens: float
@@ -28,14 +28,15 @@ class Target:
 
 
 def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Caveat | Refusal | None:
-    """How far a target lies beyond the rows: nothing, a warning, or R-EXTRAP.
+    """Whether a target is too far beyond the rows: None, a warning, or R-EXTRAP.
 
     Args:
         rows: the points of the fit.
-        target: where the law is asked.
-        allow: answer beyond ten times the largest compute all the same, with a warning.
+        target: where the law is evaluated.
+        allow: warn instead of refusing beyond ten times the largest compute.
     """
     factor = target.flops / float(np.nanmax(floats(rows, "flops")))
+    # A law is no better known far off in D/N than far off in compute.
     ratios = floats(rows, "tokens") / floats(rows, "parameters")
     ratio = target.tokens / target.parameters
     outside = max(float(ratios.min()) / ratio, ratio / float(ratios.max()))
@@ -43,13 +44,13 @@ def extrapolation(rows: pd.DataFrame, target: Target, *, allow: bool) -> Caveat 
     if factor > FREE_EXTRAPOLATION:
         findings.append(f"{factor:.3g} times the largest compute that was run")
     if outside > RATIO_MARGIN:
-        findings.append(f"tokens per parameter {outside:.3g} times outside what was run")
+        findings.append(f"tokens per parameter {outside:.3g} times outside the range that was run")
     if not findings:
         return None
     if not allow and (factor > LARGEST_EXTRAPOLATION or outside > RATIO_MARGIN):
         return Refusal(
             "R-EXTRAP",
             " and ".join(findings),
-            "run larger models, ask within ten times the compute, or allow it by name",
+            "run larger models, stay within ten times the largest compute, or set allow",
         )
     return Caveat("W-EXTRAP", " and ".join(findings))

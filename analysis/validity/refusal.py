@@ -1,4 +1,4 @@
-"""What the analysis declines to say: the codes, and the form a refusal takes."""
+"""Refusals: the codes, and the form an answer takes that the data cannot support."""
 
 from dataclasses import dataclass
 
@@ -6,14 +6,14 @@ CODES = {
     "R-UNDER": "too few points, or too narrow a design, for this law",
     "R-FACTOR": "the study holds a single level of this factor",
     "R-PAIRS": "too few matched pairs for an interval",
-    "R-AMBIGUOUS": "several runs claim the same place in the design",
+    "R-AMBIGUOUS": "several runs share architecture, corpus, size, tokens and seed",
     "R-EVAL": "the evaluation set differs between runs",
     "R-RATIO": "the denominator of the ratio may be zero",
     "R-SEED": "no cell was run with two seeds",
-    "R-REACH": "the two arms meet nowhere inside the data",
+    "R-REACH": "the two arms have no loss in common inside the data",
     "R-MULT": "the multiplier is undefined in too many bootstrap replicates",
     "R-TUNING": "the runs of one cell differ in their learning rate",
-    "R-EXTRAP": "the target lies too far beyond the data",
+    "R-EXTRAP": "the target is too far beyond the data",
     "R-CELLS": "too few cells hold every combination of the levels",
     "R-INTERACTION": "the architecture effect depends on the corpus",
     "R-EMPTY": "there is nothing to analyse yet",
@@ -22,7 +22,7 @@ CODES = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """An answer that is not given: its code, what is true, and what would make it possible."""
+    """An answer that the data do not support: its code, the reason, and what would support it."""
 
     code: str
     reason: str

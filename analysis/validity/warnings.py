@@ -13,30 +13,30 @@ WARNINGS = {
         "report no floor, and no multiplier near it",
     ),
     "W-EXTRAP": (
-        "the target lies beyond the data",
-        "use no interval but one that was tested by holding out larger runs",
+        "the target is beyond the data",
+        "rely only on intervals that were back-tested on held-out larger runs",
     ),
     "W-EDGE": ("the lowest point of a budget is not bracketed", "drop the budget, or add sizes"),
     "W-A2BIAS": (
-        "parabolas through such a grid miss the optimum",
+        "a parabola through this grid is biased",
         "take the optimum from the fitted law",
     ),
-    "W-LR": ("learning rates are not known to be equally good", "call the result untuned"),
+    "W-LR": ("learning rates may not be equally well tuned", "report the result as untuned"),
     "W-DECAY": (
         "some losses were read before the schedule had ended",
-        "exclude them, or model the schedule",
+        "exclude them, or fit a law that models the schedule",
     ),
-    "W-COUNT": ("the result may depend on how N or C is counted", "show it under both counts"),
-    "W-CLUSTER": ("rows share training, so they are not independent", "resample whole runs"),
+    "W-COUNT": ("the result may depend on how N or C is counted", "report it under both counts"),
+    "W-CLUSTER": ("rows of one run are not independent", "cluster by run or trunk"),
     "W-TOK": ("tokenizers differ", "compare bits per byte, not nats per token"),
     "W-EVAL": ("the evaluation set may favour one corpus", "evaluate on more held-out sets"),
-    "W-REPEAT": ("training data were repeated", "fit a law of repetition, or exclude the rows"),
+    "W-REPEAT": ("training data were repeated", "fit the repeat law, or exclude the rows"),
     "W-SEED": (
         "no configuration has two seeds, so the noise is unknown",
-        "read residual scatter as noise, or run second seeds",
+        "use the residual scatter, or run second seeds",
     ),
-    "W-SUM": ("the exponents of N and D do not make up C", "look for a slip in the counting"),
-    "W-UNIT": ("some values look like a slip of units", "check the columns before using them"),
+    "W-SUM": ("the exponents of N* and D* do not add up to that of C", "check how C is counted"),
+    "W-UNIT": ("some values look like a unit error", "check the units of these columns"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Tables and sentences about arms compared at one size and horizon."""
+"""Tables and sentences for the leaderboard of arms at one size and horizon."""
 
 from collections.abc import Iterator
 
@@ -61,12 +61,14 @@ def caption(comparison: Comparison) -> str:
         )
     counted = {tokens for tokens in comparison.line_tokens.values() if tokens != place.tokens}
     if counted:
-        text += f" N-grams were counted on {', '.join(map(with_unit, sorted(counted)))} tokens."
+        text += (
+            f" N-gram models were counted on {', '.join(map(with_unit, sorted(counted)))} tokens."
+        )
     return " ".join([text, *comparison.notes])
 
 
 def arm_lines(comparisons: tuple[Comparison, ...]) -> list[str]:
-    """The arms for a terminal: per place the best one, and which do not beat the lines."""
+    """The arms for a terminal: per setting the best one, and which do not beat the baselines."""
     lines = []
     for comparison in comparisons:
         place, best = comparison.place, comparison.arms[0]

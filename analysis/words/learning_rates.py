@@ -1,4 +1,4 @@
-"""Tables and sentences about a search over learning rates."""
+"""Tables and sentences for a search over learning rates."""
 
 from collections.abc import Iterator
 
@@ -34,7 +34,7 @@ def search_shown(found: pd.DataFrame) -> pd.DataFrame:
     shown["diverged"] = found["diverged"].astype(str)
     shown["best loss"] = _written(found, "best_loss_nats", "{:.4f}")
     shown["best rate"] = _written(found, "best_rate", "{:.3g}")
-    shown["factor on the rule"] = _written(found, "factor", "{:.3g}")
+    shown["factor on the rung's rate"] = _written(found, "factor", "{:.3g}")
     shown["optimum"] = found["optimum"]
     shown["refined optimum, log2 of the rate"] = _written(found, "refined_log2", "{:.2f}")
     shown["refined factor"] = _written(found, "refined_factor", "{:.2f}")
@@ -43,11 +43,11 @@ def search_shown(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def search_lines(table: Table) -> list[str]:
-    """What a search found, for a terminal: one line per architecture, then what is open."""
+    """The results of a search for a terminal: a line per architecture, then what is open."""
     found = search_table(table)
     if not len(found):
         return ["Learning rates: no trial has finished yet."]
-    lines = ["Learning rates, best factor on the rule by rung:"]
+    lines = ["Best learning rate by rung, as a factor on the rung's own rate:"]
     for (name,), cells in groups(found, ["architecture"]):
         lines.append(f"  {name}: {', '.join(_cell_words(row) for row in cells.to_dict('records'))}")
     return [*lines, equal_trials(found)]
@@ -58,14 +58,14 @@ def equal_trials(found: pd.DataFrame) -> str:
     counts = floats(found, "trials")
     low, high = int(counts.min()), int(counts.max())
     open_cells = int(np.sum(strings(found, "optimum") == "not bracketed"))
-    tail = f" {open_cells} of {len(found)} optima lie at the edge of the tried rates."
+    tail = f" {open_cells} of {len(found)} optima are at the edge of the tried rates."
     if low == high:
         return f"Equal tuning: {low} trials in each cell of every arm.{tail}"
-    return f"Tuning is not equal so far: between {low} and {high} trials a cell.{tail}"
+    return f"Unequal tuning so far: {low} to {high} trials per cell.{tail}"
 
 
 def tuning_table(tuning: dict) -> pd.DataFrame:
-    """What each architecture's learning rate scale is, and what speaks for it."""
+    """Each architecture's learning rate scale and the evidence for it."""
     records = [
         {
             "architecture": name,

@@ -1,4 +1,4 @@
-"""Numbers as a reader sees them: units, decimals that an interval supports, brackets."""
+"""Numbers as text: units, as many decimals as an interval supports, brackets."""
 
 import math
 

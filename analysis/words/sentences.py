@@ -1,4 +1,4 @@
-"""How findings are put into words: one plain sentence for each."""
+"""Findings as text: one sentence each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -100,7 +100,7 @@ def ratio_sentence(arm: Arm) -> str:
 
 
 def headline_sentence(found: Headline) -> str:
-    """The named contrasts, their ratio, what each is worth, and what the study could have seen."""
+    """The named contrasts, their ratio, each converted to compute, and the smallest detectable."""
     corpus, architecture = found.corpus, found.architecture
     if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
         missing = corpus if isinstance(corpus, Refusal) else architecture
@@ -138,7 +138,7 @@ def _worth_sentences(multipliers: Mapping[str, Multiplier | Refusal]) -> str:
 
 
 def interaction_sentence(arm: Arm) -> str:
-    """Whether one architecture number can stand for all corpora."""
+    """Whether one architecture effect describes all corpora."""
     first = arm.contrast
     if isinstance(arm.interaction, Refusal) or isinstance(first, Refusal):
         return ""
@@ -148,12 +148,12 @@ def interaction_sentence(arm: Arm) -> str:
     )
     large = abs(arm.interaction.estimate) > 0.5 * abs(first.effect.estimate)
     if large and arm.interaction.excludes(0.0):
-        return f"{text}: quote it per corpus, not as one number."
+        return f"{text}: report it per corpus."
     return f"{text}."
 
 
 def detectable_sentence(answer: Answer) -> str:
-    """The smallest difference the study could have seen."""
+    """The smallest effect that the study detects."""
     values = [each for each in answer.detectable.values() if isinstance(each, Detectable)]
     if not values:
         return "Unknown: there is no contrast to measure it for."
