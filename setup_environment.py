@@ -1,7 +1,7 @@
-"""Make `.venv` from the lock file, once; runs on the bare Python that a user has.
+"""Create `.venv` from the lock file; runs on the system's Python, without any package.
 
-python3 setup_environment.py            set up what is missing
-python3 setup_environment.py --lock     resolve requirements.lock anew (3.11 and 3.12)
+python3 setup_environment.py            install whatever is missing
+python3 setup_environment.py --lock     resolve requirements.lock again (3.11 and 3.12)
 """
 
 import hashlib
@@ -34,7 +34,7 @@ def main() -> int:
         say(problem)
         return 1
     begin = time.monotonic()
-    say("setting up .venv: once, a few minutes and about 7 GB; interrupt it as you like")
+    say("creating .venv: a few minutes, about 7 GB, only once; you can interrupt and rerun it")
     if not PYTHON.exists():
         venv.create(VENV, with_pip=True, symlinks=True)
     run("installing exact versions from requirements.lock", *pip("-r", str(LOCK)))
@@ -49,25 +49,25 @@ def main() -> int:
 
 
 def missing() -> str:
-    """What this machine lacks, and what to do about it; empty if nothing."""
+    """What this machine lacks and how to fix it; empty if nothing."""
     if sys.version_info[:2] not in SUPPORTED:
         return (
-            f"Python {sys.version.split()[0]} runs this, but 3.11 or 3.12 is needed; "
-            "install one and say which: make PYTHON=python3.11 sweep"
+            f"this is Python {sys.version.split()[0]}, but 3.11 or 3.12 is needed; "
+            "install one and name it: make PYTHON=python3.11 sweep"
         )
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < NEEDED_GB and not (VENV / "lib").exists():
-        return f"{free:.1f} GB are free in {ROOT}, but {NEEDED_GB} GB are needed; make room"
+        return f"{ROOT} has {free:.1f} GB free, but {NEEDED_GB} GB are needed; free some disk space"
     if not (shutil.which("g++") or shutil.which("c++")):
         say(
-            "no C++ compiler: everything works, but Mamba's scan runs 50 times slower; "
-            "install one (Debian: apt-get install g++) and remove .venv/complete to build kernels"
+            "no C++ compiler found: everything works, but Mamba's scan is 50 times slower. "
+            "Install one (Debian: apt-get install g++), delete .venv/complete and rerun"
         )
     return ""
 
 
 def fingerprint() -> str:
-    """What the environment is made from: a change of it calls for another set-up."""
+    """A hash of everything the environment is built from; when it changes, it is set up again."""
     sources = sorted([*ROOT.glob("kernels/**/*.cpp"), *ROOT.glob("kernels/**/*.h")])
     parts = [LOCK, ROOT / "pyproject.toml", Path(__file__), *sources]
     digest = hashlib.sha256(str(ROOT).encode() + sys.version.encode())
@@ -77,20 +77,20 @@ def fingerprint() -> str:
 
 
 def lock() -> int:
-    """Resolve exact versions for 3.11, and show that 3.12 takes the same ones."""
+    """Resolve exact versions for 3.11, and check that 3.12 resolves to the same ones."""
     run("installing the resolver", *pip("uv"))
     uv = (str(PYTHON), "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate")
     run("resolving for 3.11", *uv, "pyproject.toml", *("--extra", "dev"), *on("3.11", LOCK))
     again = VENV / "lock-3.12.txt"
     run("resolving the same for 3.12", *uv, str(LOCK), *on("3.12", again))
     if again.read_text() != LOCK.read_text():
-        say("the two differ: see .venv/lock-3.12.txt")
+        say("3.11 and 3.12 resolve differently: compare requirements.lock with .venv/lock-3.12.txt")
         return 1
     return 0
 
 
 def on(version: str, out: Path) -> tuple[str, ...]:
-    """The resolver's words for a Python version and a file."""
+    """The resolver's arguments for a Python version and an output file."""
     return ("--python-version", version, "--no-emit-index-url", "-o", str(out))
 
 
@@ -101,16 +101,16 @@ def pip(*words: str) -> tuple[str, ...]:
 
 
 def run(what: str, *words: str) -> None:
-    """Run one step, or end with what failed."""
+    """Run one step; end the program if it fails."""
     say(f"{what} ...")
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     if subprocess.run(words, cwd=ROOT, env=environment, check=False).returncode != 0:
-        say(f"{what} failed: see above; give the same command again to go on from here")
+        say(f"{what} failed, see above; rerun the same command to resume")
         sys.exit(1)
 
 
 def say(line: str) -> None:
-    """Tell the user."""
+    """Print a line for the user."""
     sys.stderr.write(f"setup: {line}\n")
 
 

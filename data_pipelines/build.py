@@ -1,7 +1,7 @@
 """Build a dataset: documents -> dedup, split, shuffle -> tokens -> blocks -> MDS and a manifest.
 
-Everything is made in `<root>/<name>.partial/`, stage by stage; each stage is finished by a rename,
-and the whole by the rename to `<root>/<name>/`. A build that was killed goes on where it stood.
+Everything is written to `<root>/<name>.partial/`, stage by stage. Each stage ends with a rename,
+and the whole build with that to `<root>/<name>/`, so a killed build resumes where it stopped.
 """
 
 import contextlib
@@ -59,11 +59,11 @@ from data_pipelines.workers import Workers, open_workers
 
 BUCKET_BYTES = 256 << 20
 BPE_BYTES = 8_000_000
-"""Training text taken of each domain for BPE."""
+"""Bytes of each domain's text that BPE is trained on."""
 DISK_FACTOR = 5
-"""Disk that a build and its first reader need, as a multiple of the text."""
+"""Disk space that a build and its first reader need, as a multiple of the text."""
 COMPRESSED_TEXT = 4
-"""Text is about that many times as large as its compressed form."""
+"""Typical compression ratio of text."""
 STATE = "STATE.json"
 LEFTOVERS = (SCATTERED, PACKED)
 
@@ -74,17 +74,18 @@ Places = dict[str, DomainFacts]
 def build_dataset(
     config: DatasetConfig, root: Path, *, processes: int = 2, report: Report
 ) -> Manifest:
-    """Build a dataset, go on with one that was interrupted, or return the one that is there.
+    """Build a dataset, resume an interrupted build, or return the existing one.
 
     Args:
         config: what to build.
         root: folder of all datasets; this one becomes `root / config.name`.
-        processes: that read and tokenise; the result does not depend on it.
-        report: told the stage and its share done.
+        processes: that read and tokenize; the result does not depend on it.
+        report: called with the stage and the share of it that is done.
 
     Raises:
-        ValueError: the config does not fit the documents, or another config made what is there.
-        RuntimeError: a document, a file or the disk is not as it must be.
+        ValueError: the config does not fit the documents, or the existing dataset was built from
+            another one.
+        RuntimeError: a document or file is malformed, or the disk is full.
     """
     root.mkdir(parents=True, exist_ok=True)
     final, partial = root / config.name, root / f"{config.name}.partial"
@@ -122,7 +123,7 @@ def _existing(config: DatasetConfig, folder: Path) -> Manifest:
 
 
 class _Build:
-    """The stages of one build; each is skipped if its result is there."""
+    """The stages of one build; each is skipped if its result exists."""
 
     def __init__(
         self, config: DatasetConfig, folder: Path, workers: Workers, report: Report
@@ -130,14 +131,14 @@ class _Build:
         self.config, self.folder, self.workers, self.report = config, folder, workers, report
 
     def run(self) -> None:
-        """All stages, up to a folder that is complete but for its name."""
+        """All stages; what is left is the rename of the folder."""
         installed = survey(LOCK) if self.config.source.kind == "installed" else None
         self._begin(installed)
         self._scatter(self._gather(installed) if installed else list_inputs(self.config.source))
         domains = sorted(p.name for p in (self.folder / SCATTERED).iterdir())
         if not domains:
             raise ValueError(
-                f"dataset.source of {self.config.name} holds no document; look at source.paths"
+                f"dataset.source of {self.config.name} has no documents; check source.paths"
             )
         self._make_tokenizer(domains)
         tokenizer = load_tokenizer(self.config.tokenizer, self.folder)
@@ -154,7 +155,7 @@ class _Build:
         fault_point("build.after_manifest")
 
     def _begin(self, installed: Installed | None) -> None:
-        """Start anew unless the folder holds the beginning of just this build."""
+        """Empty the folder unless it holds an interrupted build of the same config and sources."""
         if installed:
             source: list = [installed.python, installed.packages]
         else:
@@ -215,7 +216,7 @@ class _Build:
         missing = [domain for domain in domains if not (target / domain).is_dir()]
         tasks = [Pack(self.config, domain, str(self.folder)) for domain in missing]
         for done, _ in enumerate(self.workers.map(pack, tasks), start=1):
-            self.report("tokenise", done / len(tasks))
+            self.report("tokenize", done / len(tasks))
         fault_point("build.after_pack")
         return {domain: read_facts(target / domain) for domain in domains}
 
@@ -258,7 +259,7 @@ class _Build:
     def _write_blocks(
         self, target: Path, domain: str, split: str, tokenizer: Tokenizer
     ) -> dict[str, int]:
-        """Write one stream, and count what its targets stand for."""
+        """Write one stream, and count the bytes and documents of its targets."""
         packed, length = self.folder / PACKED / domain, self.config.block_tokens
         shape = columns(length, tokenizer.size)
         types = {key: shape[key].split(":")[1] for key in ("tokens", "documents")}
@@ -298,7 +299,7 @@ class _Build:
 
 @contextlib.contextmanager
 def _open_writer(target: Path, shape: dict[str, str]) -> Iterator[MDSWriter]:
-    """An MDS writer that writes nothing more after an error."""
+    """An MDS writer that stops writing after an error."""
     writer = MDSWriter(
         columns=shape,
         out=str(target),
@@ -341,7 +342,7 @@ def _name_hash(name: str) -> int:
 
 
 def _plain(config: DatasetConfig) -> dict:
-    """A config as JSON gives it back."""
+    """A config as it looks after a round trip through JSON."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -355,7 +356,7 @@ def _disk_full(config: DatasetConfig, root: Path, partial: Path) -> RuntimeError
     )
     text = text or COMPRESSED_TEXT * raw or 3 * (config.domain_bytes or 0)
     return RuntimeError(
-        f"the disk is full while dataset {config.name} is built: it needs about "
+        f"the disk is full: building dataset {config.name} takes about "
         f"{DISK_FACTOR * text} bytes, and {shutil.disk_usage(root).free} are free at {root}; "
-        "make room and run it again, finished stages are kept"
+        "free some disk space and rerun, finished stages are kept"
     )

@@ -1,11 +1,11 @@
-"""What a dataset is built from and what a run reads of it; free of torch and of machine paths."""
+"""The config classes of datasets and corpora; imports no torch and holds no machine's paths."""
 
 import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What names of datasets and domains look like, since they become folder names."""
+"""Names of datasets and domains, which become folder names."""
 
 SHARE_TOLERANCE = 1e-6
 
@@ -90,7 +90,7 @@ class DatasetConfig:
         _require_name("dataset.name", self.name)
         if not 2 <= self.block_tokens <= 1 << 24:
             raise ValueError(
-                f"dataset.block_tokens {self.block_tokens} is no block; choose 2 to {1 << 24}"
+                f"dataset.block_tokens {self.block_tokens} is out of range; choose 2 to {1 << 24}"
             )
         if self.domain_bytes is not None and self.domain_bytes < 1:
             raise ValueError(
@@ -99,7 +99,7 @@ class DatasetConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"dataset.validation_fraction {self.validation_fraction} leaves one side empty; "
-                "choose between 0 and 1, such as 0.02"
+                "choose a value between 0 and 1, such as 0.02"
             )
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"dataset.seed {self.seed} is out of range; choose 0 or more")
@@ -186,8 +186,8 @@ class DataConfig:
             _require_name("a key of corpus.domains", domain)
             if not 0 < share <= 1:
                 raise ValueError(
-                    f"corpus.domains.{domain} is {share}, no share of a whole; "
-                    "choose above 0 and at most 1, or leave the domain out"
+                    f"corpus.domains.{domain} is {share}, which is not a share; "
+                    "choose a value above 0 and up to 1, or leave the domain out"
                 )
         total = sum(self.domains.values())
         if abs(total - 1) > SHARE_TOLERANCE:
@@ -197,5 +197,5 @@ class DataConfig:
 def _require_name(key: str, name: str) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(
-            f"{key} {name!r} cannot be a folder; use letters, digits, dot, dash and underscore"
+            f"{key} {name!r} cannot be a folder name; use letters, digits, dot, dash and underscore"
         )

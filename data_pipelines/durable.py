@@ -1,4 +1,4 @@
-"""Results on disk that appear whole or not at all."""
+"""Files and folders that appear on disk complete or not at all."""
 
 import contextlib
 import fcntl
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def open_stage(final: Path) -> Iterator[Path | None]:
-    """A folder to fill, which becomes `final` when the block ends; None if `final` is there.
+    """A folder to fill, which becomes `final` when the block ends; None if `final` exists.
 
-    After an error nothing of it is left, so that a full disk is not kept full.
+    It is deleted after an error, so that it does not keep a full disk full.
     """
     if final.exists():
         yield None
@@ -25,6 +25,7 @@ def open_stage(final: Path) -> Iterator[Path | None]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    # Contents before the rename: after a power failure a folder with its final name is complete.
     for path in partial.rglob("*"):
         sync(path)
     sync(partial)
@@ -33,7 +34,7 @@ def open_stage(final: Path) -> Iterator[Path | None]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Replace a text file in one step, and bring it to the disk."""
+    """Replace a text file atomically, and fsync it."""
     partial = path.with_name(path.name + ".tmp")
     with partial.open("w") as file:
         file.write(text)
@@ -44,7 +45,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
+    """Fsync a file or a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,7 +55,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Wait for, and hold, a lock that ends with the process."""
+    """Wait for a file lock and hold it; the system releases it if the process dies."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""Held-out batches: the same blocks in the same order for every run of a study."""
+"""Validation batches: the same blocks in the same order for every run of a study."""
 
 import itertools
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def evaluation_batches(
 
     Raises:
         ValueError: the config does not fit the dataset, or the blocks make no whole sequence.
-        RuntimeError: the dataset is not what its manifest says.
+        RuntimeError: the dataset is damaged or does not match its manifest.
     """
     folder, manifest = open_dataset(config, root, None)
     described, joined = manifest.stream(domain, split), config.joined_blocks
@@ -49,10 +49,10 @@ def evaluation_batches(
 
 
 def check_evaluation(config: DataConfig, root: Path, max_blocks: int) -> None:
-    """Make sure that the first blocks of every held-out set make a sequence.
+    """Check that the blocks that are read of every validation set fill at least one sequence.
 
     Raises:
-        ValueError: those of one do not.
+        ValueError: those of one set do not.
     """
     manifest = read_manifest(root / config.dataset)
     for domain in manifest.domains:

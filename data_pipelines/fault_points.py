@@ -1,4 +1,4 @@
-"""Named points at which a drill may kill this process or fill its disk; nothing in normal use.
+"""Named points at which tests kill this process or simulate a full disk; no-ops in normal use.
 
 `CROSSLADDER_FAULT=name` kills the process the first time it passes `fault_point(name)`,
 `name:3` the third time, and `name:3:enospc` raises a full disk there instead.
@@ -10,10 +10,10 @@ import signal
 
 
 def fault_point(name: str) -> None:
-    """Do nothing, unless the environment asks for a fault here.
+    """Do nothing, unless the environment requests a fault here.
 
     Raises:
-        OSError: the environment asked for a full disk at this passing.
+        OSError: the environment requests a full disk here.
     """
     if name != _NAME:
         return

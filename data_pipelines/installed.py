@@ -1,4 +1,4 @@
-"""The embedded corpus: Python, C++ and technical prose that any installed environment holds.
+"""The embedded corpus: Python, C++ and technical prose from the installed packages.
 
 Python is the source of the standard library and of the packages named in requirements.lock, with
 the docstrings taken out; prose is those docstrings and the packages' descriptions; C++ is the
@@ -52,11 +52,11 @@ CHUNK = 48
 
 @dataclass(frozen=True)
 class Installed:
-    """What the environment is made of, as far as the corpus depends on it.
+    """The packages of the environment that the corpus is made of.
 
     Attributes:
-        packages: name -> version of what is read.
-        deviations: where the environment is not what the lock file says.
+        packages: version of each package that is read, by name.
+        deviations: differences between the environment and the lock file.
     """
 
     python: str
@@ -67,7 +67,7 @@ class Installed:
 
 @dataclass(frozen=True)
 class Yield:
-    """What a domain came to."""
+    """Totals of a domain."""
 
     documents: int
     utf8_bytes: int
@@ -83,7 +83,7 @@ def survey(lock: Path) -> Installed:
     """
     if not lock.is_file():
         raise RuntimeError(
-            f"{lock} is not there, and the embedded corpus is made of the packages it names; "
+            f"{lock} does not exist, but the embedded corpus is made of the packages it names; "
             "restore it, or write one with: pip freeze --exclude-editable > requirements.lock"
         )
     lines = (_LOCKED.match(line) for line in lock.read_text().splitlines())
@@ -112,7 +112,7 @@ def write_raw(
     workers: Workers,
     report: Callable[[float], None],
 ) -> None:
-    """Write `<domain>.jsonl.zst` for each domain, up to `cap` bytes, and what they came to.
+    """Write `<domain>.jsonl.zst` for each domain, up to `cap` bytes, and the totals.
 
     Raises:
         RuntimeError: a domain is empty.
@@ -146,14 +146,14 @@ def collect(
     write: Callable[[ExtractedText], None],
     report: Callable[[float], None],
 ) -> dict[str, Yield]:
-    """Hand the documents of all domains to `write`, and say what each domain came to.
+    """Pass the documents of all domains to `write`, and return the totals of each domain.
 
     Args:
         installed: what to read.
         cap: most bytes of a domain.
         workers: that read.
         write: called with the documents, in the order that the environment alone decides.
-        report: told the share done.
+        report: called with the share that is done.
     """
     quotas = {domain: _DomainQuota(domain, cap) for domain in ORIGIN_SHARE}
     sources = _files(installed)
@@ -224,11 +224,11 @@ class _DomainQuota:
         return True
 
     def share(self) -> float:
-        """How full it is, as far as that is known."""
+        """The share of its bytes that is taken; 0 without a limit."""
         return 1.0 if self.full else self.utf8_bytes / self.cap if self.cap else 0.0
 
     def result(self) -> Yield:
-        """What it came to."""
+        """Its totals."""
         return Yield(len(self.seen), self.utf8_bytes, self.duplicates, self.full)
 
 
@@ -246,7 +246,7 @@ def _group(domain: str, origin: str) -> str:
 
 
 def _chunks(files: Iterable[SourceFile], quotas: list[_DomainQuota]) -> Iterator[Chunk]:
-    """Files that may still be wanted, drawn late so that few are read in vain."""
+    """Files that may still be needed; a generator, so that few are read in vain."""
     wanted = (file for file in files if any(quota.wants(file) for quota in quotas))
     while chunk := tuple(itertools.islice(wanted, CHUNK)):
         yield Chunk(chunk, frozenset(quota.domain for quota in quotas if not quota.full))

@@ -1,4 +1,4 @@
-"""What a finished dataset says of itself: its streams, its shards and one hash over them all."""
+"""The manifest of a finished dataset: its streams, its shards and a hash over all of them."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of blocks, stored compressed and decompressed beside that when it is first read.
+    """One file of blocks, stored compressed, and decompressed next to it when first read.
 
     Attributes:
         name: of the decompressed file, relative to the dataset's folder.
@@ -61,8 +61,8 @@ class Manifest:
 
     Attributes:
         config: the DatasetConfig it was built from, as plain data.
-        source: what the documents were made of: versions, inputs, domains that fell short.
-        root_hash: over all that a run reads; neither times nor paths enter it.
+        source: where the documents are from: versions, inputs, domains with too little text.
+        root_hash: of everything that a run reads; times and paths are not part of it.
     """
 
     config: dict
@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise RuntimeError(
-            f"{file} is not there, so {folder} holds no finished dataset; build it first"
+            f"{file} does not exist, so {folder} holds no finished dataset; build it first"
         )
     try:
         plain = json.loads(file.read_text())
@@ -139,16 +139,16 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
     if root_hash(manifest) != manifest.root_hash:
         raise RuntimeError(
-            f"{file} does not fit its own root hash, so it was altered; {rebuild(folder)}"
+            f"{file} does not match its own root hash, so it was altered; {rebuild(folder)}"
         )
     return manifest
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest in one step that survives a crash."""
+    """Write the manifest atomically and durably."""
     write_durably(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 
 def rebuild(folder: Path) -> str:
-    """What to do about a dataset that cannot be used."""
+    """The fix for a dataset that cannot be used, for error messages."""
     return f"delete {folder} and build the dataset again"

@@ -1,4 +1,4 @@
-"""What the masked objectives hide of a batch, drawn from (seed, sample id, place) alone.
+"""Masking for the masked objectives, a function of (seed, sample id, position) alone.
 
 The draws are hashes, so a sequence is masked in the same way wherever and by however many ranks it
 is read.

@@ -1,9 +1,9 @@
-"""Smoothed n-gram models of tokens: the lines that a trained model must beat.
+"""Smoothed n-gram models of tokens: baselines for trained models.
 
 Interpolated Witten-Bell smoothing (Witten and Bell 1991, method C, in the recursive form of Chen
 and Goodman 1999, section 2.6): after a context h that was seen c(h) times with T(h) different
 followers, p(w | h) = (c(h w) + T(h) p(w | h')) / (c(h) + T(h)), h' being h without its first
-token; below the shortest context stands the uniform distribution.
+token; the shortest context backs off to the uniform distribution.
 """
 
 from collections.abc import Iterable
@@ -39,8 +39,8 @@ class NGram:
     def __init__(self, order: int, vocab_size: int) -> None:
         if order < 1 or vocab_size ** (order + 1) >= 2**63:
             raise ValueError(
-                f"order {order} at {vocab_size} ids is out of reach; take an order of 1 or more "
-                "that numbers its contexts in 63 bits, such as 5 for bytes"
+                f"order {order} at {vocab_size} ids is too large: its contexts do not fit into 63 "
+                "bits; choose an order from 1 on that does, such as 5 for bytes"
             )
         self.order, self.vocab_size = order, vocab_size
         self._counts: list[_Counts] = []

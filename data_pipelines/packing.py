@@ -1,7 +1,7 @@
-"""Documents into blocks: scattered by a hash, put in its order, tokenised and packed.
+"""From documents to blocks: scatter into buckets by hash, sort, tokenize and pack.
 
-Works on files throughout, so that memory follows the size of a bucket and not of the corpus. No
-library of training is imported here: these functions run in spawned processes.
+Everything passes through files, so that memory depends on the size of a bucket, not of the corpus.
+These functions run in spawned processes, so no training library is imported here.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
 SCATTERED, PACKED = ".scattered", ".packed"
-"""Folders of a build; no domain's name begins with a dot."""
+"""Folders of a build; the dot keeps them apart from domains."""
 FLUSH_BYTES = 4 << 20
 ENCODE_AT_ONCE = 256
 FACTS = "facts.json"
@@ -50,7 +50,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Pack:
-    """The task of tokenising one domain.
+    """The task of tokenizing one domain.
 
     Attributes:
         folder: of the build, with the scattered documents and the tokenizer.
@@ -63,7 +63,7 @@ class Pack:
 
 @dataclass(frozen=True)
 class Packed:
-    """What one split of a domain came to, before it is cut into blocks."""
+    """Totals of one split of a domain, before it is cut into blocks."""
 
     documents: int
     tokens: int
@@ -72,11 +72,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class DomainFacts:
-    """What one domain came to.
+    """Totals of one domain.
 
     Attributes:
-        duplicates: documents dropped since an equal one was there.
-        beyond_cap: documents left out since the domain had its bytes.
+        duplicates: documents dropped because they equal an earlier one.
+        beyond_cap: documents left out because the domain had reached its bytes.
     """
 
     duplicates: int
@@ -87,7 +87,7 @@ class DomainFacts:
 
 @dataclass(frozen=True)
 class Keyed:
-    """A document with what its hash decides: its place in the order and its split."""
+    """A document with what its hash decides: its position in the order and its split."""
 
     place: int
     draw: int
@@ -100,7 +100,7 @@ class Keyed:
 
 
 def scatter(task: Scatter) -> int:
-    """Append each document of an input to the bucket of its place; returns how many there were."""
+    """Append each document of an input to its bucket; returns the number of documents."""
     buffers: defaultdict[tuple[str, int], bytearray] = defaultdict(bytearray)
     documents = 0
     for document in read_input(task.given):
@@ -108,6 +108,7 @@ def scatter(task: Scatter) -> int:
         if not keyed.data:
             continue
         documents += 1
+        # Leading bits, so that bucket after bucket is also the order of places.
         bucket = keyed.place >> (64 - task.bucket_bits) if task.bucket_bits else 0
         buffer = buffers[document.domain, bucket]
         buffer += _HEAD.pack(keyed.place, keyed.draw, keyed.digest, len(keyed.data))
@@ -121,7 +122,11 @@ def scatter(task: Scatter) -> int:
 
 
 def key_document(data: bytes, seed: int) -> Keyed:
-    """Derive a document's place and split from its content and the seed."""
+    """Derive a document's position and split from its content and the seed.
+
+    They do not depend on where the document was read, so neither the number of processes nor the
+    names of the files change the dataset.
+    """
     digest = hashlib.blake2b(data, digest_size=16).digest()
     keyed = hashlib.blake2b(digest, digest_size=16, key=seed.to_bytes(8, "little")).digest()
     place, draw = struct.unpack("<QQ", keyed)
@@ -129,10 +134,10 @@ def key_document(data: bytes, seed: int) -> Keyed:
 
 
 def read_in_order(folder: Path, cap: int | None) -> Iterator[tuple[Keyed | None, str]]:
-    """The distinct documents of a domain in the order of their places, up to `cap` bytes.
+    """The distinct documents of a domain in their order, up to `cap` bytes.
 
     Yields:
-        the document and "", or None and why one was left out: "duplicate" or "beyond cap".
+        A document and "", or None and the reason why one was left out: "duplicate" or "beyond cap".
     """
     buckets: defaultdict[str, list[Path]] = defaultdict(list)
     for part in folder.iterdir():
@@ -140,6 +145,7 @@ def read_in_order(folder: Path, cap: int | None) -> Iterator[tuple[Keyed | None,
     taken, full = 0, False
     for bucket in sorted(buckets):
         found = [keyed for part in buckets[bucket] for keyed in _records(part)]
+        # Equal documents have equal keys, so sorting brings duplicates together.
         found.sort(key=lambda keyed: (keyed.place, keyed.digest))
         before = b""
         for keyed in found:
@@ -147,6 +153,7 @@ def read_in_order(folder: Path, cap: int | None) -> Iterator[tuple[Keyed | None,
                 yield None, "duplicate"
                 continue
             before = keyed.digest
+            # Once full, always full: taking smaller documents later would favour short ones.
             full = full or (cap is not None and taken + len(keyed.data) > cap)
             if full:
                 yield None, "beyond cap"
@@ -168,7 +175,7 @@ def pack(task: Pack) -> DomainFacts:
 
 
 def read_facts(folder: Path) -> DomainFacts:
-    """What `pack` found out about a domain."""
+    """The totals that `pack` stored of a domain."""
     stored = json.loads((folder / FACTS).read_text())
     train, validation = (Packed(**stored.pop(split)) for split in SPLITS)
     return DomainFacts(**stored, train=train, validation=validation)
@@ -195,7 +202,8 @@ def iterate_blocks(
     window = np.arange(block_tokens + 1)
     for begin in range(0, blocks, 1024):
         starts = np.arange(begin, min(begin + 1024, blocks)) * block_tokens
-        positions = starts[:, None] + window
+        positions = starts[:, None] + window  # (blocks, block_tokens + 1)
+        # The document of a token is the number of documents that end at or before it.
         documents = np.searchsorted(ends, positions.ravel(), "right").reshape(positions.shape)
         yield tokens[positions], documents - documents[:, :1]
 
@@ -214,7 +222,7 @@ def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:
 
 
 class _Writer:
-    """Tokenises documents and appends them to the flat files of a split."""
+    """Tokenizes documents and appends them to the flat files of a split."""
 
     def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -232,7 +240,7 @@ class _Writer:
             self._write()
 
     def close(self) -> Packed:
-        """Finish the files and say what they hold."""
+        """Close the files and return their totals."""
         self._write()
         self._tokens.close()
         self._lengths.close()
@@ -243,6 +251,7 @@ class _Writer:
             return
         encoded = self._tokenizer.encode_many(self._waiting)
         border, dtype = self._border, self._border.dtype
+        # Each document is enclosed in special tokens, so that it also predicts its end.
         pieces = [part for ids in encoded for part in (border, ids.astype(dtype), border)]
         lengths = np.array([len(ids) + 2 for ids in encoded], np.int64)
         # ndarray.tofile would hide the reason of a failure, such as a full disk.

@@ -22,36 +22,37 @@ def certificate(samples: np.ndarray) -> int:
 
 
 def open_dataset(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
-    """The dataset of a corpus, if it fits."""
+    """The folder and manifest of a corpus's dataset, checked against the config."""
     folder = root / config.dataset
     manifest = read_manifest(folder)
     if expected is not None and manifest.root_hash != expected:
         raise RuntimeError(
             f"dataset {folder} has the root hash {manifest.root_hash[:16]}, but "
-            f"{expected[:16]} was registered; restore the registered one"
+            f"{expected[:16]} was registered; restore the registered dataset"
         )
     if config.block_tokens != manifest.block_tokens:
         raise ValueError(
             f"corpus.block_tokens is {config.block_tokens}, but dataset {folder} has blocks of "
-            f"{manifest.block_tokens}; set it to that"
+            f"{manifest.block_tokens}; set it to match"
         )
     built = manifest.config["tokenizer"]
     if (config.tokenizer.kind, config.tokenizer.vocab_size) != (built["kind"], built["vocab_size"]):
         raise ValueError(
             f"corpus.tokenizer is {config.tokenizer.kind} of {config.tokenizer.vocab_size} ids, "
             f"but dataset {folder} was built with {built['kind']} of {built['vocab_size']}; "
-            "set it to that"
+            "set it to match"
         )
     fingerprint = load_tokenizer(config.tokenizer, folder).fingerprint
     if fingerprint != manifest.tokenizer_fingerprint:
         raise RuntimeError(
-            f"the tokenizer in {folder} is not the one its blocks were made with; {rebuild(folder)}"
+            f"the tokenizer in {folder} is not the one its blocks were built with; "
+            f"{rebuild(folder)}"
         )
     return folder, manifest
 
 
 def open_shards(folder: Path, described: manifests.Stream) -> list[MDSReader]:
-    """Readers of the shards of one stream, by StreamingDataset's own way."""
+    """Readers of the shards of one stream, made as StreamingDataset makes them."""
     stream = Stream(local=str(folder / described.folder), split="")
     return stream.get_shards(World(1, 1, 1, 0), allow_unsafe_types=False)  # type: ignore[return-value]
 
@@ -72,11 +73,11 @@ def batch_of(rows: list[dict], config: DataConfig, manifest: Manifest) -> Batch:
 
 @contextlib.contextmanager
 def located_errors(shard: MDSReader, place: int) -> Iterator[None]:
-    """Name the shard and the sample in whatever goes wrong while one is read."""
+    """Add the shard and the sample to any error while one is read."""
     try:
         yield
     except (ValueError, IndexError, OSError) as error:
         raise RuntimeError(
             f"shard {shard.dirname}/{shard.raw_data.basename} cannot be read at sample {place}: "
-            f"{error}; it was changed since it was verified, start again to have it checked"
+            f"{error}; it has changed since it was verified, rerun to verify it again"
         ) from error

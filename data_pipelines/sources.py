@@ -11,13 +11,13 @@ import zstandard
 from data_pipelines.config import SourceConfig
 
 SOURCE = "SOURCE.json"
-"""Beside files made of a source: what they came to."""
+"""File with the totals of a source."""
 MAX_LINE_BYTES = 64 << 20
 MAX_RATIO = 200
 """Largest decompressed size as a multiple of the compressed one; text stays below 20."""
 CHUNK_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 11
-"""Compressed bytes taken at once: few, since each could become 44,000 times as many."""
+"""Compressed bytes read at once: few, since each could decompress to 44,000 bytes."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Document:
 
     Attributes:
         domain: as a folder name.
-        origin: where it was found, for messages.
+        origin: file and line, for messages.
     """
 
     domain: str
@@ -46,12 +46,14 @@ def list_inputs(source: SourceConfig) -> list[Input]:
     """The files and folders of a source, sorted.
 
     Raises:
-        ValueError: a path is not there or holds nothing of its kind.
+        ValueError: a path does not exist or holds nothing of its kind.
     """
     found: list[Input] = []
     for given in map(Path, source.paths):
         if not given.exists():
-            raise ValueError(f"source.paths: {given} is not there; give an existing file or folder")
+            raise ValueError(
+                f"source.paths: {given} does not exist; give an existing file or folder"
+            )
         if source.kind == "jsonl":
             mine = (
                 [given] if given.is_file() else [*given.glob("*.jsonl"), *given.glob("*.jsonl.zst")]
@@ -79,7 +81,7 @@ def read_input(given: Input) -> Iterator[Document]:
     """The documents of one input, in order.
 
     Raises:
-        RuntimeError: a line or file is not what it must be.
+        RuntimeError: a line or file is malformed.
     """
     path = Path(given.path)
     yield from read_jsonl(path) if given.kind == "jsonl" else read_text_folder(path)
@@ -89,7 +91,7 @@ def read_jsonl(path: Path) -> Iterator[Document]:
     """The documents of a file in the Pile's format, decompressed as a stream.
 
     Raises:
-        RuntimeError: a line is no document, or the file decompresses beyond all reason.
+        RuntimeError: a line is not a document, or the file is a decompression bomb.
     """
     for number, line in _lines(path):
         place = f"{path} line {number}"
@@ -99,7 +101,7 @@ def read_jsonl(path: Path) -> Iterator[Document]:
             text.encode()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RuntimeError(
-                f"{place} is no document ({type(error).__name__}: {error}); each line must be "
+                f"{place} is not a document ({type(error).__name__}: {error}); each line must be "
                 '{"text": "...", "meta": {"pile_set_name": "..."}}; repair or remove it'
             ) from error
         yield Document(folder_name(domain, place), text, place)
@@ -133,7 +135,9 @@ def folder_name(domain: object, place: str) -> str:
     """
     name = re.sub(r"[^A-Za-z0-9._]+", "-", str(domain)).strip("-.")
     if not name or not isinstance(domain, str):
-        raise RuntimeError(f"{place} has the domain {domain!r}, which names no folder; name it")
+        raise RuntimeError(
+            f"{place} has the domain {domain!r}, which cannot be a folder name; rename it"
+        )
     return name
 
 
@@ -165,18 +169,20 @@ def _decompressed(path: Path) -> Iterator[bytes]:
             try:
                 content = frame.decompress(chunk)
             except zstandard.ZstdError as error:
-                raise RuntimeError(f"{path} cannot be decompressed: {error}; fetch it") from error
+                raise RuntimeError(
+                    f"{path} cannot be decompressed: {error}; download it again"
+                ) from error
             read += len(content)
             if read > MAX_RATIO * size + CHUNK_BYTES:
                 raise RuntimeError(
                     f"{path} has {size} bytes and decompresses to more than {MAX_RATIO} times "
-                    "that; it is no text, remove it"
+                    "that, which text does not; remove it"
                 )
             yield content
             chunk = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
     if frame is not None:
-        raise RuntimeError(f"{path} ends in the middle of its compressed data; fetch it again")
+        raise RuntimeError(f"{path} is truncated; download it again")
 
 
 def _chunks(path: Path, size: int) -> Iterator[bytes]:

@@ -1,10 +1,10 @@
-"""Blocks to this rank's batches: the order of a study, resumable by position alone.
+"""The batches of one rank, in a global order that can be resumed at any step.
 
-The global order of blocks is a function of the DataConfig and the dataset. Step s takes the blocks
-from s x blocks a step on, wherever epochs begin; rank r of R takes the r-th part of these. So the
-global batch is the same, in the same order, for any number of ranks and after any interruption.
-Where a sequence is longer than a block, what is ordered are groups of blocks that follow each other
-in one shard of a domain; the few blocks at the end of a shard that make no group are left out.
+The global order of blocks is a function of the DataConfig and the dataset alone. With b blocks per
+step, step s takes blocks s x b to (s + 1) x b, across epochs, and rank r of R takes the r-th part.
+So the global batch is the same, in the same order, for any number of ranks and after any
+interruption. Where a sequence is longer than a block, groups of consecutive blocks of one shard are
+ordered instead; the few blocks at the end of a shard that do not fill a group are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +32,7 @@ SHUFFLE_BLOCK = 1 << 18
 
 @dataclass(frozen=True)
 class Realised:
-    """What was read of a domain: blocks in all, different ones, and the most often read one."""
+    """What was read of a domain: blocks, distinct blocks, and reads of the most repeated block."""
 
     blocks: int
     unique_blocks: int
@@ -40,7 +40,7 @@ class Realised:
 
 
 class TokenStream:
-    """The batches of one rank, from a step on, without end.
+    """The batches of one rank from a step on; never ends.
 
     Args:
         config: the corpus.
@@ -48,12 +48,12 @@ class TokenStream:
         rank: of `ranks` that share each global batch.
         ranks: data-parallel ranks, not counting those that share a sequence.
         batch_sequences: sequences of a global batch.
-        first_step: steps that were taken before.
+        first_step: steps that are already done.
         expected_root_hash: of the dataset, if one was registered.
 
     Raises:
-        ValueError: the config does not fit the dataset, or the batch cannot be shared out.
-        RuntimeError: the dataset is not what its manifest says.
+        ValueError: the config does not fit the dataset, or the ranks do not divide the batch.
+        RuntimeError: the dataset is damaged or does not match its manifest.
     """
 
     def __init__(  # noqa: PLR0913
@@ -70,8 +70,8 @@ class TokenStream:
         share = ranks * config.pieces
         if batch_sequences < 1 or batch_sequences % share:
             raise ValueError(
-                f"a step of {batch_sequences} sequences cannot be shared out: {ranks} ranks x "
-                f"{config.pieces} sequences a block need a multiple of {share}; change "
+                f"a step of {batch_sequences} sequences cannot be divided: {ranks} ranks x "
+                f"{config.pieces} sequences per block need a multiple of {share}; change "
                 "optimizer.batch_tokens, corpus.seq_len or execution.ranks"
             )
         assert 0 <= rank < ranks
@@ -96,7 +96,7 @@ class TokenStream:
         return blocks.count(self.step * self._groups_per_step)
 
     def close(self) -> None:
-        """Let go of the dataset; there is no thread, process or shared memory to end."""
+        """Release the dataset; there are no threads, processes or shared memory to clean up."""
         self._blocks = None
 
     def _opened(self) -> "_Blocks":
@@ -105,14 +105,14 @@ class TokenStream:
 
 
 class _Blocks(StreamingDataset):
-    """StreamingDataset for shards that are here and verified, private to this process.
+    """A StreamingDataset for local, verified shards, private to this process.
 
-    Index, weights, sampling, partition, shuffle and reading are StreamingDataset's own. Left out
-    is its constructor's registration in shared memory and file locks, and the download threads of
-    its iteration: they coordinate downloads, of which there are none, wait without limit for
-    peers that died, and outlive a killed process. Attributes are named as the base class reads
-    them; a test holds the order equal to the base class's own. What it calls a sample is a group of
-    joined blocks, of one where none are joined.
+    Index, weights, sampling, partition, shuffle and reading are StreamingDataset's own. Its
+    constructor is not called, and its iteration not used: they set up shared memory, file locks and
+    threads for downloads, of which there are none here. These wait forever for peers that died, and
+    outlive a killed process. Attributes have the names that the base class reads; a test compares
+    the order with the base class's own. What it calls a sample is a group of joined blocks, or one
+    block where none are joined.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: DataConfig) -> None:
@@ -131,7 +131,7 @@ class _Blocks(StreamingDataset):
         self._set_index([[shard.samples // joined for shard in shards] for shards in kept])
 
     def at(self, positions: range) -> np.ndarray:
-        """The groups at some positions of the order, which may run over the end of an epoch."""
+        """The groups at some positions of the order, which may cross the end of an epoch."""
         length = self._config.epoch_groups
         epochs = range(positions.start // length, (positions.stop - 1) // length + 1)
         parts = []
@@ -145,7 +145,7 @@ class _Blocks(StreamingDataset):
         """The sequences of some groups.
 
         Raises:
-            RuntimeError: a shard was removed or damaged since it was verified.
+            RuntimeError: a shard was deleted or damaged after it was verified.
         """
         rows, joined = [], self._config.joined_blocks
         for group in ids:
@@ -157,7 +157,7 @@ class _Blocks(StreamingDataset):
         return batch_of(rows, self._config, self._manifest)
 
     def count(self, groups: int) -> dict[str, Realised]:
-        """What the first groups of the order hold of each domain."""
+        """What the first groups of the order contain of each domain."""
         times = np.zeros(self.num_samples, np.int64)
         length, joined = self._config.epoch_groups, self._config.joined_blocks
         for begin in range(0, groups, length):
@@ -173,12 +173,12 @@ class _Blocks(StreamingDataset):
         }
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Refuse: every shard was here when the dataset was opened."""
+        """Raise: a shard that is missing now was deleted after the dataset was opened."""
         del shard_id, blocking
-        raise FileNotFoundError("it was removed")
+        raise FileNotFoundError("it was deleted")
 
     def _set_order(self) -> None:
-        """Pin everything that the order depends on."""
+        """Fix everything that the order depends on, against other defaults in later versions."""
         self.num_canonical_nodes = self._config.num_canonical_nodes
         self.shuffle, self.shuffle_algo = True, SHUFFLE_ALGORITHM
         self.shuffle_seed = self._config.shuffle_seed

@@ -140,7 +140,7 @@ def load_tokenizer(config: TokenizerConfig, folder: Path) -> Tokenizer:
         return ByteTokenizer()
     file = folder / SAVED
     if not file.is_file():
-        raise RuntimeError(f"{file} is not there; build the dataset again")
+        raise RuntimeError(f"{file} does not exist; build the dataset again")
     return _sized(SavedTokenizer(file.read_text()), config, file)
 
 
@@ -152,7 +152,7 @@ def read_given_tokenizer(config: TokenizerConfig) -> str:
     """
     file = Path(str(config.path))
     if not file.is_file():
-        raise ValueError(f"tokenizer.path {file} is not there; give a saved tokenizers JSON")
+        raise ValueError(f"tokenizer.path {file} does not exist; give the JSON file of a tokenizer")
     text = file.read_text()
     try:
         _sized(SavedTokenizer(text), config, file)
@@ -192,5 +192,5 @@ def _choose_special(specials: dict[int, str]) -> int:
                 return i
     raise ValueError(
         f"tokenizer has the special tokens {sorted(specials.values())}, none of which is known "
-        f"to end a document; add one of {', '.join(SPECIAL_NAMES)}"
+        f"to separate documents; add one of {', '.join(SPECIAL_NAMES)}"
     )

@@ -1,8 +1,8 @@
-"""Trust in a dataset's files: what is checked before a block is read, and remembered after.
+"""Verification of a dataset's files before a block is read.
 
-The manifest is the authority. An index that does not repeat it word for word is refused, so
-nothing that an index could smuggle in (paths, foreign encodings, sizes) reaches the reader. Each
-shard is hashed when it is first opened on a machine; a stamp then says so for the very same file.
+The manifest is the authority. An index that differs from it is rejected, so that no path, encoding
+or size of a tampered index reaches the reader. Each shard is hashed when it is first opened on a
+machine; a stamp then records the file's identity, so that later starts need not hash it again.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ MAX_INDEX_BYTES_PER_SHARD = 4096
 
 
 def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) -> None:
-    """Make sure of every shard of some streams, and decompress those that are not yet.
+    """Verify every shard of some streams, and decompress those that are not decompressed yet.
 
     Raises:
-        RuntimeError: an index or a shard is not what the manifest says.
+        RuntimeError: an index or a shard does not match the manifest.
     """
     for stream in streams:
         _verify_index(folder, manifest, stream)
@@ -40,6 +40,7 @@ def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) 
     if all(_is_stamped(stamps, folder, shard) for shard in shards):
         return
     with _locked(folder):
+        # Read again: another process may have verified them while this one waited for the lock.
         stamps = _read_stamps(folder)
         for shard in shards:
             if not _is_stamped(stamps, folder, shard):
@@ -49,10 +50,10 @@ def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) 
 
 
 def verify_dataset(folder: Path) -> Manifest:
-    """Check every byte of a dataset, whatever was checked before.
+    """Check every byte of a dataset, whatever the stamps say.
 
     Raises:
-        RuntimeError: something is not what the manifest says.
+        RuntimeError: a file does not match the manifest.
     """
     manifest = read_manifest(folder)
     for stream in manifest.streams:
@@ -61,8 +62,8 @@ def verify_dataset(folder: Path) -> Manifest:
             _read_compressed(folder, shard)
             if (folder / shard.name).exists() and not _raw_is_right(folder, shard):
                 raise RuntimeError(
-                    f"shard {folder / shard.name} is not what the manifest says, but its "
-                    "compressed form is; delete it, and it is made anew"
+                    f"shard {folder / shard.name} does not match the manifest, but its compressed "
+                    "form does; delete it, and it is decompressed again"
                 )
     return manifest
 
@@ -83,7 +84,7 @@ def _verify_index(folder: Path, manifest: Manifest, stream: Stream) -> None:
     if not path.is_file():
         raise RuntimeError(f"index {path} is missing; {rebuild(folder)}")
     if path.stat().st_size > MAX_INDEX_BYTES_PER_SHARD * (len(stream.shards) + 1):
-        raise RuntimeError(f"index {path} is larger than any index; {rebuild(folder)}")
+        raise RuntimeError(f"index {path} is too large for an index; {rebuild(folder)}")
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -103,7 +104,9 @@ def _expected_entry(manifest: Manifest, shard: Shard) -> dict:
     raw, zipped = Path(shard.name).name, Path(shard.zip_name).name
     for name in (raw, zipped):
         if not NAME.fullmatch(name):
-            raise RuntimeError(f"manifest names the shard {name!r}, which is no file name; rebuild")
+            raise RuntimeError(
+                f"the manifest lists the shard {name!r}, which is not a plain file name; rebuild"
+            )
     return {
         "version": 2,
         "format": "mds",
@@ -124,7 +127,7 @@ def _entry(name: str, size: int, digest: str) -> dict:
 
 
 def _difference(expected: object, found: object, path: str) -> str:
-    """Where two trees of plain data first differ, in words, or nothing."""
+    """A description of where two trees of plain data first differ; empty if they are equal."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in [*expected, *(k for k in found if k not in expected)]:
             where = f"{path}.{key}".strip(".")
@@ -142,7 +145,7 @@ def _difference(expected: object, found: object, path: str) -> str:
 
 
 def _make_sure(folder: Path, shard: Shard) -> None:
-    """Have the decompressed shard there and right; it is made anew once if it is not."""
+    """Check the decompressed shard, and decompress it again if it is missing or damaged."""
     if _raw_is_right(folder, shard):
         return
     content = _read_compressed(folder, shard)
@@ -158,7 +161,7 @@ def _make_sure(folder: Path, shard: Shard) -> None:
         free = shutil.disk_usage(folder).free
         raise RuntimeError(
             f"shard {path} cannot be decompressed: {error.strerror}; it needs {len(content)} "
-            f"bytes and {free} are free, make room and start again"
+            f"bytes and {free} are free; free some disk space and rerun"
         ) from error
 
 
@@ -178,26 +181,28 @@ def _raw_is_right(folder: Path, shard: Shard) -> bool:
 
 
 def _read_compressed(folder: Path, shard: Shard) -> bytes:
-    """The content of a shard from its compressed form, checked before and after."""
+    """The content of a shard from its compressed form, hashed before and after decompression."""
     path = folder / shard.zip_name
     if not path.is_file() or path.is_symlink():
         raise RuntimeError(f"shard {path} is missing; {rebuild(folder)}")
     size = path.stat().st_size
     if size != shard.zip_bytes:
         raise RuntimeError(
-            f"shard {path} has {size} bytes instead of {shard.zip_bytes}, it is truncated or "
+            f"shard {path} has {size} bytes instead of {shard.zip_bytes}, so it is truncated or "
             f"replaced; {rebuild(folder)}"
         )
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard.zip_sha256:
         raise RuntimeError(
-            f"shard {path} does not match its hash, it is damaged; {rebuild(folder)}"
+            f"shard {path} does not match its hash, so it is damaged; {rebuild(folder)}"
         )
+    # One byte more than expected, and no more: a wrong file cannot fill the memory.
     with zstandard.ZstdDecompressor().stream_reader(data) as reader:
         content = reader.read(shard.raw_bytes + 1)
     if hashlib.sha256(content).hexdigest() != shard.raw_sha256:
         raise RuntimeError(
-            f"shard {path} decompresses to other content than the manifest says; {rebuild(folder)}"
+            f"shard {path} decompresses to content that does not match the manifest; "
+            f"{rebuild(folder)}"
         )
     return content
 
@@ -208,7 +213,7 @@ def _is_stamped(stamps: dict[str, list | None], folder: Path, shard: Shard) -> b
 
 
 def _stamp(path: Path, shard: Shard) -> list | None:
-    """What identifies a file that was checked, or None if there is no such file."""
+    """What identifies a verified file: a rewritten one differs. None if there is no file."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -223,7 +228,7 @@ def _stamp_file(folder: Path) -> Path:
 
 
 def _read_stamps(folder: Path) -> dict[str, list | None]:
-    """What was checked on this machine; a stamp file that cannot be read counts as none."""
+    """The files verified on this machine; an unreadable stamp file counts as empty."""
     try:
         stamps = json.loads(_stamp_file(folder).read_text())
     except (FileNotFoundError, ValueError):
@@ -232,7 +237,7 @@ def _read_stamps(folder: Path) -> dict[str, list | None]:
 
 
 def _write_stamps(folder: Path, stamps: dict[str, list | None]) -> None:
-    # Stamps only save work, so a dataset on a read-only disk is checked at each start instead.
+    # Stamps only save work: on a read-only disk a dataset is verified at each start instead.
     with contextlib.suppress(OSError):
         partial = _stamp_file(folder).with_suffix(".tmp")
         partial.write_text(json.dumps(stamps))
@@ -241,7 +246,7 @@ def _write_stamps(folder: Path, stamps: dict[str, list | None]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time decompresses; on a read-only disk there is nothing to write."""
+    """Let one process at a time decompress; on a read-only disk there is nothing to write."""
     if os.access(folder, os.W_OK):
         with hold_lock(folder / ".verify.lock"):
             yield

@@ -1,4 +1,4 @@
-"""Processes that work on a build: results in the order of the tasks, no orphan left behind."""
+"""Worker processes of a build: results in the order of the tasks, and no orphans."""
 
 import contextlib
 import ctypes
@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 
 PR_SET_PDEATHSIG = 1
 AHEAD = 2
-"""Tasks submitted ahead of the one waited for, as a multiple of the processes."""
+"""Tasks submitted ahead of the next result, as a multiple of the processes."""
 
 
 class Workers:
-    """Runs tasks in spawned processes, or in this one if a single process is asked for."""
+    """Runs tasks in spawned processes, or in this one if there is to be one process."""
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
@@ -48,8 +48,8 @@ class Workers:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process of the build was killed from outside; look for a lack of memory, "
-                "then run the build again: what is finished is kept"
+                "a process of the build was killed from outside, perhaps for lack of memory; "
+                "rerun the build, finished stages are kept"
             ) from error
         finally:
             for future in pending:
@@ -72,7 +72,7 @@ class Workers:
 
 @contextlib.contextmanager
 def open_workers(processes: int) -> Iterator[Workers]:
-    """Workers that are ended at the close of the block."""
+    """Workers that are stopped when the block ends."""
     workers = Workers(processes)
     try:
         yield workers
@@ -81,8 +81,9 @@ def open_workers(processes: int) -> Iterator[Workers]:
 
 
 def _die_with(parent: int) -> None:
-    """Have this process killed when its parent dies, which a pool alone does not see to."""
+    """Have the kernel kill this process when its parent dies, which a pool alone does not do."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have died before prctl took effect.
     if os.getppid() != parent:
         os._exit(1)

@@ -1,7 +1,7 @@
-"""The lines that trained models must beat: n-gram models of the very bytes that runs train on.
+"""Baselines: n-gram models of the same tokens that the runs train on.
 
-Counted in a process of its own, because reading blocks loads slow libraries; kept in the sweep's
-`baselines.json`, and counted again only if what they were made of has changed.
+They are fitted in a separate process, because reading blocks loads slow libraries, and stored in
+the sweep's `baselines.json`; they are fitted again only if data, budgets or orders have changed.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ def write_baselines(
         evaluation: how much of each held-out set is read.
         orders: 2 for a bigram.
         places: the sweep's folder, the datasets' root, and the dataset's root hash.
-        console: where it is said that this takes a while.
+        console: for a line of progress.
     """
     folder, root, root_hash = places
     longest: dict[str, RunConfig] = {}
@@ -50,7 +50,9 @@ def write_baselines(
     ]
     if not orders or read_json(folder / FILE).get("asked") == asked:
         return
-    console.print(f"counting n-grams of orders {', '.join(map(str, orders))}", highlight=False)
+    console.print(
+        f"fitting n-gram baselines of orders {', '.join(map(str, orders))}", highlight=False
+    )
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         plain = [(dump(run), dump(evaluation), list(orders), str(root)) for run in longest.values()]
         rows = [row for part in pool.starmap(_count, plain) for row in part]

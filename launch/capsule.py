@@ -1,4 +1,4 @@
-"""The command: pack a study into one file, or train one small cell of it again.
+"""The command that packs a study into one file, or retrains one of its runs as a check.
 
 python launch/capsule.py pack runs/scaling scaling.tar.gz
 python launch/capsule.py retrain scaling.tar.gz [--run <id>] [--tolerance 0.001]
@@ -77,7 +77,7 @@ def _retrain(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def sweep_of(capsule: Capsule, scratch: Path) -> Sweep:
-    """The study's sweep as its stored configuration expands today."""
+    """The study's sweep, expanded from its stored configuration."""
     stored = yaml.safe_load((capsule.folder / "sweep.yaml").read_text())
     scratch.write_text(yaml.safe_dump(stored["config"]))
     return read_sweep_file(scratch, [])
@@ -95,23 +95,25 @@ def smallest(capsule: Capsule, sweep: Sweep, run_id: str | None) -> Experiment:
         run_id = str(done.sort_values(by=["flops"], kind="stable")["run_id"].iloc[0])
     if run_id not in set(done["run_id"]):
         known = ", ".join(sorted(set(done["run_id"]))[:5])
-        raise ConfigError(f"run {run_id} is not finished in this capsule; it has {known}")
+        raise ConfigError(
+            f"run {run_id} is not a finished run of this capsule; choose from {known}"
+        )
     for experiment in sweep.experiments:
         if experiment.folder_name == run_id:
             return experiment
     raise ConfigError(
-        f"the stored sweep no longer expands to run {run_id}: this version or machine resolves it "
-        "otherwise; check out the commit in its provenance.json"
+        f"the stored sweep does not expand to run {run_id} with this version on this machine; "
+        "check out the commit in its provenance.json"
     )
 
 
 def retrain(
     capsule: Capsule, sweep: Sweep, experiment: Experiment, runs: Path, console: Console
 ) -> list[Drift]:
-    """Train one run again from nothing, and compare its last losses with the stored ones.
+    """Train one run again from scratch, and compare its final losses with the stored ones.
 
     Raises:
-        RuntimeError: it did not finish, or the data at hand are others.
+        RuntimeError: it did not finish, or the data differ.
     """
     before = capsule.folder / "runs" / experiment.folder_name
     data_root = Path(experiment.execution.data_root)
@@ -125,7 +127,9 @@ def retrain(
     TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
     folder = runs / experiment.folder_name
     if status_of(experiment, folder) is not RunStatus.DONE:
-        raise RuntimeError(f"run {experiment.run_id} did not finish; try launch/train.py for why")
+        raise RuntimeError(
+            f"run {experiment.run_id} did not finish; run it with launch/train.py to see why"
+        )
     wanted = evaluation_id(experiment.evaluation)
     old, new = (_last_losses(read_run(each), wanted) for each in (before, folder))
     return [Drift(name, old[name], new[name]) for name in sorted(old.keys() & new.keys())]
@@ -141,16 +145,23 @@ def _last_losses(run: StoredRun, wanted: str) -> dict[str, float]:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="launch/capsule.py", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="launch/capsule.py",
+        description="Pack a study into one file, or retrain one of its runs as a check.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    packing = commands.add_parser("pack", help="configs, table, manifests, lock and report")
-    packing.add_argument("sweep", type=Path, help="a folder, such as runs/scaling")
-    packing.add_argument("target", type=Path, help="the .tar.gz to write")
-    training = commands.add_parser("retrain", help="train one cell again and report the drift")
-    training.add_argument("capsule", type=Path, help="a .tar.gz that pack wrote")
-    training.add_argument("--run", help="which run (default: the one with the fewest FLOPs)")
+    packing = commands.add_parser(
+        "pack", help="pack configs, run table, manifests, lock file and report"
+    )
+    packing.add_argument("sweep", type=Path, help="sweep folder, such as runs/scaling")
+    packing.add_argument("target", type=Path, help=".tar.gz file to write")
+    training = commands.add_parser(
+        "retrain", help="train one run again and report the drift of its losses"
+    )
+    training.add_argument("capsule", type=Path, help=".tar.gz file that pack wrote")
+    training.add_argument("--run", help="run id (default: the run with the fewest FLOPs)")
     training.add_argument(
-        "--tolerance", type=float, default=1e-3, help="largest drift of ln L (default: 0.001)"
+        "--tolerance", type=float, default=1e-3, help="largest drift of ln(loss) (default: 0.001)"
     )
     return parser.parse_args(words)
 

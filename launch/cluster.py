@@ -1,4 +1,4 @@
-"""LauncherConfig to submitit: SLURM, local processes in slots, or the launcher's own process."""
+"""Run units through submitit: on SLURM, in local processes, or in the launcher's own process."""
 
 import os
 import time
@@ -22,7 +22,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Resources:
-    """What one process of a run needs, and how many there are."""
+    """Processes of a run, and CPU threads of each."""
 
     ranks: int
     threads: int
@@ -35,20 +35,20 @@ class Resources:
 
 @dataclass
 class Submission:
-    """A submitted job and what it holds."""
+    """A submitted job and the resources it uses."""
 
     job: submitit.Job
-    shape: Resources
+    resources: Resources
     units: tuple[Unit, ...]
 
 
 @dataclass
 class Pool:
-    """Jobs that hold no more slots together than there are.
+    """Jobs that together use no more slots than there are.
 
     Attributes:
         queue: jobs to start, in this order.
-        note: told of every job that ended.
+        note: called with every job that ended.
     """
 
     slots: int
@@ -58,21 +58,21 @@ class Pool:
     running: list[Submission] = field(default_factory=list)
 
     def step(self) -> bool:
-        """Start what fits and forget what ended; whether anything is left."""
+        """Drop jobs that ended and start those that fit; returns whether any are left."""
         ended = [s for s in self.running if s.job.done()]
         self.running = [s for s in self.running if s not in ended]
         for submission in ended:
             self.note(submission)
-        free = self.slots - sum(s.shape.slots for s in self.running)
+        free = self.slots - sum(s.resources.slots for s in self.running)
         while self.queue and self.queue[0][0].slots <= free:
-            shape, units = self.queue.pop(0)
-            self.running.append(self.start(shape, units))
-            free -= shape.slots
+            resources, units = self.queue.pop(0)
+            self.running.append(self.start(resources, units))
+            free -= resources.slots
         return bool(self.running or self.queue)
 
 
 def resources_of(unit: Unit) -> Resources:
-    """What a unit's runs need."""
+    """The resources that a unit's runs need."""
     execution = unit.branches[0].execution
     return Resources(execution.ranks, execution.threads)
 
@@ -80,7 +80,7 @@ def resources_of(unit: Unit) -> Resources:
 def run_units(
     units: Sequence[Unit], launcher: LauncherConfig, sweep: Path, tick: Callable[[], None]
 ) -> None:
-    """Train units where the launcher config says, calling `tick` now and then, until all ended.
+    """Train units where the launcher config says, calling `tick` twice a second, until all end.
 
     Raises:
         ConfigError: a run needs more slots than there are.
@@ -95,7 +95,8 @@ def run_units(
             tick()
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        # The terminal has sent the interrupt to the local jobs too; they save and end.
+        # Ctrl-C reaches the local jobs too, as part of the foreground process group. Wait until
+        # they have saved, so that the shell prompt returns when everything is on disk.
         if launcher.cluster == "local":
             while any(not s.job.done() for s in pool.running):
                 time.sleep(POLL_SECONDS)
@@ -110,49 +111,49 @@ def available_slots(launcher: LauncherConfig) -> int:
 def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
     slots = available_slots(launcher)
     queue: list[tuple[Resources, tuple[Unit, ...]]] = []
-    shapes: dict[Resources, list[Unit]] = {}
+    groups: dict[Resources, list[Unit]] = {}
     for unit in units:
-        shapes.setdefault(resources_of(unit), []).append(unit)
-    for shape in sorted(shapes, key=lambda s: -s.slots):
-        if shape.slots > slots:
+        groups.setdefault(resources_of(unit), []).append(unit)
+    for resources in sorted(groups, key=lambda s: -s.slots):
+        if resources.slots > slots:
             raise ConfigError(
-                f"execution.ranks {shape.ranks} x execution.threads {shape.threads} need "
-                f"{shape.slots} slots, but there are {slots}; lower one, or raise launcher.slots"
+                f"execution.ranks {resources.ranks} x execution.threads {resources.threads} need "
+                f"{resources.slots} slots, but there are {slots}; lower one or raise launcher.slots"
             )
-        mine = tuple(shapes[shape])
-        if shape.ranks > 1:
-            queue += [(shape, (unit,)) for unit in mine]
+        mine = tuple(groups[resources])
+        if resources.ranks > 1:
+            queue += [(resources, (unit,)) for unit in mine]
         else:
-            # Every worker is handed all units and claims the next free one.
-            queue += [(shape, mine)] * min(slots // shape.slots, len(mine))
+            # Every worker gets all units and claims the next free one, so that none idles.
+            queue += [(resources, mine)] * min(slots // resources.slots, len(mine))
 
-    def start(shape: Resources, units: tuple[Unit, ...]) -> Submission:
+    def start(resources: Resources, units: tuple[Unit, ...]) -> Submission:
         executor = submitit.LocalExecutor(folder=sweep / "jobs")
         executor.update_parameters(
-            tasks_per_node=shape.ranks,
-            cpus_per_task=shape.threads,
+            tasks_per_node=resources.ranks,
+            cpus_per_task=resources.threads,
             gpus_per_node=launcher.gpus_per_node,
             timeout_min=launcher.minutes,
         )
-        return _submit(executor, TrainJob(sweep, units, os.getpid()), shape, None)
+        return _submit(executor, TrainJob(sweep, units, os.getpid()), resources, None)
 
     return Pool(slots, _noter(sweep), start, queue)
 
 
 def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
-    """One SLURM job a multi-rank unit, `runs_per_job` small ones in one job."""
+    """One SLURM job per multi-rank unit; `runs_per_job` single-rank units share a job."""
     adopted = _still_queued(sweep)
     waiting = [unit for unit in units if unit.name not in adopted]
     queue: list[tuple[Resources, tuple[Unit, ...]]] = []
-    shapes: dict[Resources, list[Unit]] = {}
+    groups: dict[Resources, list[Unit]] = {}
     for unit in waiting:
-        shapes.setdefault(resources_of(unit), []).append(unit)
-    for shape, mine in shapes.items():
-        size = 1 if shape.ranks > 1 else launcher.runs_per_job
-        queue += [(shape, tuple(mine[i : i + size])) for i in range(0, len(mine), size)]
+        groups.setdefault(resources_of(unit), []).append(unit)
+    for resources, mine in groups.items():
+        size = 1 if resources.ranks > 1 else launcher.runs_per_job
+        queue += [(resources, tuple(mine[i : i + size])) for i in range(0, len(mine), size)]
 
-    def start(shape: Resources, units: tuple[Unit, ...]) -> Submission:
-        per_node = min(launcher.ranks_per_node or shape.ranks, shape.ranks)
+    def start(resources: Resources, units: tuple[Unit, ...]) -> Submission:
+        per_node = min(launcher.ranks_per_node or resources.ranks, resources.ranks)
         executor = QueueExecutor(folder=sweep / "jobs", max_num_timeout=100)
         intent = uuid.uuid4().hex
         optional = {
@@ -164,22 +165,23 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
         executor.update_parameters(
             job_name=f"crossladder-{sweep.name}"[:60],
             comment=intent,
-            nodes=shape.ranks // per_node,
+            nodes=resources.ranks // per_node,
             ntasks_per_node=per_node,
-            cpus_per_task=shape.threads,
+            cpus_per_task=resources.threads,
             time=launcher.minutes,
             signal_delay_s=120,
             **{key: value for key, value in optional.items() if value is not None},
         )
-        return _submit(executor, TrainJob(sweep, units, None), shape, intent)
+        return _submit(executor, TrainJob(sweep, units, None), resources, intent)
 
     pool = Pool(10**9, _noter(sweep), start, queue)
+    # A job of several units is adopted once.
     pool.running += {s.job.job_id: s for s in adopted.values()}.values()
     return pool
 
 
 def _noter(sweep: Path) -> Callable[[Submission], None]:
-    """Tell the journal of jobs that ended badly, with the end of what they wrote."""
+    """A function that writes jobs that failed to the journal, with their last line of output."""
     journal = Journal(sweep)
 
     def note(submission: Submission) -> None:
@@ -193,7 +195,7 @@ def _noter(sweep: Path) -> Callable[[Submission], None]:
 
 
 def _error_of(job: submitit.Job) -> str:
-    """The last line of a job's error, or nothing."""
+    """The last line of a job's error, or an empty string."""
     try:
         job.results()
     except (UncompletedJobError, FailedJobError) as error:
@@ -202,28 +204,32 @@ def _error_of(job: submitit.Job) -> str:
 
 
 def _submit(
-    executor: submitit.Executor, job: TrainJob, shape: Resources, intent: str | None
+    executor: submitit.Executor, job: TrainJob, resources: Resources, intent: str | None
 ) -> Submission:
     journal = Journal(job.sweep)
     names = ",".join(unit.name for unit in job.units)
-    journal.write("intent", units=names, intent=intent, ranks=shape.ranks)
-    # It says where the cluster is, not in which job we are, but is cleaned away with the rest.
+    journal.write("intent", units=names, intent=intent, ranks=resources.ranks)
+    # Variables of a job that the launcher itself may run in must not leak into the new one, but
+    # clean_env also drops SLURM_CONF, which says where the cluster is.
     cluster = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env():
         os.environ.update(cluster)
         submitted = executor.submit(job)
     fault_point("launch.submitted")
-    journal.write("submitted", units=names, intent=intent, ranks=shape.ranks, job=submitted.job_id)
-    return Submission(submitted, shape, job.units)
+    journal.write(
+        "submitted", units=names, intent=intent, ranks=resources.ranks, job=submitted.job_id
+    )
+    return Submission(submitted, resources, job.units)
 
 
 def _still_queued(sweep: Path) -> dict[str, Submission]:
     """Jobs of this sweep that an earlier launcher submitted and SLURM still holds, by unit.
 
-    A launcher killed between sbatch and its next row has left the intent, which is the job's
-    comment; where a site writes comments of its own, the job's id is what is left.
+    A launcher may be killed between sbatch and writing the job id to the journal. Its intent row is
+    there before, and the job carries the intent as its comment. Where a site overwrites comments,
+    the job id has to do.
     """
-    # Rows of local jobs have no intent, and process ids for job ids.
+    # Rows of local jobs have no intent; their job ids are process ids, which SLURM may use too.
     rows = [row for row in Journal(sweep).rows() if row.get("intent")]
     known = {str(row.get("job") or row["intent"]): row for row in rows}
     adopted: dict[str, Submission] = {}

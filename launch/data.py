@@ -1,4 +1,4 @@
-"""Make sure that a dataset is there, in a process of its own: its builder loads slow libraries."""
+"""Build a dataset in a separate process, because its builder loads slow libraries."""
 
 import multiprocessing
 from collections.abc import Mapping
@@ -15,23 +15,23 @@ from trainer.schema import dump, load
 
 
 class DataError(RuntimeError):
-    """A dataset cannot be built or is not what it must be."""
+    """A dataset cannot be built, or its files are damaged."""
 
     exit_code = ExitCode.BAD_DATA
 
 
 def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
-    """Build a dataset unless it is there; returns its root hash.
+    """Build a dataset unless it exists; returns its root hash.
 
     Raises:
-        DataError: it cannot be built, or another config made what is there.
+        DataError: it cannot be built, or the existing one was built from another config.
     """
     folder = root / config.name
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         if manifest.config == dump(config):
             return manifest.root_hash
-    console.print(f"building data in {folder}, once", highlight=False)
+    console.print(f"building the dataset {folder} (only once)", highlight=False)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     child = multiprocessing.get_context("spawn").Process(
         target=_build, args=(dump(config), root, theirs)
@@ -63,8 +63,8 @@ def _follow(pipe: Connection, console: Console) -> str:
                 kind, text = pipe.recv()
             except EOFError:
                 raise DataError(
-                    "the process that builds data was ended from outside; "
-                    "give the same command again, it goes on where it stood"
+                    "the process that builds the data was killed from outside; "
+                    "rerun the same command to resume the build"
                 ) from None
             if kind == "error":
                 raise DataError(text)

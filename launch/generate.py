@@ -1,4 +1,4 @@
-"""The command: continue a prompt with a trained run.
+"""The command that generates text with a trained run.
 
 python launch/generate.py runs/scaling/<id> "def add(a, b):" [--tokens 200] [--temperature 0]
 """
@@ -22,7 +22,7 @@ EXAMPLES = """
 examples:
   python launch/generate.py runs/scaling/<id> "def add(a, b):"
   python launch/generate.py runs/scaling/<id> "The " --tokens 400 --temperature 0.8 --top-p 0.95
-  python launch/generate.py runs/scaling/<id> "import " --temperature 0      the likeliest token"""
+  python launch/generate.py runs/scaling/<id> "import " --temperature 0      greedy decoding"""
 
 
 def main(words: list[str]) -> int:
@@ -35,8 +35,8 @@ def main(words: list[str]) -> int:
         run = load_run(arguments.run)
         if run.config.objective != "causal_lm":
             raise ConfigError(
-                f"{arguments.run} was trained for {run.config.objective}; only causal_lm runs go "
-                "on with a prompt"
+                f"{arguments.run} was trained for {run.config.objective}, but only causal_lm runs "
+                "can generate; choose another run"
             )
         pieces = _stream(run, run.tokenizer(arguments.data), arguments, sampling)
     except (ValueError, RuntimeError, OSError) as error:
@@ -51,9 +51,12 @@ def main(words: list[str]) -> int:
 def _stream(
     run: TrainedRun, tokenizer: Tokenizer, arguments: argparse.Namespace, sampling: Sampling
 ) -> tuple[int, list[GeneratedTokens]]:
-    """Write the prompt and what follows, as it comes; returns the prompt's length and the pieces.
+    """Stream the prompt and the generated text to the terminal.
 
-    A document begins with the special token, and ends where the model writes it.
+    Documents begin and end with the special token, so generation stops where the model emits it.
+
+    Returns:
+        The prompt's length and the generated pieces.
     """
     prompt = [tokenizer.special, *(int(i) for i in tokenizer.encode(arguments.prompt))]
     sys.stdout.write(arguments.prompt)
@@ -63,7 +66,7 @@ def _stream(
         ids.append(int(piece.tokens))
         if ids[-1] == tokenizer.special:
             break
-        # The last characters may be halves until the next byte has come.
+        # A character of several bytes is incomplete until its last byte is generated.
         text = tokenizer.decode(ids).rstrip(REPLACEMENT)
         if text.startswith(shown):
             sys.stdout.write(text[len(shown) :])
@@ -90,13 +93,19 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="a run's folder, such as runs/scaling/<id>")
-    parser.add_argument("prompt", help="text to go on from; may be empty")
-    parser.add_argument("--tokens", type=int, default=200, help="how many at most (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of chances (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="folder of the datasets")
+    parser.add_argument("run", type=Path, help="run folder, such as runs/scaling/<id>")
+    parser.add_argument("prompt", help="text to continue; may be empty")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="maximum number of tokens (default: 200)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 for greedy (default: 0.8)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="sampling seed (default: 0)")
+    parser.add_argument(
+        "--data", type=Path, default=Path("data"), help="folder of the datasets (default: data)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return parser.parse_args(words)
 

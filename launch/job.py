@@ -1,4 +1,4 @@
-"""The unit of submission: a list of runs of one shape, trained one after the other."""
+"""The unit of submission: runs that need the same resources, trained one after the other."""
 
 import contextlib
 import fcntl
@@ -30,10 +30,10 @@ class Unit:
     """Runs that one worker trains in order: a trunk and its branches, or one run alone.
 
     Attributes:
-        name: what it is claimed by.
-        trunk: the trunk as an experiment, or None.
+        name: of its lock file, by which one worker claims it.
+        trunk: the constant-rate run that the branches share; None for a run alone.
         forks: steps at which the branches leave the trunk.
-        branches: the runs with a budget.
+        branches: the runs of the sweep.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Unit:
 
     @property
     def tokens(self) -> int:
-        """Tokens to train in all, if nothing is there."""
+        """Tokens to train in all, from scratch."""
         if self.trunk is None:
             return sum(e.run.budget.tokens for e in self.branches)
         batch = self.trunk.run.optimizer.batch_tokens
@@ -53,13 +53,14 @@ class Unit:
 
 @dataclass
 class TrainJob:
-    """Trains units until none is left that no other worker holds.
+    """Trains units until every one is complete or held by another worker.
 
     Attributes:
         sweep: folder of the sweep.
-        units: longest first; every local worker is handed all of them and claims the next free one.
-        launcher: process id of a local launcher, with which the job ends; None on a cluster.
-        begun: when the launcher made the job; a run that failed since is not tried again by it.
+        units: longest first; every local worker gets all of them and claims the next free one.
+        launcher: process id of a local launcher, after whose death the job stops too; None on a
+            cluster.
+        begun: when the launcher made the job; a run that failed since is not retried.
     """
 
     sweep: Path
@@ -68,7 +69,7 @@ class TrainJob:
     begun: float = field(default_factory=time.time)
 
     def __call__(self) -> None:
-        """Train what is missing; called on every rank."""
+        """Train the missing runs; called on every rank."""
         environment = submitit.helpers.TorchDistributedEnvironment()
         # Ranks pick their device by LOCAL_RANK among those that SLURM or submitit gave to the job.
         environment.export(set_cuda_visible_devices=False)
@@ -76,10 +77,12 @@ class TrainJob:
         self.run()
 
     def run(self) -> None:
-        """Train what is missing, in this process and its peers."""
+        """Train the missing runs, in this process and its peers."""
         if self.launcher is not None:
             _end_with(self.launcher)
-        # Ranks of one run have their units to themselves and must decide alike: one pass.
+        # A first pass takes free units only; a second one waits for those that others hold, in case
+        # their worker dies. The ranks of one run share a job of their own and must all do the same,
+        # so they wait at once.
         solo = os.environ.get("WORLD_SIZE", "1") == "1"
         for wait in (False, True) if solo else (True,):
             for unit in self.units:
@@ -88,7 +91,7 @@ class TrainJob:
                         self._train(unit)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit submits again when it was interrupted outside of training."""
+        """What submitit submits again after a timeout or a preemption outside of training."""
         return submitit.helpers.DelayedSubmission(self)
 
     def _train(self, unit: Unit) -> None:
@@ -110,7 +113,7 @@ class TrainJob:
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
     def _train_one(self, experiment: Experiment, folder: Path, lineage: "Lineage") -> bool:
-        """Train one run; a Python error ends this run alone and is told in the journal."""
+        """Train one run; an exception ends this run alone and is written to the journal."""
         from trainer.train import train
 
         journal, first = Journal(self.sweep), os.environ.get("RANK", "0") == "0"
@@ -139,7 +142,7 @@ class TrainJob:
 
     @contextlib.contextmanager
     def _claim(self, unit: Unit, *, wait: bool) -> Iterator[bool]:
-        """Hold a unit against other workers; ranks above 0 follow their rank 0."""
+        """Lock a unit against other workers; only rank 0 needs the lock, its peers follow it."""
         if os.environ.get("RANK", "0") != "0":
             yield True
             return
@@ -161,7 +164,7 @@ def _fork_of(experiment: Experiment) -> int:
 
 
 def _has_forks(trunk: Path, branches: list[Experiment]) -> bool:
-    """Whether every branch finds the checkpoint it starts from."""
+    """Whether the trunk has the checkpoint that each branch starts from."""
     from trainer.manifest import step_name
 
     checkpoints = trunk / "checkpoints"
@@ -169,7 +172,7 @@ def _has_forks(trunk: Path, branches: list[Experiment]) -> bool:
 
 
 def _leave(journal: Journal, first: bool) -> None:
-    """End a stopped job: on SLURM it is put back into the queue once, by rank 0."""
+    """End a stopped job; on SLURM rank 0 requeues it first."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         os._exit(75)
@@ -178,13 +181,14 @@ def _leave(journal: Journal, first: bool) -> None:
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False
         )
         journal.write("requeued", job=job, error=asked.stderr.strip() or None)
-    # SLURM ends all ranks now; a rank that returned would leave a result behind.
+    # SLURM now kills all ranks. A rank that returned instead would write submitit's result file,
+    # and the launcher would take the job for finished.
     time.sleep(120)
     os._exit(75)
 
 
 def _end_with(launcher: int) -> None:
-    """Stop this process, with everything saved, when the launcher is gone: no orphans."""
+    """Stop this process, with everything saved, when the launcher has died: no orphans."""
 
     def watch() -> None:
         while Path(f"/proc/{launcher}").exists():

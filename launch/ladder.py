@@ -1,4 +1,4 @@
-"""The command: every named architecture on every rung, and how well they match.
+"""The command that lists every architecture at every rung, and how well their sizes match.
 
 python launch/ladder.py [architecture ...] [--rungs 360M 3B] [--vocab 50304] [--context 2048]
 """
@@ -41,7 +41,7 @@ class Line:
 
     @property
     def error(self) -> float:
-        """How far its parameters are from the rung's."""
+        """Relative deviation of its parameters from the rung's."""
         wanted = nominal_parameters(self.place.rung, self.place.vocab_size)
         return self.counts.total_parameters / wanted - 1
 
@@ -62,10 +62,10 @@ def main(words: list[str]) -> int:
     took = time.perf_counter() - begin
     Console(width=max(console.width, WIDTH)).print(_table(lines), highlight=False)
     for reason in missed:
-        console.print(f"not reached: {escape(reason)}", highlight=False, soft_wrap=True)
+        console.print(f"no shape: {escape(reason)}", highlight=False, soft_wrap=True)
     worst = max((abs(line.error) for line in lines), default=0.0)
     console.print(
-        f"{len(lines)} shapes in {took:.0f} s; the worst is {worst:.2%} off its rung",
+        f"{len(lines)} shapes in {took:.0f} s; largest deviation from a rung: {worst:.2%}",
         highlight=False,
     )
     measured = [
@@ -78,7 +78,7 @@ def main(words: list[str]) -> int:
 
 
 def _chosen(names: list[str]) -> dict[str, ArchitectureConfig]:
-    """The named architectures that decoders can be made of, or those asked for."""
+    """The architectures asked for; all of them by default."""
     known = read_architectures()
     for name in names:
         if name not in known:
@@ -94,7 +94,7 @@ def _place(rung: Rung, arguments: argparse.Namespace) -> Shape:
 def _lines(
     architectures: dict[str, ArchitectureConfig], places: list[Shape], missed: list[str]
 ) -> Iterator[Line]:
-    """The shapes; what has none within the tolerance is added to `missed`."""
+    """The shapes; architectures without one within the tolerance are added to `missed`."""
     for place in places:
         for name, architecture in architectures.items():
             try:
@@ -106,7 +106,7 @@ def _lines(
 
 
 def _of_decoders(missed: list[str]) -> int:
-    """How many of the shapes that were not reached belong to architectures of decoders."""
+    """How many of the missing shapes belong to decoders."""
     known = read_architectures()
     names = [reason.partition(":")[0] for reason in missed]
     return sum(known[name].model.get("form") != "encoder" for name in names)
@@ -116,7 +116,7 @@ def _table(lines: list[Line]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name, right in (
         ("rung", False), ("architecture", False), ("d_model", True), ("layers", True),
-        ("inner", True), ("heads", True), ("parameters", True), ("off", True),
+        ("inner", True), ("heads", True), ("parameters", True), ("vs rung", True),
         ("non-embedding", True), ("FLOPs/token", True), ("6 N", True),
         ("context", True), ("state bytes", True),
     ):  # fmt: skip
@@ -148,13 +148,17 @@ def _each(values: Iterator[object]) -> str:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/ladder.py",
-        description="Print the shape that every architecture takes on every rung, with what it "
-        "counts, training FLOPs per token among them; shapes are built without memory.",
+        description="List the shape of every architecture at every rung, with its parameters, "
+        "training FLOPs per token and decoding state. No weights are allocated.",
     )
-    parser.add_argument("architecture", nargs="*", help="names (default: all)")
-    parser.add_argument("--rungs", nargs="+", help="names of rungs (default: all)")
-    parser.add_argument("--vocab", type=int, help="ids (default: 257 for nano rungs, else 50304)")
-    parser.add_argument("--context", type=int, help="tokens (default: 256 for nano, else 2048)")
+    parser.add_argument("architecture", nargs="*", help="architectures (default: all)")
+    parser.add_argument("--rungs", nargs="+", help="model sizes (default: all)")
+    parser.add_argument(
+        "--vocab", type=int, help="vocabulary size (default: 257 for nano rungs, else 50304)"
+    )
+    parser.add_argument(
+        "--context", type=int, help="sequence length (default: 256 for nano rungs, else 2048)"
+    )
     return parser.parse_args(words)
 
 

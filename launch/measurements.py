@@ -1,4 +1,4 @@
-"""`reports/<target>.json`: what a target measured, against bounds committed before."""
+"""`reports/<target>.json`: what a Makefile target measured, beside its committed bounds."""
 
 import json
 import time
@@ -16,8 +16,8 @@ class Measurement:
     """One figure.
 
     Attributes:
-        bound: what it was promised to keep to; None where nothing was promised.
-        better: which side of the bound is the good one.
+        bound: the committed limit; None where there is none.
+        better: which side of the bound is good.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a sweep will cost, before anything is submitted: parameters, FLOPs, time, disk."""
+"""What a sweep will cost, before anything is submitted: parameters, FLOPs and time."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +19,9 @@ from trainer.record import number, read_rows
 from trainer.schedule import decay_begins
 
 STEP_OVERHEAD_SECONDS = 0.02
-"""What a step of a tiny model costs beside its products: launch of small operations, optimizer."""
+"""Fixed cost of a step of a tiny model: launching small operations, the optimizer."""
 PEAK_SHARE = 0.3
-"""Share of the GEMM peak that small models reach; replaced by what was measured, once it was."""
+"""Share of the GEMM peak that small models reach, until speeds of finished runs are known."""
 STATE_CONTEXTS = (1_024, 8_192, 65_536)
 
 
@@ -57,7 +57,7 @@ class Plan:
 
 
 def make_plan(sweep: Sweep, folder: Path) -> Plan:
-    """Count everything and estimate times, from finished runs of the folder where there are any."""
+    """Count everything and estimate times, from runs in the folder where there are any."""
     units = _units(sweep)
     accounts: dict[str, Account] = {}
     runs = []
@@ -80,8 +80,8 @@ def make_plan(sweep: Sweep, folder: Path) -> Plan:
 def ladder_table(runs: Sequence[PlannedRun]) -> pd.DataFrame:
     """One row per architecture, rung and context: every count the accountant has.
 
-    Beside the context of the runs stand those at which decoding states are compared; a mixer with
-    a longest length is built for the context in question.
+    Besides the context length of the runs, it has those at which decoding states are compared; a
+    mixer with a maximum length is built for each.
     """
     rows = {}
     for planned in runs:
@@ -106,7 +106,7 @@ def ladder_table(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
 
 def planned_points(runs: Sequence[PlannedRun]) -> pd.DataFrame:
-    """The points that a plan will end in, as the design analysis reads them."""
+    """The final points that the planned runs will give, as the precision analysis reads them."""
     return pd.DataFrame(
         {
             "architecture": planned.experiment.run.architecture,
@@ -124,9 +124,9 @@ def planned_points(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
 
 def expected_lines(plan: Plan, folder: Path) -> list[str]:
-    """What the planned grid can be expected to tell; nothing for a search over learning rates.
+    """How precisely the planned runs would answer; nothing for a search over learning rates.
 
-    The noise is that of finished runs in the folder, or the usual one.
+    Seed noise is taken from finished runs in the folder, or else a typical value.
     """
     ladder = plan.sweep.config.ladders[plan.sweep.config.ladder]
     points = planned_points(plan.runs)
@@ -137,7 +137,7 @@ def expected_lines(plan: Plan, folder: Path) -> list[str]:
 
 
 def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:
-    """The backbone with longest lengths that reach the context."""
+    """The backbone with the maximum lengths of its mixers set to a context length."""
     blocks = {
         name: replace(block, mixer=replace(block.mixer, max_len=seq_len))  # type: ignore[call-arg]
         if getattr(block.mixer, "max_len", None) is not None
@@ -148,12 +148,12 @@ def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:
 
 
 def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
-    """The plan as a person reads it, one line a group of horizons."""
+    """The plan as a table, one line per group of horizons."""
     table = Table(title=None, pad_edge=False, box=None, header_style="bold")
     for name, right in (
         ("id", False), ("architecture", False), ("corpus", False), ("rung", False),
-        ("seed", True), ("parameters", True), ("off", True), ("M tokens", True),
-        ("FLOPs", True), ("about", True), ("state", False),
+        ("seed", True), ("parameters", True), ("vs rung", True), ("M tokens", True),
+        ("FLOPs", True), ("time", True), ("status", False),
     ):  # fmt: skip
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for unit in sorted(plan.units, key=_reading_order):
@@ -177,7 +177,7 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds in the unit that suits them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:

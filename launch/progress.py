@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: each running job, all of it, and the time left."""
+"""The progress display of a sweep: each active run, the total, and the time left."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ LINE_SECONDS = 15.0
 
 
 class Progress:
-    """Shows a sweep's progress: a live table on a terminal, a line now and then elsewhere."""
+    """A live table on a terminal; elsewhere, such as in a log file, a line every 15 seconds."""
 
     def __init__(self, plan: Plan, sweep: Path, todo: list[Unit], console: Console) -> None:
         self._plan, self._sweep, self._todo, self._console = plan, sweep, todo, console
@@ -39,7 +39,7 @@ class Progress:
             self._live.stop()
 
     def tick(self) -> None:
-        """Show where everything stands now."""
+        """Update the display."""
         trained = self._trained()
         if self._live.is_started:
             self._live.update(Group(self._running_table(), self._overall(trained)))
@@ -48,7 +48,7 @@ class Progress:
             self._console.print(self._line(trained), highlight=False)
 
     def _trained(self) -> int:
-        """Tokens of the units' runs that are done, each trunk counted once."""
+        """Tokens trained so far, each trunk counted once."""
         return sum(self._unit_tokens(unit) for unit in self._todo)
 
     def _unit_tokens(self, unit: Unit) -> int:
@@ -87,8 +87,8 @@ class Progress:
         running = [f"{name} {self._brief(status)}" for name, status in self._active()]
         return (
             f"{trained / 1e6:.2f} of {self._total / 1e6:.2f} M tokens, "
-            f"{duration(time.monotonic() - self._begin)} gone, "
-            f"{'time left not known yet' if left is None else duration(left) + ' left'}"
+            f"{duration(time.monotonic() - self._begin)} elapsed, "
+            f"{'time left unknown' if left is None else duration(left) + ' left'}"
             + (f" | {'; '.join(running)}" if running else "")
         )
 
@@ -96,10 +96,10 @@ class Progress:
         left = self._seconds_left(trained)
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
-            Text("all", style="bold"),
+            Text("total", style="bold"),
             ProgressBar(total=self._total, completed=trained, width=40),
             f"{trained / 1e6:.2f}/{self._total / 1e6:.2f} M tokens",
-            f"{duration(time.monotonic() - self._begin)} gone",
+            f"{duration(time.monotonic() - self._begin)} elapsed",
             "" if left is None else f"{duration(left)} left",
         )
         return grid

@@ -1,4 +1,4 @@
-"""Where a run of a sweep stands, read from its folder and re-hashed under today's schema."""
+"""The status of a run, read from its folder; its config is hashed again under today's schema."""
 
 from enum import Enum
 from pathlib import Path
@@ -26,10 +26,10 @@ class RunStatus(Enum):
 
 
 def status_of(experiment: Experiment, folder: Path) -> RunStatus:
-    """Where the run in a folder stands.
+    """The status of the run in a folder.
 
     Raises:
-        ConfigError: the folder holds another run, or one that today's schema rejects.
+        ConfigError: the folder holds another run, or a config that today's schema rejects.
     """
     if not (folder / "config.yaml").exists():
         return RunStatus.MISSING
@@ -50,16 +50,16 @@ def status_of(experiment: Experiment, folder: Path) -> RunStatus:
 
 
 def require_same_data(folder: Path, root_hash: str) -> None:
-    """Make sure that a finished run was made from the data at hand.
+    """Check that a finished run was trained on the dataset that exists now.
 
     Raises:
-        ConfigError: it was not.
+        ConfigError: it was trained on another one.
     """
     made = read_json(folder / "provenance.json").get("dataset_root_hash")
     if made is not None and made != root_hash:
         raise ConfigError(
-            f"{folder} was made from data {made[:12]}, but the dataset is now {root_hash[:12]}; "
-            "move the run folder away, or bring the old dataset back"
+            f"{folder} was trained on the dataset with hash {made[:12]}, which is now "
+            f"{root_hash[:12]}; move the run folder away, or restore the old dataset"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which jobs SLURM's controller holds; its accounting is never asked, it lags and may be absent."""
+"""Job states from SLURM's controller (squeue), not its accounting, which lags and may be absent."""
 
 import subprocess
 
@@ -7,17 +7,17 @@ from submitit.slurm.slurm import SlurmInfoWatcher
 
 LONGEST_DELAY_SECONDS = 30
 _LIST = ("squeue", "--me", "--noheader", "--format=%A|%k")
-"""Pending, running, suspended and completing jobs, also those put back into the queue."""
+"""Lists pending, running, suspended, completing and requeued jobs."""
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """A job has ended when the controller no longer holds it; when it is silent, nothing has."""
+    """A job has ended when squeue no longer lists it; if squeue fails, nothing has ended."""
 
     def _make_command(self) -> list[str] | None:
         return list(_LIST) if self._registered - self._finished else None
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """The state of every job that was asked about."""
+        """The state of every registered job, from the output of squeue."""
         held = _parse(string.decode() if isinstance(string, bytes) else string)
         return {
             job: {"JobID": job, "State": "RUNNING" if job in held else "ENDED"}
@@ -26,28 +26,29 @@ class QueueWatcher(SlurmInfoWatcher):
 
 
 class QueuedJob(submitit.SlurmJob):
-    """A job whose state is the controller's answer."""
+    """A job whose state comes from squeue."""
 
     watcher = QueueWatcher(delay_s=LONGEST_DELAY_SECONDS)
 
 
 class QueueExecutor(submitit.SlurmExecutor):
-    """Submits such jobs."""
+    """Submits jobs that are watched through squeue."""
 
     job_class = QueuedJob
 
 
 def held_jobs() -> dict[str, str]:
-    """The comment of each of the user's jobs that waits or runs, by its id.
+    """The comment of each of the user's pending and running jobs, by its id.
 
     Raises:
-        RuntimeError: the controller does not answer.
+        RuntimeError: squeue fails.
     """
     asked = subprocess.run(_LIST, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         raise RuntimeError(
-            f"squeue ended with {asked.returncode}: {asked.stderr.strip()}; nothing was submitted, "
-            "since jobs of this sweep may be there already: try again when SLURM answers"
+            f"squeue failed with exit code {asked.returncode}: {asked.stderr.strip()}; nothing was "
+            "submitted, since jobs of this sweep may be queued already. Try again when SLURM "
+            "responds"
         )
     return _parse(asked.stdout)
 

@@ -1,4 +1,4 @@
-"""The command: a trained run's loss with HiP attention in place of its own, without training.
+"""The command that evaluates a trained run with HiP attention in place of its own, untrained.
 
 python launch/swap.py runs/hip --swap attention=hip [--k 8 64] [--selection row block recent]
 """
@@ -34,9 +34,9 @@ examples:
   python launch/swap.py runs/hip --swap attention=hip        the run that `make hip` trains
   python launch/swap.py runs/scaling/<id> --swap attention=hip --k 8 32 256 --selection row
 
-selections: row lets each query choose its keys; block lets 32 queries choose together, as HiP is
-published, so that a token's loss knows something of later ones; recent is the control:
-it reads as many keys, the last ones and 2 that it searches."""
+selections: with row, each query chooses its keys. With block, 32 queries choose together, as
+published for HiP; a token's loss then depends a little on later tokens. recent is the control: as
+many keys, but the most recent ones and 2 that it searches for."""
 
 
 def main(words: list[str]) -> int:
@@ -87,7 +87,10 @@ def evaluate(folder: Path, arguments: argparse.Namespace) -> dict:
     """
     run = load_run(folder)
     if run.config.objective != "causal_lm":
-        raise ConfigError(f"{folder} was trained for {run.config.objective}; only causal_lm swaps")
+        raise ConfigError(
+            f"{folder} was trained for {run.config.objective}, but swaps need causal_lm; "
+            "choose another run"
+        )
     settings = [
         (selection, k, swapped(run.config.model, _swap(arguments, selection, k)))
         for selection, k in itertools.product(arguments.selection, arguments.k)
@@ -137,7 +140,7 @@ def long_documents(run: TrainedRun, data: Path, wanted: str, sequences: int) -> 
     if len(found) < sequences:
         raise ConfigError(
             f"{run.config.corpus.dataset} has {len(found)} held-out sequences of "
-            f"{run.config.corpus.seq_len} tokens in one document; ask for at most so many"
+            f"{run.config.corpus.seq_len} tokens within one document; ask for at most that many"
         )
     spread = [found[i * len(found) // sequences] for i in range(sequences)]
     return wanted, join_batches(spread)
@@ -154,7 +157,9 @@ def _swap(arguments: argparse.Namespace, selection: str, k: int) -> dict[str, di
     """What `--swap` asks for, with the fields of one point; recent keeps the last keys instead."""
     old, _, new = arguments.swap.partition("=")
     if not old or not new:
-        raise ConfigError(f"--swap {arguments.swap} is no swap; write old=new, as attention=hip")
+        raise ConfigError(
+            f"--swap {arguments.swap} is not a swap; write old=new, such as attention=hip"
+        )
     fields = {"k": k, "n_sink": arguments.n_sink, "window": arguments.window}
     if selection == "recent":
         fewest = min(k, HipConfig.key_block)
@@ -212,7 +217,7 @@ def _require_same(rows: Sequence[dict], seq_len: int) -> None:
             raise RuntimeError(
                 f"selection {row['selection']} with k {row['k']} keeps all of {seq_len} keys, but "
                 f"a sequence's loss differs from dense by {worst:.3g} nats, more than {SAME}; "
-                "one of the two attentions is wrong, run the tests"
+                "one of the two implementations is wrong: run the tests"
             )
 
 
@@ -235,21 +240,21 @@ def _positive(word: str) -> int:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/swap.py",
-        description="Evaluate a trained run with HiP attention in place of its own.",
+        description="Evaluate a trained run with HiP attention in place of its own, untrained.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, help="a run's folder, or that of a sweep of one run")
-    add("--swap", default="attention=hip", help="the kind that goes = the kind that comes")
-    add("--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 1024], help="keys kept")
-    add("--selection", nargs="+", default=["row", "block", "recent"], help="how keys are chosen",
+    add("run", type=Path, help="run folder, or that of a sweep of one run")
+    add("--swap", default="attention=hip", help="old kind=new kind (default: attention=hip)")
+    add("--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 1024], help="keys per query")
+    add("--selection", nargs="+", default=["row", "block", "recent"], help="see below",
         choices=["row", "block", "recent"])  # fmt: skip
     add("--n-sink", type=int, default=4, help="first keys, always read (default: 4)")
     add("--window", type=int, default=32, help="last keys, always read (default: 32)")
-    add("--set", default="prose", help="held-out set (default: prose)")
+    add("--set", default="prose", help="evaluation set (default: prose)")
     add("--sequences", type=_positive, default=16, help="held-out sequences (default: 16)")
-    add("--data", type=Path, default=Path("data"), help="folder of the datasets")
+    add("--data", type=Path, default=Path("data"), help="folder of the datasets (default: data)")
     add("--out", type=Path, help="folder of the results (default: swaps in the run's folder)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return parser.parse_args(words)

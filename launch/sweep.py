@@ -1,4 +1,4 @@
-"""The command: expand a sweep, print the plan, train what is missing, redraw the report.
+"""The command that trains a sweep: print the plan, train missing runs, redraw the report.
 
 python launch/sweep.py sweeps/scaling.yaml [key=value ...] [--plan | --status | --data]
 """
@@ -36,14 +36,14 @@ TABLE_WIDTH = 118
 EXAMPLES = """
 examples:
   python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
-  python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and its cost
-  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, three hours
+  python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and the cost
+  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, 3 hours
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
   python launch/sweep.py --keys optimizer                     the YAML keys of the optimizer
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
 
-The command may be stopped at any time and given again: what is complete is not trained again, and
-the rest goes on from its newest checkpoint. Records lie under runs/<sweep>/, the report in
+You can stop the command at any time and rerun it: complete runs are not trained again, and the
+others resume from their newest checkpoint. Run records are in runs/<sweep>/, the report is
 runs/<sweep>/report/index.html."""
 
 
@@ -58,7 +58,7 @@ def main(words: list[str]) -> int:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on from here")
+        console.print("\nstopped; rerun the same command to resume")
         return int(ExitCode.INTERRUPTED)
 
 
@@ -109,7 +109,8 @@ def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None
             redraw.tick()
 
         run_units(todo, plan.sweep.config.launcher, folder, tick)
-        # A job that crashed gives the rest of its queue back; a run that failed stays failed.
+        # Units whose job crashed are submitted again. A run that raised an error is not: it would
+        # raise it again.
         for _ in range(RESUBMISSIONS):
             failed = Journal(folder).failures(begin)
             todo = [unit for unit in todo if _is_lost(unit, folder, failed)]
@@ -136,8 +137,8 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
     finished = sum(status.ended for status in statuses)
     if finished < len(statuses):
         console.print(
-            f"{finished} of {len(statuses)} runs are complete; give the same command again to "
-            "go on, jobs write to " + str(folder / "jobs"),
+            f"{finished} of {len(statuses)} runs are complete; rerun the same command to resume. "
+            f"Job logs are in {folder / 'jobs'}",
             highlight=False,
         )
         return 1
@@ -151,7 +152,7 @@ def _print_plan(
         unit.name: " ".join(dict.fromkeys(statuses[e.folder_name].value for e in unit.branches))
         for unit in plan.units
     }
-    # A narrow terminal breaks the lines rather than the columns.
+    # On a narrow terminal whole lines wrap, which is easier to read than squeezed columns.
     wide = Console(width=max(console.width, TABLE_WIDTH), file=console.file)
     wide.print(plan_table(plan, shown), highlight=False)
     slots = available_slots(plan.sweep.config.launcher)
@@ -160,9 +161,9 @@ def _print_plan(
     workers = max(slots // threads, 1)
     complete = sum(status.ended for status in statuses.values())
     console.print(
-        f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
+        f"{len(plan.sweep.experiments)} runs in {len(plan.units)} units, {complete} complete; "
         f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
-        f"roughly {duration(seconds / workers)} on {workers} workers",
+        f"about {duration(seconds / workers)} on {workers} workers",
         highlight=False,
     )
 
@@ -184,7 +185,7 @@ def _write_sweep(plan: Plan, folder: Path) -> None:
 
 
 def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
-    """What was done for each arm's learning rate: its factor, and where it was read off."""
+    """Each architecture's learning-rate factor, and the search that it comes from."""
     known = read_architectures()
     return {
         name: {
@@ -200,7 +201,7 @@ def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
 
 
 def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
-    """Whether a unit is open although none of its runs failed: its job ended too early."""
+    """Whether a unit is incomplete although none of its runs failed: its job ended early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
     statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
     return _is_open(unit, statuses) and not any(name in failed for name in names)
@@ -221,7 +222,7 @@ class _PrintKeys(argparse.Action):
 
 
 class _Redraw:
-    """Redraws the report beside the training, in a process of its own, as points arrive."""
+    """Redraws the report in a separate process while training goes on, as runs finish."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -230,7 +231,7 @@ class _Redraw:
         self._drawn = 0
 
     def tick(self) -> None:
-        """Start a redraw if there is something new and the last one is over."""
+        """Start a redraw if runs have finished since the last one, and that one has ended."""
         busy = self._thread is not None and self._thread.is_alive()
         if busy or time.monotonic() - self._last < REDRAW_SECONDS:
             return
@@ -242,13 +243,13 @@ class _Redraw:
             self._thread.start()
 
     def wait(self) -> None:
-        """Let a redraw that has begun end."""
+        """Wait for a redraw that is under way."""
         if self._thread is not None:
             self._thread.join()
 
     def _draw(self) -> None:
         command = ["nice", sys.executable, "-m", "analysis.report", str(self._folder)]
-        # What it says is for a terminal of its own, not for the middle of live progress.
+        # Its output would break up the live progress display.
         drawn = subprocess.run(command, capture_output=True, text=True, check=False)
         if drawn.returncode != 0:
             error = drawn.stderr.strip().rpartition("\n")[2]
@@ -258,17 +259,21 @@ class _Redraw:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/sweep.py",
-        description="Train a ladder of model sizes, crossed over architectures and corpora, and "
-        "fit scaling laws to what it saw.",
+        description="Train a ladder of model sizes for several architectures and corpora,\n"
+        "fit scaling laws to the results and write a report.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sweep", type=Path, help="the sweep file, such as sweeps/scaling.yaml")
-    parser.add_argument("override", nargs="*", help="key=value, laid over the sweep file")
-    parser.add_argument("--plan", action="store_true", help="print what would be done and stop")
-    parser.add_argument("--status", action="store_true", help="print where every run stands")
-    parser.add_argument("--data", action="store_true", help="build the data and stop")
-    parser.add_argument("--verify", action="store_true", help="check every byte of the data; stop")
+    parser.add_argument("sweep", type=Path, help="sweep file, such as sweeps/scaling.yaml")
+    parser.add_argument("override", nargs="*", help="key=value, replaces a key of the sweep file")
+    parser.add_argument(
+        "--plan", action="store_true", help="print the runs and their cost, and stop"
+    )
+    parser.add_argument(
+        "--status", action="store_true", help="print the status of every run, and stop"
+    )
+    parser.add_argument("--data", action="store_true", help="build the data, and stop")
+    parser.add_argument("--verify", action="store_true", help="check the data's hashes, and stop")
     parser.add_argument(
         "--keys",
         nargs="?",
@@ -277,7 +282,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         help="print every YAML key with its type, default and meaning, or those that begin with a "
         "prefix such as optimizer or model.blocks, and stop",
     )
-    parser.add_argument("--runs", default="runs", help="where records lie (default: runs)")
+    parser.add_argument("--runs", default="runs", help="folder of the run records (default: runs)")
     return parser.parse_intermixed_args(words)
 
 

@@ -1,4 +1,4 @@
-"""The command: one run from one YAML, here and now.
+"""The command that trains one run, described by one YAML file, on this machine.
 
 python launch/train.py sweeps/single.yaml [key=value ...]
 """
@@ -30,8 +30,8 @@ examples:
   python launch/train.py sweeps/single.yaml
   python launch/train.py sweeps/single.yaml budget.tokens=40960 optimizer.learning_rate=0.02
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.threads=1
-  python launch/train.py sweeps/single.yaml execution.ranks=2 execution.sequence_parallel=2 \
-      execution.threads=1                                                  both hold every sequence
+  python launch/train.py sweeps/single.yaml execution.ranks=2 execution.sequence_parallel=2 \\
+      execution.threads=1                                      2 ranks share each sequence
   python launch/train.py sweeps/single.yaml execution.ranks=8 launcher.slots=8   on fewer cores
   python launch/train.py runs/scaling/<id>/config.yaml --runs /tmp/again     any recorded run"""
 
@@ -46,7 +46,7 @@ def main(words: list[str]) -> int:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
-        console.print("\nstopped; the same command goes on from here")
+        console.print("\nstopped; rerun the same command to resume")
         return int(ExitCode.INTERRUPTED)
 
 
@@ -71,10 +71,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def read_experiment(path: Path, overrides: list[str]) -> Experiment:
-    """The run that a YAML and overrides describe.
+    """The run that a YAML file and overrides describe.
 
     Raises:
-        ConfigError: they describe none.
+        ConfigError: a key is unknown, missing or out of range.
     """
     plain = merge(read_yaml(path), read_overrides(overrides))
     execution = plain.pop("execution", {})
@@ -110,15 +110,15 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
             continue
         nats = number(row, "total_nats") / number(row, "targets")
         console.print(
-            f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats a token, "
-            f"{number(row, 'bits_per_byte'):.4f} bits a byte",
+            f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats per token, "
+            f"{number(row, 'bits_per_byte'):.4f} bits per byte",
             highlight=False,
         )
     return int(ExitCode.DONE)
 
 
 class _Ticker:
-    """Prints where the run is, every few seconds."""
+    """Prints the step, loss and speed of the run every few seconds."""
 
     def __init__(self, folder: Path, console: Console) -> None:
         self._folder, self._console = folder, console
@@ -146,13 +146,15 @@ class _Ticker:
 def _parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="launch/train.py",
-        description="Train one run from one YAML, here and now.",
+        description="Train one run, described by one YAML file, on this machine.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="a run's YAML, such as sweeps/single.yaml")
-    parser.add_argument("override", nargs="*", help="key=value, laid over the YAML")
-    parser.add_argument("--runs", default="runs/single", help="where the record goes")
+    parser.add_argument("run", type=Path, help="YAML file of the run, such as sweeps/single.yaml")
+    parser.add_argument("override", nargs="*", help="key=value, replaces a key of the YAML file")
+    parser.add_argument(
+        "--runs", default="runs/single", help="folder of the run record (default: runs/single)"
+    )
     return parser.parse_intermixed_args(words)
 
 

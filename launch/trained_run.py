@@ -1,4 +1,4 @@
-"""The trained model of a run folder, with what is needed to use it."""
+"""The trained model of a run folder, with its tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ class TrainedRun:
     weights: dict[str, torch.Tensor]
 
     def backbone(self, model: BackboneConfig | None = None) -> Backbone:
-        """The model with its weights; another configuration must have the very same parameters.
+        """The model with its weights; another configuration must have the same parameters.
 
         Raises:
             RuntimeError: the configuration has other parameters.
@@ -44,11 +44,11 @@ class TrainedRun:
 
 
 def load_run(folder: Path) -> TrainedRun:
-    """Read the newest whole checkpoint of a run.
+    """Read the newest complete checkpoint of a run.
 
     Raises:
-        ConfigError: the folder holds no run that today's schema knows.
-        CheckpointError: it holds no whole checkpoint.
+        ConfigError: the folder holds no run, or a config that today's schema rejects.
+        CheckpointError: it has no complete checkpoint.
     """
     config = load(RunConfig, read_yaml(folder / "config.yaml"))
     found = inspect(folder / "checkpoints", None)

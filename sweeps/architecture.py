@@ -1,4 +1,4 @@
-"""Architectures as YAML names them: their blocks, parts, and what follows from the width."""
+"""Architectures: their blocks and proportions, read from YAML, without a size."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a sweep file may say: ladders, corpora, architectures, and where runs are executed."""
+"""The config classes of a sweep file: ladders, corpora, architectures, and the launcher."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -1,4 +1,4 @@
-"""One YAML file to the list of experiments it asks for: ladders x architectures x corpora x ..."""
+"""Expand a sweep file into experiments: ladders x architectures x corpora x ..."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ class Experiment:
 
     @property
     def trunk_id(self) -> str:
-        """What it shares with its other horizons."""
+        """The id that it shares with its other horizons."""
         return trunk_id(self.run)
 
 
@@ -95,7 +95,7 @@ def read_sweep_file(path: Path, overrides: Sequence[str]) -> Sweep:
     """Expand a sweep file.
 
     Raises:
-        ConfigError: every problem of the file and the overrides, gathered.
+        ConfigError: lists every problem of the file and the overrides.
     """
     try:
         plain = merge(read_yaml(path), read_overrides(overrides))
@@ -146,7 +146,7 @@ def _expand(config: SweepConfig) -> Iterator[Experiment]:
     if problems:
         raise ConfigError("\n  ".join(dict.fromkeys(problems)))
     if not experiments:
-        raise ConfigError("no run is left; look at architectures, rungs and exclude")
+        raise ConfigError("the sweep has no runs; check architectures, rungs and exclude")
     yield from experiments
 
 
@@ -187,7 +187,7 @@ def _experiments(
     # Objectives that hide tokens have an id for what is hidden, after the tokenizer's.
     vocab_size = vocabulary_size(corpora.dataset.tokenizer) + (config.objective != "causal_lm")
     rung = find_rung(cell["rung"])
-    # Whoever overrides the model takes the closest shape; the plan shows how far off it is.
+    # With an overridden model the closest shape is accepted; the plan shows how far off it is.
     tolerance = math.inf if config.model else ADMITTED_ERROR
     fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
@@ -240,7 +240,7 @@ _fitted: dict[tuple, Sized] = {}
 
 
 def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> ArchitectureConfig:
-    """Lay the sweep's `model` keys over an architecture; blocks it lacks are not its own."""
+    """Merge the sweep's `model` keys over an architecture; keys of other blocks are ignored."""
     ladder = config.ladders[config.ladder]
     over = merge(ladder.model, config.model)
     blocks = over.pop("blocks", {})
@@ -252,7 +252,7 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
     form, _ = FORMS[config.objective]
     model = merge({"form": form, **architecture.model}, over)
-    # What is asked for here goes over what the architecture says for narrow widths too.
+    # Overrides also win over the architecture's keys for narrow widths.
     blocks, narrow = (merge(part, mine) for part in (architecture.blocks, architecture.narrow))
     return replace(architecture, blocks=blocks, narrow=narrow, model=model)
 

@@ -24,7 +24,7 @@ class Rung:
 RUNGS: Mapping[str, Rung] = {
     rung.name: rung
     for rung in (
-        # Nano sizes are counts that both first architectures reach within 1 %.
+        # Nano sizes are parameter counts that Transformer and Mamba both reach within 1 %.
         Rung("10k", 16, 2, 2, 9_780),
         Rung("20k", 24, 2, 2, 19_540),
         Rung("31k", 32, 2, 2, 31_330),

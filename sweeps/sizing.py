@@ -1,4 +1,4 @@
-"""Named rungs, and the shape that each architecture takes to reach a rung's parameters."""
+"""Size an architecture: find the width, depth and inner width that match a rung's parameters."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ class Sized:
 
 @dataclass(frozen=True)
 class Shape:
-    """Where an architecture is fitted: a rung at a vocabulary and a context.
+    """What an architecture is sized for: a rung at a vocabulary and a context length.
 
     Attributes:
         seq_len: the context, which mixers with a longest length are built for.
@@ -79,8 +79,8 @@ def size_architecture(
         target = nominal_parameters(place.rung, place.vocab_size)
         raise ConfigError(
             f"rung {place.rung.name} asks for {target} parameters within {tolerance:.0%}, but "
-            f"the closest {name} has {fitted.parameters}; choose another "
-            "rung or leave the architecture out"
+            f"the closest {name} has {fitted.parameters}; choose another rung or remove the "
+            "architecture"
         )
     return fitted
 

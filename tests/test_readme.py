@@ -59,7 +59,7 @@ def test_train_commands_train(line: str, tmp_path: Path) -> None:
     words = [*shlex.split(line)[1:], *small, *data, "evaluation.milestones=[]"]
     ended = command(*words, "--runs", str(tmp_path / "runs"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "bits a byte" in ended.stdout
+    assert "bits per byte" in ended.stdout
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""How a checkpoint comes to be, whole or not at all, and how the newest whole one is found.
+"""Publish a checkpoint atomically, find the newest complete one, and delete old ones.
 
 A checkpoint is a folder `step-00000440/` that holds `MANIFEST.json` and the files it lists. It is
 written as `step-00000440.tmp-<incarnation>/`; the rename is the commit, and nothing inside changes
-after it. A damaged one is renamed to `step-00000440.bad-<reason>`, one that is kept no longer to
-`step-00000440.collected` and then removed. There is no pointer file: the folder is scanned.
+after it. A damaged one is renamed to `step-00000440.bad-<reason>`. One that is to be deleted is
+first renamed to `step-00000440.collected`. There is no `latest` file that could be out of date: the
+folder is scanned.
 """
 
 import contextlib
@@ -56,25 +57,25 @@ FAULT_POINTS = (
 )
 """Every fault point between one checkpoint and the next, in the order they are passed."""
 
-# A save needs this many times the bytes of the one before it.
 ROOM_FACTOR = 1.2
+"""Free space that a save requires, as a multiple of the previous checkpoint's size."""
 
 T = TypeVar("T")
 
 
 class SupersededError(RuntimeError):
-    """A later incarnation owns the run; this process must end and write nothing more."""
+    """A later process owns the run; this one must end and write nothing more."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What one save is to put down.
+    """What one save writes.
 
     Attributes:
         facts: goes into the manifest as it is: tokens, world layout, config hash, dataset
             fingerprint, the stream's state.
-        pinned: it is never collected.
-        write: puts this rank's files into the folder it is handed; called on every rank.
+        pinned: whether it is never deleted.
+        write: writes this rank's files into the folder it is given; called on every rank.
     """
 
     step: int
@@ -90,7 +91,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class SaveFailure:
-    """Why a save or a removal came to nothing; the same on every rank, and training may go on."""
+    """Why a save or a deletion failed; the same on every rank, and training may continue."""
 
     step: int
     rank: int
@@ -104,16 +105,16 @@ class SaveFailure:
         full = self.errno in (errno.ENOSPC, errno.EDQUOT) or self.free_bytes < self.need_bytes
         return (
             f"{'disk full' if full else 'save failed'}: step {self.step}, rank {self.rank}, "
-            f"{self.path}: {self.cause}; need {self.need_bytes} bytes, free {self.free_bytes}; "
-            f"{'free some room' if full else 'look at that path'}: "
-            "what was committed stands, and the next save tries again"
+            f"{self.path}: {self.cause}; {self.need_bytes} bytes needed, {self.free_bytes} free; "
+            f"{'free some disk space' if full else 'check that path'}: "
+            "earlier checkpoints are intact, and the next save tries again"
         )
 
 
 def publish(
     folder: Path, draft: Draft, group: RankGroup, owner: RunRecord | None
 ) -> Path | SaveFailure:
-    """Commit one checkpoint or leave all as it was; every rank calls it and gets the same.
+    """Commit one checkpoint or change nothing; every rank calls it and gets the same result.
 
     `owner` is the record that rank 0 holds; the other ranks have none.
 
@@ -124,8 +125,10 @@ def publish(
     try:
         tmp = _agreed(group, folder, draft, lambda: _begin(folder, draft, owner))[0]
         listed = _agreed(group, folder, draft, lambda: _write_and_sync(tmp, draft))
-        # A name that one host's cache does not show yet is known to the rank that wrote it.
+        # On network file systems a host may not see yet what another one wrote; the union of all
+        # lists is complete, since each file is at least in the list of the rank that wrote it.
         names = sorted(set().union(*listed))
+        # Hashing is the slowest part, so ranks share it.
         share = names[group.rank :: group.ranks]
         hashed = _agreed(group, folder, draft, lambda: _hash_share(tmp, share))
         files = dict(sorted(entry for entries in hashed for entry in entries.items()))
@@ -139,7 +142,7 @@ def publish(
 
 
 def newest(folder: Path, group: RankGroup, accept: Callable[[dict], bool] | None) -> Found | None:
-    """Find the newest whole checkpoint and put the damaged ones above it aside; for the owner only.
+    """Find the newest complete checkpoint and rename newer, damaged ones; for the owner only.
 
     Rank 0 reads and decides for all. See `inspect` for `accept` and the errors.
     """
@@ -160,11 +163,11 @@ def newest(folder: Path, group: RankGroup, accept: Callable[[dict], bool] | None
 def collect(
     folder: Path, keep: int, group: RankGroup, owner: RunRecord | None
 ) -> SaveFailure | None:
-    """Remove what is kept no longer; called after a commit, acts on rank 0 alone.
+    """Delete old checkpoints; called after a commit, acts on rank 0 alone.
 
-    Keeps the newest `keep` and every pinned one, and does not count damaged ones. Sizes and the
-    manifest's hash are checked, not contents: this incarnation has hashed the newest two itself,
-    when it committed them or resumed from them. Sweeps what earlier incarnations left half done.
+    Keeps the newest `keep` and every pinned one; damaged ones do not count. Only sizes and the
+    manifest's own hash are checked: the newest two were hashed in full by this process, when it
+    committed them or resumed from them. Also deletes what earlier processes left unfinished.
     """
     if group.rank != 0 or owner is None or not owner.still_owned():
         return None
@@ -173,6 +176,8 @@ def collect(
             shutil.rmtree(leftover)
         unpinned = [path for path, manifest in intact(folder)[keep:] if not manifest["pinned"]]
         for path in unpinned:
+            # Renamed first: a kill in the middle of rmtree must not leave a checkpoint that looks
+            # committed but lacks files. The next collection deletes what is left.
             aside = path.rename(path.with_name(f"{path.name}.collected"))
             fault_point("collect.set_aside")
             (aside / MANIFEST).unlink()
@@ -185,17 +190,17 @@ def collect(
 
 
 def require_room(folder: Path, need_bytes: int, need_files: int) -> None:
-    """Make sure that a file system can take so many bytes and files more.
+    """Check that a file system has room for that many bytes and files.
 
     Raises:
-        OSError: it cannot (ENOSPC); the message says what is missing.
+        OSError: it has not (ENOSPC); the message says what is missing.
     """
     left = os.statvfs(folder)
     free = left.f_bavail * left.f_frsize
     if free < need_bytes:
         raise OSError(errno.ENOSPC, f"{free} bytes free, {need_bytes} needed", str(folder))
     free = left.f_favail
-    # File systems that make inodes as they go report none at all.
+    # File systems that allocate inodes dynamically, such as btrfs, report zero in all.
     if left.f_files and free < need_files:
         raise OSError(errno.ENOSPC, f"{free} inodes free, {need_files} needed", str(folder))
 
@@ -205,37 +210,41 @@ class _SaveFailedError(Exception):
 
 
 def _agreed(group: RankGroup, folder: Path, draft: Draft, act: Callable[[], T]) -> list[T]:
-    """What `act` gives on each rank; an error of one rank is raised on all of them."""
+    """The results of `act` on all ranks; an error of one rank is raised on all of them.
+
+    Errors travel as values: a rank that raised before the gather would leave its peers waiting
+    in it until the collective times out.
+    """
     try:
-        said = act()
+        result = act()
     except SupersededError as error:
-        said = error
+        result = error
     except (OSError, RuntimeError, SafetensorError) as error:
-        said = _failure(error, folder, draft.step, group.rank)
-    heard = group.gather(said)
-    for each in heard:
+        result = _failure(error, folder, draft.step, group.rank)
+    results = group.gather(result)
+    for each in results:
         if isinstance(each, SupersededError):
             raise each
-    failures = [each for each in heard if isinstance(each, SaveFailure)]
+    failures = [each for each in results if isinstance(each, SaveFailure)]
     if failures:
-        # A rank that lost its peer says less than the rank whose system call failed.
+        # The rank whose system call failed has the cause; others may only have lost their peer.
         raise _SaveFailedError(min(failures, key=lambda each: (each.errno is None, each.rank)))
-    return heard  # pyright: ignore[reportReturnType]
+    return results  # pyright: ignore[reportReturnType]
 
 
 def _discard(folder: Path, tmp: Path, owner: RunRecord | None) -> None:
-    """Give the room back; what cannot be removed now is swept after the next commit."""
+    """Free the disk space; what cannot be deleted now is deleted after the next commit."""
     if owner is not None and tmp != folder:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _failure(error: Exception, folder: Path, step: int, rank: int) -> SaveFailure:
-    """Put an error into facts; a library may have wrapped the system's own error."""
+    """Describe an error; the system's own error may be wrapped in a library's."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     need = free = 0
-    # Where the file system does not answer at all, the error itself has to do.
+    # If the file system does not respond at all, the error itself has to do.
     with contextlib.suppress(OSError):
         left = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
         free = left.f_bavail * left.f_frsize
@@ -246,7 +255,7 @@ def _failure(error: Exception, folder: Path, step: int, rank: int) -> SaveFailur
 
 
 def _begin(folder: Path, draft: Draft, owner: RunRecord | None) -> Path:
-    """Make the folder to write into; rank 0 does, and it alone has an owner."""
+    """Create the temporary folder, on rank 0, which alone has an owner."""
     final = folder / step_name(draft.step)
     if owner is None:
         return final
@@ -256,6 +265,7 @@ def _begin(folder: Path, draft: Draft, owner: RunRecord | None) -> Path:
     if final.exists():
         raise FileExistsError(errno.EEXIST, "this step is committed already", str(final))
     require_room(folder, *_room_needed(folder))
+    # The incarnation keeps a superseded process, which may still be writing, out of this folder.
     tmp = folder / f"{final.name}.tmp-{owner.incarnation}"
     if tmp.exists():
         shutil.rmtree(tmp)
@@ -268,7 +278,7 @@ def _write_and_sync(tmp: Path, draft: Draft) -> list[str]:
     draft.write(tmp)
     fault_point("save.files_written")
     names = list_files(tmp)
-    # Also what other ranks have written: a second fsync is nearly free, and each host needs one.
+    # Every rank syncs all files: a second fsync is nearly free, and each host has its own cache.
     for name in names:
         sync(tmp / name)
     fault_point("save.files_synced")
@@ -295,15 +305,18 @@ def _commit(tmp: Path, draft: Draft, files: dict[str, FileHash], owner: RunRecor
         **draft.facts,
         "files": {name: asdict(entry) for name, entry in files.items()},
     }
+    # The manifest comes last, so that it never lists a file that is not on the disk yet.
     (tmp / MANIFEST).write_text(manifest_text(body))
     fault_point("save.manifest_written")
     sync(tmp / MANIFEST)
     for at, _, _ in os.walk(tmp):
         sync(Path(at))
+    # Checked again right before the commit: the save may have taken minutes.
     _require_owned(owner)
     fault_point("save.before_rename")
     tmp.rename(final)
     fault_point("save.renamed")
+    # Without it the rename itself may be lost in a power failure.
     sync(tmp.parent)
     fault_point("save.parent_synced")
     return final
@@ -319,12 +332,12 @@ def _require_owned(owner: RunRecord) -> None:
     if not owner.still_owned():
         raise SupersededError(
             f"incarnation {owner.incarnation} of {owner.path} was superseded: a later process "
-            "owns the run; this one has saved nothing and must end"
+            "owns the run, so this one ends without saving"
         )
 
 
 def _room_needed(folder: Path) -> tuple[int, int]:
-    """Bytes and files that the next checkpoint is taken to need, from the newest one."""
+    """Bytes and files that the next checkpoint will need, estimated from the newest one."""
     for path in committed(folder):
         sizes = [file.stat().st_size for file in path.rglob("*")]
         return int(ROOM_FACTOR * sum(sizes)), len(sizes) + 1
@@ -332,14 +345,14 @@ def _room_needed(folder: Path) -> tuple[int, int]:
 
 
 def _leftovers(folder: Path, incarnation: int) -> list[Path]:
-    """What was collected, and what this or an earlier incarnation did not commit."""
+    """Half-deleted checkpoints, and temporary folders of this and earlier incarnations."""
     tmps = {path: path.name.rpartition("-")[2] for path in folder.glob("step-*.tmp-*")}
     earlier = [path for path, end in tmps.items() if end.isdigit() and int(end) <= incarnation]
     return [*earlier, *folder.glob("step-*.collected")]
 
 
 def _quarantine(rejected: Rejected) -> None:
-    """Rename a damaged checkpoint out of the scan's way; a second one of its name is numbered."""
+    """Rename a damaged checkpoint so that scans skip it; a second one of its name is numbered."""
     aside = rejected.path.with_name(f"{rejected.path.name}.bad-{rejected.reason}")
     taken = len(list(aside.parent.glob(f"{aside.name}*")))
     rejected.path.rename(aside.with_name(f"{aside.name}-{taken}") if taken else aside)

@@ -1,7 +1,7 @@
-"""What a run is and how it is executed: the config classes and the ids that follow from them.
+"""The config classes of a run, and the checks that a config must pass.
 
-`RunConfig` says what is trained and is hashed into the run id. `ExecutionConfig` says how and may
-change a number only by rounding. `EvaluationConfig` says what is measured of a checkpoint.
+`RunConfig` is what is trained, and is hashed into the run id. `ExecutionConfig` is how, and changes
+results only by rounding. `EvaluationConfig` is what is measured of a checkpoint.
 """
 
 import math
@@ -143,7 +143,7 @@ class RunConfig:
         has = (self.model.form, self.model.encoder is not None)
         if has != wanted:
             raise ValueError(
-                f"objective {self.objective} needs {_describe(*wanted)}, but model is "
+                f"objective {self.objective} is for {_describe(*wanted)} models, but the model is "
                 f"{_describe(*has)}; change the objective, or model.form and model.encoder"
             )
 
@@ -165,7 +165,7 @@ class RunConfig:
             if longest is not None and longest < self.corpus.seq_len:
                 raise ValueError(
                     f"{key} {longest} is shorter than corpus.seq_len {self.corpus.seq_len}; "
-                    "give it at least that"
+                    "raise it to at least that"
                 )
 
     @property
@@ -218,20 +218,20 @@ class ExecutionConfig:
         if self.ranks % self.sequence_parallel:
             raise ValueError(
                 f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}; "
-                "choose a divisor of the ranks, or a multiple of it as their number"
+                "choose a divisor of ranks, or change ranks to a multiple of it"
             )
         for name in ("micro_batch_sequences", "save_every_tokens"):
             if getattr(self, name) is not None:
                 _require_positive(self, name)
         if self.zero_stage == 3 and self.ranks > 1:
             raise ValueError(
-                f"zero_stage is 3 on {self.ranks} ranks, but the head reads the embedding where "
-                "DeepSpeed does not gather it; choose zero_stage 2"
+                f"zero_stage is 3 on {self.ranks} ranks, but the output head reads the embedding "
+                "outside of its module, where DeepSpeed does not gather it; choose zero_stage 2"
             )
         if self.compile and (self.zero_stage == 3 or self.sequence_parallel > 1):
             raise ValueError(
-                "compile is on, but ZeRO-3 and sequence_parallel exchange tensors inside blocks, "
-                "which compiled blocks do not; set compile to false, or zero_stage below 3 and "
+                "compile is true, but ZeRO-3 and sequence_parallel communicate inside blocks, "
+                "which compiled blocks cannot; set compile to false, or zero_stage below 3 and "
                 "sequence_parallel to 1"
             )
 
@@ -264,21 +264,21 @@ def sequences_at_once(run: RunConfig, execution: ExecutionConfig) -> int:
     """Sequences that pass through the model together on one rank.
 
     Raises:
-        ValueError: the run cannot be laid out over these ranks.
+        ValueError: the batch or the sequences cannot be divided among the ranks.
     """
     _check_shards(run, execution)
     if run.batch_sequences % execution.data_ranks:
         raise ValueError(
             f"execution.ranks {execution.ranks} / execution.sequence_parallel "
             f"{execution.sequence_parallel} does not divide the {run.batch_sequences} sequences "
-            "of a step; choose a divisor or other optimizer.batch_tokens"
+            "per step; choose a divisor, or another optimizer.batch_tokens"
         )
     mine = run.batch_sequences // execution.data_ranks
     micro = execution.micro_batch_sequences or mine
     if mine % micro:
         raise ValueError(
             f"execution.micro_batch_sequences {micro} does not divide the {mine} sequences "
-            "of a rank; choose a divisor"
+            "per rank; choose a divisor"
         )
     return micro
 
@@ -298,18 +298,20 @@ def _check_shards(run: RunConfig, execution: ExecutionConfig) -> None:
 
 
 def _describe(form: str, encoder: bool) -> str:
-    return f"a {form} with an encoder" if encoder else f"a lone {form}"
+    return f"encoder-{form}" if encoder else f"{form}-only"
 
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
-            raise ValueError(f"{name} {getattr(config, name)} is not above 0; take a larger one")
+            raise ValueError(
+                f"{name} {getattr(config, name)} is not above 0; choose a positive value"
+            )
 
 
 def _require_within(config: object, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(config, name) <= high:
             raise ValueError(
-                f"{name} {getattr(config, name)} is outside {low} to {high}; choose within"
+                f"{name} {getattr(config, name)} is outside {low} to {high}; choose within it"
             )

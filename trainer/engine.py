@@ -35,12 +35,12 @@ BUCKET_ELEMENTS = 200_000_000
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to, the same on all ranks.
+    """The result of one optimizer step, the same on all ranks.
 
     Attributes:
         loss_nats: mean over the targets of the global batch.
         gradient_norm: global norm before clipping.
-        skipped: whether a non-finite loss or gradient kept the weights as they were.
+        skipped: whether the update was skipped because of a non-finite loss or gradient.
     """
 
     loss_nats: float
@@ -100,7 +100,7 @@ class Engine:
         return StepResult(nats / max(targets, 1.0), norm, skipped)
 
     def own_part(self, batch: Batch) -> Batch:
-        """The stretch of each sequence that this rank holds; all of it where none is shared."""
+        """This rank's part of each sequence; all of it without sequence parallelism."""
         if self.ranks.sequence is None:
             return batch
         return batch.stretch(self.ranks.shard, self.ranks.shards)
@@ -133,7 +133,8 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this rank's state into a folder; all ranks call it.
 
-        An error of one rank is raised after DeepSpeed's own barrier, where its peers wait for it.
+        DeepSpeed's save ends in a barrier. An error of one rank is raised after it, since peers
+        would otherwise wait there for that rank.
         """
         weights = self.weights()
         failed: list[Exception] = []
@@ -162,16 +163,16 @@ class Engine:
             raise failed[0]
 
     def load(self, folder: Path) -> None:
-        """Take back the state that `save` wrote; all ranks call it.
+        """Restore the state that `save` wrote; all ranks call it.
 
         Raises:
-            RuntimeError: DeepSpeed found nothing to load.
+            RuntimeError: DeepSpeed finds nothing to load.
         """
         for file in sorted((folder / STATE_FOLDER / STATE_TAG).iterdir()):
             refuse_unsafe(file)
         path, _ = self._engine.load_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG)
         if path is None:
-            raise RuntimeError(f"{folder} holds no state that DeepSpeed can load; remove it")
+            raise RuntimeError(f"{folder} holds no state that DeepSpeed can load; delete it")
 
     def weights(self) -> dict[str, Tensor]:
         """All weights in float32 on the CPU; gathered where ZeRO-3 shards them."""
@@ -189,8 +190,8 @@ class Engine:
         hidden = self._engine(*self._inputs(piece))
         with self.autocast():
             nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
-        # DeepSpeed divides by the accumulation steps and averages over all ranks, to whom the loss
-        # is shared out: by sequences, or by stretches of the same ones.
+        # DeepSpeed divides by the accumulation steps and averages over all ranks. The loss is a sum
+        # over the global batch, of which each rank holds a part, so both are undone here.
         pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
         self._engine.backward(nats * (pieces / max(targets, 1.0)))
         last = self._engine.is_gradient_accumulation_boundary()
@@ -199,7 +200,7 @@ class Engine:
         return float(nats.detach())
 
     def _apply(self) -> tuple[float, bool]:
-        """Step the optimizer; without ZeRO, clip and guard against non-finite gradients here."""
+        """Step the optimizer; without ZeRO, clip and skip non-finite gradients here."""
         if self._stage > 0:
             before = self._engine.skipped_steps
             self._engine.step()
@@ -218,7 +219,7 @@ class Engine:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to let a step pass: DeepSpeed without ZeRO has no such guard."""
+    """AdamW that can skip an update: DeepSpeed without ZeRO cannot."""
 
     idle = False
 
@@ -228,16 +229,16 @@ class GuardedAdamW(torch.optim.AdamW):
 
 
 def pick_device(execution: ExecutionConfig) -> str:
-    """`cuda` where the run may use one and one is there, else `cpu`."""
+    """The configured device; for `auto`, `cuda` if there is one, else `cpu`."""
     if execution.device != "auto":
         return execution.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def prepare_process(execution: ExecutionConfig) -> None:
-    """Fix what must hold for a whole process: threads, memory, denormals, determinism, accelerator.
+    """Set what holds for a whole process: threads, memory, denormals, determinism, accelerator.
 
-    Where sequences are cut over ranks, memory is what they are cut for: none that is free is kept.
+    Freed memory is kept for speed, except under sequence parallelism, whose purpose is to save it.
     """
     device = pick_device(execution)
     if device == "cpu" and execution.sequence_parallel == 1:
@@ -250,7 +251,7 @@ def prepare_process(execution: ExecutionConfig) -> None:
 
 
 def warm() -> None:
-    """Build now what the first run would otherwise build, and load what it will load."""
+    """Build and load in advance what the first run would otherwise have to."""
     prepare_process(ExecutionConfig(device="cpu"))
     warm_kernels()
     join_ranks("cpu", 1)
@@ -258,13 +259,13 @@ def warm() -> None:
 
 
 def _deepspeed() -> Any:  # noqa: ANN401
-    """DeepSpeed, imported late: it takes seconds, and decides on the accelerator at once."""
+    """DeepSpeed, imported late: it takes seconds, and picks the accelerator at import."""
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    # Its shared-memory reduction is compiled at the first start, where a killed build leaves a lock
-    # that hangs every later one, and its ranks wait by spinning on cores that others may need.
+    # Its shared-memory all-reduce is compiled at the first start. A killed build leaves a lock that
+    # hangs every later one, and its ranks wait by spinning on cores that others may need.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -286,11 +287,11 @@ def _initialize(
 def _deepspeed_config(
     config: RunConfig, execution: ExecutionConfig, micro: int, parameters: int
 ) -> dict[str, object]:
-    """Every key is written here, because DeepSpeed accepts misspelt ones in silence."""
+    """Every key is written here, because DeepSpeed silently accepts misspelt ones."""
     stage = execution.zero_stage
     bucket = min(parameters, BUCKET_ELEMENTS)
     return {
-        # It takes every rank for one with sequences of its own, and shards ZeRO's states over all.
+        # DeepSpeed treats every rank as data-parallel, and shards ZeRO's states over all of them.
         "train_batch_size": config.batch_sequences * execution.sequence_parallel,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": config.batch_sequences // execution.data_ranks // micro,

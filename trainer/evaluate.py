@@ -1,4 +1,4 @@
-"""What is measured of a checkpoint: held-out loss of every evaluation set."""
+"""The held-out loss of a checkpoint on every evaluation set."""
 
 import itertools
 import math

@@ -1,10 +1,10 @@
-"""The exit codes by which a job tells its launcher how it ended."""
+"""The exit codes of jobs and commands."""
 
 import enum
 
 
 class ExitCode(enum.IntEnum):
-    """Why a process ended, for whoever started it; the launcher decides by it what happens next."""
+    """Why a process ended."""
 
     DONE = 0
     BAD_CONFIG = 64

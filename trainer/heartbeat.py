@@ -1,4 +1,4 @@
-"""A file that tells where a process stands, and the stacks of one that stalls."""
+"""A file with each rank's current step and phase, and stack dumps of a rank that stalls."""
 
 import contextlib
 import faulthandler
@@ -17,7 +17,7 @@ HEARTBEAT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was doing, and when it said so."""
+    """The step and phase a rank was in, and when."""
 
     step: int
     phase: str
@@ -26,12 +26,11 @@ class Beat:
 
 
 class Heartbeat:
-    """Shows, within a `with` block, where a rank is: `heartbeat-<rank>.json`, once a second.
+    """Writes a rank's step and phase to `heartbeat-<rank>.json` once a second, in a `with` block.
 
-    When no beat comes for a phase's deadline, the stacks of all threads go to `stall-<rank>.txt`
-    and `report` is told, once until the next beat. The process is not ended: a save to a slow disk
-    looks the same. A call that holds the interpreter's lock silences both; then the file's age
-    is what tells.
+    If a phase exceeds its deadline, the stacks of all threads go to `stall-<rank>.txt` and `report`
+    is called, once until the next beat. The process is not ended: a save to a slow disk looks the
+    same. A call that holds the GIL silences both; the age of the file then reveals the stall.
 
     Args:
         deadlines: seconds a phase may last, by its name; the first phase is where it starts.
@@ -58,7 +57,7 @@ class Heartbeat:
         self._thread.join()
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that this rank is alive and enters a phase; costs no system call but the clock's."""
+        """Enter a phase; costs no system call but the clock's, so it can be called every step."""
         assert phase in self._deadlines, f"phase {phase!r} has no deadline"
         self._beat = self._now(step, phase)
 
@@ -80,11 +79,11 @@ class Heartbeat:
             if left:
                 return
             if beat is not stalled and now - beat.monotonic > self._deadlines[beat.phase]:
-                self._tell_stall(beat, now)
+                self._report_stall(beat, now)
                 stalled = beat
 
     def _show(self, beat: Beat) -> None:
-        """Replace the file, without fsync: it says what is, not what must last."""
+        """Replace the file, without fsync: it need not survive a crash."""
         partial = self._file.with_name(f"{self._file.name}.partial")
         try:
             partial.write_text(json.dumps({"rank": self._rank, **asdict(beat)}) + "\n")
@@ -92,7 +91,7 @@ class Heartbeat:
         except OSError as error:
             self._report(f"heartbeat of rank {self._rank} cannot be written: {error}")
 
-    def _tell_stall(self, beat: Beat, now: float) -> None:
+    def _report_stall(self, beat: Beat, now: float) -> None:
         message = (
             f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()}) has been in phase "
             f"{beat.phase!r} of step {beat.step} for {now - beat.monotonic:.1f} s, longer than "
@@ -104,7 +103,7 @@ class Heartbeat:
 
 
 def dump_stacks(file: Path, title: str) -> None:
-    """Write where every thread of this process stands, under a title."""
+    """Write the stack of every thread of this process, under a title."""
     with file.open("w") as opened:
         opened.write(f"{title}\n")
         opened.flush()

@@ -15,7 +15,7 @@ def run_id(config: RunConfig) -> str:
 
 
 def trunk_id(config: RunConfig) -> str:
-    """What the horizons of one trunk share: a hash of all choices but budget and decay."""
+    """The id that the horizons of one trunk share: a hash of all choices but budget and decay."""
     choices = dump(config)
     del choices["budget"]
     del choices["schedule"]["decay_fraction"], choices["schedule"]["final_share"]
@@ -23,7 +23,7 @@ def trunk_id(config: RunConfig) -> str:
 
 
 def evaluation_id(config: EvaluationConfig) -> str:
-    """What makes two evaluations comparable: a hash of what was read, not of when."""
+    """The id of comparable evaluations: a hash of what is read, not of when or in which batches."""
     choices = dump(config)
     del choices["milestones"], choices["batch_sequences"]
     return _digest(choices)

@@ -1,4 +1,4 @@
-"""What this machine and this checkout are: for provenance, and for figures relative to a peak."""
+"""Facts of this machine and checkout, for provenance, and its peak speed and memory."""
 
 import ctypes
 import functools
@@ -16,8 +16,8 @@ import torch
 
 from kernels.dispatch import describe as describe_kernels
 
-# Options of glibc's malloc.h: tensors up to 32 MiB, the most that it allows, lie in the heap, and
-# what lies free at its end is not given back.
+# Options of glibc's malloc.h: allocations up to 32 MiB, the most that it allows, come from the heap
+# (M_MMAP_THRESHOLD), and free memory at its end is not returned (M_TRIM_THRESHOLD).
 _KEEPING = {-3: 2**25, -1: -1}
 
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")
@@ -57,7 +57,7 @@ def gemm_peak_flops(device: str, dtype: torch.dtype) -> float:
 
 
 def memory_bytes(device: str) -> int:
-    """Most memory held so far: of the GPU's allocator, or of this process."""
+    """Peak memory so far: of the GPU's allocator, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

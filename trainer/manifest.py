@@ -1,7 +1,7 @@
-"""What a committed checkpoint folder holds, the proof that it still does, and the newest one.
+"""The manifest of a checkpoint, verification against it, and the search for the newest one.
 
-`MANIFEST.json` lists every other file with its size and sha256, carries a hash of itself, and names
-the hash of the manifest before it. A folder with a file more, less or other than that is refused.
+`MANIFEST.json` lists every other file with its size and sha256, contains a hash of itself, and the
+hash of the previous manifest. A folder with an extra, missing or changed file is rejected.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ RESERVED = frozenset(
     ["format", "step", "incarnation", "pinned", "previous", "files", "manifest_sha256"]
 )
 
-# What DeepSpeed's optimizer files of ZeRO 1 to 3 hold beyond what torch itself calls safe.
+# Classes in DeepSpeed's optimizer files of ZeRO 1 to 3, beyond those that torch considers safe.
 ALLOWED_GLOBALS = frozenset(
     [
         "deepspeed.utils.tensor_fragment.fragment_address",
@@ -32,7 +32,7 @@ ALLOWED_GLOBALS = frozenset(
         "deepspeed.runtime.zero.config.ZeroStageEnum",
     ]
 )
-# Nothing unpickles these; every other file is searched for code before anybody loads it.
+# These are never unpickled; every other file is searched for code before it is loaded.
 INERT_SUFFIXES = frozenset([".safetensors", ".json", ".py"])
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -43,7 +43,7 @@ MODEL_FILE = "model.safetensors"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is not what was committed; `reason` is one word, fit for a folder name."""
+    """A missing or damaged checkpoint; `reason` is one word, used in a folder name."""
 
     exit_code = ExitCode.BAD_CHECKPOINT
 
@@ -57,7 +57,7 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class FileHash:
-    """Size and content of a file, as a manifest lists them."""
+    """Size and hash of a file, as a manifest lists them."""
 
     bytes: int
     sha256: str
@@ -65,7 +65,7 @@ class FileHash:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A checkpoint passed over because it is not what was committed."""
+    """A checkpoint that was skipped because it is damaged."""
 
     path: Path
     reason: str
@@ -74,7 +74,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Found:
-    """The newest whole checkpoint, and what was passed over on the way to it."""
+    """The newest complete checkpoint, and the newer, damaged ones that were skipped."""
 
     path: Path
     manifest: dict
@@ -82,13 +82,16 @@ class Found:
 
 
 def inspect(folder: Path, accept: Callable[[dict], bool] | None) -> Found | None:
-    """Find the newest whole checkpoint, by step; changes nothing, so any reader may call it.
+    """Find the newest complete checkpoint, by step; changes nothing, so any process may call it.
 
-    `accept` says of a manifest whether its checkpoint is wanted; one that is not is passed over
-    without being called damaged.
+    Args:
+        folder: of the checkpoints.
+        accept: whether a checkpoint is wanted, by its manifest; others are skipped, but not called
+            damaged. None accepts all.
 
     Raises:
-        CheckpointError: there are checkpoints but none is whole; starting anew would bury them.
+        CheckpointError: there are checkpoints but none is whole. Training from scratch would
+            silently discard a run, so a person has to decide.
     """
     rejected = []
     paths = committed(folder)
@@ -108,7 +111,7 @@ def inspect(folder: Path, accept: Callable[[dict], bool] | None) -> Found | None
         raise CheckpointError(
             "none",
             f"{folder} holds checkpoints but none is whole: {details}; "
-            "restore one from a copy, or move the run folder away to start it anew",
+            "restore one from a backup, or move the run folder away to train from scratch",
         )
     return None
 
@@ -121,13 +124,13 @@ def committed(folder: Path) -> list[Path]:
 
 
 def intact(folder: Path) -> list[tuple[Path, dict]]:
-    """The committed checkpoints whose manifest and file sizes fit, newest first; no content read.
+    """The committed checkpoints with an intact manifest and file sizes, newest first.
 
-    A damaged one is left out, so that nothing is removed on the strength of it.
+    Contents are not read. Damaged ones are left out, so that no good one is deleted for them.
     """
     fitting = []
     for path in committed(folder):
-        # `newest` is who tells about the damaged ones and puts them aside.
+        # `newest` reports and renames damaged ones.
         with contextlib.suppress(CheckpointError):
             manifest = read_manifest(path)
             verify_sizes(path, manifest)
@@ -150,12 +153,12 @@ def verify_sizes(folder: Path, manifest: Mapping) -> None:
         if name not in listed:
             raise CheckpointError("extra", f"{file}: not in the manifest")
         if file.stat().st_size != listed[name]["bytes"]:
-            sizes = f"{file.stat().st_size} bytes, committed with {listed[name]['bytes']}"
+            sizes = f"{file.stat().st_size} bytes, but {listed[name]['bytes']} were committed"
             raise CheckpointError("size", f"{file}: {sizes}")
 
 
 def verify_files(folder: Path, manifest: Mapping) -> None:
-    """Check every file of a checkpoint against its manifest: first all hashes, then for code.
+    """Check the hash of every file of a checkpoint, then search them for code.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
@@ -169,7 +172,7 @@ def verify_files(folder: Path, manifest: Mapping) -> None:
 
 
 def verified_file(folder: Path, manifest: Mapping, name: str) -> Path:
-    """The path of one listed file, its content as committed: for a reader that needs no other.
+    """The path of one listed file after checking its hash, for a reader of that file alone.
 
     Raises:
         CheckpointError: its content differs.
@@ -180,15 +183,15 @@ def verified_file(folder: Path, manifest: Mapping, name: str) -> Path:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint, checked against its own hash; the files are not looked at.
+    """The manifest of a checkpoint, checked against its own hash; files are not checked.
 
     Raises:
-        CheckpointError: it is missing, edited, of another step, or lists a path that leaves the
+        CheckpointError: it is missing, edited, of another step, or lists a path outside the
             folder.
     """
     file = folder / MANIFEST
     if folder.is_symlink() or file.is_symlink():
-        raise CheckpointError("link", f"{file}: reached by a link; a checkpoint holds none")
+        raise CheckpointError("link", f"{file}: is a symlink; checkpoints contain none")
     if not file.is_file():
         raise CheckpointError("manifest", f"{file}: missing")
     try:
@@ -197,7 +200,7 @@ def read_manifest(folder: Path) -> dict:
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError("manifest", f"{file}: not readable: {error}") from error
     if sealed != _seal(manifest) or not _well_formed(manifest):
-        raise CheckpointError("manifest", f"{file}: edited, or not a manifest at all")
+        raise CheckpointError("manifest", f"{file}: edited, or not a manifest")
     if manifest["format"] != FORMAT:
         raise CheckpointError("format", f"{file}: format {manifest['format']}, known: {FORMAT}")
     if step_name(manifest["step"]) != folder.name:
@@ -209,13 +212,13 @@ def read_manifest(folder: Path) -> dict:
 
 
 def manifest_text(body: Mapping) -> str:
-    """The text of a manifest, with the hash of itself."""
+    """The text of a manifest, with a hash of itself."""
     stored = json.loads(json.dumps(dict(body), allow_nan=False))
     return json.dumps({**stored, "manifest_sha256": _seal(stored)}, indent=1) + "\n"
 
 
 def refuse_unsafe(file: Path) -> None:
-    """Make sure that unpickling a torch file would run no code, without unpickling it.
+    """Check, without unpickling a torch file, that unpickling it would run no code.
 
     Raises:
         CheckpointError: names what the file would call.
@@ -239,7 +242,9 @@ def list_files(folder: Path) -> list[str]:
     for at, folders, files in os.walk(folder):
         for path in (Path(at, name) for name in folders + files):
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise CheckpointError("link", f"{path}: a link or device; a checkpoint holds none")
+                raise CheckpointError(
+                    "link", f"{path}: a symlink or device; checkpoints contain none"
+                )
         names += [Path(at, name).relative_to(folder).as_posix() for name in files]
     return sorted(names)
 

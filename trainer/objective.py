@@ -1,4 +1,4 @@
-"""What is hidden of a batch, and losses of hidden states, a chunk of tokens at a time."""
+"""Masking of a batch for its objective, and the loss, a chunk of tokens at a time."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The optimizer's groups, the learning rate, and what happens after a step: pure functions."""
+"""AdamW with its parameter groups."""
 
 import torch
 

@@ -16,11 +16,11 @@ from torch._C._distributed_c10d import HashStore
 
 T = TypeVar("T")
 TIMEOUT = datetime.timedelta(minutes=10)
-"""How long a collective waits for a rank that does not come."""
+"""How long a collective waits for a missing rank."""
 
 
 class SoloGroup:
-    """A process that saves alone."""
+    """The group of a run with a single process."""
 
     rank = 0
     ranks = 1

@@ -1,7 +1,7 @@
-"""How a run is asked to stop, how it shows that it is alive, and what its exit code says.
+"""How a signal stops a run.
 
-A signal only sets a flag; the loop reads it at the end of a step, all ranks agree, and the run is
-saved. Watcher threads see to the case in which the main thread never gets there.
+A signal only sets a flag. The loop reads it at the end of a step, all ranks agree, and the run is
+saved. A watcher thread ends the process if the main thread never gets there.
 """
 
 import os
@@ -22,16 +22,16 @@ STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 class StopSignal:
     """A flag that USR2, TERM and INT set, within a `with` block on the main thread.
 
-    Python runs a signal's handler on the main thread alone, which may sit in a collective for
-    ever. So the interpreter also writes the signal's number to a socket that a thread reads: if
-    the block is not left within the grace, that thread dumps all stacks and ends the process with
-    `ExitCode.REQUEUE`. A second INT ends it at once, with nothing saved.
+    Python runs signal handlers on the main thread only, which may be blocked in a collective
+    forever. So the interpreter also writes the signal's number to a socket that a thread reads: if
+    the block is not left within the grace period, that thread dumps all stacks and ends the process
+    with `ExitCode.REQUEUE`. A second INT ends it at once, without saving.
 
     Args:
         grace_seconds: from the first signal to the forced end; more than two saves and a step.
         stacks: where the stacks go before a forced end.
-        before_forced_end: told why; runs on the watcher thread, and nothing it does delays the
-            end by more than what it takes itself.
+        before_forced_end: called with the reason, on the watcher thread; the process ends when it
+            returns or raises.
     """
 
     def __init__(
@@ -46,18 +46,19 @@ class StopSignal:
 
     @property
     def requested(self) -> bool:
-        """Whether a stop was asked for."""
+        """Whether a stop was requested."""
         return self._asked.is_set()
 
     @property
     def name(self) -> str:
-        """The first signal that asked for it, or nothing."""
+        """The name of the first signal that requested it, or an empty string."""
         return self._name
 
     def __enter__(self) -> Self:
         global _active
         assert _active is None, "a StopSignal is in force already"
         self._reader, self._writer = socket.socketpair()
+        # A full socket must not block the signal handler; set_wakeup_fd requires non-blocking.
         self._writer.setblocking(False)
         self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         self._previous_wakeup = signal.set_wakeup_fd(
@@ -77,7 +78,7 @@ class StopSignal:
         self._reader.close()
 
     def restore(self) -> None:
-        """Put the handlers back that were in force before."""
+        """Restore the previous signal handlers."""
         signal.set_wakeup_fd(self._previous_wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -88,7 +89,7 @@ class StopSignal:
             self._asked.set()
 
     def _watch(self) -> None:
-        """Read signal numbers until the block is left or the grace has passed."""
+        """Read signal numbers until the block is left or the grace period has passed."""
         deadline = None
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.001)
@@ -98,6 +99,7 @@ class StopSignal:
             except TimeoutError:
                 self._force_end()
                 return
+            # The block was left: `__exit__` has closed the other end.
             if not received:
                 return
             for number in filter(STOP_SIGNALS.__contains__, received):
@@ -109,9 +111,10 @@ class StopSignal:
 
     def _force_end(self) -> None:
         message = (
-            f"{self._name} came {self._grace_seconds:g} s ago and no step has ended since; "
-            f"process {os.getpid()} ends without a save, its stacks are in {self._stacks}"
+            f"{self._name} was received {self._grace_seconds:g} s ago and no step has ended since; "
+            f"process {os.getpid()} exits without saving, its stacks are in {self._stacks}"
         )
+        # sys.exit would only end this thread, and cleanup could block on the hung main thread.
         try:
             dump_stacks(self._stacks, message)
             self._before_forced_end(message)
@@ -120,7 +123,7 @@ class StopSignal:
 
 
 def _forget_in_child() -> None:
-    """A forked loader worker must not answer for the run: its signals would stop the parent."""
+    """Restore signals in a forked worker: its copy of the socket would stop the parent."""
     global _active
     if _active is not None:
         _active.restore()

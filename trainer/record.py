@@ -7,8 +7,8 @@ Layout of one run, `runs/<sweep>/<id>/`:
     metrics.jsonl       one row a step
     evaluations.jsonl   one row an evaluated set and milestone
     summary.json        appears only when the run has reached its budget or diverged
-    STATUS.json         where the run stands now
-    OWNER.json run.lock who writes it, and how often it was started (the incarnation)
+    STATUS.json         the current step and speed
+    OWNER.json run.lock the process that writes it, and how many times it was started (incarnation)
     checkpoints/        see trainer.checkpoint
 
 Rows are flat; a key names its unit. A column is *exact* (bit-identical after any interruption) or
@@ -65,12 +65,12 @@ MEASURED_COLUMNS = frozenset(
 
 
 class RunOwnedError(RuntimeError):
-    """Another live process writes this run."""
+    """Another live process is writing this run."""
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """What one run folder holds; absent files read as empty."""
+    """The contents of a run folder; absent files read as empty."""
 
     path: Path
     config: dict
@@ -82,7 +82,7 @@ class StoredRun:
 
 
 class RunRecord:
-    """The only writer of a run folder, held by a lock for the life of the process.
+    """The only writer of a run folder, which it locks for the life of the process.
 
     Raises:
         RunOwnedError: another live process holds the run.
@@ -114,7 +114,7 @@ class RunRecord:
             write_atomically(self.path / "config.yaml", text)
 
     def write_provenance(self, start: Mapping) -> None:
-        """Append what held at this start; top-level keys show the latest one."""
+        """Append the facts of this start; top-level keys show the latest start."""
         stored = read_json(self.path / "provenance.json")
         starts = [*stored.get("starts", []), {"incarnation": self.incarnation, **start}]
         write_json(self.path / "provenance.json", {**start, "starts": starts})
@@ -128,25 +128,25 @@ class RunRecord:
         self._append("evaluations.jsonl", rows)
 
     def write_status(self, state: str, **facts: Scalar) -> None:
-        """Say where the run stands; `state` is running, stopped, failed, diverged or done."""
+        """Replace the status; `state` is running, stopped, extended, diverged or done."""
         write_json(
             self.path / "STATUS.json",
             {"state": state, **facts, "incarnation": self.incarnation, "written": _now()},
         )
 
     def write_summary(self, summary: Mapping) -> None:
-        """Finish the run: nothing is added to it after this."""
+        """Write the summary; nothing is added to the run after it."""
         self.sync()
         write_json(self.path / "summary.json", dict(summary))
 
     def sync(self) -> None:
-        """Bring every appended row to the disk."""
+        """Fsync every appended row."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Give the run back."""
+        """Close the files and release the lock."""
         self.sync()
         for file in self._files.values():
             file.close()
@@ -194,7 +194,7 @@ def read_rows(path: Path) -> list[Row]:
             rows.append(json.loads(line))
         except ValueError as error:
             raise RuntimeError(
-                f"{path} line {number} is not a row: {error}; move the file away to go on without"
+                f"{path} line {number} is not valid JSON: {error}; repair it, or move the file away"
             ) from error
     return rows
 
@@ -222,9 +222,11 @@ def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise RuntimeError(f"{path} is not JSON: {error}; restore it or move it away") from error
+        raise RuntimeError(
+            f"{path} is not valid JSON: {error}; restore it or move it away"
+        ) from error
     if not isinstance(value, dict):
-        raise RuntimeError(f"{path} holds no JSON object; restore it or move it away")
+        raise RuntimeError(f"{path} is not a JSON object; restore it or move it away")
     return value
 
 
@@ -247,7 +249,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        # Half a file must not keep a full disk full.
+        # On a full disk, a partial file must not take up the room that is left.
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
@@ -325,7 +327,7 @@ def _plain(value: object) -> object:
 
 
 def _sync_folder(path: Path) -> None:
-    """Bring a rename to the disk."""
+    """Fsync a folder, so that a rename in it survives a crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

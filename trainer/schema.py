@@ -1,4 +1,4 @@
-"""Plain data to config classes and back, with errors that name file, key, fact and remedy."""
+"""Plain data to config classes and back, with errors that name the key, the problem and the fix."""
 
 import dataclasses
 import difflib
@@ -25,11 +25,11 @@ RENAMED: Mapping[str, str] = {}
 
 
 class ConfigError(ValueError):
-    """What a user wrote cannot be run; the message names file or key, the fact and the remedy."""
+    """A config or argument is invalid; the message names the key, the problem and the fix."""
 
 
 def dump(config: object) -> dict[str, Any]:
-    """A config as plain dictionaries, lists and scalars, kinds included."""
+    """A config as plain dictionaries, lists and scalars, with the `kind` of each part."""
     plain = _plain(config)
     assert isinstance(plain, dict)
     return plain
@@ -41,7 +41,7 @@ def load(kind: type[Config], data: object, path: str = "") -> Config:
     Args:
         kind: the dataclass to build.
         data: plain data, as from YAML.
-        path: where in the file the data stands, for messages.
+        path: of the data within the file, for messages.
 
     Raises:
         ConfigError: a key is unknown, missing, of a wrong type or out of range.
@@ -50,19 +50,19 @@ def load(kind: type[Config], data: object, path: str = "") -> Config:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file into plain data, refusing what no config needs.
+    """Read a YAML file into plain data.
 
     Raises:
-        ConfigError: it is missing, too large, not YAML, has duplicate keys or is no mapping.
+        ConfigError: it is missing, too large, not YAML, has duplicate keys or is not a mapping.
     """
     if not path.is_file():
-        raise ConfigError(f"{path} is not there; give the path of a YAML file")
+        raise ConfigError(f"{path} does not exist; give the path of a YAML file")
     if path.stat().st_size > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes; it is no config")
+        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes, too large for a config")
     try:
         loaded = OmegaConf.load(path)
         if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path} holds no mapping at its top level; write key: value lines")
+            raise ConfigError(f"{path} is not a mapping at its top level; write key: value lines")
         plain = OmegaConf.to_container(loaded, resolve=False)
     except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
         if isinstance(error, ConfigError):
@@ -73,23 +73,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Read `a.b=value` words into nested data.
+    """Read `a.b=value` arguments into nested data.
 
     Raises:
-        ConfigError: a word has no `=`.
+        ConfigError: an argument has no `=`.
     """
     for word in words:
         if "=" not in word or word.startswith("="):
-            raise ConfigError(f"{word!r} is no override; write key=value, such as ladder=evening")
+            raise ConfigError(
+                f"{word!r} is not an override; write key=value, such as ladder=evening"
+            )
     plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=False)
     assert isinstance(plain, dict)
     return typing.cast("dict[str, Any]", plain)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay one tree of plain data over another; mappings merge, everything else replaces.
+    """Merge one tree of plain data over another; mappings merge, everything else is replaced.
 
-    A mapping whose `kind` changes is replaced whole, since its other keys belonged to the old kind.
+    A mapping whose `kind` changes is replaced whole, since its other keys belong to the old kind.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -103,7 +105,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def suggest(wrong: str, known: Sequence[str]) -> str:
-    """Words that help with a misspelt name: the closest one, then all."""
+    """A hint for a misspelt name: the closest known name, then all known names."""
     close = difflib.get_close_matches(wrong, known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(sorted(known))}"

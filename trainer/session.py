@@ -30,7 +30,7 @@ DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evalu
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a run stands among those that share its trunk.
+    """How a run relates to those that share its trunk.
 
     Attributes:
         forks: for a trunk, the steps whose checkpoints are kept for branches.
@@ -74,7 +74,7 @@ class Session:
         self.heartbeat = Heartbeat(folder, self.engine.ranks.rank, DEADLINES, self.log.warn)
 
     def resume(self) -> TrainState:
-        """Take up the newest checkpoint: the run's own, else one of its trunk before the fork."""
+        """Load the newest checkpoint: the run's own, else the trunk's at or before the fork."""
         found = newest(self.folder / "checkpoints", self._group, None)
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
@@ -88,7 +88,7 @@ class Session:
         return TrainState.of_manifest(found.manifest)
 
     def open_stream(self, first_step: int) -> Iterator[Batch]:
-        """This rank's batches from a step on; what one rank cannot open stops all of them."""
+        """This rank's batches from a step on; an error on one rank is raised on all of them."""
         ranks, failed = self.engine.ranks, None
         try:
             if ranks.shard == 0:
@@ -146,7 +146,7 @@ class Session:
         self.log.write_evaluations(rows)
 
     def stop(self, state: TrainState, name: str) -> Outcome:
-        """End early, with everything saved."""
+        """End early; the checkpoint was saved before."""
         message = f"stopped by {name or 'another rank'} at step {state.step}"
         self.log.write_status("stopped", state, message=message)
         return Outcome("stopped", state.step, message)
@@ -169,7 +169,7 @@ class Session:
         return Outcome("done", state.step)
 
     def layout(self) -> dict[str, object]:
-        """What may not change between a checkpoint and its resumption."""
+        """What must be the same when a checkpoint is resumed."""
         execution = self.execution
         return {"ranks": execution.ranks, "zero_stage": execution.zero_stage}
 
@@ -192,7 +192,7 @@ class Session:
         }
 
     def _find_fork(self, trunk: Path) -> Found | None:
-        """Rank 0 looks and decides for all: a live trunk may collect folders meanwhile."""
+        """Rank 0 searches for all ranks: a trunk that is still training may delete checkpoints."""
         fork = decay_begins(self.config)
         found = None
         if self._group.rank == 0:
@@ -206,7 +206,7 @@ class Session:
             raise CheckpointError(
                 "missing",
                 f"run {self.folder.name} has metrics to step {rows[-1]['step']} but no checkpoint; "
-                f"delete {self.folder} to train it anew",
+                f"delete {self.folder} to train it from scratch",
             )
 
     def _refuse_changes(self, found: Found) -> None:
@@ -215,7 +215,7 @@ class Session:
             if then != now:
                 raise ConfigError(
                     f"{found.path} was made with {key} {then}, but the run now has {now}; "
-                    "go back to that, or move the run folder away to train it anew"
+                    "go back to that, or move the run folder away to train from scratch"
                 )
 
     def _evaluations(self, measured: str, step: int) -> list[Row]:

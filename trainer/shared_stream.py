@@ -1,4 +1,4 @@
-"""The batches of ranks that hold the parts of the same sequences: the first reads, all hear."""
+"""Batches under sequence parallelism: the first rank of a group reads and broadcasts them."""
 
 from collections.abc import Iterator
 

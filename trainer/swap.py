@@ -1,4 +1,4 @@
-"""What a trained model is worth with other mixers in place of its own, without training.
+"""Evaluate a trained model with other mixers in place of its own, without training.
 
 The weights load strictly, so a swap is between mixers of the very same parameters.
 """
@@ -50,8 +50,8 @@ def swapped(model: BackboneConfig, swap: Mapping[str, Mapping[str, object]]) -> 
         there = _kinds(plain["blocks"])
         if old not in there:
             raise ConfigError(
-                f"swap asks for {old} to be replaced, but the model's mixers are "
-                f"{', '.join(sorted(there))}; name one of these"
+                f"the swap replaces {old}, but the model's mixers are "
+                f"{', '.join(sorted(there))}; choose one of these"
             )
         plain["blocks"] = _replaced(plain["blocks"], old, new)
     return load(BackboneConfig, plain, "model")

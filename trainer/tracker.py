@@ -1,4 +1,4 @@
-"""Copies rows of the run record to wandb; the record stays the truth, and no run waits for it."""
+"""Copies metrics to wandb; the run record remains the source of truth."""
 
 import os
 from collections.abc import Mapping
@@ -8,10 +8,10 @@ import wandb
 
 
 class Tracker:
-    """A view of one run in wandb: online if a key is there, offline otherwise.
+    """One run in wandb: online if WANDB_API_KEY is set, offline otherwise.
 
     Args:
-        name: the run's id, which wandb's run takes too, so that a resumed run goes on in it.
+        name: the run's id; wandb's run has the same one, so that a resumed run continues it.
     """
 
     def __init__(self, name: str, folder: Path, config: Mapping) -> None:

@@ -1,4 +1,4 @@
-"""The one loop: every architecture, every corpus and every size is trained by `train`."""
+"""The training loop, the same for every architecture, corpus and size."""
 
 import time
 from pathlib import Path
@@ -12,7 +12,7 @@ from trainer.schedule import learning_rate, run_milestones
 from trainer.session import Lineage, Outcome, Session
 
 GRACE_SECONDS = 60.0
-"""From a stop signal to the forced end of a run that reaches no end of a step."""
+"""From a stop signal to the forced end of a process that is stuck within a step."""
 
 
 def train(
@@ -22,13 +22,13 @@ def train(
     folder: Path,
     lineage: Lineage,
 ) -> Outcome:
-    """Train one run to its token budget, from its newest whole checkpoint if it has one.
+    """Train one run to its token budget, from its newest complete checkpoint if it has one.
 
     Every rank of the run calls it; rank 0 writes the record.
 
     Raises:
         ConfigError: the configuration, or a change of it, cannot be run.
-        RuntimeError: data, disk or checkpoints are not as they must be.
+        RuntimeError: data or checkpoints are damaged or missing, or a rank failed.
     """
     prepare_process(execution)
     session = Session(config, execution, evaluation, folder, lineage)
@@ -56,7 +56,7 @@ def _loop(session: Session) -> Outcome:
             session.heartbeat.beat(state.step, "step")
             rate = learning_rate(session.config, state.step)
             result = session.engine.step(batch, rate)
-            # Of the ranks that hold parts of the same sequences one counts them.
+            # Of the ranks that share sequences only one counts them.
             seen = certificate(batch.samples) if session.engine.ranks.shard == 0 else 0
             mixed, stops = session.engine.ranks.sum_integers([seen, int(signal.requested)])
             state.step += 1

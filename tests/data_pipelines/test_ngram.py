@@ -47,5 +47,5 @@ def test_chances_of_all_tokens_sum_to_one() -> None:
 
 
 def test_an_order_that_cannot_be_numbered_is_refused() -> None:
-    with pytest.raises(ValueError, match="order 5 at 32000 ids is out of reach"):
+    with pytest.raises(ValueError, match="order 5 at 32000 ids is too large"):
         NGram(5, 32_000)

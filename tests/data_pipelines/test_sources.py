@@ -78,7 +78,7 @@ def test_a_broken_compressed_file_is_refused(tmp_path, damage):
     data = zstandard.compress(line(noise) + line("last"))
     file = tmp_path / "broken.jsonl.zst"
     file.write_bytes(data[:-8] if damage == "truncated" else b"\0" * 100 + data[100:])
-    with pytest.raises(RuntimeError, match=r"broken\.jsonl\.zst .*fetch it"):
+    with pytest.raises(RuntimeError, match=r"broken\.jsonl\.zst .*download it"):
         list(read_jsonl(file))
 
 
@@ -98,14 +98,14 @@ def test_a_text_that_is_not_utf8_is_named(tmp_path):
 
 
 def test_paths_that_hold_nothing_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         list_inputs(SourceConfig("jsonl", (str(tmp_path / "none"),)))
     with pytest.raises(ValueError, match="holds nothing for kind jsonl"):
         list_inputs(SourceConfig("jsonl", (str(tmp_path),)))
 
 
 def test_an_environment_without_a_lock_file_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match=r"requirements\.lock is not there, .* restore it"):
+    with pytest.raises(RuntimeError, match=r"requirements\.lock does not exist, .* restore it"):
         survey(tmp_path / "requirements.lock")
 
 

@@ -340,7 +340,7 @@ def test_two_readers_at_once_and_a_killed_one_do_not_disturb_each_other(copied_r
 def test_a_batch_that_cannot_be_shared_out_is_refused(built_root):
     with pytest.raises(ValueError, match=r"step of 6 sequences .* need a multiple of 4"):
         open_stream(built_root, rank=0, ranks=4, sequences=6)
-    with pytest.raises(ValueError, match=r"1 ranks x 4 sequences a block need a multiple of 4"):
+    with pytest.raises(ValueError, match=r"1 ranks x 4 sequences per block need a multiple of 4"):
         open_stream(built_root, corpus(seq_len=16), sequences=6)
 
 

@@ -79,9 +79,9 @@ def test_a_saved_tokenizer_of_another_size_is_refused(saved, tmp_path):
     file.write_text(saved)
     with pytest.raises(ValueError, match="400 ids, but the config says 500"):
         read_given_tokenizer(TokenizerConfig("file", str(file), 500))
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_given_tokenizer(TokenizerConfig("file", str(tmp_path / "none"), 500))
-    with pytest.raises(RuntimeError, match="is not there; build"):
+    with pytest.raises(RuntimeError, match="does not exist; build"):
         load_tokenizer(TokenizerConfig("bpe", None, 400), tmp_path)
 
 

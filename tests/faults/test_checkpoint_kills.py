@@ -15,6 +15,7 @@ from tests.trainer.checkpoint_samples import verify
 from trainer import checkpoint
 from trainer.checkpoint import FAULT_POINTS
 from trainer.manifest import MANIFEST, CheckpointError, committed, inspect
+from trainer.parallel import SoloGroup
 from trainer.record import RunRecord
 
 SIZE = 512 * 1024
@@ -126,7 +127,7 @@ def test_manifests_are_chained_across_a_kill(tmp_path, victim):
 
 
 @pytest.mark.parametrize("point", [*SAVE_POINTS, "test.mid_write"])
-def test_a_full_disk_is_told_and_the_save_after_it_commits(tmp_path, victim, point):
+def test_a_full_disk_is_reported_and_the_save_after_it_commits(tmp_path, victim, point):
     folder = tmp_path / "checkpoints"
     victim.save(tmp_path, [10, 20])
 
@@ -156,8 +157,8 @@ def test_every_fault_point_is_passed_in_the_order_it_is_listed(tmp_path, monkeyp
         for step in (1, 2, 3):
             passed.clear()
             draft = checkpoint.Draft(step, {}, False, write_nothing)
-            checkpoint.publish(record.checkpoints, draft, checkpoint.SoloGroup(), record)
-            checkpoint.collect(record.checkpoints, 2, checkpoint.SoloGroup(), record)
+            checkpoint.publish(record.checkpoints, draft, SoloGroup(), record)
+            checkpoint.collect(record.checkpoints, 2, SoloGroup(), record)
     assert tuple(passed) == FAULT_POINTS
 
 

@@ -134,7 +134,7 @@ def test_a_damaged_shard_stops_every_run_with_one_message(
     [
         (("sweeps/scaling.yaml", "laddder=nano"), "did you mean 'ladder'"),
         (("sweeps/scaling.yaml", "ladders.default.rungs=[11k]"), "unknown rung '11k'"),
-        (("sweeps/none.yaml",), "sweeps/none.yaml is not there"),
+        (("sweeps/none.yaml",), "sweeps/none.yaml does not exist"),
     ],
 )
 def test_bad_input_is_one_clear_message(
@@ -156,11 +156,11 @@ def test_a_full_disk_while_building_data_is_one_clear_message(tmp_path: Path) ->
     assert ended.stdout.count("error:") == 1
 
 
-def test_a_kill_while_building_data_is_gone_on_from(swept: Path, tmp_path: Path) -> None:
+def test_a_killed_build_of_the_data_is_resumed(swept: Path, tmp_path: Path) -> None:
     words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
     killed = command(*words, "architectures=[transformer]", fault="build.after_pack:1")
     assert killed.returncode == 65
-    assert "ended from outside" in " ".join(killed.stdout.split())
+    assert "killed from outside" in " ".join(killed.stdout.split())
     built = command(*words, "--data")
     assert built.returncode == 0, built.stdout
     roots = {
@@ -176,7 +176,7 @@ def data_root_of(swept: Path) -> Path:
     return Path(read_run(swept / name).provenance["execution"]["data_root"])
 
 
-def test_a_trained_run_goes_on_with_a_prompt(swept: Path, data: Path) -> None:
+def test_a_trained_run_continues_a_prompt(swept: Path, data: Path) -> None:
     run = swept / stored_sweep(swept)["runs"][0]
     words = ("launch/generate.py", str(run), "def ", "--data", str(data), "--tokens", "12")
     first, second = (command(*words, "--temperature", "0") for _ in range(2))
@@ -190,4 +190,4 @@ def test_a_trained_run_goes_on_with_a_prompt(swept: Path, data: Path) -> None:
 def test_a_folder_without_a_run_cannot_generate(tmp_path: Path) -> None:
     ended = command("launch/generate.py", str(tmp_path), "x")
     assert ended.returncode == 64
-    assert "config.yaml is not there" in ended.stderr
+    assert "config.yaml does not exist" in ended.stderr

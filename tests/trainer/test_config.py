@@ -110,7 +110,7 @@ def test_a_changed_kind_drops_the_keys_of_the_old_one() -> None:
     ("text", "why"),
     [
         ("a: 1\na: 2\n", "duplicate"),
-        ("- 1\n", "no mapping"),
+        ("- 1\n", "not a mapping"),
         ("a: !!python/object/apply:os.system [touch x]\n", "cannot be read"),
         ("a: [1, 2\n", "cannot be read"),
     ],
@@ -129,7 +129,7 @@ def test_environment_variables_are_not_read_from_yaml(tmp_path: Any) -> None:
 
 
 def test_an_override_without_a_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'ladder' is no override"):
+    with pytest.raises(ConfigError, match="'ladder' is not an override"):
         read_overrides(["ladder"])
 
 

@@ -52,10 +52,10 @@ def test_a_masked_run_learns_and_two_micro_batches_equal_one(
 
 
 def test_an_objective_wants_its_form_of_backbone() -> None:
-    message = "objective masked_lm needs a lone encoder, but model is a lone decoder"
+    message = "objective masked_lm is for encoder-only models, but the model is decoder-only"
     with pytest.raises(ConfigError, match=message):
         load(RunConfig, {**PLAIN, "objective": "masked_lm"})
-    message = "objective causal_lm needs a lone decoder, but model is a decoder with an encoder"
+    message = "objective causal_lm is for decoder-only models, but the model is encoder-decoder"
     with pytest.raises(ConfigError, match=message):
         load(RunConfig, {**PLAIN, "model": model(BOTH)})
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from trainer import preemption
+from trainer import heartbeat
 from trainer.exit_codes import ExitCode
 from trainer.heartbeat import Heartbeat
 from trainer.preemption import STOP_SIGNALS, StopSignal
@@ -161,12 +161,12 @@ def test_more_signals_do_not_lengthen_the_grace(start):
     assert time.monotonic() - begun < 3.0
 
 
-def test_a_forced_end_leaves_the_stacks_and_tells_why(start, tmp_path):
+def test_a_forced_end_leaves_the_stacks_and_says_why(start, tmp_path):
     process = start(STUCK, 0.2)
     process.send_signal(signal.SIGUSR2)
     process.wait(10)
     assert "waits_for_a_peer" in (tmp_path / "stacks.txt").read_text()
-    assert (tmp_path / "forced.txt").read_text().startswith("SIGUSR2 came 0.2 s ago")
+    assert (tmp_path / "forced.txt").read_text().startswith("SIGUSR2 was received 0.2 s ago")
 
 
 def test_a_forced_end_comes_even_if_the_stacks_cannot_be_written(start, tmp_path):
@@ -225,7 +225,7 @@ def test_the_last_beat_is_in_the_file_when_the_block_is_left(tmp_path):
 
 
 def test_the_file_is_written_at_most_once_an_interval(tmp_path, monkeypatch):
-    monkeypatch.setattr(preemption, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_SECONDS", 0.1)
     shown = []
     monkeypatch.setattr(Heartbeat, "_show", lambda _heart, beat: shown.append(beat))
     begun = time.monotonic()
@@ -242,7 +242,7 @@ def stay_too_long(seconds):
     time.sleep(seconds)
 
 
-def test_a_stall_is_told_once_with_the_stacks(tmp_path):
+def test_a_stall_is_reported_once_with_the_stacks(tmp_path):
     told = []
     with Heartbeat(tmp_path, 1, {"step": 60.0, "save": 0.1}, told.append) as heart:
         heart.beat(12, "save")
@@ -253,7 +253,7 @@ def test_a_stall_is_told_once_with_the_stacks(tmp_path):
     assert "stay_too_long" in (tmp_path / "stall-1.txt").read_text()
 
 
-def test_after_another_beat_a_stall_is_told_again(tmp_path):
+def test_after_another_beat_a_stall_is_reported_again(tmp_path):
     told = []
     with Heartbeat(tmp_path, 0, {"step": 0.1}, told.append) as heart:
         for step in (1, 2):
@@ -288,7 +288,7 @@ def test_a_phase_without_a_deadline_is_refused(tmp_path):
         heart.beat(1, "sav")
 
 
-def test_a_heartbeat_that_cannot_be_written_is_told_and_does_not_end_the_watch(tmp_path):
+def test_a_heartbeat_that_cannot_be_written_is_reported_and_does_not_end_the_watch(tmp_path):
     told = []
     with Heartbeat(tmp_path / "gone", 0, {"step": 0.1}, told.append):
         assert wait_until(lambda: any("phase 'step'" in text for text in told))

@@ -51,7 +51,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_a_second_process_is_refused_and_told_the_owner(tmp_path, holder):
+def test_a_second_process_is_refused_and_learns_the_owner(tmp_path, holder):
     with pytest.raises(RunOwnedError, match=f"process {holder.pid} on {os.uname().nodename}"):
         RunRecord(tmp_path / "run")
 

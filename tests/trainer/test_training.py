@@ -206,7 +206,7 @@ def test_a_resumption_under_another_layout_is_refused(root: Path, tmp_path: Path
         run(make(root, zero_stage=1), tmp_path / "run")
 
 
-def test_a_failed_save_is_told_and_training_goes_on(
+def test_a_failed_save_is_a_warning_and_training_goes_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failure = SaveFailure(4, 0, "somewhere", 28, "OSError: no space", 10, 5)
