@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement as RichMeasurement
 
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
@@ -32,7 +33,7 @@ from trainer.schema import ConfigError, dump
 
 REDRAW_SECONDS = 45.0
 RESUBMISSIONS = 2
-TABLE_WIDTH = 118
+MOST_COLUMNS = 400
 EXAMPLES = """
 examples:
   python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
@@ -152,16 +153,18 @@ def _print_plan(
         unit.name: " ".join(dict.fromkeys(statuses[e.folder_name].value for e in unit.branches))
         for unit in plan.units
     }
-    # On a narrow terminal whole lines wrap, which is easier to read than squeezed columns.
-    wide = Console(width=max(console.width, TABLE_WIDTH), file=console.file)
-    wide.print(plan_table(plan, shown), highlight=False)
+    # As wide as its values: on a narrow terminal whole lines wrap, and no id is ever cut.
+    table = plan_table(plan, shown)
+    needed = RichMeasurement.get(console, console.options.update(width=MOST_COLUMNS), table).maximum
+    wide = Console(width=max(console.width, needed), file=console.file)
+    wide.print(table, highlight=False)
     slots = available_slots(plan.sweep.config.launcher)
     seconds = sum(plan.seconds[unit.name] for unit in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
     complete = sum(status.ended for status in statuses.values())
     console.print(
-        f"{len(plan.sweep.experiments)} runs in {len(plan.units)} units, {complete} complete; "
+        f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
         f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
         f"about {duration(seconds / workers)} on {workers} workers",
         highlight=False,
