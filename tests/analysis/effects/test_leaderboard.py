@@ -139,7 +139,7 @@ def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     root = lines_beside(write(study, tmp_path / "one", np.random.default_rng(0)), 3.0)
     (found,) = compare_arms(load(root))
     assert all(np.isnan(arm.loss.low) for arm in found.arms)
-    assert "one seed an arm" in caption(found)
+    assert "one seed per arm" in caption(found)
     assert "no interval" in arm_lines((found,))[0]
     assert "95 % interval" not in caption(found)
 
