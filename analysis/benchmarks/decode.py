@@ -1,4 +1,4 @@
-"""How fast models decode, with a cache and without: the figure, the ratios, and what they say."""
+"""Decoding speed with a cache and without: the figure, and ratios of speeds."""
 
 from typing import cast
 
@@ -13,9 +13,9 @@ from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep
 
 COPIED = "copying its cache alone"
-"""The part of a step of attention that makes room for one more token."""
+"""The part of a decoding step that copies the keys and values to append one token."""
 SPARED = "attention cached less its copying"
-"""Attention whose cache has room to spare: reckoned, not run."""
+"""Attention with a preallocated cache: computed from the two measurements, not run."""
 Contender = tuple[str, str]
 HYBRID, ATTENTION = ("hybrid", "cached"), ("attention", "cached")
 COMPARISONS: tuple[tuple[Contender, Contender], ...] = (
@@ -58,9 +58,9 @@ def summarise(rounds: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratios(rounds: pd.DataFrame) -> pd.DataFrame:
-    """Speed of one contender over another's, within rounds; those at each context stand together.
+    """Ratios of speeds within rounds, grouped by context.
 
-    Rows are there for the comparisons and contexts at which both were measured.
+    A row for each comparison and context at which both were measured.
     """
     rows = []
     for (kind, context), part in groups(rounds, ["kind", "context"]):

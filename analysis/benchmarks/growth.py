@@ -1,4 +1,4 @@
-"""How time and memory of mixers grow with the length: exponents, and the figure of both."""
+"""Growth of a mixer's time and memory with sequence length: exponents and figure."""
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,9 @@ from analysis.inference.intervals import slope_and_error
 from analysis.tables.frames import floats, groups, keep
 
 SHORTEST = 4096
-"""From this length on fixed costs no longer hide the growth."""
+"""Shorter sequences are dominated by fixed costs."""
 UNITS = {"seconds": 1e6, "bytes": 1e-3}
-"""Of the figure in those of the table: microseconds and kilobytes."""
+"""Factors from the table's units to the figure's, microseconds and kilobytes."""
 
 
 def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
@@ -55,8 +55,8 @@ def draw(points: pd.DataFrame, name: str) -> ReportFigure:
         title = "Growth of one mixer, forward and backward, with the length"
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     caption = (
-        "One process a point; a level line grows as its length. Numbers are exponents of time and "
-        "memory of the whole over all lengths. A line ends where a point took too long or too much "
+        "One process per point. Linear growth is a level line. Numbers: exponents of total "
+        "time and memory over all lengths. A line ends where a point took too long or too much "
         "memory."
     )
     return ReportFigure(name, title, caption, figure, points)

@@ -1,4 +1,4 @@
-"""How a model loses by reading fewer keys: the figure and the table of swaps of its attention."""
+"""Loss of a model whose attention is swapped for HiP and reads fewer keys: figure and table."""
 
 from collections.abc import Mapping
 from typing import Any

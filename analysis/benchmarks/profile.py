@@ -1,4 +1,4 @@
-"""The figure of where a step's time goes: its profile above the two bounds of the same step."""
+"""The figure of a training step's time: its profile beside two lower bounds of the same step."""
 
 import pandas as pd
 from matplotlib.figure import Figure

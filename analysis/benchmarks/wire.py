@@ -1,4 +1,4 @@
-"""What ranks that share a sequence send each other: the figure of bytes and of times."""
+"""Traffic between ranks that share a sequence: the figure of bytes and of times."""
 
 from collections.abc import Mapping
 

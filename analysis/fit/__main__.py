@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
-from analysis.inference.model_selection import Alike, alike, choose
+from analysis.inference.model_selection import OmnibusTest, choose, omnibus_test
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
 from analysis.tables.compute import six_nd
@@ -131,7 +131,7 @@ def _answer(
     arms = {str(arm) for by in options.by for arm in rows[by]}
     if len(options.by) == 1 and options.law == "chinchilla" and len(arms) > 1:
         console.print(_family(rows, tuple(options.by)))
-        console.print(_alike(alike(learnt.fit, learnt.covariance)), markup=False)
+        console.print(_omnibus_words(omnibus_test(learnt.fit, learnt.covariance)), markup=False)
     if options.at:
         console.print(_prediction(law, rows, options), markup=False)
     for line in _questions(rows, learnt, options):
@@ -210,7 +210,7 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
     return grid
 
 
-def _alike(found: Alike | Refusal) -> str:
+def _omnibus_words(found: OmnibusTest | Refusal) -> str:
     if isinstance(found, Refusal):
         return f"test that no arm differs: {found}"
     effects, rest = found.freedom

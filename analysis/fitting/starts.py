@@ -133,9 +133,9 @@ def _powered(form: Form, law: Law, best: Array) -> Array:
 def _repeated(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     """Chinchilla starts as if nothing repeated, times a grid of both rates of decay."""
     plain = bind(replace(law, transform=None), rows)
-    alike = seeds(plain, rows, grid, 4) if plain.labels else np.zeros((1, 0))
+    unrepeated = seeds(plain, rows, grid, 4) if plain.labels else np.zeros((1, 0))
     found = []
-    for start, data_rate, size_rate in product(alike, *REPEATS):
+    for start, data_rate, size_rate in product(unrepeated, *REPEATS):
         vector = np.zeros(len(form.labels))
         for key, slot in plain.slots.items():
             vector[form.slots[key]] = start[slot]

@@ -70,8 +70,8 @@ def choose(rows: pd.DataFrame, laws: dict[str, Law], estimator: Estimator | None
 
 
 @dataclass(frozen=True)
-class Alike:
-    """Whether any arm differs from the others: one test of all effects together.
+class OmnibusTest:
+    """One test of all arm effects together.
 
     Attributes:
         statistic: F, with `freedom` of the effects and of their covariance.
@@ -97,7 +97,7 @@ def effect(
     return (found or sandwich(fit)).interval(estimate, direction)
 
 
-def alike(fit: Fit, found: Sandwich | None = None) -> Alike | Refusal:
+def omnibus_test(fit: Fit, found: Sandwich | None = None) -> OmnibusTest | Refusal:
     """Test that no group differs from the first, with the covariance between their effects.
 
     Hotelling's T^2 as Pustejovsky and Tipton 2018 use it for cluster-robust covariances; their
@@ -120,7 +120,7 @@ def alike(fit: Fit, found: Sandwich | None = None) -> Alike | Refusal:
         )
     square = float(estimates @ np.linalg.solve(spread, estimates))
     statistic = rest / (fewest * count) * square
-    return Alike(statistic, (float(count), rest), float(stats.f.sf(statistic, count, rest)))
+    return OmnibusTest(statistic, (float(count), rest), float(stats.f.sf(statistic, count, rest)))
 
 
 def _single_trunks(fit: Fit, names: tuple[str, ...]) -> Refusal | None:

@@ -184,10 +184,10 @@ class _State:
         """Share of the target's variance that each candidate removes, over draws and laws."""
         found = []
         for gradient, ahead, covariance in self._parts:
-            lean = np.einsum("bpq,bq->bp", covariance, gradient)
-            shared = np.einsum("bcp,bp->bc", ahead, lean) ** 2
+            direction = np.einsum("bpq,bq->bp", covariance, gradient)
+            shared = np.einsum("bcp,bp->bc", ahead, direction) ** 2
             own = np.einsum("bcp,bpq,bcq->bc", ahead, covariance, ahead, optimize=True)
-            variance = np.einsum("bp,bp->b", gradient, lean)
+            variance = np.einsum("bp,bp->b", gradient, direction)
             found.append((shared / (self._noise + own) / variance[:, None]).mean(axis=0))
         return np.mean(found, axis=0)
 
@@ -195,10 +195,11 @@ class _State:
         """Count a candidate as run."""
         for part in self._parts:
             _, ahead, covariance = part
-            lean = np.einsum("bpq,bq->bp", covariance, ahead[:, index])
-            scale = self._noise + np.einsum("bp,bp->b", ahead[:, index], lean)
+            direction = np.einsum("bpq,bq->bp", covariance, ahead[:, index])
+            scale = self._noise + np.einsum("bp,bp->b", ahead[:, index], direction)
             # Sherman and Morrison: one run is a rank-one change, no matrix is inverted again.
-            part[2] = covariance - np.einsum("bp,bq->bpq", lean, lean) / scale[:, None, None]
+            change = np.einsum("bp,bq->bpq", direction, direction)
+            part[2] = covariance - change / scale[:, None, None]
 
     def half_width(self) -> float:
         """As the module's `half_width`."""

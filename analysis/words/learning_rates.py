@@ -78,7 +78,7 @@ def tuning_table(tuning: dict) -> pd.DataFrame:
 
 
 def tuning_sentence(tuning: dict) -> str:
-    """Whether the arms were tuned alike; a warning where some were and others were not."""
+    """Whether all arms are equally tuned; a warning where only some are."""
     bare = [name for name, entry in tuning.items() if not entry.get("evidence")]
     scales = {float(entry.get("learning_rate_scale", 1.0)) for entry in tuning.values()}
     if not tuning:

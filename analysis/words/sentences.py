@@ -15,7 +15,7 @@ from analysis.words.numbers import bracketed, capital, decimals_of, with_unit
 
 
 def exponent_words(interval: Interval | Refusal) -> str:
-    """An exponent with its interval, unless the data cannot tell it from no effect at all."""
+    """An exponent with its interval; `not identified` where the interval includes zero."""
     if isinstance(interval, Interval) and interval.low <= 0:
         return "not identified"
     return bracketed(interval)

@@ -53,7 +53,7 @@ def test_slower_tokens_turn_a_lead_in_compute_into_a_lag_in_seconds(fitted, repl
 
 
 def test_an_unknown_baseline_names_the_arms(fitted, replicates):
-    with pytest.raises(ValueError, match="'c' is none of the arms a, b"):
+    with pytest.raises(ValueError, match="'c' is not an arm; the arms are a, b"):
         list(lead(fitted, replicates, "c"))
 
 
@@ -117,4 +117,4 @@ def test_the_command_answers_in_one_call(tmp_path, capsys):
     assert "a: 3e+19 FLOPs: " in said
     assert "times the tokens of b" in said
     assert main([*words, "--law", "gamma"]) == 2
-    assert "ask the chinchilla law" in capsys.readouterr().out
+    assert "need --law chinchilla" in capsys.readouterr().out

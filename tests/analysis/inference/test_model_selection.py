@@ -7,7 +7,7 @@ from scipy import stats
 
 from analysis.fitting.estimator import Estimator
 from analysis.inference.intervals import Interval
-from analysis.inference.model_selection import _folds, alike, choose, effect, hold_out_errors
+from analysis.inference.model_selection import _folds, choose, effect, hold_out_errors, omnibus_test
 from analysis.laws.catalog import nested_family
 from analysis.validity.refusal import Refusal
 from tests.oracles import fits as slow
@@ -103,7 +103,7 @@ def three_arms(shift, seed, sd=0.004):
 
 def test_one_effect_alone_is_tested_as_its_interval_says():
     fit = LIGHT.fit(arms(0.08), nested_family(BY)["Mab"])
-    interval, test = effect(fit, "a", "b"), alike(fit)
+    interval, test = effect(fit, "a", "b"), omnibus_test(fit)
     half = 0.5 * (interval.high - interval.low)
     freedom = test.freedom[1]
     assert test.freedom[0] == 1.0
@@ -114,10 +114,10 @@ def test_one_effect_alone_is_tested_as_its_interval_says():
 
 def test_arms_that_are_alike_are_told_apart_one_time_in_twenty():
     law = nested_family(BY)["Mab"]
-    found = [alike(LIGHT.fit(three_arms(0.0, seed), law)).p < 0.05 for seed in range(120)]
+    found = [omnibus_test(LIGHT.fit(three_arms(0.0, seed), law)).p < 0.05 for seed in range(120)]
     assert stats.binom.cdf(sum(found), 120, 0.065) > 1e-3
     assert stats.binom.sf(sum(found) - 1, 120, 0.065) > 1e-3
-    assert alike(LIGHT.fit(three_arms(-0.01, 0), law)).p < 1e-3
+    assert omnibus_test(LIGHT.fit(three_arms(-0.01, 0), law)).p < 1e-3
 
 
 @pytest.mark.parametrize(("per_arm", "refused"), [(1, True), (2, False)])
@@ -127,7 +127,7 @@ def test_an_arm_of_a_single_trunk_is_refused(per_arm, refused):
     rows["trunk_id"] = rows["architecture"] + half.astype(str)
     fit = LIGHT.fit(rows, nested_family(BY)["Mab"])
     assert isinstance(effect(fit, "a", "b"), Refusal) == refused
-    assert not refused or "one trunk" in alike(fit).reason
+    assert not refused or "one trunk" in omnibus_test(fit).reason
 
 
 def test_more_arms_than_their_trunks_can_tell_apart_are_refused():
@@ -137,4 +137,4 @@ def test_more_arms_than_their_trunks_can_tell_apart_are_refused():
     rows["trunk_id"] = rows["architecture"] + (rows["parameters"] > 1e8).astype(str)
     fit = LIGHT.fit(rows, nested_family(BY)["Mab"])
     assert isinstance(effect(fit, "a0", "b0"), Interval)
-    assert "degrees of freedom" in alike(fit).reason
+    assert "degrees of freedom" in omnibus_test(fit).reason

@@ -65,7 +65,7 @@ def test_it_holds_configs_lock_figures_and_no_weights(capsule, tmp_path):
     [
         (lambda name, data: data + b" " if name == "table.csv" else data, "not what was packed"),
         (lambda name, data: None if name == "runs.csv" else data, "differ in runs.csv"),
-        (lambda name, data: b"{}" if name == "CAPSULE.json" else data, "no capsule of format"),
+        (lambda name, data: b"{}" if name == "CAPSULE.json" else data, "not a capsule of format"),
     ],
 )
 def test_a_changed_capsule_is_an_error(capsule, tmp_path, change, needle):
@@ -79,17 +79,17 @@ def test_a_capsule_cannot_write_outside_its_folder(tmp_path):
         entry = tarfile.TarInfo("../escaped")
         entry.size = 1
         archive.addfile(entry, io.BytesIO(b"x"))
-    with pytest.raises(ValueError, match="is no capsule"):
+    with pytest.raises(ValueError, match="is not a capsule"):
         unpack(tmp_path / "evil.tar.gz", tmp_path / "opened")
     assert not (tmp_path / "escaped").exists()
 
 
 def test_what_cannot_be_packed_or_opened_says_what_to_do(root, tmp_path):
-    with pytest.raises(ValueError, match="name the capsule so"):
+    with pytest.raises(ValueError, match="give it that suffix"):
         pack(root, ROOT, tmp_path / "x.zip")
     (tmp_path / "bare").mkdir()
     with pytest.raises(ValueError, match="has no report"):
         pack(tmp_path / "bare", ROOT, tmp_path / "x.tar.gz")
     (tmp_path / "text.tar.gz").write_text("no")
-    with pytest.raises(ValueError, match="is no capsule"):
+    with pytest.raises(ValueError, match="is not a capsule"):
         unpack(tmp_path / "text.tar.gz", tmp_path / "opened")

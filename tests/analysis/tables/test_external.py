@@ -155,12 +155,12 @@ def test_a_bad_cell_costs_its_row_and_is_listed(tmp_path, column, cell, reason):
         ({**PLAIN, "N": ["small", "medium", "large"]}, "most of its cells are not"),
         ({"N": [1e6], "D": [1e8]}, "no loss that could be recognised"),
         ({**PLAIN, "loss": ["", "", ""]}, "no row of"),
-        ({**PLAIN, "run": ["a", "a", "b"], "D": [1e8, 1e8, 4e8]}, "claim the same"),
+        ({**PLAIN, "run": ["a", "a", "b"], "D": [1e8, 1e8, 4e8]}, "share the same"),
         ({name: [] for name in PLAIN}, "holds no rows"),
     ],
 )
 def test_a_table_that_cannot_be_meant_is_an_error_that_says_what_to_do(tmp_path, table, needle):
-    table = {**table, "step": [7] * len(table["N"])} if needle == "claim the same" else table
+    table = {**table, "step": [7] * len(table["N"])} if needle == "share the same" else table
     with pytest.raises(ValueError, match=needle):
         read_external(written(tmp_path, table))
 
