@@ -236,7 +236,9 @@ def test_a_token_by_itself_costs_less_than_the_whole_and_more_than_its_share():
 def test_a_document_longer_than_the_filter_is_refused_before_anything_is_computed(residual):
     mixer = build("monarch", residual=residual)
     mixer.in_proj.register_forward_pre_hook(lambda *_: pytest.fail("it computes"))
-    with pytest.raises(ValueError, match=r"document of 65 tokens, .* max_len 64; give it a larger"):
+    with pytest.raises(
+        ValueError, match=r"document of 65 tokens, .* max_len 64 taps; take a larger"
+    ):
         mixer(inputs(65), whole(65))
     with pytest.raises(ValueError, match="document of 65 tokens"):
         mixer(inputs(90), WholeSequence(packed((25, 65))))
@@ -260,7 +262,7 @@ def test_a_filter_ends_decoding_at_its_length():
 
 @pytest.mark.parametrize("features", [1, 2, 4])
 def test_features_that_are_no_pairs_and_a_lag_are_refused(features):
-    with pytest.raises(ValueError, match="odd number from 3"):
+    with pytest.raises(ValueError, match="odd number, 3 or more"):
         MonarchConfig(64, filter_features=features)
 
 

@@ -211,7 +211,7 @@ def test_a_matrix_without_an_aligned_form_is_refused_with_those_that_have_one(ki
 
 @pytest.mark.parametrize("kind", ALIGNED)
 def test_a_learned_form_without_a_longest_document_is_refused(kind: str) -> None:
-    with pytest.raises(ValueError, match=r"max_len is not given; give"):
+    with pytest.raises(ValueError, match=r"max_len is not given; set"):
         small_config(kind, sequence_aligned=False, max_len=None)
 
 
