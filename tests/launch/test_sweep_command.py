@@ -152,25 +152,44 @@ def test_bad_input_is_one_clear_message(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_full_disk_while_building_data_is_one_clear_message(tmp_path: Path) -> None:
-    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
-    ended = command(*words, fault="build.after_pack:1:enospc")
-    assert ended.returncode == 65
-    assert "free" in ended.stdout
-    assert not (tmp_path / "data" / "smoke").exists()
-    assert ended.stdout.count("error:") == 1
-
-
-def test_a_kill_while_building_data_is_gone_on_from(swept: Path, tmp_path: Path) -> None:
-    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
+@pytest.fixture(scope="session")
+def killed_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a build of the data was killed between two stages."""
+    root = tmp_path_factory.mktemp("killed")
+    words = (*SMOKE, "--runs", str(root / "runs"), f"execution.data_root={root / 'data'}")
     killed = command(*words, "architectures=[transformer]", fault="build.after_pack:1")
     assert killed.returncode == 65
     assert "ended from outside" in " ".join(killed.stdout.split())
+    return root
+
+
+@pytest.fixture
+def half_built(killed_build: Path, tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """A copy of those data, and the words of the command that goes on with them."""
+    data = shutil.copytree(killed_build / "data", tmp_path / "data")
+    return data, (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={data}")
+
+
+def test_a_full_disk_while_building_data_is_one_clear_message(
+    half_built: tuple[Path, tuple[str, ...]],
+) -> None:
+    data, words = half_built
+    ended = command(*words, fault="build.stream_written:1:enospc")
+    assert ended.returncode == 65
+    assert "free" in ended.stdout
+    assert not (data / "smoke").exists()
+    assert ended.stdout.count("error:") == 1
+
+
+def test_a_kill_while_building_data_is_gone_on_from(
+    swept: Path, half_built: tuple[Path, tuple[str, ...]]
+) -> None:
+    data, words = half_built
     built = forked(*words, "--data")
     assert built.returncode == 0, built.stdout
     roots = {
         read_json(ROOT / folder / "smoke" / "MANIFEST.json")["root_hash"]
-        for folder in (tmp_path / "data", data_root_of(swept))
+        for folder in (data, data_root_of(swept))
     }
     assert len(roots) == 1
 
