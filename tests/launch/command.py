@@ -1,11 +1,14 @@
-"""Runs the project's commands as a user does."""
+"""Runs the project's commands as a user does, or in forks that are spared the imports."""
 
+import atexit
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.launch.command_server import ROOT, CommandServer
 
 
 def command(*words: str, fault: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -18,6 +21,21 @@ def command(*words: str, fault: str = "", cwd: Path = ROOT) -> subprocess.Comple
         text=True,
         check=False,
     )
+
+
+def forked(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` to its end in a fork that has imported what a launcher does."""
+    with tempfile.TemporaryDirectory() as folder:
+        code = _server().run(words, environment(""), Path(folder))
+        out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
+    return subprocess.CompletedProcess(words, code, out, err)
+
+
+@functools.cache
+def _server() -> CommandServer:
+    server = CommandServer()
+    atexit.register(server.close)
+    return server
 
 
 def start(*words: str) -> subprocess.Popen[bytes]:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.command import ROOT, command, start
+from tests.launch.command import ROOT, command, forked, start
 from tests.trainer.study import read_exact
 from trainer.record import read_json, read_rows, read_run
 
 pytestmark = pytest.mark.slow
 SMOKE = ("launch/sweep.py", "sweeps/smoke.yaml")
+SMALLER = "ladders.default.rungs=[10k]"
+"""Half of its runs, by the same ids: both architectures and corpora, trunks, branches, repeats."""
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +53,7 @@ def test_every_run_is_complete_and_in_the_report(swept: Path) -> None:
 
 def test_the_same_command_again_trains_nothing(swept: Path, data: Path) -> None:
     before = len(read_rows(swept / "journal.jsonl"))
-    ended = command(*SMOKE, "--runs", str(swept.parent), f"execution.data_root={data}")
+    ended = forked(*SMOKE, "--runs", str(swept.parent), f"execution.data_root={data}")
     assert ended.returncode == 0, ended.stdout
     assert "26 complete" in ended.stdout
     assert len(read_rows(swept / "journal.jsonl")) == before
@@ -69,7 +71,7 @@ def test_two_processes_equal_one(swept: Path) -> None:
 
 def test_a_cell_of_its_capsule_trains_again_to_the_same_losses(swept: Path, tmp_path: Path) -> None:
     file = str(tmp_path / "smoke.tar.gz")
-    packed = command("launch/capsule.py", "pack", str(swept), file)
+    packed = forked("launch/capsule.py", "pack", str(swept), file)
     assert packed.returncode == 0, packed.stdout
     again = command("launch/capsule.py", "retrain", file)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -85,8 +87,8 @@ def test_a_drift_is_told_and_ends_with_1(swept: Path, tmp_path: Path) -> None:
         changed = [{**row, "total_nats": 1.01 * float(row["total_nats"])} for row in stored]
         rows.write_text("".join(json.dumps(row) + "\n" for row in changed))
     file = str(tmp_path / "smoke.tar.gz")
-    assert command("launch/capsule.py", "pack", str(study), file).returncode == 0
-    again = command("launch/capsule.py", "retrain", file)
+    assert forked("launch/capsule.py", "pack", str(study), file).returncode == 0
+    again = forked("launch/capsule.py", "retrain", file)
     assert again.returncode == 1, again.stdout
     assert "drift -0.99" in again.stdout
     assert "beyond 0.001" in again.stdout
@@ -95,16 +97,18 @@ def test_a_drift_is_told_and_ends_with_1(swept: Path, tmp_path: Path) -> None:
 def test_kill_of_everything_then_the_same_command_ends_bit_identically(
     swept: Path, data: Path, tmp_path: Path
 ) -> None:
-    words = (*SMOKE, "--runs", str(tmp_path), f"execution.data_root={data}")
+    words = (*SMOKE, SMALLER, "--runs", str(tmp_path), f"execution.data_root={data}")
     running = start(*words)
     deadline = time.monotonic() + 240
-    while len(list(tmp_path.glob("smoke/*/summary.json"))) < 6 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("smoke/*/summary.json"))) < 4 and time.monotonic() < deadline:
+        assert running.poll() is None, "the sweep ended by itself"
         time.sleep(0.05)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
-    ended = command(*words)
+    ended = forked(*words)
     assert ended.returncode == 0, ended.stdout
-    listed = stored_sweep(swept)
+    listed = stored_sweep(tmp_path / "smoke")
+    assert len(listed["runs"]) == 12
     for name in [*listed["runs"], *listed["trunks"], *listed["repeats"]]:
         assert read_exact(tmp_path / "smoke" / name) == read_exact(swept / name), name
 
@@ -122,7 +126,8 @@ def test_a_damaged_shard_stops_every_run_with_one_message(
     shard.unlink()
     if damage == "truncated":
         shard.write_bytes(content[: len(content) // 2])
-    ended = command(*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={root}")
+    words = (*SMOKE, SMALLER, "--runs", str(tmp_path / "runs"), f"execution.data_root={root}")
+    ended = forked(*words)
     assert ended.returncode != 0
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("failed:")]
     assert shard.name in line
@@ -140,32 +145,51 @@ def test_a_damaged_shard_stops_every_run_with_one_message(
 def test_bad_input_is_one_clear_message(
     tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
-    ended = command("launch/sweep.py", *words, "--runs", str(tmp_path / "runs"))
+    ended = forked("launch/sweep.py", *words, "--runs", str(tmp_path / "runs"))
     assert ended.returncode == 64
     assert message in " ".join(ended.stdout.split())
     assert "Traceback" not in ended.stdout + ended.stderr
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_full_disk_while_building_data_is_one_clear_message(tmp_path: Path) -> None:
-    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
-    ended = command(*words, fault="build.after_pack:1:enospc")
-    assert ended.returncode == 65
-    assert "free" in ended.stdout
-    assert not (tmp_path / "data" / "smoke").exists()
-    assert ended.stdout.count("error:") == 1
-
-
-def test_a_killed_build_of_the_data_is_resumed(swept: Path, tmp_path: Path) -> None:
-    words = (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={tmp_path / 'data'}")
+@pytest.fixture(scope="session")
+def killed_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a build of the data was killed between two stages."""
+    root = tmp_path_factory.mktemp("killed")
+    words = (*SMOKE, "--runs", str(root / "runs"), f"execution.data_root={root / 'data'}")
     killed = command(*words, "architectures=[transformer]", fault="build.after_pack:1")
     assert killed.returncode == 65
     assert "killed from outside" in " ".join(killed.stdout.split())
-    built = command(*words, "--data")
+    return root
+
+
+@pytest.fixture
+def half_built(killed_build: Path, tmp_path: Path) -> tuple[Path, tuple[str, ...]]:
+    """A copy of those data, and the words of the command that goes on with them."""
+    data = shutil.copytree(killed_build / "data", tmp_path / "data")
+    return data, (*SMOKE, "--runs", str(tmp_path / "runs"), f"execution.data_root={data}")
+
+
+def test_a_full_disk_while_building_data_is_one_clear_message(
+    half_built: tuple[Path, tuple[str, ...]],
+) -> None:
+    data, words = half_built
+    ended = command(*words, fault="build.stream_written:1:enospc")
+    assert ended.returncode == 65
+    assert "free" in ended.stdout
+    assert not (data / "smoke").exists()
+    assert ended.stdout.count("error:") == 1
+
+
+def test_a_killed_build_of_the_data_is_resumed(
+    swept: Path, half_built: tuple[Path, tuple[str, ...]]
+) -> None:
+    data, words = half_built
+    built = forked(*words, "--data")
     assert built.returncode == 0, built.stdout
     roots = {
         read_json(ROOT / folder / "smoke" / "MANIFEST.json")["root_hash"]
-        for folder in (tmp_path / "data", data_root_of(swept))
+        for folder in (data, data_root_of(swept))
     }
     assert len(roots) == 1
 
@@ -179,7 +203,7 @@ def data_root_of(swept: Path) -> Path:
 def test_a_trained_run_continues_a_prompt(swept: Path, data: Path) -> None:
     run = swept / stored_sweep(swept)["runs"][0]
     words = ("launch/generate.py", str(run), "def ", "--data", str(data), "--tokens", "12")
-    first, second = (command(*words, "--temperature", "0") for _ in range(2))
+    first, second = (forked(*words, "--temperature", "0") for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def ")
     assert len(first.stdout.encode()) == len("def ") + 12 + 1
@@ -188,6 +212,6 @@ def test_a_trained_run_continues_a_prompt(swept: Path, data: Path) -> None:
 
 
 def test_a_folder_without_a_run_cannot_generate(tmp_path: Path) -> None:
-    ended = command("launch/generate.py", str(tmp_path), "x")
+    ended = forked("launch/generate.py", str(tmp_path), "x")
     assert ended.returncode == 64
     assert "config.yaml does not exist" in ended.stderr

@@ -37,6 +37,8 @@ LONGER = {
     "budget": {"tokens": 20 * 8 * SEQ_LEN},
 }
 """Twenty steps of eight sequences, which hold several documents each."""
+SAVED_EVERY = 10 * 8 * SEQ_LEN
+"""A save takes as long as two steps; one in the middle is enough where nothing is resumed."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def experiment(
     step, whether it came from ranks or from micro-batches.
     """
     data, shards = layout
-    plain = make(root, LONGER, ranks=data * shards, sequence_parallel=shards, **execution)
+    options = {"save_every_tokens": SAVED_EVERY, **execution}
+    plain = make(root, LONGER, ranks=data * shards, sequence_parallel=shards, **options)
     architecture, place = read_architectures()[name], Shape(RUNGS["10k"], 257, SEQ_LEN)
     fitted = size_architecture(name, architecture, place, math.inf)
     scale = architecture.learning_rate_scale
