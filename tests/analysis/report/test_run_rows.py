@@ -1,6 +1,7 @@
 """The table of runs: every run, the folder to paste, keys that sort, and curves from the record."""
 
 import re
+from contextlib import closing
 from html.parser import HTMLParser
 
 import numpy as np
@@ -12,7 +13,7 @@ from analysis.report.write import redraw
 from analysis.tables.run_table import load
 from analysis.tables.training_curves import MOST_POINTS
 from tests.analysis.synthetic_study import Study, write
-from trainer.record import open_record, read_run
+from trainer.record import RunRecord, read_run
 
 
 class RunsTable(HTMLParser):
@@ -133,7 +134,7 @@ def test_a_branch_begins_with_its_trunk_and_long_curves_are_thinned(tmp_path):
     (root / run_id / "metrics.jsonl").unlink()
     steps = {trunk_id: range(1, 301), run_id: range(201, 401)}
     for name, numbers in steps.items():
-        with open_record(root / name) as record:
+        with closing(RunRecord(root / name)) as record:
             for step in numbers:
                 loss = None if step == 250 else 5.0 / step
                 record.append_metrics({"step": step, "tokens": step * 10, "loss_nats": loss})
