@@ -84,12 +84,12 @@ def test_keys_read_are_counted_of_the_keys_there_are(swaps: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--swap", "attention"), "--swap attention is no swap"),
+        (("--swap", "attention"), "--swap attention is not a swap"),
         (("--swap", "attention=hipp"), "did you mean 'hip'"),
         (("--swap", "mamba=hip"), "the model's mixers are attention"),
         (("--swap", "attention=window"), "unknown key model.blocks.a.mixer.selection"),
         (("--set", "verse"), "unknown evaluation set 'verse'; known: prose, python"),
-        (("--sequences", "100000"), "ask for at most so many"),
+        (("--sequences", "100000"), "ask for at most that many"),
         (("--k", "7"), "k 7 is not a multiple of key_block"),
     ],
 )
