@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup sweep ladder smoke hip test check conformance large kernels sequence-parallel wire long-context
+.PHONY: setup sweep ladder smoke hip test quick check conformance large kernels sequence-parallel wire long-context
 .PHONY: bench growth laws recovery decode faults slurm lock
 sweep: setup ; $(BIN)/python launch/sweep.py sweeps/scaling.yaml
 smoke: setup ; $(BIN)/python launch/sweep.py sweeps/smoke.yaml
 hip:   setup ; $(BIN)/python launch/sweep.py sweeps/hip.yaml && $(BIN)/python launch/swap.py runs/hip
 test:  setup ; $(BIN)/python -m tests.run
+quick: setup ; $(BIN)/python -m tests.quick
 check: setup ; $(BIN)/python -m tests.check
 ladder: setup ; $(BIN)/python launch/ladder.py
 conformance: setup ; $(BIN)/python -m tests.conformance.run
