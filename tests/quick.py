@@ -99,7 +99,7 @@ def concerned(changed: Iterable[str]) -> list[str]:
 
 
 def mirrors(file: str) -> list[str]:
-    """The test files of the folder that mirrors a file's own."""
+    """The test files of the folder that mirrors a file's own, or the nearest above it."""
     path = PurePath(file)
     if file in OUTSIDE:
         return [OUTSIDE[file]]
@@ -107,9 +107,13 @@ def mirrors(file: str) -> list[str]:
         return [file]
     if path.parts[0] not in PACKAGES:
         return []
-    within = path.parent if path.parts[0] == "tests" else "tests" / path.parent
-    twin = ROOT / within / f"test_{path.stem}.py"
-    others = sorted((ROOT / within).glob("test_*.py"))
+    within = ROOT / (path.parent if path.parts[0] == "tests" else "tests" / path.parent)
+    while not within.is_dir():
+        within = within.parent
+    twin = within / f"test_{path.stem}.py"
+    # Tests import what helps them, but not a conftest.
+    imported = path.parts[0] == "tests" and path.stem != "conftest"
+    others = [] if imported else sorted(within.glob("test_*.py"))
     return [str(each.relative_to(ROOT)) for each in (twin, *others) if each.is_file()]
 
 

@@ -12,6 +12,12 @@ def test_a_changed_file_calls_for_its_mirror_then_for_what_imports_it() -> None:
     assert len(found) == len(set(found))
 
 
+def test_a_mixer_that_only_the_registry_imports_is_tested_with_all_of_them() -> None:
+    found = concerned(["models/mixers/recurrent/mamba2.py"])
+    assert found[0] == "tests/models/test_mamba2.py"
+    assert "tests/models/test_mixers.py" in found
+
+
 def test_a_helper_of_tests_calls_for_the_tests_that_use_it() -> None:
     assert "tests/trainer/test_sequence_parallel.py" in concerned(["tests/trainer/ranks.py"])
 
