@@ -6,8 +6,8 @@ Source: Dao 2023, "FlashAttention-2", section 3.2. The kernel for queries loops 
 kernel. In the kernel for keys and values a program handles one tile of keys and loops over the rows
 that see it: those whose lists contain it, from lists sorted by key, then those that have it in the
 window or as a sink. The order is fixed, so results are deterministic. Sorted lists take 8 bytes per
-entry, 20 during sorting. Not run on a GPU so
-far: tested in Triton's interpreter, compiled ahead of time.
+entry, 20 during sorting. Not yet run on a GPU: tested in Triton's interpreter, compiled ahead of
+time.
 """
 
 import torch

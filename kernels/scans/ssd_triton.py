@@ -6,8 +6,8 @@ program per chunk. There are no atomics.
 
 Sums, decays and states are float32. Log decays inside a chunk are summed in float64 and stored as
 two floats, so that differences keep all digits. Operands of products are bfloat16 if activations
-are; a state is rounded when it is read, but not when it is carried on. Not yet
-run on a GPU: tested in Triton's interpreter, compiled ahead of time.
+are; a state is rounded when it is read, but not when it is carried on. Not yet run on a GPU: tested
+in Triton's interpreter, compiled ahead of time.
 
 Tokens after a non-finite input and tokens beyond the end have the document id EXCLUDED. They are
 never loaded, so a NaN in them enters no product.
