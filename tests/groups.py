@@ -44,22 +44,22 @@ LINTERS = (
     Group("import rules", 15, (tool("lint-imports"), "--no-cache")),
 )
 TESTS = (
-    of_tests("launch", 375, "tests/launch"),
-    of_tests("models", 130, "tests/models"),
+    of_tests("launch", 290, "tests/launch"),
+    of_tests("models", 115, "tests/models"),
     of_tests("kernels", 60, "tests/kernels"),
     of_tests("kernels, compiled for GPUs", 30, TRITON),
-    of_tests("trainer, over ranks", 120, "tests/trainer/test_sequence_parallel.py"),
-    of_tests("sequence parallelism", 100, "tests/sequence_parallel"),
+    of_tests("trainer, over ranks", 90, "tests/trainer/test_sequence_parallel.py"),
+    of_tests("sequence parallelism", 110, "tests/sequence_parallel"),
     of_tests("faults", 60, "tests/faults"),
-    of_tests("README", 110, "tests/test_readme.py"),
-    of_tests("benchmarks of training", 160, "tests/benchmarks/training"),
+    of_tests("README", 130, "tests/test_readme.py"),
+    of_tests("benchmarks of training", 125, "tests/benchmarks/training"),
     of_tests("analysis: report", 70, "tests/analysis/report"),
     of_tests("analysis: notebooks", 40, "tests/analysis/test_notebooks.py"),
     of_tests("analysis: recovery", 65, "tests/benchmarks/statistics"),
 )
 INTERPRETED = Group(
     "kernels, interpreted",
-    200,
+    205,
     (sys.executable, "-m", "tests.kernels.run", "--processes", "1"),
 )
 
@@ -68,7 +68,7 @@ def rest() -> Group:
     """Every test that no group names, so that a new file needs no entry."""
     named = [word for group in TESTS for word in group.command if word.startswith("tests/")]
     ignored = (f"--ignore={path}" for path in named)
-    return Group("everything else", 150, (*PYTEST, "tests", *ignored))
+    return Group("everything else", 220, (*PYTEST, "tests", *ignored))
 
 
 def groups() -> list[Group]:
