@@ -177,7 +177,7 @@ def _terminal_lines(
     if refused:
         lines += [
             "",
-            f"Refused: {len(refused)} answers, each with its remedy on the page; the first:",
+            f"Answers refused: {len(refused)}, each with its remedy on the page; the first:",
         ]
         lines.append(f"  {refused[0][0]}: {refused[0][1].reason}")
     kept = lines[: MOST_LINES - 3]
