@@ -34,15 +34,15 @@ def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
     if mixed is not None:
         text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
         return [("Data against architecture", text, "")]
-    told = [("Summary", headline_sentence(found.headline), "")] if found else []
+    rows = [("Summary", headline_sentence(found.headline), "")] if found else []
     for factor, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture)):
         for contrast in contrasts:
             text = contrast_sentence(contrast, answer.detectable[factor])
-            told.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
-    told.append(("Smallest difference this study can detect", detectable_sentence(answer), ""))
+            rows.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
+    rows.append(("Smallest difference this study can detect", detectable_sentence(answer), ""))
     for arm in answer.arms:
-        told += _arm_answers(arm, len(answer.arms) > 1)
-    return [each for each in dict.fromkeys(told) if each[1]]
+        rows += _arm_answers(arm, len(answer.arms) > 1)
+    return [each for each in dict.fromkeys(rows) if each[1]]
 
 
 def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
