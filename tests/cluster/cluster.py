@@ -5,6 +5,7 @@ SLURM that runs on the machine already is neither asked nor touched. Only the na
 nodes are added to /etc/hosts, and taken away again.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -20,13 +21,13 @@ import psutil
 
 from tests.cluster import configuration
 from tests.cluster.configuration import NODES, Ports
+from tests.cluster.host_names import add_names, remove_names
 
 OF_SLURM = ("slurmctld", "slurmd", "slurmdbd", "sbatch", "srun", "squeue", "sacct", "scontrol")
 PROGRAMS = (*OF_SLURM, "sacctmgr", "munged", "mariadbd", "mariadb-install-db", "setpriv")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server")
 ADMINISTRATORS = "/usr/local/sbin:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
-HOSTS = Path("/etc/hosts")
 START_SECONDS = 60.0
 END_SECONDS = 15.0
 
@@ -92,7 +93,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
-            _add_names(self.folder.name)
+            add_names(NODES)
             self._start()
         except BaseException:
             self._stop()
@@ -117,8 +118,8 @@ class Cluster:
     def processes(self) -> list[psutil.Process]:
         """Live processes that belong to this cluster, its daemons left out."""
         daemons = {process.pid for _, process in self._daemons}
-        every = [p for p in psutil.process_iter(["ppid"]) if p.pid not in daemons | {os.getpid()}]
-        return [p for p in every if p.ppid() not in daemons and _mentions(p, str(self.folder))]
+        every = [p for p in psutil.process_iter() if p.pid not in daemons | {os.getpid()}]
+        return [p for p in every if _belongs(p, daemons, str(self.folder))]
 
     def empty(self, seconds: float) -> list[psutil.Process]:
         """Cancel all jobs and wait; the processes that are left after that time."""
@@ -195,20 +196,22 @@ class Cluster:
             for _, process in reversed(self._daemons):
                 _end(process)
             for left in self.processes():
-                self.killed.append(left.name())
-                left.kill()
-            _remove_names(self.folder.name)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    name = left.name()
+                    left.kill()
+                    self.killed.append(name)
+            remove_names()
             shutil.rmtree(self.folder)
 
 
-def _mentions(process: psutil.Process, folder: str) -> bool:
-    """Whether a live process belongs to the cluster in a folder.
+def _belongs(process: psutil.Process, daemons: set[int], folder: str) -> bool:
+    """Whether a live process that no daemon started itself belongs to the cluster in a folder.
 
     A job's process has the cluster in its environment; the daemon above it has overwritten its
-    own and is known by the log it writes.
+    own and is known by the log it writes. A process may end at any moment while it is looked at.
     """
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
+        if process.status() == psutil.STATUS_ZOMBIE or process.ppid() in daemons:
             return False
         conf = process.environ().get("SLURM_CONF", "")
         files = [file.path for file in process.open_files()]
@@ -241,31 +244,3 @@ def _end(process: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-
-
-def _add_names(mark: str) -> None:
-    """Make the nodes' names resolve: the ranks of a run meet at the name of its first node.
-
-    Raises:
-        RuntimeError: they are the names of other machines.
-    """
-    # In a container the file is mounted: it can be written, but not replaced.
-    with HOSTS.open("a") as file:
-        file.write(f"127.0.0.1 {' '.join(NODES)} # {mark}\n")
-    taken = [node for node in NODES if not _resolves(node)]
-    if taken:
-        raise RuntimeError(
-            f"{', '.join(taken)} should be this machine, but is another in {HOSTS}; rename it there"
-        )
-
-
-def _remove_names(mark: str) -> None:
-    lines = HOSTS.read_text().splitlines(keepends=True)
-    HOSTS.write_text("".join(line for line in lines if not line.rstrip().endswith(f"# {mark}")))
-
-
-def _resolves(name: str) -> bool:
-    try:
-        return socket.gethostbyname(name) == "127.0.0.1"
-    except OSError:
-        return False

@@ -29,6 +29,7 @@ STEPS = range(6, 25)
 KILLED_AT = 2
 """The submission that the first launcher does not survive."""
 PATIENCE_SECONDS = 300.0
+"""How long nothing may be written below the drill's folder while something is waited for."""
 SETTLE_SECONDS = 20.0
 
 T = TypeVar("T")
@@ -61,12 +62,12 @@ class Drill:
         begin = time.monotonic()
         with self._launched("second", self._sweep, ON_SLURM) as launcher:
             disturbed = self._disturb(launcher)
-            _await("the end of the sweep", lambda: launcher.poll() is not None)
+            self._await("the end of the sweep", lambda: launcher.poll() is not None)
         self._say(f"the sweep ended after {time.monotonic() - begin:.0f} s")
         left = self._settle()
         begin = time.monotonic()
         with self._launched("reference", self._reference) as reference:
-            _await("the end of the local sweep", lambda: reference.poll() is not None)
+            self._await("the end of the local sweep", lambda: reference.poll() is not None)
         self._say(f"the same, local and uninterrupted: {time.monotonic() - begin:.0f} s")
         return [
             Measurement("exit code of the sweep on SLURM", abs(launcher.returncode), "", 0),
@@ -76,12 +77,34 @@ class Drill:
             *self._compare_records(disturbed),
         ]
 
+    def _await(
+        self, what: str, ready: Callable[[], T], launcher: subprocess.Popen | None = None
+    ) -> T:
+        """The first answer that is not false.
+
+        Raises:
+            RuntimeError: nothing moves, or the launcher that should bring it about has ended.
+        """
+        # A busy machine is slow, but it goes on writing records and logs.
+        written, moved = -1, time.monotonic()
+        while not (answer := ready()):
+            if launcher is not None and launcher.poll() is not None:
+                raise RuntimeError(f"the launcher ended with {launcher.returncode} before {what}")
+            if (now := _bytes_below(self._folder)) != written:
+                written, moved = now, time.monotonic()
+            if time.monotonic() - moved > PATIENCE_SECONDS:
+                raise RuntimeError(
+                    f"waited for {what}, while nothing was written for {PATIENCE_SECONDS:g} s"
+                )
+            time.sleep(0.05)
+        return answer
+
     def _kill_a_launcher(self) -> None:
         """Kill a launcher between sbatch and the row that would tell of it, with no job begun."""
         self._cluster.ask("scontrol", "update", NODE_LIST, "state=drain", "reason=drill")
         fault = f"launch.submitted:{KILLED_AT}"
         with self._launched("first", self._sweep, ON_SLURM, fault) as launcher:
-            _await("the kill of the launcher", lambda: launcher.poll() is not None)
+            self._await("the kill of the launcher", lambda: launcher.poll() is not None)
         jobs, told = len(self._cluster.jobs()), len(self._journal("submitted"))
         if (jobs, told) != (KILLED_AT, KILLED_AT - 1):
             raise RuntimeError(
@@ -92,7 +115,7 @@ class Drill:
 
     def _disturb(self, launcher: subprocess.Popen) -> list[Disturbed]:
         """Requeue one job from outside, and signal the two-rank one, each while it trains."""
-        _await("a job of every unit", lambda: self._units() == set(self._jobs()), launcher)
+        self._await("a job of every unit", lambda: self._units() == set(self._jobs()), launcher)
         self._cluster.ask("scontrol", "update", NODE_LIST, "state=resume")
         jobs, double = self._jobs(), self._two_rank_job()
         requests = {double: ("scancel", "--signal=USR2")}
@@ -114,7 +137,7 @@ class Drill:
         def catch() -> str:
             return next((unit for unit in units if self._is_training(unit)), "")
 
-        return _await(f"training of {', '.join(units)}", catch, launcher)
+        return self._await(f"training of {', '.join(units)}", catch, launcher)
 
     def _settle(self) -> int:
         """Processes that are still there a moment after the sweep has ended."""
@@ -125,7 +148,7 @@ class Drill:
 
     def _compare_accounts(self, disturbed: list[Disturbed]) -> list[Measurement]:
         """Whether SLURM's accounting agrees with the journal."""
-        _await(
+        self._await(
             "accounting to catch up",
             lambda: all(account.is_over for account in read_accounts(self._cluster.ask)),
         )
@@ -208,17 +231,7 @@ def _count_nodes(listing: str) -> int:
     return 2 if "-" in listing or "," in listing else 1
 
 
-def _await(what: str, ready: Callable[[], T], launcher: subprocess.Popen | None = None) -> T:
-    """The first answer that is not false.
-
-    Raises:
-        RuntimeError: it takes too long, or the launcher that should bring it about has ended.
-    """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (answer := ready()):
-        if launcher is not None and launcher.poll() is not None:
-            raise RuntimeError(f"the launcher ended with {launcher.returncode} before {what}")
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"waited {PATIENCE_SECONDS:g} s for {what}; it did not come")
-        time.sleep(0.05)
-    return answer
+def _bytes_below(folder: Path) -> int:
+    """Bytes of the run records and logs; checkpoints come and go, and are left out."""
+    names = (*folder.glob("*.log"), *folder.glob("*/*/*.jsonl"), *folder.glob("*/*/*/*.jsonl"))
+    return sum(name.stat().st_size for name in names)
