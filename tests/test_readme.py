@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import ROOT, command
+from tests.launch.command import ROOT, command, forked
 
 TEXT = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -46,7 +46,7 @@ def test_every_command_is_one_that_is_tested() -> None:
 @pytest.mark.parametrize("line", SWEEPS)
 def test_sweep_commands_plan(line: str) -> None:
     words = [word for word in shlex.split(line)[1:] if word not in ("--plan", "--status")]
-    ended = command(*words, "--plan")
+    ended = forked(*words, "--plan")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "tokens to train" in " ".join(ended.stdout.split())
 
@@ -87,8 +87,10 @@ def own(tmp_path: Path) -> Path:
 def in_folder(folder: Path, line: str, *more: str) -> str:
     """Run a command of the README in a folder that is not the checkout; what it printed."""
     words = shlex.split(line)[1:]
-    script = [str(ROOT / words[0])] if words[0].endswith(".py") else [words[0]]
-    ended = command(*script, *words[1:], *more, cwd=folder)
+    if words[0].endswith(".py"):
+        ended = forked(str(ROOT / words[0]), *words[1:], *more, cwd=folder)
+    else:
+        ended = command(*words, *more, cwd=folder)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return " ".join(ended.stdout.split())
 

@@ -23,10 +23,10 @@ def command(*words: str, fault: str = "", cwd: Path = ROOT) -> subprocess.Comple
     )
 
 
-def forked(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` to its end in a fork that has imported what a launcher does."""
+def forked(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS`, a script, to its end in a fork that has imported what a launcher does."""
     with tempfile.TemporaryDirectory() as folder:
-        code = _server().run(words, environment(""), Path(folder))
+        code = _server().run(words, environment(""), cwd, Path(folder))
         out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
     return subprocess.CompletedProcess(words, code, out, err)
 

@@ -31,9 +31,16 @@ class CommandServer:
         """End it."""
         self._process.communicate()
 
-    def run(self, words: Sequence[str], environment: Mapping[str, str], folder: Path) -> int:
-        """Run `python WORDS`, which writes `out` and `err` in a folder; returns its exit code."""
-        order = {"words": words, "environment": dict(environment), "folder": str(folder)}
+    def run(
+        self, words: Sequence[str], environment: Mapping[str, str], cwd: Path, folder: Path
+    ) -> int:
+        """Run `python WORDS` in `cwd`; it writes `out` and `err` in `folder`; returns its code."""
+        order = {
+            "words": words,
+            "environment": dict(environment),
+            "cwd": str(cwd),
+            "folder": str(folder),
+        }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -72,6 +79,7 @@ def act(order: Mapping[str, Any]) -> NoReturn:
         os.dup2(nothing.fileno(), 0)
     os.environ.clear()
     os.environ.update(order["environment"])
+    os.chdir(order["cwd"])
     sys.argv = order["words"]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

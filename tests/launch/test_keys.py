@@ -8,7 +8,7 @@ import pytest
 
 from launch.keys import FILES, file_groups, keys_page
 from sweeps.architecture import ARCHITECTURES
-from tests.launch.command import ROOT, command
+from tests.launch.command import ROOT, forked
 from trainer.keys import Group, field_docs
 from trainer.schema import ConfigError, kinds_of, load, read_yaml
 
@@ -102,6 +102,6 @@ def test_a_misspelt_prefix_is_named_with_the_right_one() -> None:
 
 
 def test_the_command_prints_the_page_without_a_sweep_file() -> None:
-    ended = command("launch/sweep.py", "--keys", "launcher")
+    ended = forked("launch/sweep.py", "--keys", "launcher")
     assert ended.returncode == 0, ended.stderr
     assert "launcher.cluster: one of local, slurm, inline; default local" in ended.stdout
