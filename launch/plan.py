@@ -10,6 +10,7 @@ from rich.table import Table
 
 from analysis.planning.expected_precision import USUAL, expectation_lines, measured_noise
 from analysis.tables.run_table import final, load
+from analysis.words.numbers import seeds_text
 from launch.job import Unit
 from models.accounting import Account, account
 from models.backbone import BackboneConfig
@@ -113,6 +114,7 @@ def planned_points(runs: Sequence[PlannedRun]) -> pd.DataFrame:
             "corpus": planned.experiment.run.corpus.name,
             "rung": planned.experiment.run.rung,
             "seed": planned.experiment.run.seed,
+            "order_seed": planned.experiment.run.corpus.shuffle_seed,
             "trunk_id": planned.unit.name,
             "parameters": float(planned.account.total_parameters),
             "tokens": float(planned.experiment.run.budget.tokens),
@@ -165,7 +167,7 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
             " ".join([run.architecture, unit.branches[0].label]).strip(),
             run.corpus.name,
             run.rung,
-            str(run.seed),
+            seeds_text(run.seed, run.corpus.shuffle_seed),
             f"{mine[0].account.total_parameters:,}",
             f"{off:+.2%}",
             " ".join(f"{p.experiment.run.budget.tokens / 1e6:.2f}" for p in mine),

@@ -62,6 +62,8 @@ class ExtraSeeds:
     """Sizes that are trained with these seeds too."""
     seeds: tuple[int, ...]
     """The additional seeds."""
+    order_seeds: tuple[int, ...] | None = None
+    """Seeds of the order of samples to cross them with; null for each seed's own order."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,11 @@ class LadderConfig:
     warmup_tokens: int
     """Tokens of linear warm-up, the same at all sizes."""
     seeds: tuple[int, ...] = (17,)
-    """Seeds that every run is trained with."""
+    """Seeds that every run is trained with: of its initial weights, of what is masked, and, unless
+    order_seeds is given, of the order of its training samples."""
+    order_seeds: tuple[int, ...] | None = None
+    """Seeds of the order of samples, each crossed with each of seeds; null for each seed's own
+    order."""
     horizons: tuple[int, ...] = ()
     """Token budgets, rounded to whole batches; runs that differ in these alone share a trunk.
     Either these or tokens_per_parameter."""

@@ -158,6 +158,7 @@ def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
         "corpus": (*corpora.default, *ladder.more_corpora),
         "rung": ladder.rungs,
         "seed": ladder.seeds,
+        "order_seed": ladder.order_seeds or (None,),
         "learning_rate_factor": ladder.learning_rate_factors,
     }
     for rule in (*config.also, *config.exclude):
@@ -165,15 +166,22 @@ def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
             _choose("axis", key, dict.fromkeys((*axes, "horizon", "label", "execution")))
     products: list[Mapping[str, Sequence]] = [axes]
     if ladder.replicates:
-        more = {"rung": ladder.replicates.rungs, "seed": ladder.replicates.seeds}
-        products.append({**axes, **more})
+        more = ladder.replicates
+        seeds = {"seed": more.seeds, "order_seed": more.order_seeds or (None,)}
+        products.append({**axes, "rung": more.rungs, **seeds})
     for further in config.also:
         products.append(
             {**axes, **{k: v if isinstance(v, list) else [v] for k, v in further.items()}}
         )
     for product in products:
         for values in itertools.product(*product.values()):
-            yield dict(zip(product, values, strict=True))
+            cell = dict(zip(product, values, strict=True))
+            yield {**cell, "order_seed": _order_seed(cell)}
+
+
+def _order_seed(cell: Mapping[str, Any]) -> int:
+    """The seed of the order of samples: runs that share it share their samples."""
+    return cell["seed"] if cell["order_seed"] is None else cell["order_seed"]
 
 
 def _experiments(
@@ -206,7 +214,7 @@ def _experiments(
             rung=rung.name,
             nominal_parameters=nominal,
             model=fitted.model,
-            corpus=_corpus(cell["corpus"], corpora, ladder),
+            corpus=_corpus(cell, corpora, ladder),
             optimizer=load(OptimizerConfig, optimizer, "optimizer"),
             schedule=load(
                 ScheduleConfig,
@@ -257,10 +265,10 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     return replace(architecture, blocks=blocks, narrow=narrow, model=model)
 
 
-def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
-    mixture, dataset = corpora.mixtures[name], corpora.dataset
+def _corpus(cell: Mapping[str, Any], corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
+    mixture, dataset = corpora.mixtures[cell["corpus"]], corpora.dataset
     return DataConfig(
-        name=name,
+        name=cell["corpus"],
         dataset=dataset.name,
         tokenizer=dataset.tokenizer,
         domains=mixture.domains,
@@ -268,6 +276,7 @@ def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConf
         block_tokens=dataset.block_tokens,
         unique_bytes=mixture.unique_bytes,
         epoch_blocks=ladder.epoch_blocks or corpora.epoch_blocks,
+        shuffle_seed=cell["order_seed"],
     )
 
 

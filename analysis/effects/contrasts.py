@@ -11,10 +11,10 @@ import pandas as pd
 
 from analysis.inference.intervals import Interval, t_interval
 from analysis.tables.frames import columns_of, floats, means, where
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import SEEDS, Table
 from analysis.validity.refusal import Refusal
 
-PLACE = ["rung", "tokens", "seed"]
+PLACE = ["rung", "tokens", *SEEDS]
 OTHER_FACTOR = {"corpus": "architecture", "architecture": "corpus"}
 
 
@@ -125,7 +125,7 @@ def summarise(
     if isinstance(nats, Refusal):
         return nats
     same = int(floats(pairs, "same_samples").sum())
-    matching = "equal seed, size and tokens; not paired by sample, as the data differ"
+    matching = "equal seeds, size and tokens; not paired by sample, as the data differ"
     if factor == "architecture":
         matching = "paired: the same samples in the same amounts"
         if same < len(pairs):

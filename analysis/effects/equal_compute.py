@@ -5,7 +5,10 @@ import pandas as pd
 
 from analysis.effects.contrasts import Contrast, summarise
 from analysis.tables.frames import keep, where
+from analysis.tables.run_table import SEEDS
 from analysis.validity.refusal import Refusal
+
+_HELD = ["corpus", "rung", *SEEDS]
 
 
 def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> Contrast | Refusal:
@@ -15,10 +18,9 @@ def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> C
     nearest three, as a chord lies above a convex curve), never beyond them.
     """
     levels = (contrast.baseline, contrast.other)
-    keys = ["corpus", "rung", "seed"]
     pairs = []
-    for place in rows[keys].drop_duplicates().itertuples(index=False):
-        here = keep(rows, (rows[keys] == list(place)).all(axis=1))
+    for place in rows[_HELD].drop_duplicates().itertuples(index=False):
+        here = keep(rows, (rows[_HELD] == list(place)).all(axis=1))
         sides = [where(here, "architecture", level).sort_values(convention) for level in levels]
         pairs += _interpolated_pairs(sides[0], sides[1], convention)
     if not pairs:
@@ -46,9 +48,7 @@ def _interpolated_pairs(
         loss = float(np.exp(curve[-1]))
         pairs.append(
             {
-                "corpus": row["corpus"],
-                "rung": row["rung"],
-                "seed": row["seed"],
+                **{name: row[name] for name in _HELD},
                 "tokens": row["tokens"],
                 "parameters": row["parameters"],
                 "difference": float(np.log(row["loss_nats"] / loss)),

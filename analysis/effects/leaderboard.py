@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.inference.intervals import Interval, t_quantile
 from analysis.tables.frames import floats, keep, means, where
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import SEEDS, Table
 
 LEAST_ARMS = 3
 IDENTITY = "identity"
@@ -106,7 +106,7 @@ def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Setting, pd.Data
 
 def _compared(table: Table, place: Setting, rows: pd.DataFrame) -> Comparison:
     seeds = {
-        name: floats(means(mine, ["seed"], ["loss_nats"]), "loss_nats")
+        name: floats(means(mine, SEEDS, ["loss_nats"]), "loss_nats")
         for name in table.levels("architecture")
         if len(mine := where(rows, "architecture", name))
     }

@@ -20,7 +20,7 @@ from analysis.inference.intervals import t_quantile
 from analysis.laws.bound import Form, bind, log_loss_and_jacobian
 from analysis.laws.catalog import nested_family
 from analysis.tables.frames import Array, groups, strings, where
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import SEEDS, Table
 from analysis.validity.refusal import Refusal
 
 CELL = ("architecture", "corpus")
@@ -108,8 +108,8 @@ def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
     """The precision that a grid leads to.
 
     Args:
-        grid: planned points with `architecture`, `corpus`, `rung`, `seed`, `trunk_id`,
-            `parameters` and `tokens`.
+        grid: planned points with `architecture`, `corpus`, `rung`, `seed`, `order_seed`,
+            `trunk_id`, `parameters` and `tokens`.
         assumed: law and noise.
     """
     found = []
@@ -164,11 +164,11 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
     variances = []
     for _, rows in groups(grid, ["rung"]):
         sides = [
-            rows.loc[strings(rows, factor) == level, [other, "seed", "tokens"]]
+            rows.loc[strings(rows, factor) == level, [other, *SEEDS, "tokens"]]
             for level in levels[:2]
         ]
-        pairs = sides[0].merge(sides[1], on=[other, "seed", "tokens"])
-        trunks = len(pairs[[other, "seed"]].drop_duplicates())
+        pairs = sides[0].merge(sides[1], on=[other, *SEEDS, "tokens"])
+        trunks = len(pairs[[other, *SEEDS]].drop_duplicates())
         if trunks:
             # A pair is a difference of two runs, so both variances count twice.
             between_seeds = 2 * (noise.seed**2 / trunks + noise.point**2 / len(pairs))

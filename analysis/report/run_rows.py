@@ -10,7 +10,7 @@ from markupsafe import Markup
 from analysis.report.sparkline import curve_words, loss_scale, sparkline
 from analysis.tables.frames import floats, keep, where
 from analysis.tables.run_table import Table
-from analysis.words.numbers import with_unit
+from analysis.words.numbers import seeds_text, with_unit
 
 HEADS = {
     "architecture": False, "corpus": False, "rung": True, "parameters": True,
@@ -53,7 +53,7 @@ def run_rows(table: Table) -> list[RunRow]:
             Cell(_text(record["rung"]), _key(record["parameters"])),
             _number(record["parameters"], with_unit),
             _number(record["tokens"], with_unit),
-            _number(record["seed"], lambda seed: f"{seed:.0f}"),
+            _seeds(record["seed"], record["order_seed"]),
             _number(record["learning_rate"], lambda rate: f"{rate:.3g}"),
             _number(losses.get(run_id), lambda loss: f"{loss:.4f}"),
             _words(record["status"], "bad" if record["status"] in FAULTS else ""),
@@ -79,6 +79,14 @@ def _final_losses(table: Table) -> dict[str, float]:
 def _number(value: object, form: Callable[[float], str]) -> Cell:
     key = _key(value)
     return Cell(form(float(key)) if key else "", key, "n")
+
+
+def _seeds(seed: object, order_seed: object) -> Cell:
+    """Sorted by the seed of the weights, then by that of the order."""
+    if not _key(seed) or not _key(order_seed):
+        return Cell(_text(seed), _key(seed), "n")
+    weights, order = int(float(_key(seed))), int(float(_key(order_seed)))
+    return Cell(seeds_text(weights, order), _key(weights + order / 2**31), "n")
 
 
 def _words(value: object, style: str = "") -> Cell:

@@ -309,7 +309,9 @@ def _completed(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 def _without_duplicates(rows: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Drop rows that repeat another one; rows of one place that disagree are an error."""
-    place = [n for n in ("run_id", "step", "tokens", "evaluation_set", "seed") if n in rows]
+    place = [
+        n for n in ("run_id", "step", "tokens", "evaluation_set", "seed", "order_seed") if n in rows
+    ]
     if "step" not in rows and "tokens" not in rows:
         place += [name for name in ("parameters",) if name in rows]
     content = [name for name in rows if name != "source_row"]

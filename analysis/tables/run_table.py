@@ -18,7 +18,8 @@ COLUMNS = {
     "architecture": "name of the model's arm",
     "corpus": "name of the training mixture",
     "rung": "named size",
-    "seed": "of weights and order",
+    "seed": "of the initial weights and of what is masked",
+    "order_seed": "of the order of the training samples",
     "nominal_parameters": "the rung's target size [parameters]",
     "parameters": "N: total parameters, tied embeddings once [parameters]",
     "non_embedding_parameters": "N without embeddings [parameters]",
@@ -48,13 +49,16 @@ COLUMNS = {
     "dataset_root_hash": "fingerprint of the built data",
     "commit": "code version of the latest start",
 }
+SEEDS = ["seed", "order_seed"]
+"""What a run draws from: its initial weights, and the order of its samples."""
 FLOP_CONVENTIONS = {
     "flops": "headline (causal attention as needed, head included)",
     "flops_full_attention": "full-square attention",
     "flops_six_n": "6 x non-embedding parameters x tokens",
 }
 RUN_COLUMNS = [
-    "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "parameters",
+    "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "order_seed",
+    "parameters",
     "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second", "device",
     "flops_per_device_second", "training_seconds",
 ]  # fmt: skip
@@ -335,6 +339,7 @@ def _identity(run: StoredRun, status: str) -> dict[str, object]:
         "corpus": config.get("corpus", {}).get("name"),
         "rung": config.get("rung"),
         "seed": config.get("seed"),
+        "order_seed": config.get("corpus", {}).get("shuffle_seed", config.get("seed")),
         "parameters": run.provenance.get("accounting", {}).get("total_parameters"),
         "horizon_tokens": config.get("budget", {}).get("tokens"),
     }

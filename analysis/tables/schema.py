@@ -27,7 +27,8 @@ class Column:
 SCHEMA = {
     "run_id": Column("text", "which run", ("run", "name", "run_name", "id", "model_name", "uid")),
     "trunk_id": Column("text", "cluster: rows that share training", ("group_id", "cluster")),
-    "seed": Column("text", "of weights and order", ("random_seed",)),
+    "seed": Column("text", "of the initial weights", ("random_seed",)),
+    "order_seed": Column("text", "of the order of samples", ("data_seed", "shuffle_seed")),
     "status": Column("text", "done, diverged, running, ...", ("state",)),
     "architecture": Column("text", "name of the arm", ("arch", "model_type", "mixer", "family")),
     "rung": Column("text", "named size", ()),

@@ -140,14 +140,19 @@ def repetition(rows: pd.DataFrame) -> Caveat | None:
 
 
 def seeds(rows: pd.DataFrame) -> Caveat | None:
-    """W-SEED: no configuration was trained with two seeds."""
+    """W-SEED: no configuration was trained with two seeds, or they change the weights alone."""
     cell = [n for n in ("architecture", "corpus", "parameters", "tokens") if n in rows]
-    if "seed" in rows and cell:
-        # Evaluation sets and checkpoints repeat a seed without repeating the training.
-        distinct = rows.drop_duplicates([*cell, "seed"])
-        if distinct.duplicated(cell).any():
-            return None
-    return Caveat("W-SEED", "no two rows differ by seed alone")
+    if "seed" not in rows or not cell or not _vary(rows, cell, "seed"):
+        return Caveat("W-SEED", "no two rows differ by seed alone")
+    if "order_seed" in rows and not _vary(rows, cell, "order_seed"):
+        return Caveat("W-SEED", "seeds change the initial weights alone, not the order of samples")
+    return None
+
+
+def _vary(rows: pd.DataFrame, cell: list[str], seed: str) -> bool:
+    """Whether some cell has two values of a seed."""
+    # Evaluation sets and checkpoints repeat a seed without repeating the training.
+    return bool(rows.drop_duplicates([*cell, seed]).duplicated(cell).any())
 
 
 def units(rows: pd.DataFrame) -> Caveat | None:

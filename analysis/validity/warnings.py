@@ -32,8 +32,8 @@ WARNINGS = {
     "W-EVAL": ("the evaluation set may favour one corpus", "evaluate on more held-out sets"),
     "W-REPEAT": ("training data were repeated", "fit the repeat law, or exclude the rows"),
     "W-SEED": (
-        "no configuration has two seeds, so the noise is unknown",
-        "use the residual scatter, or run second seeds",
+        "the noise between seeds is unknown, or only a part of it is known",
+        "run second seeds of both the weights and the order of samples",
     ),
     "W-SUM": ("the exponents of N* and D* do not add up to that of C", "check how C is counted"),
     "W-UNIT": ("some values look like a unit error", "check the units of these columns"),

@@ -17,6 +17,11 @@ def with_unit(value: float) -> str:
     return f"{value:.3g}"
 
 
+def seeds_text(seed: int, order_seed: int) -> str:
+    """The seed of a run's weights, and that of the order of its samples where it is another."""
+    return str(seed) if seed == order_seed else f"{seed}, order {order_seed}"
+
+
 def decimals(half_width: float) -> int:
     """Decimals that leave two significant digits of an uncertainty."""
     if not math.isfinite(half_width) or half_width <= 0:

@@ -166,7 +166,9 @@ def detectable_sentence(answer: Answer) -> str:
     if isinstance(answer.noise, Refusal):
         return text
     sd = bracketed(answer.noise.sd.mapped(lambda value: 100 * value))
-    return f"{text} The standard deviation between seeds is {sd} % of loss."
+    return (
+        f"{text} The standard deviation between seeds of {answer.noise.varied} is {sd} % of loss."
+    )
 
 
 def counting_sentence(arm: Arm) -> str:

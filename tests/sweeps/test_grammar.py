@@ -49,6 +49,23 @@ def test_arms_of_a_rung_share_everything_but_the_model() -> None:
         assert shared.setdefault(key, facts) == facts
 
 
+def seeds_of(*words: str) -> set[tuple[int, int]]:
+    experiments = read_sweep_file(SCALING, words).experiments
+    return {(e.run.seed, e.run.corpus.shuffle_seed) for e in experiments}
+
+
+def test_a_seed_changes_weights_and_order_unless_they_are_crossed() -> None:
+    none = "ladders.default.replicates=null"
+    seeds = "ladders.default.seeds=[17,18]"
+    assert seeds_of() == {(17, 17), (18, 18), (19, 19)}
+    assert seeds_of(none, seeds) == {(17, 17), (18, 18)}
+    crossed = {(weights, order) for weights in (17, 18) for order in (3, 4)}
+    assert seeds_of(none, seeds, "ladders.default.order_seeds=[3,4]") == crossed
+    one_order = "ladders.default.replicates.order_seeds=[17]"
+    assert seeds_of(one_order) == {(17, 17), (18, 17), (19, 17)}
+    assert (17, 5) in seeds_of("also=[{order_seed: 5, rung: 10k}]")
+
+
 def test_expanding_twice_gives_the_same_ids() -> None:
     first, second = (read_sweep_file(SCALING, ()) for _ in range(2))
     assert [run_id(e.run) for e in first.experiments] == [run_id(e.run) for e in second.experiments]

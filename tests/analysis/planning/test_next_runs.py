@@ -46,7 +46,8 @@ def planned(sizes=5, horizons=3, arms=2, corpora=2, seeds=1):
                             (f"a{arm}", f"c{corpus}", f"r{place}", seed, trunk, size, tokens)
                         )
     columns = ["architecture", "corpus", "rung", "seed", "trunk_id", "parameters", "tokens"]
-    return pd.DataFrame(rows, columns=columns)
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.assign(order_seed=frame["seed"])
 
 
 def runs(sizes, ratios):

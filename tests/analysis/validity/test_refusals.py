@@ -43,7 +43,8 @@ def runs(sizes=4, ratios=(5, 20, 80), arms=("transformer", "mamba"), corpora=("w
         flops=6 * rows["parameters"] * rows["tokens"], evaluation_set="prose", targets=1.0,
         flops_full_attention=6.1 * rows["parameters"] * rows["tokens"],
         flops_six_n=5.9 * rows["parameters"] * rows["tokens"],
-        utf8_bytes=1.0, certificate="same", tokenizer="bytes", trunk_id="t" + rows["rung"],
+        order_seed=rows["seed"], utf8_bytes=1.0, certificate="same", tokenizer="bytes",
+        trunk_id="t" + rows["rung"],
     )  # fmt: skip
     form = bind(CHINCHILLA, rows)
     effect = 0.05 * (rows["corpus"] == "code") - 0.02 * (rows["architecture"] == "mamba")
