@@ -42,7 +42,7 @@ def write_baselines(
             "corpus": dump(run.corpus),
             "tokens": run.budget.tokens,
             "batch_sequences": run.batch_sequences,
-            "blocks_per_set": evaluation.blocks_per_set,
+            "blocks_per_set": evaluation.final_blocks_per_set,
             "orders": list(orders),
             "dataset_root_hash": root_hash,
         }
@@ -81,7 +81,7 @@ def _count(run_plain: dict, evaluation_plain: dict, orders: list[int], root: str
                 place,
                 name,
                 batch_sequences=evaluation.batch_sequences,
-                max_blocks=evaluation.blocks_per_set,
+                max_blocks=evaluation.final_blocks_per_set,
             )
         )
         targets = sum(int((batch.targets >= 0).sum()) for batch in held_out)

@@ -248,7 +248,11 @@ class EvaluationConfig:
     milestones: tuple[int, ...] = ()
     """Training tokens after which every run is evaluated, beside its end."""
     blocks_per_set: int = 64
-    """Validation blocks that are read of each evaluation set, 1 or more."""
+    """Validation blocks of each evaluation set that are read at milestones and at the end, spread
+    evenly over the set, so that points of one curve are of the same text; 1 or more."""
+    final_blocks_per_set: int | None = None
+    """Validation blocks of each set that results are computed from, read at the end of a run;
+    null for all there are, and no fewer than blocks_per_set."""
     batch_sequences: int = 16
     """Sequences evaluated at once, 1 or more; changes speed and memory only."""
     mask_rate: float = 0.15
@@ -257,6 +261,8 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "blocks_per_set", "batch_sequences")
+        if self.final_blocks_per_set is not None:
+            _require_within(self, self.blocks_per_set, math.inf, "final_blocks_per_set")
         _require_within(self, 0, 1, "mask_rate")
 
 

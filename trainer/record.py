@@ -5,7 +5,8 @@ Layout of one run, `runs/<sweep>/<id>/`:
     config.yaml         the resolved RunConfig
     provenance.json     code, data, machine and the accountant's figures at each start
     metrics.jsonl       one row a step
-    evaluations.jsonl   one row an evaluated set and milestone
+    evaluations.jsonl   one row an evaluated set, its subset, and milestone
+    documents.json      losses of each document of the evaluation sets at the end of the run
     summary.json        appears only when the run has reached its budget or diverged
     STATUS.json         the current step and speed
     OWNER.json run.lock the process that writes it, and how many times it was started (incarnation)
@@ -42,6 +43,9 @@ EXACT_COLUMNS = frozenset(
         "certificate",
         "evaluation_id",
         "evaluation_set",
+        "subset",
+        "blocks",
+        "documents",
         "decayed",
         "total_nats",
         "targets",
@@ -127,6 +131,11 @@ class RunRecord:
         """Add the rows of all sets at one milestone, in one write: all of them or none."""
         self._append("evaluations.jsonl", rows)
 
+    def write_documents(self, evaluation_id: str, step: int, sets: Mapping[str, Mapping]) -> None:
+        """Replace the losses by document: of each set the nats and the targets of its documents."""
+        facts = {"evaluation_id": evaluation_id, "step": step, "sets": dict(sets)}
+        write_atomically(self.path / "documents.json", json.dumps(facts, allow_nan=False) + "\n")
+
     def write_status(self, state: str, **facts: Scalar) -> None:
         """Replace the status; `state` is running, stopped, extended, diverged or done."""
         write_json(
@@ -174,7 +183,8 @@ def read_run(path: Path) -> StoredRun:
         summary=read_json(path / "summary.json"),
         metrics=_latest(read_rows(path / "metrics.jsonl"), ("step",)),
         evaluations=_latest(
-            read_rows(path / "evaluations.jsonl"), ("step", "evaluation_set", "evaluation_id")
+            read_rows(path / "evaluations.jsonl"),
+            ("step", "evaluation_set", "evaluation_id", "subset"),
         ),
     )
 

@@ -104,10 +104,20 @@ class RunLog:
             facts = {"loss_nats": result.loss_nats, "tokens_per_second": self._batch / took}
             self.write_status("running", state, steps=self._config.steps, **facts)
 
-    def write_evaluations(self, rows: list[Row]) -> None:
-        """Record the sets that were evaluated at one step."""
-        if self.record is not None:
-            self.record.append_evaluations(rows)
+    def write_evaluations(self, rows: list[Row], documents: Mapping[str, Mapping]) -> None:
+        """Record the sets that were evaluated at one step, by document where there are such.
+
+        Args:
+            rows: one a set, all with the same evaluation id and step.
+            documents: set -> nats and targets of each of its documents.
+        """
+        if self.record is None:
+            return
+        # Documents first: rows say that a set is done.
+        if documents:
+            measured, step = str(rows[0]["evaluation_id"]), int(rows[0]["step"] or 0)
+            self.record.write_documents(measured, step, documents)
+        self.record.append_evaluations(rows)
 
     def write_status(self, status: str, state: TrainState, **facts: Scalar) -> None:
         """Replace the status file."""

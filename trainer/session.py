@@ -128,22 +128,25 @@ class Session:
         measured = evaluation_id(self.evaluation)
         tokens = state.step * self.config.optimizer.batch_tokens
         row: Row = {"step": state.step, "tokens": tokens, "evaluation_id": measured}
-        done = {e["evaluation_set"] for e in self._evaluations(measured, state.step)}
-        if done >= set(self._evaluator.sets):
+        decayed = not self.lineage.forks and state.step == self.config.steps
+        done = {(e["evaluation_set"], e["subset"]) for e in self._evaluations(measured, state.step)}
+        parts = (True, False) if decayed else (True,)
+        if done >= {(name, subset) for name in self._evaluator.sets for subset in parts}:
             return
         self.heartbeat.beat(state.step, "evaluate")
-        decayed = not self.lineage.forks and state.step == self.config.steps
         row |= {"decayed": decayed, "certificate": state.certificate_hex}
         rows: list[Row] = []
+        documents: dict[str, dict] = {}
         try:
-            for result in self._evaluator.evaluate(self.engine):
-                bits = {"bits_per_byte": result.bits_per_byte}
-                rows.append({**row, **asdict(result), **bits})
+            for result in self._evaluator.evaluate(self.engine, final=decayed):
+                rows.append({**row, **result.row()})
+                if not result.figures.subset:
+                    documents[result.figures.evaluation_set] = result.documents()
                 fault_point("evaluate.set_done")
         except (RuntimeError, OSError) as error:
             self.log.warn(f"evaluation at step {state.step} failed: {error}")
-            rows = [{**row, "error": str(error)}]
-        self.log.write_evaluations(rows)
+            rows, documents = [{**row, "error": str(error)}], {}
+        self.log.write_evaluations(rows, documents)
 
     def stop(self, state: TrainState, name: str) -> Outcome:
         """End early; the checkpoint was saved before."""

@@ -12,7 +12,7 @@ from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, groups, keep, where
 from analysis.tables.run_region import run_region
-from analysis.tables.run_table import FLOP_CONVENTIONS, Table
+from analysis.tables.run_table import FLOP_CONVENTIONS, Table, along_training
 from analysis.validity.refusal import Refusal
 
 SIZE_COUNTS = {"parameters": "all parameters", "non_embedding_parameters": "without embeddings"}
@@ -101,7 +101,7 @@ def cooldown(table: Table) -> pd.DataFrame:
 
     The trunk's ln L is interpolated in ln D, never beyond its own points.
     """
-    rows = where(table.rows, "evaluation_set", table.neutral_set)
+    rows = where(along_training(table), "evaluation_set", table.neutral_set)
     undecayed = keep(rows, ~rows["decayed"].astype(bool))
     done = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))
     records = []

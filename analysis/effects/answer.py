@@ -7,6 +7,7 @@ import pandas as pd
 
 from analysis.effects.contrasts import PLACE, Contrast, contrasts
 from analysis.effects.equal_compute import at_equal_flops
+from analysis.effects.evaluation_error import covariance, influence, shared_error
 from analysis.effects.seed_noise import Detectable, SeedNoise, detectable, seed_noise
 from analysis.inference.intervals import Interval, ratio_interval, t_interval
 from analysis.tables.frames import Array, floats, means, where
@@ -58,14 +59,14 @@ def answer(table: Table, evaluation_set: str) -> Answer:
     return Answer(
         evaluation_set=evaluation_set,
         corpus=corpus,
-        arms=tuple(_arm(table.levels("corpus"), rows, corpus[0], each) for each in architecture),
+        arms=tuple(_arm(table, rows, corpus[0], each) for each in architecture),
         noise=noise,
         detectable={name: detectable(value, noise) for name, value in first.items()},
     )
 
 
 def _arm(
-    corpora: list[str],
+    table: Table,
     rows: pd.DataFrame,
     corpus: Contrast | Refusal,
     contrast: Contrast | Refusal,
@@ -76,28 +77,44 @@ def _arm(
     flops = {name: at_equal_flops(rows, contrast, name) for name in FLOP_CONVENTIONS}
     return Arm(
         contrast=contrast,
-        interaction=_interaction(corpora, contrast),
+        interaction=_interaction(table, contrast),
         ratio=_ratio(corpus, contrast),
         flops=flops,
         sign_changes=_sign_changes([contrast, *flops.values()]),
     )
 
 
-def _interaction(corpora: list[str], contrast: Contrast) -> Interval | Refusal:
+def _interaction(table: Table, contrast: Contrast) -> Interval | Refusal:
     """How much an architecture effect differs between the first two corpora."""
+    corpora = table.levels("corpus")
     if len(corpora) < 2:
         return Refusal("R-FACTOR", "an interaction needs two corpora", "add a second corpus")
     wide = contrast.pairs.pivot(index=PLACE, columns="corpus", values="difference")
     wide = wide.reindex(columns=corpora[:2]).dropna().reset_index()
     wide = wide.assign(difference=wide[corpora[1]] - wide[corpora[0]])
-    return t_interval(floats(means(wide, ["rung"], ["difference"]), "difference"), "sizes")
+    by_size = floats(means(wide, ["rung"], ["difference"]), "difference")
+    first, second = (
+        influence(
+            where(contrast.pairs, "corpus", corpus).merge(wide[PLACE], on=PLACE),
+            table.documents,
+            contrast.evaluation_set,
+        )
+        for corpus in corpora[:2]
+    )
+    if first is None or second is None:
+        return t_interval(by_size, "sizes")
+    return t_interval(by_size, "sizes", shared_error(second.logs - first.logs))
 
 
 def _ratio(corpus: Contrast | Refusal, architecture: Contrast) -> Interval | Refusal:
     if isinstance(corpus, Refusal):
         return corpus
     both = pd.concat([corpus.by_size, architecture.by_size], axis=1, join="inner").to_numpy()
-    return ratio_interval(both[:, 0], both[:, 1])
+    if corpus.influence is None or architecture.influence is None:
+        return ratio_interval(both[:, 0], both[:, 1])
+    logs = (corpus.influence.logs, architecture.influence.logs)
+    shared = np.array([[covariance(left, right) for right in logs] for left in logs])
+    return ratio_interval(both[:, 0], both[:, 1], shared)
 
 
 def _sign_changes(found: list[Contrast | Refusal]) -> bool:

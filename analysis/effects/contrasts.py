@@ -1,7 +1,8 @@
 """Effects of corpus and of architecture, from matched pairs of runs.
 
 An effect is a mean difference of ln L between runs that agree in everything else. Pairs are
-averaged inside each size first; sizes are the independent clusters of the interval.
+averaged inside each size first; sizes are the independent clusters of the interval, which takes
+the documents of the evaluation set as a sample too.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.inference.intervals import Interval, t_interval
+from analysis.effects.evaluation_error import Influence, influence, shared_error
+from analysis.inference.intervals import Interval, SharedError, t_interval
 from analysis.tables.frames import columns_of, floats, means, where
 from analysis.tables.run_table import SEEDS, Table
 from analysis.validity.refusal import Refusal
@@ -27,6 +29,8 @@ class Contrast:
         nats: the same for the loss itself [nats per token].
         pairs: the matched pairs, a row each, with `difference`, `nats` and `same_samples`.
         by_size: mean difference of ln L at each size, the clusters of the interval.
+        influence: of each document of the evaluation set; None if losses by document are not known,
+            and then the interval takes the set as it is.
         matching: what the two runs of a pair have in common.
     """
 
@@ -38,7 +42,13 @@ class Contrast:
     nats: Interval
     pairs: pd.DataFrame
     by_size: pd.Series
+    influence: Influence | None
     matching: str
+
+    @property
+    def evaluation_error(self) -> SharedError | None:
+        """The standard error of the effect on ln L that the set's documents leave."""
+        return None if self.influence is None else shared_error(self.influence.logs)
 
     @property
     def percent(self) -> Interval:
@@ -68,12 +78,12 @@ def contrasts(table: Table, factor: str, evaluation_set: str) -> tuple[Contrast 
     refusal = _not_comparable(rows)
     if refusal:
         return (refusal,)
-    return tuple(
-        summarise(
-            factor, (levels[0], other), evaluation_set, _pairs(rows, factor, levels[0], other)
-        )
-        for other in levels[1:]
-    )
+    found = []
+    for other in levels[1:]:
+        pairs = _pairs(rows, factor, levels[0], other)
+        by_document = influence(pairs, table.documents, evaluation_set)
+        found.append(summarise(factor, (levels[0], other), evaluation_set, pairs, by_document))
+    return tuple(found)
 
 
 def _not_comparable(rows: pd.DataFrame) -> Refusal | None:
@@ -97,7 +107,7 @@ def _not_comparable(rows: pd.DataFrame) -> Refusal | None:
 def _pairs(rows: pd.DataFrame, factor: str, baseline: str, other: str) -> pd.DataFrame:
     """One row per pair of runs that differ in the factor alone."""
     held = OTHER_FACTOR[factor]
-    kept = ["loss_nats", "certificate", "parameters"]
+    kept = ["run_id", "loss_nats", "certificate", "parameters"]
     sides = [
         where(rows, factor, level).set_index([held, *PLACE])[kept].add_suffix(suffix)
         for level, suffix in ((baseline, "_baseline"), (other, "_other"))
@@ -113,13 +123,20 @@ def _pairs(rows: pd.DataFrame, factor: str, baseline: str, other: str) -> pd.Dat
 
 
 def summarise(
-    factor: str, levels: tuple[str, str], evaluation_set: str, pairs: pd.DataFrame
+    factor: str,
+    levels: tuple[str, str],
+    evaluation_set: str,
+    pairs: pd.DataFrame,
+    by_document: Influence | None,
 ) -> Contrast | Refusal:
     """Average matched pairs inside each size, then over sizes, which are the clusters."""
     sizes = means(pairs, ["rung"], ["difference", "nats", "parameters"]).sort_values("parameters")
     by_size = pd.Series(floats(sizes, "difference"), index=sizes.index, name="difference")
-    effect = t_interval(floats(sizes, "difference"), "sizes")
-    nats = t_interval(floats(sizes, "nats"), "sizes")
+    shared = (None, None) if by_document is None else (by_document.logs, by_document.nats)
+    effect, nats = (
+        t_interval(floats(sizes, name), "sizes", None if each is None else shared_error(each))
+        for name, each in zip(("difference", "nats"), shared, strict=True)
+    )
     if isinstance(effect, Refusal):
         return effect
     if isinstance(nats, Refusal):
@@ -130,7 +147,9 @@ def summarise(
         matching = "paired: the same samples in the same amounts"
         if same < len(pairs):
             matching = f"not paired: {len(pairs) - same} of {len(pairs)} pairs saw other samples"
-    return Contrast(factor, *levels, evaluation_set, effect, nats, pairs, by_size, matching)
+    return Contrast(
+        factor, *levels, evaluation_set, effect, nats, pairs, by_size, by_document, matching
+    )
 
 
 def every_set(table: Table) -> dict[str, dict[str, tuple[Contrast | Refusal, ...]]]:

@@ -15,7 +15,8 @@ def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> C
     """The architecture effect at equal training FLOPs.
 
     The baseline's ln L is interpolated in ln FLOPs along its horizons (a parabola through the
-    nearest three, as a chord lies above a convex curve), never beyond them.
+    nearest three, as a chord lies above a convex curve), never beyond them. The documents of the
+    evaluation set leave the same error as on the contrast at equal tokens.
     """
     levels = (contrast.baseline, contrast.other)
     pairs = []
@@ -29,7 +30,9 @@ def at_equal_flops(rows: pd.DataFrame, contrast: Contrast, convention: str) -> C
             "no size has both arms at equal FLOPs inside their horizons",
             "add horizons so that the arms' ranges of FLOPs overlap",
         )
-    return summarise("architecture", levels, contrast.evaluation_set, pd.DataFrame(pairs))
+    return summarise(
+        "architecture", levels, contrast.evaluation_set, pd.DataFrame(pairs), contrast.influence
+    )
 
 
 def _interpolated_pairs(

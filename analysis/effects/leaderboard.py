@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis.inference.intervals import Interval, t_quantile
 from analysis.tables.frames import floats, keep, means, where
-from analysis.tables.run_table import SEEDS, Table
+from analysis.tables.run_table import SEEDS, Table, final
 
 LEAST_ARMS = 3
 IDENTITY = "identity"
@@ -74,8 +74,7 @@ def compare_arms(table: Table) -> tuple[Comparison, ...]:
     many = len(table.levels("architecture")) >= LEAST_ARMS or len(table.baselines) > 0
     if not many:
         return ()
-    rows = where(table.rows, "evaluation_set", table.neutral_set)
-    rows = keep(rows, rows["decayed"].astype(bool) & (rows["status"] == "done"))
+    rows = where(final(table).rows, "evaluation_set", table.neutral_set)
     return tuple(_compared(table, place, mine) for place, mine in _places(table, rows))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.frames import floats, groups, keep, strings, where
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import Table, final
 from analysis.validity.refusal import Refusal
 
 CELL = ["architecture", "rung", "corpus", "horizon_tokens"]
@@ -38,8 +38,7 @@ def trials(table: Table) -> pd.DataFrame:
     A diverged trial has no loss. Seeds are averaged; a rate at which one seed diverged, diverged.
     """
     ended = keep(table.runs, table.runs["status"].isin(["done", "diverged"]))
-    points = where(table.rows, "evaluation_set", table.neutral_set)
-    points = keep(points, points["decayed"].astype(bool) & (points["status"] == "done"))
+    points = where(final(table).rows, "evaluation_set", table.neutral_set)
     losses = dict(zip(strings(points, "run_id"), floats(points, "loss_nats"), strict=True))
     records = []
     for key, runs in groups(ended, [*CELL, "learning_rate"]):

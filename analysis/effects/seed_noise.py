@@ -100,10 +100,15 @@ def detectable(contrast: Contrast | Refusal, noise: SeedNoise | Refusal) -> Dete
     sizes = len(contrast.by_size)
     quantiles = t_quantile(sizes - 1) + float(stats.t.ppf(0.8, sizes - 1))
     if isinstance(noise, Refusal):
-        error = contrast.by_size.std(ddof=1) / np.sqrt(sizes)
+        variance = contrast.by_size.var(ddof=1) / sizes
         basis = "the scatter between sizes, as no cell has two seeds"
-        return Detectable(float(quantiles * error), basis)
-    held = OTHER_FACTOR[contrast.factor]
-    independent = len(contrast.pairs[[held, "rung", *SEEDS]].drop_duplicates())
-    basis = f"the sd between seeds and {independent} pairs of trunks at {sizes} sizes"
-    return Detectable(float(quantiles * noise.sd.estimate * np.sqrt(2 / independent)), basis)
+    else:
+        held = OTHER_FACTOR[contrast.factor]
+        independent = len(contrast.pairs[[held, "rung", *SEEDS]].drop_duplicates())
+        variance = 2 * noise.sd.estimate**2 / independent
+        basis = f"the sd between seeds and {independent} pairs of trunks at {sizes} sizes"
+    shared = contrast.evaluation_error
+    if shared is not None:
+        variance += shared.error**2
+        basis += f", and {shared.freedom + 1} {shared.of} of the evaluation set"
+    return Detectable(float(quantiles * np.sqrt(variance)), basis)

@@ -16,6 +16,7 @@ from analysis.fitting.estimator import Fit
 from analysis.inference.intervals import Interval
 from analysis.study.study import Study
 from analysis.tables.frames import columns_of, floats, keep, where
+from analysis.tables.run_table import along_training
 from analysis.words.numbers import bracketed, with_unit
 from analysis.words.sentences import largest_effect, law_words
 
@@ -85,7 +86,7 @@ def _compute(study: Study) -> ReportFigure:
 
 def _tokens(study: Study) -> ReportFigure:
     rows = _neutral(study, study.points.rows)
-    trunks = _neutral(study, study.table.rows)
+    trunks = _neutral(study, along_training(study.table))
     trunks = keep(trunks, ~trunks["decayed"].astype(bool))
     figure, axes = _panels(study, rows)
     ends = {}
@@ -105,7 +106,8 @@ def _tokens(study: Study) -> ReportFigure:
         title = f"One horizon so far: {with_unit(last)} tokens"
     caption = (
         f"{_points_text(study, rows)} Lines join runs that branch from one trunk; faint: the "
-        "trunk itself, before the learning rate decays. Labels: nominal model size, next to the "
+        "trunk itself, before the learning rate decays, on the part of the set that milestones "
+        "read. Labels: nominal model size, next to the "
         "first architecture's lines. Measured points, without a fit or an interval."
     )
     data = pd.concat([rows.assign(kind="decayed"), trunks.assign(kind="trunk")])

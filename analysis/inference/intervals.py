@@ -32,18 +32,45 @@ class Interval:
         return not self.low <= value <= self.high
 
 
-def t_interval(values: Array, clusters: str) -> Interval | Refusal:
-    """Mean of one value per cluster with a t interval; `clusters` names them in the plural."""
+@dataclass(frozen=True)
+class SharedError:
+    """A standard error that all clusters share, so that it does not average out over them.
+
+    Attributes:
+        of: what it comes from, in the plural.
+    """
+
+    error: float
+    freedom: int
+    of: str
+
+
+def t_interval(
+    values: Array, clusters: str, shared: SharedError | None = None
+) -> Interval | Refusal:
+    """Mean of one value per cluster with a t interval; `clusters` names them in the plural.
+
+    With an error that the clusters share the variances add up, at Satterthwaite's degrees of
+    freedom. What is not shared of it is in the scatter between clusters already, so the interval is
+    a little too wide rather than too narrow.
+    """
     if len(values) < 2:
         return Refusal(
             "R-PAIRS",
             f"matched pairs at {len(values)} {clusters}, an interval needs 2",
             f"finish runs at more {clusters}",
         )
-    half = t_quantile(len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    mean = float(np.mean(values))
+    own, freedom = float(np.var(values, ddof=1)) / len(values), float(len(values) - 1)
     method = f"t interval over {len(values)} {clusters}"
-    return Interval(mean, mean - float(half), mean + float(half), method)
+    total = own
+    if shared is not None:
+        total = own + shared.error**2
+        method += f" and {shared.freedom + 1} {shared.of}"
+        if total:
+            freedom = total**2 / (own**2 / freedom + shared.error**4 / shared.freedom)
+    half = t_quantile(freedom) * float(np.sqrt(total))
+    mean = float(np.mean(values))
+    return Interval(mean, mean - half, mean + half, method)
 
 
 def slope_interval(x: Array, y: Array, points: str) -> Interval:
@@ -64,10 +91,19 @@ def slope_and_error(x: Array, y: Array) -> tuple[float, float]:
     return slope, float(np.sqrt(rest @ rest / (len(x) - 2) / (x @ x)))
 
 
-def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
-    """Fieller's interval for |mean of numerator / mean of denominator|, paired by cluster."""
+def ratio_interval(
+    numerator: Array, denominator: Array, shared: Array | None = None
+) -> Interval | Refusal:
+    """Fieller's interval for |mean of numerator / mean of denominator|, paired by cluster.
+
+    Args:
+        numerator: one value per cluster.
+        denominator: the same.
+        shared: covariance (2, 2) of the two means that all clusters share; None for none.
+    """
     count = len(numerator)
-    below = t_interval(denominator, "sizes")
+    known = None if shared is None else SharedError(float(np.sqrt(shared[1, 1])), count - 1, "")
+    below = t_interval(denominator, "sizes", known)
     if isinstance(below, Refusal):
         return below
     if not below.excludes(0.0):
@@ -77,7 +113,7 @@ def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
             "add seeds or sizes until the architecture effect has a sign",
         )
     x, y = float(np.mean(numerator)), float(np.mean(denominator))
-    covariance = np.cov(numerator, denominator) / count
+    covariance = np.cov(numerator, denominator) / count + (0.0 if shared is None else shared)
     t = t_quantile(count - 1)
     # Fieller: the ratios r for which mean(x - r y) is not significant solve a r^2 - 2 b r + c = 0.
     a = y**2 - t**2 * covariance[1, 1]
@@ -91,7 +127,7 @@ def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
     )
 
 
-def t_quantile(freedom: int) -> float:
+def t_quantile(freedom: float) -> float:
     """Two-sided 95 % quantile of Student's t."""
     return float(stats.t.ppf(0.5 + 0.5 * LEVEL, freedom))
 

@@ -37,6 +37,7 @@ class PlannedNoise:
         seed: of seeds.
         point: of points of a trunk.
         by_size: of the effect of each factor, between sizes.
+        evaluation: of an effect, from the documents of the evaluation set.
     """
 
     seed: float = 0.005
@@ -44,6 +45,7 @@ class PlannedNoise:
     by_size: Mapping[str, float] = field(
         default_factory=lambda: {"corpus": 0.005, "architecture": 0.005}
     )
+    evaluation: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,13 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
     if sizes < 2:
         reason = f"matched pairs at {sizes} sizes"
         return Expected(factor, Refusal("R-PAIRS", reason, "plan more sizes"))
-    error = float(np.sqrt(np.mean(variances) / sizes))
+    between, shared = float(np.mean(variances) / sizes), noise.evaluation**2
+    # Satterthwaite, as intervals do; documents are so many that their error counts as known.
+    freedom = (sizes - 1) * (1 + shared / between) ** 2
     # An interval uses the sample deviation, which is smaller on average than the true one.
-    usual = error * _mean_over_deviation(sizes - 1)
-    smallest = error * (t_quantile(sizes - 1) + float(stats.t.ppf(POWER, sizes - 1)))
-    half = t_quantile(sizes - 1) * usual
+    usual = np.sqrt(between * _mean_over_deviation(sizes - 1) ** 2 + shared)
+    smallest = np.sqrt(between + shared) * (t_quantile(freedom) + stats.t.ppf(POWER, freedom))
+    half = t_quantile(freedom) * usual
     return Expected(factor, 100 * float(np.expm1(half)), 100 * float(np.expm1(smallest)))
 
 
@@ -204,7 +208,14 @@ def measured_noise(points: Table) -> PlannedNoise | None:
     shown = {factor: change for factor, change in by_size.items() if change is not None}
     if not shown:
         return None
-    return PlannedNoise(seed_sd, USUAL.noise.point, {**USUAL.noise.by_size, **shown})
+    shared = [
+        each.evaluation_error.error
+        for factor in USUAL.noise.by_size
+        for each in contrasts(points, factor, points.neutral_set)
+        if isinstance(each, Contrast) and each.evaluation_error is not None
+    ]
+    evaluation = max(shared, default=USUAL.noise.evaluation)
+    return PlannedNoise(seed_sd, USUAL.noise.point, {**USUAL.noise.by_size, **shown}, evaluation)
 
 
 def _change_between_sizes(points: Table, factor: str, seed_sd: float) -> float | None:
@@ -227,7 +238,8 @@ def expectation_lines(grid: pd.DataFrame, assumed: Assumed) -> list[str]:
     lines += [f"  {each.sentence}" for each in expect(grid, assumed)]
     lines.append(
         f"  noise {source}: sd of ln L {100 * noise.seed:.2g} % of seeds, {changes} "
-        f"effect between sizes; alpha {assumed.exponents['alpha']:g}, beta "
+        f"effect between sizes, {100 * noise.evaluation:.2g} % of an effect from the documents of "
+        f"the evaluation set; alpha {assumed.exponents['alpha']:g}, beta "
         f"{assumed.exponents['beta']:g}, a floor of {assumed.shares['E']:.0%} of the loss"
     )
     return lines

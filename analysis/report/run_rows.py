@@ -8,8 +8,8 @@ import numpy as np
 from markupsafe import Markup
 
 from analysis.report.sparkline import curve_words, loss_scale, sparkline
-from analysis.tables.frames import floats, keep, where
-from analysis.tables.run_table import Table
+from analysis.tables.frames import floats, where
+from analysis.tables.run_table import Table, final
 from analysis.words.numbers import seeds_text, with_unit
 
 HEADS = {
@@ -71,8 +71,7 @@ def example_run(table: Table) -> str:
 
 def _final_losses(table: Table) -> dict[str, float]:
     """Loss on the neutral set after the decay of the learning rate, by run."""
-    rows = where(table.rows, "evaluation_set", table.neutral_set)
-    rows = keep(rows, rows["decayed"].astype(bool))
+    rows = where(final(table).rows, "evaluation_set", table.neutral_set)
     return dict(zip(rows["run_id"].astype(str), floats(rows, "loss_nats"), strict=True))
 
 

@@ -19,7 +19,7 @@ from analysis.tables.run_table import load
 
 INDEX = "CAPSULE.json"
 FORMAT = 1
-OF_A_RUN = ("config.yaml", "summary.json", "provenance.json", "evaluations.jsonl")
+OF_A_RUN = ("config.yaml", "summary.json", "provenance.json", "evaluations.jsonl", "documents.json")
 OF_A_SWEEP = ("sweep.yaml", "ladder.parquet", "baselines.json")
 LARGEST_ENTRY = 2**29
 

@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import yaml
 
+from analysis.tables.document_losses import DocumentLosses, read_document_losses
+from analysis.tables.frames import keep
 from analysis.tables.training_curves import training_curves
 from trainer.record import Row, StoredRun, read_json, read_run
 
@@ -32,6 +34,9 @@ COLUMNS = {
     "scan_flops": "elementwise FLOPs of scans, not part of C [FLOP]",
     "state_bytes": "decoding state of one sequence [bytes]",
     "evaluation_set": "name of the held-out set",
+    "subset": "whether of the blocks that every milestone reads, else of all [true/false]",
+    "blocks": "validation blocks that were read [blocks]",
+    "documents": "documents with a target in them [documents]",
     "evaluation_id": "hash of what was measured",
     "decayed": "whether the learning rate had decayed to its end [true/false]",
     "certificate": "commutative hash of the samples consumed so far",
@@ -93,6 +98,7 @@ class Table:
         baselines: losses of n-gram models, one row per corpus, evaluation set and order.
         ladder: what the accountant counts, one row per architecture, rung and context.
         training: recorded training losses along each run; see analysis.tables.training_curves.
+        documents: run -> evaluation set -> losses of its documents at the run's end.
         folder: where the runs lie.
     """
 
@@ -111,6 +117,7 @@ class Table:
         default_factory=lambda: pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
     )
     training: pd.DataFrame = field(default_factory=lambda: training_curves([], []))
+    documents: dict[str, dict[str, DocumentLosses]] = field(default_factory=dict)
     folder: str = ""
 
     def levels(self, factor: str) -> list[str]:
@@ -137,6 +144,7 @@ def load(root: Path) -> Table:
     points = []
     for run in stored + trunks:
         points += _points(run, statuses[run.path.name], wanted, failures)
+    documents = {run.path.name: _documents(run, failures) for run in stored if run.summary}
     return Table(
         name=str(sweep.get("name", root.name)),
         neutral_set=str(sweep.get("neutral_set", "prose")),
@@ -153,14 +161,21 @@ def load(root: Path) -> Table:
         ),
         ladder=_ladder(root / "ladder.parquet"),
         training=training_curves(stored, trunks),
+        documents=documents,
         folder=_as_typed(root),
     )
 
 
 def final(table: Table) -> Table:
-    """The table with nothing but the decayed points of finished runs."""
-    keep = table.rows["decayed"].astype(bool) & (table.rows["status"] == "done")
-    return replace(table, rows=table.rows.loc[keep].reset_index(drop=True))
+    """The table with nothing but the decayed points of finished runs, on whole evaluation sets."""
+    decayed = table.rows["decayed"].astype(bool) & (table.rows["status"] == "done")
+    # Other people's records do not say, and have one point for both uses.
+    return replace(table, rows=keep(table.rows, decayed & (table.rows["subset"] != True)))  # noqa: E712
+
+
+def along_training(table: Table) -> pd.DataFrame:
+    """The rows on the blocks that every milestone reads, which make curves of one text."""
+    return keep(table.rows, table.rows["subset"] != False)  # noqa: E712
 
 
 def _as_typed(root: Path) -> str:
@@ -279,6 +294,14 @@ def _points(
     return points
 
 
+def _documents(run: StoredRun, failures: list[Exclusion]) -> dict[str, DocumentLosses]:
+    try:
+        return read_document_losses(run.path, run.evaluations)
+    except ValueError as error:
+        failures.append(Exclusion(run.path.name, str(error), "evaluation"))
+        return {}
+
+
 def _point(run: StoredRun, status: str, row: Row) -> dict[str, object]:
     accounting = run.provenance["accounting"]
     # Counts pass 2**63 in honest studies: float64 before any product.
@@ -324,8 +347,8 @@ def _unique_tokens(corpus: dict, row: Row) -> float | None:
 
 
 _STORED = [
-    "step", "tokens", "evaluation_set", "evaluation_id", "decayed", "certificate", "total_nats",
-    "targets", "utf8_bytes", "bits_per_byte",
+    "step", "tokens", "evaluation_set", "subset", "blocks", "documents", "evaluation_id", "decayed",
+    "certificate", "total_nats", "targets", "utf8_bytes", "bits_per_byte",
 ]  # fmt: skip
 
 

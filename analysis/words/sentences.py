@@ -60,9 +60,10 @@ def contrast_note(contrast: Contrast | Refusal) -> str:
     """How a contrast was made: nats, pairs, matching and the interval's kind."""
     if isinstance(contrast, Refusal):
         return ""
+    known = "" if contrast.influence else ", with the evaluation set taken as it is"
     return (
         f"{bracketed(contrast.nats)} nats per token; {len(contrast.pairs)} pairs, "
-        f"{contrast.matching}; {contrast.effect.method}."
+        f"{contrast.matching}; {contrast.effect.method}{known}."
     )
 
 

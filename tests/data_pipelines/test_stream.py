@@ -16,7 +16,13 @@ import psutil
 import pytest
 
 from data_pipelines.batch import IGNORED, mix, target_bytes
-from data_pipelines.evaluation_sets import check_evaluation, evaluation_batches, evaluation_sets
+from data_pipelines.evaluation_sets import (
+    check_evaluation,
+    evaluation_batches,
+    evaluation_sets,
+    held_out,
+    spread_groups,
+)
 from data_pipelines.manifest import read_manifest
 from data_pipelines.shards import certificate
 from data_pipelines.stream import TokenStream
@@ -127,16 +133,54 @@ def columns(batches):
 
 def test_an_evaluation_joins_what_it_reads(built_root):
     config = corpus(seq_len=192)
-    short = list(evaluation_batches(corpus(), built_root, "alpha", batch_sequences=4, max_blocks=7))
-    (long,) = evaluation_batches(config, built_root, "alpha", batch_sequences=4, max_blocks=7)
-    tokens = np.concatenate([batch.tokens.numpy().ravel() for batch in short])
-    targets = np.concatenate([batch.targets.numpy().ravel() for batch in short])
-    assert long.tokens.numpy().ravel().tolist() == tokens[: 6 * 64].tolist()
-    assert long.targets.numpy().ravel().tolist() == targets[: 6 * 64].tolist()
+    short, long = (
+        list(evaluation_batches(c, built_root, "alpha", batch_sequences=4, max_blocks=None))
+        for c in (corpus(), config)
+    )
+    whole = len(np.concatenate([b.tokens.numpy() for b in long])) * 192
+    for name in ("tokens", "targets"):
+        of_short, of_long = (
+            np.concatenate([getattr(b, name).numpy().ravel() for b in each])
+            for each in (short, long)
+        )
+        assert of_long.tolist() == of_short[:whole].tolist()
     with pytest.raises(ValueError, match=r"takes 3 for one sequence; raise"):
         next(evaluation_batches(config, built_root, "alpha", batch_sequences=4, max_blocks=2))
     with pytest.raises(ValueError, match=r"takes 3 for one sequence; raise"):
         check_evaluation(config, built_root, 2)
+
+
+def test_documents_of_an_evaluation_are_those_of_the_text(built_root):
+    """Counted over all blocks, cut or whole: those that separators enclose."""
+    described = read_manifest(built_root / "tiny").stream("alpha", "validation")
+    for length in (32, 64, 192):
+        config = corpus(seq_len=length)
+        groups = spread_groups(config, described, None)
+        read = list(held_out(config, built_root, described, groups, 3))
+        tokens = np.concatenate([each.batch.tokens.numpy().ravel() for each in read])
+        numbers = np.concatenate(
+            [
+                (each.first_documents[:, None] + each.batch.documents.numpy()).ravel()
+                for each in read
+            ]
+        )
+        # A document begins and ends with a separator, so every second one begins the next.
+        assert numbers.tolist() == ((np.cumsum(tokens == 256) - 1) // 2).tolist()
+        groups_of = np.concatenate([each.groups for each in read])
+        assert sorted(set(groups_of.tolist())) == groups
+
+
+def test_a_document_that_goes_on_across_a_gap_counts_on_both_sides(built_root):
+    described = read_manifest(built_root / "tiny").stream("alpha", "validation")
+    near, far = (
+        [int(n) for each in held_out(corpus(), built_root, described, groups, 4)
+         for n in each.first_documents]
+        for groups in ([0, 1], [0, 2])
+    )  # fmt: skip
+    (first,) = evaluation_batches(corpus(), built_root, "alpha", batch_sequences=1, max_blocks=1)
+    borders = int(first.documents[0, -1])
+    assert near[1] - near[0] in (borders, borders + 1)
+    assert far[1] - far[0] in (borders + 1, borders + 2)
 
 
 def test_a_context_that_no_shard_holds_is_refused(built_root):
@@ -201,14 +245,17 @@ def test_every_token_but_the_first_of_its_document_is_a_target(built_root):
         assert (batch.documents[:, 0] == 0).all()
 
 
-def test_evaluation_reads_the_first_blocks_in_order(built_root):
+def test_evaluation_reads_blocks_spread_over_the_set_in_order(built_root):
     expected = pack_documents(DOMAINS["beta"], seed=3, validation_fraction=0.1, block_tokens=64)
     batches = list(
         evaluation_batches(corpus(seq_len=32), built_root, "beta", batch_sequences=3, max_blocks=5)
     )
     assert [len(b) for b in batches] == [3, 3, 3, 1]
     read = [row for b in batches for row in b.tokens.reshape(-1, 32).tolist()]
-    want = [t for tokens, _ in expected["validation"][:5] for t in (tokens[:32], tokens[32:64])]
+    every = expected["validation"]
+    chosen = [every[place * len(every) // 5] for place in range(5)]
+    want = [t for tokens, _ in chosen for t in (tokens[:32], tokens[32:64])]
+    assert chosen != every[:5]
     assert read == want
     assert evaluation_sets(built_root, "tiny") == ["alpha", "beta"]
 

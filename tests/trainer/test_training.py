@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import kernels.scans.selective_scan
+from analysis.tables.document_losses import read_document_losses
 from data_pipelines.evaluation_sets import evaluation_batches
+from data_pipelines.manifest import read_manifest
 from models.backbone import build_backbone
 from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run
@@ -134,7 +136,10 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before_it(
     assert first[0] > 1e-3  # type: ignore[operator]
 
 
-def test_evaluation_equals_a_float64_sum_over_targets(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("subset", "blocks"), [(True, 4), (False, None)])
+def test_evaluation_equals_a_float64_sum_over_targets(
+    root: Path, tmp_path: Path, subset: bool, blocks: int | None
+) -> None:
     from safetensors.torch import load_file
 
     experiment = make(root)
@@ -145,7 +150,7 @@ def test_evaluation_equals_a_float64_sum_over_targets(root: Path, tmp_path: Path
     backbone.double()
     nats, targets = 0.0, 0
     for batch in evaluation_batches(
-        experiment.run.corpus, root, "prose", batch_sequences=4, max_blocks=4
+        experiment.run.corpus, root, "prose", batch_sequences=4, max_blocks=blocks
     ):
         logits = backbone.head(backbone(batch.tokens, WholeSequence(batch.documents)))
         logits = logits.detach().numpy()
@@ -155,9 +160,27 @@ def test_evaluation_equals_a_float64_sum_over_targets(root: Path, tmp_path: Path
             nats += norm[row, position] - logits[row, position, wanted[row, position]]
             targets += 1
     rows = read_run(tmp_path / "run").evaluations
-    (row,) = [r for r in rows if r["evaluation_set"] == "prose" and r["decayed"]]
+    (row,) = [
+        r for r in rows if r["evaluation_set"] == "prose" and r["decayed"] and r["subset"] is subset
+    ]
     assert row["targets"] == targets
     assert row["total_nats"] == pytest.approx(nats, rel=1e-5)
+
+
+def test_the_losses_of_documents_add_up_to_those_of_the_sets(root: Path, tmp_path: Path) -> None:
+    run(make(root), tmp_path / "run")
+    rows = [r for r in read_run(tmp_path / "run").evaluations if r["subset"] is False]
+    stored = read_document_losses(tmp_path / "run", rows)
+    manifest = read_manifest(root / "tiny")
+    assert set(stored) == {r["evaluation_set"] for r in rows} == set(manifest.domains)
+    for row in rows:
+        stream = manifest.stream(str(row["evaluation_set"]), "validation")
+        losses = stored[stream.domain]
+        assert row["blocks"] == stream.blocks
+        assert row["documents"] == len(losses.nats) <= stream.documents
+        assert losses.targets.sum() == row["targets"]
+        assert losses.nats.sum() == pytest.approx(row["total_nats"], rel=1e-12)
+        assert losses.targets.min() > 0
 
 
 def test_what_was_read_of_each_domain_is_recorded(root: Path, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from analysis.planning.next_runs import (
     half_width,
     loss_at,
 )
+from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.run_table import Table, final, load
 from tests.analysis.parameters import theta_of
 from tests.benchmarks.statistics import design as demonstration
@@ -47,7 +48,8 @@ def planned(sizes=5, horizons=3, arms=2, corpora=2, seeds=1):
                         )
     columns = ["architecture", "corpus", "rung", "seed", "trunk_id", "parameters", "tokens"]
     frame = pd.DataFrame(rows, columns=columns)
-    return frame.assign(order_seed=frame["seed"])
+    names = [f"run{n}" for n in range(len(frame))]
+    return frame.assign(order_seed=frame["seed"], run_id=names)
 
 
 def runs(sizes, ratios):
@@ -88,11 +90,26 @@ def test_expected_widths_of_exponents_are_those_of_simulated_fits():
         assert 0.75 < deviation / (widths[name] / quantile) < 1.6
 
 
+def documents_of(grid, factor, error):
+    """Losses by document that leave this standard error on the effect of a factor."""
+    draws = np.random.default_rng(3).normal(0, 1, 400)
+    taste = error * np.sqrt(len(draws)) * (draws - draws.mean()) / draws.std(ddof=1)
+    targets = np.full(len(draws), 100.0)
+    first = grid[factor].iloc[0]
+    return {
+        run: {"s": DocumentLosses(targets * (1 + (level != first) * taste), targets)}
+        for run, level in zip(grid["run_id"], grid[factor], strict=True)
+    }
+
+
+@pytest.mark.parametrize("evaluation", [0.0, 0.006])
 @pytest.mark.parametrize("factor", ["corpus", "architecture"])
-def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor):
-    noise = PlannedNoise(0.005, 0.002, {"corpus": 0.02, "architecture": 0.02, factor: 0.004})
+def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor, evaluation):
+    by_size = {"corpus": 0.02, "architecture": 0.02, factor: 0.004}
+    noise = PlannedNoise(0.005, 0.002, by_size, evaluation)
     grid = planned(sizes=5, horizons=2, seeds=2)
     expected = {each.quantity: each for each in expect(grid, replace(USUAL, noise=noise))}[factor]
+    documents = documents_of(grid, factor, evaluation)
     generator, halves = np.random.default_rng(0), []
     level = grid[factor].to_numpy()
     place = np.unique(grid["trunk_id"], return_inverse=True)[1]
@@ -106,7 +123,8 @@ def test_expected_widths_of_effects_are_those_of_simulated_comparisons(factor):
             loss_nats=np.exp(logs), evaluation_set="s", targets=1.0, utf8_bytes=1.0,
             certificate="x",
         )  # fmt: skip
-        (found,) = contrasts(Table("t", "s", rows, grid, (), {}), factor, "s")
+        table = Table("t", "s", rows, grid, (), {}, documents=documents)
+        (found,) = contrasts(table, factor, "s")
         halves.append(0.5 * (found.percent.high - found.percent.low))
     assert np.mean(halves) == pytest.approx(expected.half_width, rel=0.12)
 

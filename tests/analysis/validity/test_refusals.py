@@ -44,7 +44,7 @@ def runs(sizes=4, ratios=(5, 20, 80), arms=("transformer", "mamba"), corpora=("w
         flops_full_attention=6.1 * rows["parameters"] * rows["tokens"],
         flops_six_n=5.9 * rows["parameters"] * rows["tokens"],
         order_seed=rows["seed"], utf8_bytes=1.0, certificate="same", tokenizer="bytes",
-        trunk_id="t" + rows["rung"],
+        trunk_id="t" + rows["rung"], run_id=[f"run{n}" for n in range(len(rows))],
     )  # fmt: skip
     form = bind(CHINCHILLA, rows)
     effect = 0.05 * (rows["corpus"] == "code") - 0.02 * (rows["architecture"] == "mamba")
