@@ -74,6 +74,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     flops = float(np.exp(np.log(floats(points, "flops")).mean()))
     curve = np.polyfit(logs - centre, y, 2)
     vertex = centre - curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
+    # Also true for NaN: a parabola that opens downwards has no minimum.
     if not logs[0] <= vertex <= logs[-1]:
         warning = Caveat("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
         return IsoFlopCurve(flops, points, curve, centre, _unbracketed(flops), warning)
@@ -146,6 +147,7 @@ def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
         log_sizes: ln(N/N*) of the grid.
     """
     reducible = beta * np.exp(-alpha * log_sizes) + alpha * np.exp(beta * log_sizes)
+    # At fixed C, ln D falls as ln N rises: ln(D / D*) is minus the vertex, which is at -b / 2a.
     curve = np.polyfit(log_sizes, reducible, 2)
     return float(np.expm1(curve[1] / (2 * curve[0])))
 

@@ -188,6 +188,7 @@ class _Squares:
             "seed": seed,
             "total": max(total, 1e-300),
             "rows": float(weights.sum()),
+            # The first level has no column of its own; its effect is the appended 0.
             "corpus effect": float(np.ptp(np.append(effects[:split], 0.0))),
             "architecture effect": float(np.ptp(np.append(effects[split:], 0.0))),
             "slope": self._slope(weights),
@@ -235,6 +236,7 @@ def _inside(values: Array, labels: Array) -> Array:
     """Values less the mean of their group."""
     _, place = np.unique(labels, return_inverse=True)
     counts = np.bincount(place).astype(np.float64)
+    # One bincount for each column: a factor's columns are few, its rows many.
     flat = values.reshape(len(values), -1)
     means = np.stack([np.bincount(place, weights=column) / counts for column in flat.T], axis=1)
     return (flat - means[place]).reshape(values.shape)

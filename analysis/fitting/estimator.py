@@ -69,6 +69,8 @@ class Fit:
         found = {}
         for group in self.form.groups:
             for name, value in self.form.natural(self.theta, group).items():
+                # Parameters held fixed have no slot: they were not estimated, so they are not
+                # reported.
                 if (name, group) not in self.form.slots:
                     continue
                 label = self.form.labels[self.form.slots[name, group]]
@@ -159,6 +161,7 @@ class Estimator:
                 "check the columns for zeros and impossible values",
             )
         best, objective = polish(problem, theta[np.nanargmin(reached)])
+        # The absolute term is for exact fits, whose objective is zero up to rounding.
         agreeing = int((reached <= objective * (1 + 1e-6) + 1e-18).sum())
         left = problem.y - log_loss(problem.design, best[None])[0]
         sigma = robust_sigma(left, problem.weights, len(form.labels))
@@ -188,6 +191,7 @@ def robust_sigma(residuals: Array, weights: Array, parameters: int) -> float:
     mass = np.cumsum(weights[order])
     # The lower and the upper median agree with those of rows that are written out twice.
     low, high = (size[order][np.searchsorted(mass, count * half)] for half in (HALF, 1 - HALF))
+    # 1.4826 = 1 / 0.6745: the median of |r| is 0.6745 standard deviations for normal r.
     return float(1.4826 * 0.5 * (low + high) * np.sqrt(count / max(count - parameters, 1.0)))
 
 
@@ -222,6 +226,7 @@ def _narrow(rows: pd.DataFrame, law: AnyLaw, parameters: int) -> Refusal | None:
         )
     for name in law.columns:
         distinct = len(np.unique(floats(rows, name)))
+        # Two values of a variable leave its exponent and the floor indistinguishable.
         if distinct < 3:
             return Refusal("R-UNDER", f"only {distinct} distinct values of {name}", "add a third")
     if {"parameters", "tokens"} <= set(law.columns):
@@ -241,8 +246,10 @@ def _condition(problem: Problem, theta: Array, form: Form) -> tuple[float, str]:
     jacobian = log_loss_and_jacobian(problem.design, theta[None])[1][0]
     jacobian = jacobian * np.sqrt(problem.weights)[:, None]
     lengths = np.linalg.norm(jacobian, axis=0)
+    # Columns of unit length: otherwise the condition number would depend on the units.
     _, singular, right = np.linalg.svd(jacobian / np.maximum(lengths, 1e-300), full_matrices=False)
     condition = float(singular[0] / max(singular[-1], 1e-300))
+    # The last right singular vector is the direction in which the misfit changes least.
     strongest = np.argsort(-np.abs(right[-1]))[:2]
     correlation = _largest_correlation(jacobian / np.maximum(lengths, 1e-300))
     free = " against ".join(form.labels[slot] for slot in strongest)
@@ -252,6 +259,7 @@ def _condition(problem: Problem, theta: Array, form: Form) -> tuple[float, str]:
 
 
 def _largest_correlation(scaled: Array) -> float:
+    # A pseudo-inverse, since a term that has vanished (E = 0) leaves a column of zeros.
     covariance = np.linalg.pinv(scaled.T @ scaled)
     deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-300))
     correlation = np.abs(covariance / np.outer(deviation, deviation))
@@ -272,6 +280,7 @@ def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:
     law, rows = fitted.law, fitted.rows
     if not isinstance(law, Law) or law.floor is None or law.fixed:
         return []
+    # The least floor of any group, as one vanished floor already makes multipliers unsafe.
     share = min(pivot[law.floor] for pivot in fitted.pivots.values())
     if share < 0.01 * float(floats(rows, law.target).mean()):
         return [Caveat("W-E0", "the floor went to zero")]

@@ -45,6 +45,7 @@ class Problem:
         """Objective and analytic gradient of a problem with one replicate."""
         prediction, slopes = log_loss_and_slopes(self.design, vector[None])
         residuals = prediction[0] - self.y
+        # The derivative of the Huber loss is the residual, clipped.
         push = self.weights * np.clip(residuals, -self.delta, self.delta)
         total = float((self.weights * huber(residuals, self.delta)).sum())
         return total, slopes[0] @ push
@@ -60,6 +61,7 @@ class Problem:
         robust = self.weights * (inside / np.maximum(size, 1e-300))
         weighted = slopes * robust[:, None, :]
         gradient = np.matmul(weighted, residuals[:, :, None])[:, :, 0]
+        # Gauss-Newton: without second derivatives of the law the matrix stays semidefinite.
         normal = np.matmul(weighted, slopes.transpose(0, 2, 1))
         return (np.broadcast_to(self.weights, value.shape) * value).sum(axis=1), gradient, normal
 
@@ -74,6 +76,7 @@ def huber(residuals: Array, delta: float) -> Array:
     """Half the square inside delta, linear outside."""
     size = np.abs(residuals)
     inside = np.minimum(size, delta)
+    # delta (|r| - delta / 2) = delta^2 / 2 + delta (|r| - delta): one expression for both sides.
     return 0.5 * inside**2 + (inside * (size - inside) if np.isfinite(delta) else 0.0)
 
 

@@ -32,6 +32,8 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
         return _repeated(form, law, rows, grid)
     base = _bases(form, law, rows, grid)
     slots = sorted({slot for (name, _), slot in form.slots.items() if name in law.coefficients})
+    # Divided by the observed loss: distance from one is a relative error, which is the error of ln
+    # L to first order.
     columns = _columns(form.design(rows), law, base, slots) / floats(rows, law.target)
     values, misfit = _non_negative(columns)
     best = np.argsort(misfit, kind="stable")[:count]
@@ -41,6 +43,7 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
     if law.power is None:
         return chosen
     for name in law.coefficients:
+        # The columns carry the outer power p, so A^p was solved for: ln A is its log over p.
         if name != law.floor:
             own = _slots(form, name)
             chosen[:, own] /= np.exp(chosen[:, _slots(form, law.power)])
@@ -54,8 +57,10 @@ def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     values = np.concatenate([-grid[::-2], grid[::2]]) if signed else grid
     axes = dict.fromkeys(law.exponents, values)
     if isinstance(law.transform, Offset):
+        # k of loss to loss is near 1 and fitted as minus the exponent.
         axes = {name: -np.geomspace(0.3, 3.0, 13) for name in law.exponents}
         lowest = float(floats(rows, law.transform.column).min())
+        # E_x lies below every loss of the data, or the log of the difference does not exist.
         axes["E_x"] = lowest * (1.0 - np.array(GAPS))
     fixed = [f for f in law.factors if not isinstance(f.exponent, str)]
     extra = [grid] if law.power is not None and fixed else []
@@ -84,6 +89,7 @@ def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
                 terms = tuple(term for term in law.terms if term.coefficient == name)
                 alone = replace(law, terms=terms, floor=None, power=None)
                 value = np.exp(power * alone.evaluate(p, group.x)[0])
+            # Added, not assigned: groups that share a coefficient share its column.
             found[:, slots.index(group.slots[name]), group.rows] += value
     return found
 
@@ -107,6 +113,7 @@ def _non_negative(columns: Array) -> tuple[Array, Array]:
         # Normal equations: a few columns, already of similar size, so squaring costs no digits.
         square = gram[:, on[:, None], on] * (1.0 + 1e-12 * np.eye(len(on)))
         found = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
+        # |sum of columns - 1|^2 at the solution of the normal equations: n - w' (columns 1).
         left = rows - (found * sums[:, on]).sum(axis=1)
         better = (found >= 0).all(axis=1) & (left < misfit)
         misfit[better] = left[better]

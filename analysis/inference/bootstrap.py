@@ -58,6 +58,8 @@ class Bootstrap:
         ranked = np.where(np.isnan(values), np.inf, values)
         tail = 0.5 * (1 - LEVEL)
         low, high = np.quantile(ranked, [tail, 1 - tail], method="inverted_cdf")
+        # Each end moves away from the estimate, so the interval keeps its asymmetry; an estimate
+        # that lies outside the percentiles is included.
         low, high = (float(estimate + self.stretch * (bound - estimate)) for bound in (low, high))
         return Interval(estimate, min(low, estimate), max(high, estimate), self.method)
 
@@ -124,6 +126,7 @@ def _jackknifed_residuals(fit: Fit, index: Array) -> Array:
     residuals = fit.residuals.copy()
     for trunk in np.unique(index):
         mine = index == trunk
+        # I - H_gg, with the projection on the tangent space of the fit as the hat matrix H.
         rest = np.eye(int(mine.sum())) - basis[mine] @ basis[mine].T
         values, vectors = np.linalg.eigh(rest)
         # A direction that only this trunk determines has no residual to enlarge.

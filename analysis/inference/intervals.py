@@ -83,8 +83,10 @@ def ratio_interval(numerator: Array, denominator: Array) -> Interval | Refusal:
     a = y**2 - t**2 * covariance[1, 1]
     b = x * y - t**2 * covariance[0, 1]
     c = x**2 - t**2 * covariance[0, 0]
+    # a > 0 because the denominator's interval excludes zero: the interval is bounded.
     root = np.sqrt(max(b**2 - a * c, 0.0))
     ends = np.array([(b - root) / a, (b + root) / a])
+    # Of the ratio's absolute value: an interval across zero starts at zero.
     low = 0.0 if ends[0] < 0 < ends[1] else float(np.abs(ends).min())
     return Interval(
         abs(x / y), low, float(np.abs(ends).max()), f"Fieller interval over {count} sizes"

@@ -119,6 +119,7 @@ def omnibus_test(fit: Fit, found: Sandwich | None = None) -> OmnibusTest | Refus
             "add sizes or trunks, or compare fewer arms",
         )
     square = float(estimates @ np.linalg.solve(spread, estimates))
+    # Hotelling: T^2 (freedom - count + 1) / (freedom count) follows F.
     statistic = rest / (fewest * count) * square
     return OmnibusTest(statistic, (float(count), rest), float(stats.f.sf(statistic, count, rest)))
 
@@ -203,6 +204,8 @@ def criteria(fit: Fit) -> tuple[float, float]:
     """AICc and BIC of a least-squares fit: normal errors with their variance estimated."""
     # One more than the coefficients: the error variance is estimated too.
     count, k = len(fit.rows), len(fit.theta) + 1
+    # The objective is half the sum of squares. -2 ln likelihood is n ln(RSS / n), up to a constant
+    # that is equal for all laws.
     deviance = count * np.log(max(2 * fit.objective / count, 1e-300))
     correction = 2 * k * (k + 1) / (count - k - 1) if count > k + 1 else np.inf
     return float(deviance + 2 * k + correction), float(deviance + k * np.log(count))

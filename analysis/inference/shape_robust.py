@@ -78,6 +78,8 @@ def _regress(fit: Fit, slopes: Array) -> Array:
     """Huber regression of the residuals: repeated least squares on clipped residuals."""
     scale = np.sqrt(fit.weights)
     solve = projection(slopes * scale[:, None])[1]
+    # Huber's modified residuals: only residuals change between rounds, so one factorisation serves
+    # all; rounds are cheap and convergence is linear.
     step = np.zeros(slopes.shape[1])
     for _ in range(ROUNDS):
         left = np.clip(fit.residuals - slopes @ step, -fit.delta, fit.delta)

@@ -80,6 +80,7 @@ class Form:
         found = []
         for group in self.groups:
             mine = np.flatnonzero(names == group)
+            # Constants of a reparametrisation, such as centres, are passed on as they are.
             chosen = {n: v[mine] if v.ndim and len(v) == len(names) else v for n, v in x.items()}
             found.append(GroupRows(mine, self.slots_of(group), chosen))
         return Design(self.law, tuple(found), self._fixed(), (len(names), len(self.labels)))

@@ -174,6 +174,7 @@ class Law:
             shares = [outer[0] * power * share for share in shares] + outer[1:]
         if self.floor:
             slopes[self.floor] = shares[-1]
+        # Not strict: the floor's share comes last and belongs to no term.
         for term, share in zip(self.terms, shares, strict=False):
             _add(slopes, term.coefficient, share)
             for factor in term.factors:

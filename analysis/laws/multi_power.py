@@ -71,6 +71,7 @@ class MultiPower:
         # (1 + x)^-beta through log1p: x is tiny for drops late in the schedule.
         left = np.exp(-beta * np.log1p(inner))
         size = np.exp(p["B"])
+        # Derivative of 1 - (1 + x)^-beta by ln x: beta x (1 + x)^(-beta - 1).
         by_log = x["drop"] * beta * left * inner / (1.0 + inner)
         gained = size * (x["drop"] * (1.0 - left)).sum(axis=2)
         loss = np.exp(p["E"]) + start - gained

@@ -93,7 +93,9 @@ def _effective(unique: Array, total: Array, log_rate: Array) -> tuple[Array, Arr
     decay = np.exp(-excess / rate)
     # 1 - exp(-x) would lose every digit at large rates and fake an optimum there.
     gained = -rate * np.expm1(-excess / rate)
+    # d gained / d ratio = decay, and d ratio / d ln U = -ratio.
     by_unique = 1.0 - decay * ratio / (1.0 + gained)
+    # d gained / d ln R = gained - excess * decay.
     return unique + np.log1p(gained), by_unique, (gained - excess * decay) / (1.0 + gained)
 
 

@@ -180,6 +180,8 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
     error = float(np.sqrt(np.mean(variances) / sizes))
     # An interval uses the sample deviation, which is smaller on average than the true one.
     usual = error * _mean_over_deviation(sizes - 1)
+    # The effect whose t statistic exceeds the quantile with the wanted power; the central t stands
+    # in for the noncentral one.
     smallest = error * (t_quantile(sizes - 1) + float(stats.t.ppf(POWER, sizes - 1)))
     half = t_quantile(sizes - 1) * usual
     return Expected(factor, 100 * float(np.expm1(half)), 100 * float(np.expm1(smallest)))
