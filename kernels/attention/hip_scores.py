@@ -75,6 +75,7 @@ def by_halving(tile: QueryBlockTile, length: int) -> Judge:
             middle = (begins + ends + 1) // 2
             left = _best_scores(tile, (begins + middle - 1) // 2)
             right = _best_scores(tile, (middle + ends - 1) // 2)
+            # On equal scores the left half stays; a range of one key has no right half.
             later = (right > left) & (middle < ends)
             begins, ends = torch.where(later, middle, begins), torch.where(later, ends, middle)
             scores = torch.where(later, right, left)
@@ -89,6 +90,8 @@ def by_every_key(tile: QueryBlockTile, longest: int) -> Judge:
     scores = _best_scores(tile, places)
 
     def judge(begins: Int[Tensor, "M J"], ends: Int[Tensor, "M J"]) -> Float[Tensor, "M J"]:
+        # Begins ascend, so the range that may own a key is the last one that begins at or before
+        # it.
         after = torch.searchsorted(begins.contiguous(), places.contiguous(), right=True)
         owner = (after - 1).clamp(min=0)
         inside = (after > 0) & (places < torch.gather(ends, 1, owner))
@@ -111,6 +114,7 @@ def _best_scores(
         tensors = (tile.queries, tile.keys, tile.positions.int(), tile.begins, firsts.int())
         return _scores(*(x.contiguous() for x in tensors), tile.stride, width)
     places = (firsts[:, :, None] + torch.arange(width, device=firsts.device)).flatten(1)
+    # Clamped for a valid address: later keys are masked below, empty ranges by the caller.
     address = tile.begins[:, None] + tile.stride * places.clamp(min=0).minimum(
         tile.positions[:, -1:]
     )

@@ -131,6 +131,7 @@ def staged_keys_scored(
 ) -> Int[Tensor, " L"]:
     """The most keys that the staged search scores for a row at each position."""
     low = region.n_sink
+    # As `high` in `_prune`: later keys are in the window of every row that uses the list.
     last = torch.minimum(positions, positions + region.served - 1 - region.window)
     scored = torch.zeros_like(positions)
     survivors = torch.zeros_like(positions)
@@ -140,6 +141,7 @@ def staged_keys_scored(
         there = torch.where(last >= low, there, 0)
         ratio = stages[number - 1].chunk // chunk
         chunks = there if number == 0 else torch.minimum(there, survivors * ratio)
+        # Two keys per halving; a chunk of one key is scored by that key.
         scored += chunks * max(1, 2 * math.ceil(math.log2(length)))
         survivors = chunks.clamp(max=keep)
     return scored
@@ -173,6 +175,7 @@ def _descend(tile: QueryBlockTile, search: Search, rounds: int) -> Int[Tensor, "
     n_blocks = tile.positions[:, -1:] // search.key_block + 1
     number = torch.arange(search.kept, device=n_blocks.device)
     few = n_blocks <= search.kept
+    # With fewer blocks than ranges each range is one block, and ranges past the last are empty.
     begin = torch.where(few, number.minimum(n_blocks), number * n_blocks // search.kept)
     after = number + 1
     end = torch.where(few, after.minimum(n_blocks), after * n_blocks // search.kept)
@@ -206,6 +209,7 @@ def _prune(
     for chunk, keep in stages:
         length = chunk * search.key_block
         pieces = torch.arange(before // chunk, device=last.device)
+        # Numbers of the surviving chunks' pieces, in units of this stage's length.
         chunks = (chunks[:, :, None] * (before // chunk) + pieces).flatten(1)
         begins = (chunks * length).clamp(min=region.n_sink)
         ends = ((chunks + 1) * length).minimum(high).maximum(begins)

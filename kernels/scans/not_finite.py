@@ -45,6 +45,8 @@ def tokens_after_non_finite(
 
 @torch.no_grad()
 def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
+    # One sum per token instead of a mask of the tensor's size. Finite numbers whose sum overflows
+    # are taken for infinite ones.
     wide = (x.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors)
     return ~torch.stack([x.isfinite() for x in wide]).all(0)
 
