@@ -1,4 +1,8 @@
-"""A search over learning rates: each cell's best rate, and how sensitive the loss is to it."""
+"""A search over learning rates: each cell's best rate, and how sensitive the loss is to it.
+
+The sensitivity is that of Wortsman et al. 2309.14322, section 2.2. Ours: the refinement of the best
+rate by a parabola, and the refusal to compare arms by the runs of a search.
+"""
 
 import math
 

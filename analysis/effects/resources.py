@@ -2,7 +2,7 @@
 
 Like the tokens and FLOPs of `analysis.effects.multipliers`: the ratio of what both arms need to
 reach one loss that both have reached. Seconds and bytes are measured at the sizes that were run and
-interpolated between them.
+interpolated between them. Ours, with the same refusals.
 """
 
 from dataclasses import dataclass

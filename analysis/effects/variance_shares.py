@@ -1,8 +1,9 @@
 """Variance shares of corpus, architecture, interaction, scale and seed, at matched cells.
 
 A fixed effect for each cell (one N, one D) removes scale from the comparison. Main effects are
-averaged over both orders of entry (Shapley). Sizes are resampled: cells of one size share trunks,
-so they are not independent. Ours: the definition of cells and the bootstrap over sizes.
+averaged over both orders of entry (Lindeman, Merenda and Gold 1980; the Shapley value). Sizes are
+resampled: cells of one size share trunks, so they are not independent. Ours: the definition of
+cells and the bootstrap over sizes.
 """
 
 from collections.abc import Callable

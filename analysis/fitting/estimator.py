@@ -1,4 +1,9 @@
-"""Fit a law to the rows of a table, or refuse and say what the table lacks."""
+"""Fit a law to the rows of a table, or refuse and say what the table lacks.
+
+The objective is the Huber loss on ln L of Hoffmann et al. 2203.15556, equation 3. Ours: its delta
+follows from the residuals of a least-squares pass, the path from there to small deltas, and the
+conditions under which a fit is refused or called poorly determined.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property

@@ -1,8 +1,8 @@
 """Starting points by variable projection: a grid over exponents, the rest by least squares.
 
-At fixed exponents the law is linear in A, B and E, which non-negative least squares finds; the best
-cells of the grid start the optimiser. arXiv 2603.22339 compares this with other estimators of the
-same law.
+Source: Golub and Pereyra 1973 (variable projection). At fixed exponents the law is linear in A, B
+and E, which non-negative least squares finds; the best cells of the grid start the optimiser. arXiv
+2603.22339 compares this with other estimators of the same law.
 """
 
 from dataclasses import replace

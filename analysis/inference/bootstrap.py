@@ -2,9 +2,9 @@
 
 Points of one trunk share their training and its random error, so whole trunks are resampled. With
 few trunks a case bootstrap draws degenerate designs (a size may be missing); then the residuals of
-each trunk get a random sign and size instead (a wild cluster bootstrap), and the spread is widened
-by Student's t for the number of trunks. Ours: the choice between the two by trunks a cell, and the
-widening.
+each trunk get a random sign and size instead (the wild cluster bootstrap of Cameron, Gelbach and
+Miller 2008, with the weights of Webb 2014), and the spread is widened by Student's t for the number
+of trunks. Ours: the choice between the two by trunks a cell, and the widening.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,8 @@
-"""Confidence intervals as values, and Student's t intervals over clusters."""
+"""Confidence intervals as values, and Student's t intervals over clusters.
+
+The interval of a ratio of means is Fieller's (Fieller 1954, "Some Problems in Interval
+Estimation").
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -3,6 +3,10 @@
 The criteria answer different questions: AICc and BIC describe these points, the hold-out error over
 trunks measures prediction of unseen trunks. Where they disagree, choose by hold-out error for
 forecasts and by BIC for description; both are shown.
+
+Sources: Hurvich and Tsai 1989 (AICc), Schwarz 1978 (BIC), Breiman et al. 1984, "Classification and
+Regression Trees" (the simplest model within one standard error of the best), Pustejovsky and Tipton
+2018 (the omnibus test).
 """
 
 from dataclasses import dataclass, replace

@@ -1,9 +1,9 @@
 """The precision to expect of a grid of runs before any of them is trained.
 
-Fisher information of a law's parameters at assumed values (a local design), with a covariance in
-which points of one trunk share the random effect of their seed. The law, its exponents and the
-noise are assumptions: `Assumed` holds them, and every answer prints them. Ours: the noise model and
-the assumed values.
+Fisher information of a law's parameters at assumed values (a local design, Chernoff 1953), with a
+covariance in which points of one trunk share the random effect of their seed. The law, its
+exponents and the noise are assumptions: `Assumed` holds them, and every answer prints them. Ours:
+the noise model and the assumed values.
 """
 
 from collections.abc import Mapping

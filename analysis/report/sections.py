@@ -1,4 +1,4 @@
-"""NamedArrays of the page that only some sweeps have: arms side by side, learning rates, tuning."""
+"""Parts of the page that only some sweeps have: arms side by side, learning rates, tuning."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,8 @@
-"""The region of sizes and tokens that an arm was run in, and what a token costs by size."""
+"""The region of sizes and tokens that an arm was run in, and what a token costs by size.
+
+Ours: the region is the convex hull of the runs in ln N and ln D, built by Andrew's monotone chain
+(Andrew 1979).
+"""
 
 from dataclasses import dataclass
 

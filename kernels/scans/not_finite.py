@@ -1,7 +1,7 @@
 """Keep NaN and infinity in their own document, where documents share a product of matrices.
 
 The product masks other documents by zeros, and 0 * NaN is NaN. So tokens with a non-finite input
-are found first and left out, and the outputs that depend on them are set to NaN afterwards.
+are found first and left out, and the outputs that depend on them are set to NaN afterwards. Ours.
 """
 
 import torch
