@@ -13,12 +13,16 @@ import pandas as pd
 
 from analysis.compute_optimal.allocation import Allocation, Ladder, Question, allocate, cheapest
 from analysis.compute_optimal.three_approaches import all_three
-from analysis.effects.multipliers import compute_multiplier, data_multiplier, rows_of
+from analysis.effects.multipliers import (
+    compute_multiplier,
+    data_multiplier,
+    parameter_multiplier,
+    rows_of,
+)
 from analysis.effects.resources import (
     DECODING_STATE,
     TRAINING_MEMORY,
     WALL_CLOCK,
-    parameter_multiplier,
     resource_multiplier,
 )
 from analysis.fitting.estimator import Fit

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from analysis.effects.multipliers import compute_multiplier
+from analysis.effects.multipliers import compute_multiplier, parameter_multiplier
 from analysis.effects.resources import (
     DECODING_STATE,
     WALL_CLOCK,
-    parameter_multiplier,
     resource_multiplier,
 )
 from analysis.fitting.estimator import Estimator
