@@ -25,8 +25,9 @@ from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import OmnibusTest, choose, omnibus_test
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
+from analysis.tables.column_matching import parse_columns
 from analysis.tables.compute import six_nd
-from analysis.tables.external import ExternalTable, parse_columns, read_external
+from analysis.tables.external import ExternalTable, read_external
 from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal

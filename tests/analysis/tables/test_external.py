@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.tables.external import parse_columns, read_external
+from analysis.tables.column_matching import parse_columns
+from analysis.tables.external import read_external
 from analysis.tables.schema import SCHEMA, target_of
 from tests.analysis.conftest import PUBLISHED
 
