@@ -117,8 +117,8 @@ def allocate(
     loss = question.fit.surface(question.group).loss(size, tokens)[0, 0]
     interval = None
     if replicates is not None:
-        found = [_best_size(question, theta, budget) for theta in replicates.theta]
-        logs = np.array([np.nan if isinstance(n, Refusal) else np.log(n) for n in found])
+        sizes = [_best_size(question, theta, budget) for theta in replicates.theta]
+        logs = np.array([np.nan if isinstance(n, Refusal) else np.log(n) for n in sizes])
         interval = replicates.interval(float(np.log(size)), logs)
         if isinstance(interval, Interval):
             interval = interval.mapped(lambda value: float(np.exp(value)))
@@ -155,8 +155,8 @@ def _best_size(question: Question, theta: Array, budget: float) -> float | Refus
         tokens = _tokens_for_budget(question, sizes, budget)
         # Bisection starts at one token and stays there where not even one is affordable.
         affordable = tokens > 1.0
-        found = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
-        return np.where(affordable, found, np.inf)
+        fitted = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
+        return np.where(affordable, fitted, np.inf)
 
     return _lowest(loss, question.sizes, f"a budget of {budget:.3g}")
 

@@ -83,8 +83,8 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     r2 = 1.0 - float(left @ left) / float(((y - y.mean()) ** 2).sum())
     warning = None
     if sides < 2 or r2 < LEAST_R2:
-        found = f"at {flops:.2g} FLOP {sides} sizes on one side of the minimum, R2 {r2:.2f}"
-        warning = Caveat("W-EDGE", found)
+        finding = f"at {flops:.2g} FLOP {sides} sizes on one side of the minimum, R2 {r2:.2f}"
+        warning = Caveat("W-EDGE", finding)
     size = _vertex_interval(logs - centre, left, curve, centre)
     return IsoFlopCurve(flops, points, curve, centre, size, warning)
 
@@ -112,11 +112,11 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
     return Interval(vertex, vertex - half, vertex + half, method).mapped(lambda v: float(np.exp(v)))
 
 
-def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
+def exponents(curves: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     """Exponents of N*(C) and D*(C) from the bracketed minima, with t intervals."""
     usable = [
         (each, each.size)
-        for each in found
+        for each in curves
         if each.warning is None and isinstance(each.size, Interval)
     ]
     if len(usable) < 3:
@@ -167,5 +167,7 @@ def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -
     if span <= LARGEST_SPAN * (1 + 1e-9) and offset <= LARGEST_OFFSET * (1 + 1e-9):
         return None
     bias = 100 * token_bias(alpha, beta, logs)
-    found = f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
-    return Caveat("W-A2BIAS", found)
+    finding = (
+        f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
+    )
+    return Caveat("W-A2BIAS", finding)

@@ -76,17 +76,17 @@ def envelope(rows: pd.DataFrame) -> Approach:
 def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
     """Approach 2: a parabola per budget; warns of the bias that a fitted law implies for it."""
     name = "2, isoFLOP parabolas"
-    found = budgets(rows)
-    slopes = exponents(found)
+    curves = budgets(rows)
+    slopes = exponents(curves)
     if isinstance(slopes, Refusal):
         return Approach(name, slopes, slopes, ())
-    warnings = [each.warning for each in found if each.warning is not None]
+    warnings = [each.warning for each in curves if each.warning is not None]
     if isinstance(law, Fit):
         p = law.parameters
         total = p["alpha"] + p["beta"]
         # Hoffmann et al. 2203.15556, equation 4: N* = G (C / 6)^(beta / (alpha + beta)).
         scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
-        for each in found:
+        for each in curves:
             optimum = scale * (each.flops / FLOPS_PER_PARAMETER_TOKEN) ** (p["beta"] / total)
             caveat = grid_bias(each, p["alpha"], p["beta"], optimum)
             warnings += [caveat] if caveat is not None else []

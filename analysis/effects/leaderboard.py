@@ -156,13 +156,16 @@ def _models(
     table: Table, place: Setting, rows: pd.DataFrame
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
     """Losses of the n-gram models that were evaluated on the same targets as the runs."""
-    found = where(
+    baselines = where(
         where(table.baselines, "corpus", place.corpus), "evaluation_set", table.neutral_set
     )
     targets = set(floats(rows, "targets"))
     lines, counted, notes = {}, {}, ()
     for order, nats, count, tokens in sorted(
-        zip(*(floats(found, c) for c in ("order", "total_nats", "targets", "tokens")), strict=True)
+        zip(
+            *(floats(baselines, c) for c in ("order", "total_nats", "targets", "tokens")),
+            strict=True,
+        )
     ):
         if targets != {count}:
             notes = ("N-gram models evaluated on other targets than the runs are not shown.",)
@@ -195,13 +198,13 @@ def _record(comparison: Comparison, arm: ArmResult) -> dict[str, object]:
     place = comparison.place
     differences: dict[str, object] = {}
     for name in comparison.lines:
-        found = arm.against.get(name)
-        if found is not None:
+        difference = arm.against.get(name)
+        if difference is not None:
             differences |= {
-                f"minus_{name}_nats": found.estimate,
-                f"minus_{name}_low": found.low,
-                f"minus_{name}_high": found.high,
-                f"verdict_{name}": verdict(found),
+                f"minus_{name}_nats": difference.estimate,
+                f"minus_{name}_low": difference.low,
+                f"minus_{name}_high": difference.high,
+                f"verdict_{name}": verdict(difference),
             }
     return {
         "corpus": place.corpus,

@@ -80,13 +80,13 @@ def decompose(
 
     return Decomposition(
         evaluation_set=str(cells["evaluation_set"].iloc[0]),
-        shares={n: interval(lambda found, n=n: found[n] / found["total"]) for n in COMPONENTS},
+        shares={n: interval(lambda parts, n=n: parts[n] / parts["total"]) for n in COMPONENTS},
         deviations={
-            n: interval(lambda found, n=n: float(np.sqrt(max(found[n], 0.0) / found["rows"])))
+            n: interval(lambda parts, n=n: float(np.sqrt(max(parts[n], 0.0) / parts["rows"])))
             for n in COMPONENTS
         },
         effects={
-            factor: interval(lambda found, factor=factor: found[f"{factor} effect"])
+            factor: interval(lambda parts, factor=factor: parts[f"{factor} effect"])
             for factor in ("corpus", "architecture")
         },
         worth={
@@ -211,9 +211,9 @@ def _worth(
 ) -> Interval | Refusal:
     """An effect as the factor of compute that changes ln L as much."""
 
-    def factor(found: dict[str, float]) -> float:
-        downhill = found["slope"] < 0
-        return float(np.exp(min(found[effect] / -found["slope"], 700.0))) if downhill else np.nan
+    def factor(parts: dict[str, float]) -> float:
+        downhill = parts["slope"] < 0
+        return float(np.exp(min(parts[effect] / -parts["slope"], 700.0))) if downhill else np.nan
 
     values = np.array([factor(each) for each in drawn])
     undefined = float((~np.isfinite(values)).mean())

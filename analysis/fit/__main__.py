@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names(text: str) -> frozenset[str] | None:
-    found = frozenset(filter(None, (part.strip() for part in text.split(","))))
-    return found or None
+    names = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    return names or None
 
 
 def _answer(
@@ -198,11 +198,11 @@ def _quality(learnt: Learnt) -> Iterator[str]:
 
 
 def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
-    found = choose(rows, nested_family(by))
+    choice = choose(rows, nested_family(by))
     grid = Grid("law", "parameters", "AICc", "BIC", "hold-out error", "status")
-    for record in found.table.to_dict("records"):
-        mark = " (forecast)" * (record["law"] == found.forecast)
-        mark += " (description)" * (record["law"] == found.description)
+    for record in choice.table.to_dict("records"):
+        mark = " (forecast)" * (record["law"] == choice.forecast)
+        mark += " (description)" * (record["law"] == choice.description)
         numbers = [number(float(record[key]), 1) for key in ("AICc", "BIC")]
         error = f"{100 * record['hold_out']:.3g} %"
         parameters = number(float(record["parameters"]), 0)
@@ -211,12 +211,12 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
     return grid
 
 
-def _omnibus_words(found: OmnibusTest | Refusal) -> str:
-    if isinstance(found, Refusal):
-        return f"test that no arm differs: {found}"
-    effects, rest = found.freedom
+def _omnibus_words(test: OmnibusTest | Refusal) -> str:
+    if isinstance(test, Refusal):
+        return f"test that no arm differs: {test}"
+    effects, rest = test.freedom
     return (
-        f"test that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} "
+        f"test that no arm differs: p = {test.p:.2g} (F = {test.statistic:.3g} on {effects:.0f} "
         f"and {rest:.1f} degrees of freedom)"
     )
 
@@ -230,8 +230,12 @@ def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace
     places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
     if "flops" in rows:
         places = places.assign(flops=six_nd(floats(places, "parameters"), floats(places, "tokens")))
-    found = law.predict(places, allow=options.allow)
-    return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
+    predicted = law.predict(places, allow=options.allow)
+    return (
+        str(predicted)
+        if isinstance(predicted, Refusal)
+        else places.join(predicted).to_string(index=False)
+    )
 
 
 if __name__ == "__main__":

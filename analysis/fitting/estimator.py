@@ -71,7 +71,7 @@ class Fit:
     @cached_property
     def parameters(self) -> dict[str, float]:
         """Every parameter by its label; coefficients at N = D = 1, as papers report them."""
-        found = {}
+        labelled = {}
         for group in self.form.groups:
             for name, value in self.form.natural(self.theta, group).items():
                 # Parameters held fixed have no slot: they were not estimated, so they are not
@@ -79,8 +79,8 @@ class Fit:
                 if (name, group) not in self.form.slots:
                     continue
                 label = self.form.labels[self.form.slots[name, group]]
-                found[label] = float(np.exp(value) if name in self.law.logs else value)
-        return found
+                labelled[label] = float(np.exp(value) if name in self.law.logs else value)
+        return labelled
 
     @cached_property
     def pivots(self) -> dict[str, dict[str, float]]:
@@ -272,12 +272,12 @@ def _largest_correlation(scaled: Array) -> float:
 
 
 def _warnings(agreeing: int, condition: float, free: str) -> list[Caveat]:
-    found = []
+    caveats = []
     if agreeing < STARTS_THAT_AGREE:
-        found.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
+        caveats.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
     if free:
-        found.append(Caveat("W-COND", f"{free} is poorly determined (condition {condition:.0f})"))
-    return found
+        caveats.append(Caveat("W-COND", f"{free} is poorly determined (condition {condition:.0f})"))
+    return caveats
 
 
 def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:

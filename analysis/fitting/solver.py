@@ -131,15 +131,17 @@ def polish(problem: Problem, start: Array) -> tuple[Array, float]:
         return value / scale, gradient / scale
 
     # BFGS first, L-BFGS-B from there: either alone stops early on some tables, the lowest wins.
-    found = [start]
+    solutions = [start]
     for method, options in (
         ("BFGS", {"gtol": 1e-10}),
         ("L-BFGS-B", {"gtol": 1e-12, "ftol": 1e-16}),
     ):
-        found.append(minimize(scaled, found[-1], jac=True, method=method, options=options).x)
-    values = [problem.objective_and_gradient(vector)[0] for vector in found]
+        solutions.append(
+            minimize(scaled, solutions[-1], jac=True, method=method, options=options).x
+        )
+    values = [problem.objective_and_gradient(vector)[0] for vector in solutions]
     best = int(np.nanargmin(values))
-    return found[best], values[best]
+    return solutions[best], values[best]
 
 
 def _step(gradient: Array, normal: Array, damping: Array) -> Array:

@@ -79,7 +79,7 @@ def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
 
 def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
     """Each term at coefficient 1, to the outer power if there is one: (cells, slots, rows)."""
-    found = np.zeros((len(base), len(slots), design.shape[0]))
+    columns = np.zeros((len(base), len(slots), design.shape[0]))
     for group in design.groups:
         p = {name: base[:, slot, None] for name, slot in group.slots.items()}
         power = np.exp(p[law.power]) if law.power else 1.0
@@ -90,8 +90,8 @@ def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
                 alone = replace(law, terms=terms, floor=None, power=None)
                 value = np.exp(power * alone.evaluate(p, group.x)[0])
             # Added, not assigned: groups that share a coefficient share its column.
-            found[:, slots.index(group.slots[name]), group.rows] += value
-    return found
+            columns[:, slots.index(group.slots[name]), group.rows] += value
+    return columns
 
 
 def _non_negative(columns: Array) -> tuple[Array, Array]:
@@ -112,13 +112,13 @@ def _non_negative(columns: Array) -> tuple[Array, Array]:
             continue
         # Normal equations: a few columns, already of similar size, so squaring costs no digits.
         square = gram[:, on[:, None], on] * (1.0 + 1e-12 * np.eye(len(on)))
-        found = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
+        solution = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
         # |sum of columns - 1|^2 at the solution of the normal equations: n - w' (columns 1).
-        left = rows - (found * sums[:, on]).sum(axis=1)
-        better = (found >= 0).all(axis=1) & (left < misfit)
+        left = rows - (solution * sums[:, on]).sum(axis=1)
+        better = (solution >= 0).all(axis=1) & (left < misfit)
         misfit[better] = left[better]
         values[better] = 0.0
-        values[np.ix_(np.flatnonzero(better), on)] = found[better]
+        values[np.ix_(np.flatnonzero(better), on)] = solution[better]
     return values, misfit
 
 
@@ -126,30 +126,30 @@ def _powered(form: Form, law: Law, best: Array) -> Array:
     """Each start at several outer powers, its inner parameters divided by the power to match."""
     if any(not isinstance(factor.exponent, str) for factor in law.factors):
         return best
-    found = []
+    starts = []
     inner = [name for name in law.parameters if name not in (law.floor, law.power)]
     for power in POWERS:
         start = best.copy()
         for name in inner:
             start[:, _slots(form, name)] /= power
         start[:, _slots(form, str(law.power))] = np.log(power)
-        found.append(start)
-    return np.concatenate(found)
+        starts.append(start)
+    return np.concatenate(starts)
 
 
 def _repeated(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     """Chinchilla starts as if nothing repeated, times a grid of both rates of decay."""
     plain = bind(replace(law, transform=None), rows)
     unrepeated = seeds(plain, rows, grid, 4) if plain.labels else np.zeros((1, 0))
-    found = []
+    vectors = []
     for start, data_rate, size_rate in product(unrepeated, *REPEATS):
         vector = np.zeros(len(form.labels))
         for key, slot in plain.slots.items():
             vector[form.slots[key]] = start[slot]
         vector[_slots(form, "R_D")], vector[_slots(form, "R_N")] = np.log([data_rate, size_rate])
-        found.append(vector)
+        vectors.append(vector)
     # Every one is optimised: the surface has several valleys.
-    return np.stack(found)
+    return np.stack(vectors)
 
 
 def _scattered(form: Form, count: int) -> Array:

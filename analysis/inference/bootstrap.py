@@ -89,7 +89,7 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Bootstrap
 
 def parameter_intervals(fit: Fit, replicates: Bootstrap) -> dict[str, Interval | Refusal]:
     """An interval for every parameter of a fit; coefficients are handled as logarithms."""
-    found: dict[str, Interval | Refusal] = {}
+    intervals: dict[str, Interval | Refusal] = {}
     for group in fit.form.groups:
         point = fit.form.natural(fit.theta, group)
         for name, values in fit.form.natural(replicates.theta, group).items():
@@ -100,8 +100,8 @@ def parameter_intervals(fit: Fit, replicates: Bootstrap) -> dict[str, Interval |
                 # An open interval of a logarithm is an unbounded one of the coefficient.
                 with np.errstate(over="ignore"):
                     interval = interval.mapped(lambda value: float(np.exp(value)))
-            found[fit.form.labels[fit.form.slots[name, group]]] = interval
-    return found
+            intervals[fit.form.labels[fit.form.slots[name, group]]] = interval
+    return intervals
 
 
 def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Generator) -> Array:

@@ -88,13 +88,13 @@ def profile(fit: Fit, label: str) -> Profile:
     log = any(slot == fit.form.slots.get((n, g)) for n in fit.law.logs for g in fit.form.groups)
     at = fit.theta[slot] + np.concatenate([-offsets[:0:-1], offsets])
     # The left side is reversed, and without the optimum, which both sides start from.
-    found = Profile(
+    result = Profile(
         label, float(fit.theta[slot]), at, np.concatenate([sides[0][:0:-1], sides[1]]),
         quantile**2,
         None if ends[0] is None else float(fit.theta[slot]) - ends[0],
         None if ends[1] is None else float(fit.theta[slot]) + ends[1],
     )  # fmt: skip
-    return found.as_coefficient() if log else found
+    return result.as_coefficient() if log else result
 
 
 def _curvature(fit: Fit, slot: int) -> float:

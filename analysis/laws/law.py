@@ -199,7 +199,7 @@ class Law:
         self, values: Mapping[str, float], centres: Mapping[str, float]
     ) -> dict[str, float]:
         """Centred coordinates of parameters given as they are reported (A, not ln A)."""
-        found = {
+        inner = {
             name: float(np.log(value)) if name in self.logs else float(value)
             for name, value in values.items()
         }
@@ -207,8 +207,8 @@ class Law:
             for factor in term.factors:
                 name = factor.exponent
                 exponent = values[name] if isinstance(name, str) else name
-                found[term.coefficient] -= float(exponent) * centres[factor.variable]
-        return found
+                inner[term.coefficient] -= float(exponent) * centres[factor.variable]
+        return inner
 
     def without_floor(self) -> "Law":
         """The law with its constant left out."""

@@ -99,11 +99,11 @@ class MultiPower:
         self, values: Mapping[str, float], centres: Mapping[str, float]
     ) -> dict[str, float]:
         """The inverse of `natural`."""
-        found = {n: float(np.log(v) if n in self.logs else v) for n, v in values.items()}
-        found["A"] -= float(values["alpha"]) * centres["S"]
-        found["B"] += centres["peak"]
-        found["C"] += centres["S"] - float(values["gamma"]) * centres["peak"]
-        return found
+        inner = {n: float(np.log(v) if n in self.logs else v) for n, v in values.items()}
+        inner["A"] -= float(values["alpha"]) * centres["S"]
+        inner["B"] += centres["peak"]
+        inner["C"] += centres["S"] - float(values["gamma"]) * centres["peak"]
+        return inner
 
 
 MULTI_POWER = MultiPower()

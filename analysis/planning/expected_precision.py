@@ -112,13 +112,13 @@ def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
             `parameters` and `tokens`.
         assumed: law and noise.
     """
-    found = []
+    expected = []
     widths = exponent_widths(grid, assumed)
     for name in ("alpha", "beta"):
-        found.append(Expected(name, widths if isinstance(widths, Refusal) else widths[name]))
+        expected.append(Expected(name, widths if isinstance(widths, Refusal) else widths[name]))
     for factor in ("corpus", "architecture"):
-        found.append(_contrast(grid, factor, assumed.noise))
-    return found
+        expected.append(_contrast(grid, factor, assumed.noise))
+    return expected
 
 
 def exponent_widths(grid: pd.DataFrame, assumed: Assumed) -> dict[str, float] | Refusal:

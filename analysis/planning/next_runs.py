@@ -182,14 +182,14 @@ class _State:
 
     def gains(self) -> Array:
         """Share of the target's variance that each candidate removes, over draws and laws."""
-        found = []
+        shares = []
         for gradient, ahead, covariance in self._parts:
             direction = np.einsum("bpq,bq->bp", covariance, gradient)
             shared = np.einsum("bcp,bp->bc", ahead, direction) ** 2
             own = np.einsum("bcp,bpq,bcq->bc", ahead, covariance, ahead, optimize=True)
             variance = np.einsum("bp,bp->b", gradient, direction)
-            found.append((shared / (self._noise + own) / variance[:, None]).mean(axis=0))
-        return np.mean(found, axis=0)
+            shares.append((shared / (self._noise + own) / variance[:, None]).mean(axis=0))
+        return np.mean(shares, axis=0)
 
     def add(self, index: int) -> None:
         """Count a candidate as run."""

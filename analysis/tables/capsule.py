@@ -100,9 +100,9 @@ def _index(file: Path, folder: Path) -> dict:
     index = json.loads(path.read_text()) if path.is_file() else {}
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not a capsule of format {FORMAT}; pack it with this version")
-    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
-    if found != set(index["files"]):
-        odd = sorted(found ^ set(index["files"]))[:3]
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
+    if present != set(index["files"]):
+        odd = sorted(present ^ set(index["files"]))[:3]
         raise ValueError(f"{file} and its index differ in {', '.join(odd)}; ask for it again")
     return index
 

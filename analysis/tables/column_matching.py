@@ -36,15 +36,15 @@ def parse_columns(text: str) -> dict[str, str]:
     Raises:
         ValueError: a part is not `name=column`.
     """
-    found: dict[str, str] = {}
+    mapping: dict[str, str] = {}
     for part in filter(None, (each.strip() for each in text.split(","))):
         name, equals, column = part.partition("=")
         if not equals or not name.strip() or not column.strip():
             raise ValueError(f"--columns {part!r} is not of the form N=Size or N=Size:B")
-        if name.strip() in found:
+        if name.strip() in mapping:
             raise ValueError(f"--columns names {name.strip()} twice; keep one of them")
-        found[name.strip()] = column.strip()
-    return found
+        mapping[name.strip()] = column.strip()
+    return mapping
 
 
 def schema_column(target: str) -> str:
@@ -53,10 +53,10 @@ def schema_column(target: str) -> str:
     Raises:
         ValueError: there is none.
     """
-    found = target_of(target)
-    if found is None:
+    match = target_of(target)
+    if match is None:
         raise ValueError(f"--columns {target}: no such column in the schema; {listed(SCHEMA)}")
-    return found[0]
+    return match[0]
 
 
 def file_column(raw: pd.DataFrame, column: str) -> ColumnSource:
@@ -77,20 +77,20 @@ def match_columns(
     candidates: dict[str, list[ColumnSource]] = {}
     measures: dict[tuple[str, str], list[ColumnSource]] = {}
     taken = {source.column for source in chosen.values()}
-    asked = {name for name in chosen if SCHEMA[name].kind == "loss"}
+    given_losses = {name for name in chosen if SCHEMA[name].kind == "loss"}
     for column in (str(name) for name in raw.columns if name not in taken):
-        found = target_of(column)
+        match = target_of(column)
         measure = _measure(column)
-        if found is not None and SCHEMA[found[0]].kind != "loss":
-            if found[0] not in chosen:
-                candidates.setdefault(found[0], []).append(ColumnSource(column, found[1]))
-        elif measure is not None and not asked:
+        if match is not None and SCHEMA[match[0]].kind != "loss":
+            if match[0] not in chosen:
+                candidates.setdefault(match[0], []).append(ColumnSource(column, match[1]))
+        elif measure is not None and not given_losses:
             set_name, kind, unit = measure
             measures.setdefault((set_name, kind), []).append(ColumnSource(column, unit))
-    sources = {name: _only(raw, name, found) for name, found in candidates.items()}
-    sources |= {name: source for name, source in chosen.items() if name not in asked}
-    losses = {key: _only(raw, f"{key[1]} on {key[0]}", found) for key, found in measures.items()}
-    losses |= {(_set_in(chosen[name].column), name): chosen[name] for name in sorted(asked)}
+    sources = {name: _only(raw, name, several) for name, several in candidates.items()}
+    sources |= {name: source for name, source in chosen.items() if name not in given_losses}
+    losses = {key: _only(raw, f"{key[1]} on {key[0]}", each) for key, each in measures.items()}
+    losses |= {(_set_in(chosen[name].column), name): chosen[name] for name in sorted(given_losses)}
     named = [set_name for set_name, _ in losses if set_name != UNNAMED_SET]
     if "evaluation_set" in sources and named:
         raise ValueError(
@@ -110,18 +110,18 @@ def _measure(column: str) -> tuple[str, str, str] | None:
                 stem, unit = column[: -len(suffix) - 1], suffix
     if plain(stem) == "l":
         return UNNAMED_SET, "loss_nats", unit
-    found = _MEASURE.match(stem.strip())
-    if found is None:
+    match = _MEASURE.match(stem.strip())
+    if match is None:
         return None
-    kind = LOSS_UNITS.get(plain(found["measure"]), LOSS_UNITS.get(unit, "nats"))
+    kind = LOSS_UNITS.get(plain(match["measure"]), LOSS_UNITS.get(unit, "nats"))
     target = "bits_per_byte" if kind == "bpb" else "loss_nats"
-    name = found["set"].strip(" _-./")
+    name = match["set"].strip(" _-./")
     return ("" if plain(name) == "final" else name) or UNNAMED_SET, target, kind
 
 
 def _set_in(column: str) -> str:
-    found = _measure(column)
-    return found[0] if found else UNNAMED_SET
+    measure = _measure(column)
+    return measure[0] if measure else UNNAMED_SET
 
 
 def _unit_in(name: str) -> str:
@@ -132,14 +132,14 @@ def _unit_in(name: str) -> str:
     return ""
 
 
-def _only(raw: pd.DataFrame, target: str, found: Sequence[ColumnSource]) -> ColumnSource:
+def _only(raw: pd.DataFrame, target: str, candidates: Sequence[ColumnSource]) -> ColumnSource:
     """The single candidate, or the first of several that hold the same; else an error."""
-    first = raw[found[0].column]
-    same = all(raw[other.column].equals(first) for other in found[1:])
-    if len(found) > 1 and not (same and len({source.unit for source in found}) == 1):
-        names = ", ".join(repr(source.column) for source in found)
+    first = raw[candidates[0].column]
+    same = all(raw[other.column].equals(first) for other in candidates[1:])
+    if len(candidates) > 1 and not (same and len({source.unit for source in candidates}) == 1):
+        names = ", ".join(repr(source.column) for source in candidates)
         name = target.partition(" ")[0]
         raise ValueError(
-            f"{target} could be {names}; say which with --columns {name}={found[0].column!r}"
+            f"{target} could be {names}; say which with --columns {name}={candidates[0].column!r}"
         )
-    return found[0]
+    return candidates[0]

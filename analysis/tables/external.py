@@ -84,8 +84,8 @@ def read_external(path: Path, columns: Mapping[str, str] | None = None) -> Exter
     rows, notes = _completed(rows)
     rows, doubled = _without_duplicates(rows, path)
     every = pd.concat([rejected, doubled], ignore_index=True)
-    found = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
-    return ExternalTable(rows.reset_index(drop=True), found, ignored, every, tuple(notes))
+    origins = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
+    return ExternalTable(rows.reset_index(drop=True), origins, ignored, every, tuple(notes))
 
 
 def _column(
@@ -95,30 +95,30 @@ def _column(
     if kind == "text":
         return texts(cells)
     if kind == "flag":
-        found = flags(cells)
+        parsed = flags(cells)
     elif kind in ("count", "flops"):
         if source.unit not in SCALES:
             raise ValueError(
                 f"column {source.column!r} is in {source.unit!r}, which is no unit of {target}; "
                 f"say one of {listed(filter(None, SCALES))} as --columns {target}=NAME:UNIT"
             )
-        found = numbers(cells, SCALES[source.unit], positive=True)
+        parsed = numbers(cells, SCALES[source.unit], positive=True)
     else:
-        found = numbers(cells, 1.0, positive=False)
-    _collect(bad, found, source.column, target)
-    return found.values
+        parsed = numbers(cells, 1.0, positive=False)
+    _collect(bad, parsed, source.column, target)
+    return parsed.values
 
 
-def _collect(bad: list[pd.DataFrame], found, column: str, target: str) -> None:  # noqa: ANN001
-    share = len(found.bad) / max(int(found.known), 1)
-    if len(found.bad) > 1 and share > 0.5:
-        example = found.bad["value"].iloc[0]
+def _collect(bad: list[pd.DataFrame], parsed, column: str, target: str) -> None:  # noqa: ANN001
+    share = len(parsed.bad) / max(int(parsed.known), 1)
+    if len(parsed.bad) > 1 and share > 0.5:
+        example = parsed.bad["value"].iloc[0]
         raise ValueError(
             f"column {column!r} was read as {target}, but most of its cells are not "
-            f"({example!r}: {found.bad['reason'].iloc[0]}); map it with --columns"
+            f"({example!r}: {parsed.bad['reason'].iloc[0]}); map it with --columns"
         )
-    if len(found.bad):
-        bad.append(found.bad.assign(column=column))
+    if len(parsed.bad):
+        bad.append(parsed.bad.assign(column=column))
 
 
 def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, ColumnSource]) -> None:
@@ -152,9 +152,9 @@ def _long(
         for (name, target), source in measures.items():
             if name != set_name:
                 continue
-            found = numbers(cast("pd.Series", raw[source.column]), 1.0, positive=True)
-            _collect(bad, found, source.column, target)
-            part[target] = _in_unit(found.values, source)
+            parsed = numbers(cast("pd.Series", raw[source.column]), 1.0, positive=True)
+            _collect(bad, parsed, source.column, target)
+            part[target] = _in_unit(parsed.values, source)
         known = [target for target in ("loss_nats", "bits_per_byte") if target in part]
         parts.append(keep(part, part[known].notna().any(axis=1)))
     return pd.concat(parts, ignore_index=True)
@@ -216,8 +216,8 @@ def _without_duplicates(rows: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, p
 def _rejected(bad: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if not bad:
         return pd.DataFrame(columns=pd.Index(_REJECTED))
-    found = columns_of(pd.concat(bad, ignore_index=True), _REJECTED)
-    return found.sort_values(by=["source_row"], kind="stable")
+    rows = columns_of(pd.concat(bad, ignore_index=True), _REJECTED)
+    return rows.sort_values(by=["source_row"], kind="stable")
 
 
 def _first_reasons(rejected: pd.DataFrame) -> str:

@@ -83,11 +83,11 @@ def test_a_ladder_gives_what_its_rungs_cost_and_refuses_other_sizes():
 
 def test_a_size_curve_is_the_median_at_each_size_and_keeps_its_power_beyond():
     sizes, values = np.array([1e6, 1e6, 1e6, 1e8]), np.array([1.0, 2.0, 9.0, 200.0])
-    asked = np.array([1e5, 1e6, 1e7, 1e9])
+    queried = np.array([1e5, 1e6, 1e7, 1e9])
     flat = SizeCurve.medians(sizes, values)
-    np.testing.assert_allclose(flat(asked), [2.0, 2.0, 20.0, 200.0])
+    np.testing.assert_allclose(flat(queried), [2.0, 2.0, 20.0, 200.0])
     growing = SizeCurve.medians(sizes, values, beyond=1.0)
-    np.testing.assert_allclose(growing(asked), [0.2, 2.0, 20.0, 2000.0])
+    np.testing.assert_allclose(growing(queried), [0.2, 2.0, 20.0, 2000.0])
 
 
 def test_a_best_size_at_the_end_of_the_range_is_refused(fit):

@@ -163,8 +163,8 @@ def test_the_schedule_law_predicts_a_finished_decay_from_other_schedules():
     decayed = np.concatenate([np.full(80, 3e-3), np.linspace(3e-3, 1e-5, 40)])
     expected = oracle.multi_power(values, {"rates": decayed})
     cut = oracle.multi_power(values, {"rates": constant})
-    told = found.predict(pd.DataFrame({"rates": [decayed]}))[0]
-    assert abs(told - expected) < 0.1 * abs(cut - expected)
+    predicted = found.predict(pd.DataFrame({"rates": [decayed]}))[0]
+    assert abs(predicted - expected) < 0.1 * abs(cut - expected)
 
 
 def test_the_command_fits_an_external_table_and_refuses_a_thin_one(tmp_path, capsys):
@@ -172,9 +172,9 @@ def test_the_command_fits_an_external_table_and_refuses_a_thin_one(tmp_path, cap
     table = runs().rename(columns={"parameters": "N", "tokens": "D", "loss_nats": "loss"})
     table.drop(columns="flops").to_csv(file, index=False)
     assert main([str(file), "--law", "chinchilla", "--at", "1e8,2e9"]) == 0
-    said = capsys.readouterr().out
-    assert "parameters: column 'N'" in said
-    assert "starts agree" in said
+    output = capsys.readouterr().out
+    assert "parameters: column 'N'" in output
+    assert "starts agree" in output
     table.iloc[:5].to_csv(file, index=False)
     assert main([str(file)]) == 1
     assert "R-UNDER" in capsys.readouterr().out
@@ -188,9 +188,9 @@ def test_the_command_compares_arms(tmp_path, capsys):
     file = tmp_path / "runs.csv"
     both.assign(run_id=both["architecture"] + both["run_id"]).to_csv(file, index=False)
     assert main([str(file), "--by", "architecture"]) == 0
-    said = capsys.readouterr().out
-    assert "Mfull" in said
-    assert said.count("parameters: column") == 1
+    output = capsys.readouterr().out
+    assert "Mfull" in output
+    assert output.count("parameters: column") == 1
 
 
 def test_the_command_compares_no_families_of_a_single_arm_and_reads_a_table_once(tmp_path, capsys):
@@ -198,11 +198,11 @@ def test_the_command_compares_no_families_of_a_single_arm_and_reads_a_table_once
     rows = runs().assign(architecture="a")
     pd.concat([rows.assign(evaluation_set=name) for name in sets]).to_csv(file, index=False)
     assert main([str(file), "--by", "architecture"]) == 0
-    said = capsys.readouterr().out
-    assert "Mfull" not in said
-    assert "W-EVAL" not in said
-    assert said.count("parameters: column") == 1
-    assert all(f"points on {name}" in said for name in sets)
+    output = capsys.readouterr().out
+    assert "Mfull" not in output
+    assert "W-EVAL" not in output
+    assert output.count("parameters: column") == 1
+    assert all(f"points on {name}" in output for name in sets)
 
 
 def test_every_named_law_bears_its_key():
