@@ -45,6 +45,7 @@ def _interpolated_pairs(
         at = np.log(row[convention])
         if not known[0, 0] <= at <= known[-1, 0]:
             continue
+        # With two horizons the parabola is a chord.
         near = known[np.argsort(np.abs(known[:, 0] - at))[:3]]
         # Abscissas are relative to `at`, so the fitted value there is the constant coefficient.
         curve = np.polyfit(near[:, 0] - at, near[:, 1], len(near) - 1)

@@ -105,6 +105,7 @@ def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Setting, pd.Data
         for rung in table.levels("rung"):
             mine = where(where(rows, "corpus", corpus), "rung", rung)
             if len(mine):
+                # The longest horizon that any arm finished; arms without it are left out here.
                 horizon = float(floats(mine, "horizon_tokens").max())
                 yield Setting(corpus, rung, horizon), where(mine, "horizon_tokens", horizon)
 

@@ -101,7 +101,9 @@ def _searched(cell: pd.DataFrame, factors: tuple[float, ...]) -> dict[str, objec
     record |= {"best_loss_nats": losses[best], "best_rate": rates[best]}
     if not complete:
         return record
+    # Factors ascend like the rates, so any pair of them gives the rule's rate.
     rule = rates[0] / factors[0]
+    # A diverged trial counts as a uniform guess, and so does one that ended above it.
     capped = np.minimum(np.where(finite, losses, np.inf), floats(cell, "uniform_nats"))
     interior = 0 < best < len(rates) - 1
     refined = _vertex(np.log2(rates), losses, best) if interior else np.nan

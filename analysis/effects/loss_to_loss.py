@@ -92,5 +92,6 @@ def _design(cells: pd.DataFrame, points: Table) -> tuple[Array, list[tuple[str, 
 
 
 def _line(design: Array, y: Array, weights: Array) -> Array:
+    # Weighted least squares: each row times the root of its weight.
     root = np.sqrt(weights)
     return np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]

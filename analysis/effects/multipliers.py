@@ -45,6 +45,7 @@ def frontier(fit: Fit, group: str) -> pd.DataFrame:
     arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     cost = arm.cost(sizes)
+    # From the smallest size with the fewest tokens to the largest with the most.
     compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
     tokens = compute[:, None] / cost
     loss = np.where(arm.was_run(sizes, tokens), fit.surface(group).loss(sizes, tokens), np.inf)
@@ -129,6 +130,7 @@ def _exchanged(
             f"at {held:.3g} {exchange.held} {other} and {baseline} reach no common loss",
             exchange.remedy,
         )
+    # The middle in ln L, in which the law is fitted.
     loss = float(np.sqrt(low * high))
 
     def needed(theta: Array, name: str) -> Array:

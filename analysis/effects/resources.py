@@ -99,5 +99,6 @@ class _Goal:
         tokens = fit.surface(group, theta).tokens(sizes, self.loss)
         if self.resource.kind == "rate":
             return (tokens * price).min(axis=1)
+        # More tokens than were run would reach the loss by the law's word alone.
         most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
         return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)

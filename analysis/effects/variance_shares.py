@@ -113,6 +113,7 @@ def decompositions(
 def matched_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of cells that hold every architecture and corpus, with `size` and `cell` numbers."""
     size, amount = _near(floats(rows, "parameters")), _near(floats(rows, "tokens"))
+    # One number for each pair of a size and an amount of tokens.
     cells = size * (int(amount.max(initial=0)) + 1) + amount
     rows = rows.assign(size=size.astype(float), cell=cells.astype(float))
     arms = rows.drop_duplicates(["architecture", "corpus", "cell"])
@@ -128,6 +129,8 @@ def _near(values: Array) -> Array:
     order = np.argsort(values, kind="stable")
     labels, start, label = np.zeros(len(values), dtype=int), -np.inf, -1
     for index in order:
+        # Measured from the smallest member, so that a chain of near values cannot grow a wide
+        # group.
         if np.log(values[index]) - start > SAME:
             start, label = np.log(values[index]), label + 1
         labels[index] = label

@@ -264,7 +264,6 @@ def _condition(problem: Problem, theta: Array, form: Form) -> tuple[float, str]:
 
 
 def _largest_correlation(scaled: Array) -> float:
-    # A pseudo-inverse, since a term that has vanished (E = 0) leaves a column of zeros.
     covariance = np.linalg.pinv(scaled.T @ scaled)
     deviation = np.sqrt(np.maximum(np.diagonal(covariance), 1e-300))
     correlation = np.abs(covariance / np.outer(deviation, deviation))
@@ -285,7 +284,6 @@ def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:
     law, rows = fitted.law, fitted.rows
     if not isinstance(law, Law) or law.floor is None or law.fixed:
         return []
-    # The least floor of any group, as one vanished floor already makes multipliers unsafe.
     share = min(pivot[law.floor] for pivot in fitted.pivots.values())
     if share < 0.01 * float(floats(rows, law.target).mean()):
         return [Caveat("W-E0", "the floor went to zero")]

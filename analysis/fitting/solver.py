@@ -45,7 +45,6 @@ class Problem:
         """Objective and analytic gradient of a problem with one replicate."""
         prediction, slopes = log_loss_and_slopes(self.design, vector[None])
         residuals = prediction[0] - self.y
-        # The derivative of the Huber loss is the residual, clipped.
         push = self.weights * np.clip(residuals, -self.delta, self.delta)
         total = float((self.weights * huber(residuals, self.delta)).sum())
         return total, slopes[0] @ push

@@ -89,7 +89,6 @@ def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
                 terms = tuple(term for term in law.terms if term.coefficient == name)
                 alone = replace(law, terms=terms, floor=None, power=None)
                 value = np.exp(power * alone.evaluate(p, group.x)[0])
-            # Added, not assigned: groups that share a coefficient share its column.
             columns[:, slots.index(group.slots[name]), group.rows] += value
     return columns
 

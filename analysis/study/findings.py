@@ -243,6 +243,7 @@ def _design(
     options = pd.DataFrame({"parameters": n, "tokens": n * m, "flops": arm.cost(n) * n * m})
     options = options.assign(**arm.identity)
     sigma = max(fit.sigma, 1e-4)
+    # Budget: three of the largest candidates, a third of it for the run that is held out.
     terms = Terms(sigma, 3.0 * float(floats(options, "flops").max()), 0.0, PROPOSALS, 1 / 3)
     mapped = design_map(done, options, beliefs, target, sigma)
     return mapped, advise(done, options, beliefs, target, terms)
@@ -259,5 +260,6 @@ def _target(fit: Fit) -> Callable:
 
 def _beliefs(fit: Fit, generator: np.random.Generator) -> list[Belief]:
     results = [fit, Estimator(starts=4).fit(fit.rows, _like(GAMMA, fit))]
+    # Two laws with different tails, so that the advice does not rest on one of them.
     fits = [each for each in results if isinstance(each, Fit)]
     return [Belief(each.form, replicate(each, DRAWS, generator).theta) for each in fits]

@@ -90,6 +90,7 @@ def analyse(table: Table, settings: Settings) -> Study:
     search = rate_search(table)
     if search is not None:
         return _refused(table, search)
+    # One stream for all bootstraps below: another order of them would give other intervals.
     generator = np.random.default_rng(settings.seed)
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
@@ -250,6 +251,7 @@ def _arm_curves(fit: Fit, group: str) -> pd.DataFrame:
         seen = arm.was_run(of_size, tokens)
         parts.append(_line(fit, identity, of_size[seen], tokens[seen], "size"))
     curve = pd.concat([part.assign(**identity) for part in parts], ignore_index=True)
+    # Frontiers come with their compute; the other curves get that of the arm's cost.
     missing = curve["flops"].isna()
     costs = arm.cost(curve["parameters"].to_numpy(dtype=np.float64)) * curve["tokens"]
     return curve.assign(flops=curve["flops"].where(~missing, costs))

@@ -84,6 +84,8 @@ def unpack(file: Path, folder: Path) -> Capsule:
                 raise ValueError(
                     f"{file} has an entry of more than 512 MiB, so it is not a capsule"
                 )
+            # The data filter strips leading slashes, and refuses devices and what would lead
+            # outside.
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{file} is not a capsule: {error}") from error

@@ -110,6 +110,7 @@ def _column(
 
 
 def _collect(bad: list[pd.DataFrame], parsed, column: str, target: str) -> None:  # noqa: ANN001
+    # A few odd cells cost their rows; where most are odd, the column was taken for the wrong one.
     share = len(parsed.bad) / max(int(parsed.known), 1)
     if len(parsed.bad) > 1 and share > 0.5:
         example = parsed.bad["value"].iloc[0]
