@@ -351,8 +351,8 @@ def _seers(first: Tensor, past: Tensor, S: int, columns: int) -> tuple[Tensor, T
     """The range of queries that see a key of each tile, by binary search in monotonic bounds."""
     begins = torch.arange(0, S, columns, device=first.device, dtype=first.dtype)
     begins = begins.expand(first.shape[0], -1).contiguous()
-    # The first query whose interval ends after the tile's first key, up to the first whose interval
-    # begins after its last.
+    # From the first query whose interval reaches the tile's first key, to the first whose interval
+    # begins behind its last.
     lowest = torch.searchsorted(past, begins, right=True, out_int32=True)
     return lowest, torch.searchsorted(first, begins + columns, out_int32=True)
 
