@@ -80,8 +80,8 @@ class Form:
         parts = []
         for group in self.groups:
             mine = np.flatnonzero(names == group)
-            # Constants of a reparametrisation, such as centres, are passed on as they are.
-            chosen = {n: v[mine] if v.ndim and len(v) == len(names) else v for n, v in x.items()}
+            # Constants of a reparametrisation, such as centres, have no rows to choose from.
+            chosen = {name: value[mine] if value.ndim else value for name, value in x.items()}
             parts.append(GroupRows(mine, self.slots_of(group), chosen))
         return Design(self.law, tuple(parts), self._fixed(), (len(names), len(self.labels)))
 

@@ -121,3 +121,15 @@ def test_a_row_of_an_unknown_group_is_refused(table):
     form = bind(nested_family(("kind",))["Mab"], table.assign(kind="a"))
     with pytest.raises(ValueError, match="a row is of b"):
         form.design(table.assign(kind="b"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_few_rows_of_several_groups_are_predicted_as_among_all(table, name, count):
+    law, _, values = CASES[name]
+    rows = table.assign(kind=["a", "b"] * 15)
+    form = bind(replace(law, by=("kind",)), rows)
+    theta = theta_of(form, values)[None]
+    few = rows.iloc[:count]
+    together = log_loss(form.design(rows), theta)[0][:count]
+    np.testing.assert_array_equal(log_loss(form.design(few), theta)[0], together)
