@@ -84,8 +84,6 @@ def unpack(file: Path, folder: Path) -> Capsule:
                 raise ValueError(
                     f"{file} has an entry of more than 512 MiB, so it is not a capsule"
                 )
-            # The data filter strips leading slashes, and refuses devices and what would lead
-            # outside.
             archive.extractall(folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{file} is not a capsule: {error}") from error
@@ -102,9 +100,9 @@ def _index(file: Path, folder: Path) -> dict:
     index = json.loads(path.read_text()) if path.is_file() else {}
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not a capsule of format {FORMAT}; pack it with this version")
-    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
-    if present != set(index["files"]):
-        odd = sorted(present ^ set(index["files"]))[:3]
+    found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
+    if found != set(index["files"]):
+        odd = sorted(found ^ set(index["files"]))[:3]
         raise ValueError(f"{file} and its index differ in {', '.join(odd)}; ask for it again")
     return index
 
