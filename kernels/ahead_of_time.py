@@ -3,7 +3,7 @@
 Reports registers, spills and occupancy without a GPU. Sources: NVIDIA, CUDA C++ Programming Guide
 13.0, table "Technical Specifications per Compute Capability", for the limits of a multiprocessor;
 NVIDIA's data sheets of the A100 80 GB SXM, the H100 SXM and the B200 for bandwidths and dense
-peaks.
+peaks; Williams et al. 2009, "Roofline", for the bounds on time.
 """
 
 import functools

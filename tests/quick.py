@@ -147,8 +147,8 @@ def file_of(module: str) -> str:
 
 def git(*words: str) -> str:
     """What git answers; nothing where it does not know."""
-    asked = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-    return asked.stdout.strip() if asked.returncode == 0 else ""
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 if __name__ == "__main__":

@@ -69,19 +69,19 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.run")
     parser.add_argument("names", nargs="*", help="groups to run, as patterns; all if not given")
     parser.add_argument("--workers", type=int, default=WORKERS, help="groups at a time")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     every = groups()
-    chosen = [g for g in every if any(fnmatch(g.name, name) for name in asked.names or "*")]
+    chosen = [g for g in every if any(fnmatch(g.name, name) for name in options.names or "*")]
     if not chosen:
         parser.error(f"no group of these names; there are: {'; '.join(g.name for g in every)}")
     begin = time.monotonic()
-    with ThreadPoolExecutor(asked.workers) as pool:
+    with ThreadPoolExecutor(options.workers) as pool:
         running = [pool.submit(run, group) for group in chosen]
         ended = [report(each.result()) for each in as_completed(running)]
     rows = [row for each in ended for row in each.measurements()]
     rows.append(Measurement("all: time", time.monotonic() - begin, "s"))
     rows.append(Measurement("all: processor time", sum(e.processor_seconds for e in ended), "s"))
-    write_measurements("test_part" if asked.names else "test", rows, ROOT)
+    write_measurements("test_part" if options.names else "test", rows, ROOT)
     return conclude(ended)
 
 

@@ -129,10 +129,10 @@ def test_fit_commands_fit(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("line", [*MAKES, *(f"make {target}" for target in TARGETS)])
 def test_make_targets_exist(line: str) -> None:
-    asked = subprocess.run(
+    done = subprocess.run(
         ["make", "-n", *shlex.split(line)[1:]], cwd=ROOT, capture_output=True, check=False
     )
-    assert asked.returncode == 0, asked.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_that_the_documents_link_to_exist() -> None:

@@ -118,15 +118,15 @@ def _draw_generation(ax: Axes, rounds: pd.DataFrame) -> None:
     """How many times as fast as each of four others the cached hybrid generates."""
     places, labels = [], []
     for upper, lower, label in BARS:
-        found = _found(rounds, "generation", upper, lower)
-        if found is None:
+        speed = _found(rounds, "generation", upper, lower)
+        if speed is None:
             continue
-        place, ratio = len(places), found["ratio"]
+        place, ratio = len(places), speed["ratio"]
         colour = LOOKS[lower[0]][0]
         ax.barh(place, ratio - 1, left=1, height=0.5, color=colour, alpha=0.85)
-        ax.plot([found["low"], found["high"]], [place, place], color=panels.INK, lw=1.2)
+        ax.plot([speed["low"], speed["high"]], [place, place], color=panels.INK, lw=1.2)
         ax.annotate(
-            f"{ratio:.3g}x", (max(ratio, found["high"], 1), place), xytext=(6, 0),
+            f"{ratio:.3g}x", (max(ratio, speed["high"], 1), place), xytext=(6, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
         places.append(place)
@@ -151,8 +151,8 @@ def _draw_generation(ax: Axes, rounds: pd.DataFrame) -> None:
 
 
 def _title(rounds: pd.DataFrame) -> str:
-    found = [_found(rounds, "generation", HYBRID, lower) for _, lower, _ in BARS]
-    looped, passed, _, honest = (None if each is None else each["ratio"] for each in found)
+    speeds = [_found(rounds, "generation", HYBRID, lower) for _, lower, _ in BARS]
+    looped, passed, _, honest = (None if each is None else each["ratio"] for each in speeds)
     if looped is None or passed is None or honest is None:
         return "Decoding with a cache and without"
     return (

@@ -31,11 +31,11 @@ def exponents(points: pd.DataFrame, shortest: int = SHORTEST) -> pd.DataFrame:
         if len(line) < 2:
             continue
         lengths = np.log(floats(line, "length"))
-        found: dict[str, object] = {"mixer": mixer, "longest": int(floats(line, "length")[-1])}
+        row: dict[str, object] = {"mixer": mixer, "longest": int(floats(line, "length")[-1])}
         for column in ("seconds", "bytes"):
             slope, error = slope_and_error(lengths, np.log(floats(line, column)))
-            found |= {column: slope, f"{column}_error": error}
-        rows.append(found)
+            row |= {column: slope, f"{column}_error": error}
+        rows.append(row)
     return pd.DataFrame(rows)
 
 

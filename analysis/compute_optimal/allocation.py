@@ -117,8 +117,8 @@ def allocate(
     loss = question.fit.surface(question.group).loss(size, tokens)[0, 0]
     interval = None
     if replicates is not None:
-        found = [_best_size(question, theta, budget) for theta in replicates.theta]
-        logs = np.array([np.nan if isinstance(n, Refusal) else np.log(n) for n in found])
+        sizes = [_best_size(question, theta, budget) for theta in replicates.theta]
+        logs = np.array([np.nan if isinstance(n, Refusal) else np.log(n) for n in sizes])
         interval = replicates.interval(float(np.log(size)), logs)
         if isinstance(interval, Interval):
             interval = interval.mapped(lambda value: float(np.exp(value)))
@@ -135,6 +135,8 @@ def cheapest(question: Question, loss: float) -> Allocation | Refusal:
     def total(sizes: Array) -> Array:
         tokens = surface.tokens(sizes, loss)[0]
         reached = np.isfinite(tokens)
+        # The cost is evaluated at finite tokens only; sizes that do not reach the loss are dropped
+        # below.
         training = question.cost(sizes, np.where(reached, np.maximum(tokens, 1.0), 1.0))
         spent = training + question.overhead(sizes)
         return np.where(reached, np.log(spent), np.inf)
@@ -151,9 +153,10 @@ def _best_size(question: Question, theta: Array, budget: float) -> float | Refus
 
     def loss(sizes: Array) -> Array:
         tokens = _tokens_for_budget(question, sizes, budget)
+        # Bisection starts at one token and stays there where not even one is affordable.
         affordable = tokens > 1.0
-        found = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
-        return np.where(affordable, found, np.inf)
+        fitted = surface.loss(sizes, np.maximum(tokens, 1.0))[0]
+        return np.where(affordable, fitted, np.inf)
 
     return _lowest(loss, question.sizes, f"a budget of {budget:.3g}")
 
@@ -178,6 +181,7 @@ def _lowest(
             f"for {what} the best size is at the end of the range, {sizes[best]:.3g}",
             "widen the range of sizes that are counted",
         )
+    # Each round keeps two of twenty intervals, so the bracket shrinks tenfold.
     for _ in range(REFINEMENTS):
         low, high = sizes[max(best - 1, 0)], sizes[min(best + 1, len(sizes) - 1)]
         sizes = np.geomspace(low, high, FINE)

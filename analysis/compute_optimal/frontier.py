@@ -80,6 +80,7 @@ def best_sizes(fit: Fit, theta: Array, arm: ArmFrontier, compute: Array) -> Best
     inside = (tokens / grid >= low) & (tokens / grid <= high)
     points = pd.DataFrame({"parameters": np.tile(grid, len(compute)), "tokens": tokens.ravel()})
     design = fit.form.design(points.assign(flops=np.repeat(compute, SIZES), **arm.identity))
+    # The first and the last allowed size of each compute; argmax finds the first True.
     first, last = inside.argmax(axis=1), SIZES - 1 - inside[:, ::-1].argmax(axis=1)
     best, interior = [], []
     for each in theta:
@@ -111,6 +112,8 @@ def frontier_with_band(
     decades = np.maximum(np.log10(compute / flops.max()), 0.0)
     logs_of_rivals = [log_loss(each.form.design(points), each.theta[None])[0] for each in rivals]
     spread = np.where(decades > 0, np.ptp(np.stack([middle, *logs_of_rivals]), axis=0), 0.0)
+    # 2 sqrt((rate decades)^2 + (spread / 2)^2), as in a forecast; without the noise of a run, since
+    # the band is for the mean.
     growth = np.hypot(2.0 * tested.rate * decades, spread)
     return points.assign(
         loss_nats=np.exp(middle),
@@ -139,6 +142,7 @@ def optimal_sizes(fit: Fit, replicates: Bootstrap, group: str) -> pd.DataFrame:
         widened = np.exp(size + replicates.stretch * (end - size))
         frame[f"parameters_{name}"] = widened
         other = "high" if name == "low" else "low"
+        # At a given compute a larger model sees fewer tokens, so the ends change places.
         frame[f"tokens_{other}"] = compute / arm.cost(widened)
     return frame.assign(tokens=tokens)
 
@@ -167,6 +171,7 @@ def budget_warnings(curves: list[IsoFlopCurve], fit: Fit | None) -> Iterator[Cav
     size, tokens = slopes["parameters"].estimate, slopes["tokens"].estimate
     usable = next(each.size for each in curves if isinstance(each.size, Interval))
     sizes = usable.estimate * (ends / ends[0]) ** size
+    # Along the minima D = C / cost(N), whose exponent is 1 only if the cost is 6 N.
     implied = size + float(np.diff(np.log(ends / arm.cost(sizes)))[0] / np.diff(np.log(ends))[0])
     caveat = exponent_sum(size, tokens, implied)
     if caveat is not None:
@@ -188,6 +193,7 @@ def size_exponent(fit: Fit, replicates: Bootstrap, group: str, convention: str) 
     """
     arm = arm_of(fit, group, convention)
     flops = floats(arm.rows, convention)
+    # Without the ends of the range, where the best size is often the largest or smallest allowed.
     compute = np.exp(np.quantile(np.log(flops), [0.15, 0.85]))
     span = float(np.log(compute[1] / compute[0]))
     values = []

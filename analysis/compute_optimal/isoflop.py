@@ -74,6 +74,7 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     flops = float(np.exp(np.log(floats(points, "flops")).mean()))
     curve = np.polyfit(logs - centre, y, 2)
     vertex = centre - curve[1] / (2 * curve[0]) if curve[0] > 0 else np.nan
+    # Also true for NaN: a parabola that opens downwards has no minimum.
     if not logs[0] <= vertex <= logs[-1]:
         warning = Caveat("W-EDGE", f"no minimum between the sizes at {flops:.2g} FLOP")
         return IsoFlopCurve(flops, points, curve, centre, _unbracketed(flops), warning)
@@ -82,8 +83,8 @@ def _budget(points: pd.DataFrame) -> IsoFlopCurve:
     r2 = 1.0 - float(left @ left) / float(((y - y.mean()) ** 2).sum())
     warning = None
     if sides < 2 or r2 < LEAST_R2:
-        found = f"at {flops:.2g} FLOP {sides} sizes on one side of the minimum, R2 {r2:.2f}"
-        warning = Caveat("W-EDGE", found)
+        finding = f"at {flops:.2g} FLOP {sides} sizes on one side of the minimum, R2 {r2:.2f}"
+        warning = Caveat("W-EDGE", finding)
     size = _vertex_interval(logs - centre, left, curve, centre)
     return IsoFlopCurve(flops, points, curve, centre, size, warning)
 
@@ -111,11 +112,11 @@ def _vertex_interval(x: Array, left: Array, curve: Array, centre: float) -> Inte
     return Interval(vertex, vertex - half, vertex + half, method).mapped(lambda v: float(np.exp(v)))
 
 
-def exponents(found: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
+def exponents(curves: list[IsoFlopCurve]) -> dict[str, Interval] | Refusal:
     """Exponents of N*(C) and D*(C) from the bracketed minima, with t intervals."""
     usable = [
         (each, each.size)
-        for each in found
+        for each in curves
         if each.warning is None and isinstance(each.size, Interval)
     ]
     if len(usable) < 3:
@@ -146,6 +147,7 @@ def token_bias(alpha: float, beta: float, log_sizes: Array) -> float:
         log_sizes: ln(N/N*) of the grid.
     """
     reducible = beta * np.exp(-alpha * log_sizes) + alpha * np.exp(beta * log_sizes)
+    # At fixed C, ln D falls as ln N rises: ln(D / D*) is minus the vertex, which is at -b / 2a.
     curve = np.polyfit(log_sizes, reducible, 2)
     return float(np.expm1(curve[1] / (2 * curve[0])))
 
@@ -165,5 +167,7 @@ def grid_bias(budget: IsoFlopCurve, alpha: float, beta: float, optimum: float) -
     if span <= LARGEST_SPAN * (1 + 1e-9) and offset <= LARGEST_OFFSET * (1 + 1e-9):
         return None
     bias = 100 * token_bias(alpha, beta, logs)
-    found = f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
-    return Caveat("W-A2BIAS", found)
+    finding = (
+        f"+-{span:.2g}x, {offset:.2g}x off centre: D* off by {bias:+.1f} % under the fitted law"
+    )
+    return Caveat("W-A2BIAS", finding)

@@ -1,4 +1,9 @@
-"""Sensitivity of the answers to scale, to how N and C are counted, and to learning-rate decay."""
+"""Sensitivity of the answers to scale, to how N and C are counted, and to learning-rate decay.
+
+How N and C are counted moves the exponent of N*(C): Pearce and Song 2406.12907; Porian et al.
+2406.19146. Ours: the same runs fitted again under each way of counting, and the loss after decay
+against that of the undecayed trunk at the same tokens.
+"""
 
 from collections.abc import Iterator
 
@@ -81,12 +86,12 @@ def counting(
     records = []
     for size_count, words in SIZE_COUNTS.items():
         counted = rows.assign(parameters=floats(rows, size_count))
-        found = Estimator(delta=joint.delta, starts=6).fit(counted, joint.law)
-        if isinstance(found, Refusal):
+        refit = Estimator(delta=joint.delta, starts=6).fit(counted, joint.law)
+        if isinstance(refit, Refusal):
             continue
-        replicates = replicate(found, count, generator)
+        replicates = replicate(refit, count, generator)
         for convention, meaning in FLOP_CONVENTIONS.items():
-            exponent = size_exponent(found, replicates, found.form.groups[0], convention)
+            exponent = size_exponent(refit, replicates, refit.form.groups[0], convention)
             if not np.isfinite(exponent.value):
                 continue
             interval = replicates.interval(exponent.value, exponent.drawn)

@@ -76,16 +76,17 @@ def envelope(rows: pd.DataFrame) -> Approach:
 def isoflop(rows: pd.DataFrame, law: Fit | Refusal) -> Approach:
     """Approach 2: a parabola per budget; warns of the bias that a fitted law implies for it."""
     name = "2, isoFLOP parabolas"
-    found = budgets(rows)
-    slopes = exponents(found)
+    curves = budgets(rows)
+    slopes = exponents(curves)
     if isinstance(slopes, Refusal):
         return Approach(name, slopes, slopes, ())
-    warnings = [each.warning for each in found if each.warning is not None]
+    warnings = [each.warning for each in curves if each.warning is not None]
     if isinstance(law, Fit):
         p = law.parameters
         total = p["alpha"] + p["beta"]
+        # Hoffmann et al. 2203.15556, equation 4: N* = G (C / 6)^(beta / (alpha + beta)).
         scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
-        for each in found:
+        for each in curves:
             optimum = scale * (each.flops / FLOPS_PER_PARAMETER_TOKEN) ** (p["beta"] / total)
             caveat = grid_bias(each, p["alpha"], p["beta"], optimum)
             warnings += [caveat] if caveat is not None else []
@@ -101,6 +102,8 @@ def parametric(law: Fit | Refusal) -> Approach:
         return Approach(name, law, law, ())
     alpha, beta = law.parameters["alpha"], law.parameters["beta"]
     direction = np.zeros(len(law.theta))
+    # Delta method: derivatives of beta / (alpha + beta); those of its complement are their
+    # negatives.
     direction[law.form.labels.index("alpha")] = -beta / (alpha + beta) ** 2
     direction[law.form.labels.index("beta")] = alpha / (alpha + beta) ** 2
     spread = sandwich(law)
@@ -113,6 +116,7 @@ def _winners(curves: list[tuple[float, Array, Array]]) -> Array:
     """(ln C, ln N of the lowest curve) where at least two curves can be compared."""
     ends = [curve[1][[0, -1]] for curve in curves]
     compute = np.linspace(min(end[0] for end in ends), max(end[1] for end in ends), GRID)
+    # Infinite outside a curve's own range, so that no curve is extrapolated into winning.
     losses = np.stack([np.interp(compute, logs, loss, np.inf, np.inf) for _, logs, loss in curves])
     comparable = np.isfinite(losses).sum(axis=0) >= 2
     sizes = np.array([size for size, _, _ in curves])[losses.argmin(axis=0)]
@@ -121,6 +125,7 @@ def _winners(curves: list[tuple[float, Array, Array]]) -> Array:
 
 def _slope_by_size(winners: Array) -> Interval:
     """Slope of ln N on ln C; each size that wins somewhere is one point, at its middle compute."""
+    # A size that wins on many compute values is still one training run.
     sizes = np.unique(winners[:, 1])[1:-1]
     middle = np.array([winners[winners[:, 1] == size, 0].mean() for size in sizes])
     over = f"the {len(sizes)} sizes that are lowest somewhere"

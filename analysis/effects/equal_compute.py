@@ -1,4 +1,8 @@
-"""An architecture effect at equal training FLOPs, interpolated along the baseline's horizons."""
+"""An architecture effect at equal training FLOPs, interpolated along the baseline's horizons.
+
+Ours: the baseline's loss is interpolated by a parabola in logs and never extrapolated, so that no
+law is assumed.
+"""
 
 import numpy as np
 import pandas as pd
@@ -46,7 +50,9 @@ def _interpolated_pairs(
         at = np.log(row[convention])
         if not known[0, 0] <= at <= known[-1, 0]:
             continue
+        # With two horizons the parabola is a chord.
         near = known[np.argsort(np.abs(known[:, 0] - at))[:3]]
+        # Abscissas are relative to `at`, so the fitted value there is the constant coefficient.
         curve = np.polyfit(near[:, 0] - at, near[:, 1], len(near) - 1)
         loss = float(np.exp(curve[-1]))
         pairs.append(

@@ -1,4 +1,9 @@
-"""A leaderboard of architectures: each arm's loss against baselines, by more than seed noise."""
+"""A leaderboard of architectures: each arm's loss against baselines, by more than seed noise.
+
+Student's t with a standard deviation pooled over the seeds of all arms in a setting. Ours: an arm
+beats a baseline if the interval of their difference lies below zero, without a correction for the
+number of comparisons.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -99,6 +104,7 @@ def _places(table: Table, rows: pd.DataFrame) -> Iterator[tuple[Setting, pd.Data
         for rung in table.levels("rung"):
             mine = where(where(rows, "corpus", corpus), "rung", rung)
             if len(mine):
+                # The longest horizon that any arm finished; arms without it are left out here.
                 horizon = float(floats(mine, "horizon_tokens").max())
                 yield Setting(corpus, rung, horizon), where(mine, "horizon_tokens", horizon)
 
@@ -150,13 +156,16 @@ def _models(
     table: Table, place: Setting, rows: pd.DataFrame
 ) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
     """Losses of the n-gram models that were evaluated on the same targets as the runs."""
-    found = where(
+    baselines = where(
         where(table.baselines, "corpus", place.corpus), "evaluation_set", table.neutral_set
     )
     targets = set(floats(rows, "targets"))
     lines, counted, notes = {}, {}, ()
     for order, nats, count, tokens in sorted(
-        zip(*(floats(found, c) for c in ("order", "total_nats", "targets", "tokens")), strict=True)
+        zip(
+            *(floats(baselines, c) for c in ("order", "total_nats", "targets", "tokens")),
+            strict=True,
+        )
     ):
         if targets != {count}:
             notes = ("N-gram models evaluated on other targets than the runs are not shown.",)
@@ -189,13 +198,13 @@ def _record(comparison: Comparison, arm: ArmResult) -> dict[str, object]:
     place = comparison.place
     differences: dict[str, object] = {}
     for name in comparison.lines:
-        found = arm.against.get(name)
-        if found is not None:
+        difference = arm.against.get(name)
+        if difference is not None:
             differences |= {
-                f"minus_{name}_nats": found.estimate,
-                f"minus_{name}_low": found.low,
-                f"minus_{name}_high": found.high,
-                f"verdict_{name}": verdict(found),
+                f"minus_{name}_nats": difference.estimate,
+                f"minus_{name}_low": difference.low,
+                f"minus_{name}_high": difference.high,
+                f"verdict_{name}": verdict(difference),
             }
     return {
         "corpus": place.corpus,

@@ -1,4 +1,8 @@
-"""A search over learning rates: each cell's best rate, and how sensitive the loss is to it."""
+"""A search over learning rates: each cell's best rate, and how sensitive the loss is to it.
+
+The sensitivity is that of Wortsman et al. 2309.14322, section 2.2. Ours: the refinement of the best
+rate by a parabola, and the refusal to compare arms by the runs of a search.
+"""
 
 import math
 
@@ -43,10 +47,10 @@ def trials(table: Table) -> pd.DataFrame:
     records = []
     for key, runs in groups(ended, [*CELL, "learning_rate"]):
         diverged = bool((runs["status"] == "diverged").any())
-        found = np.array([losses.get(run, np.nan) for run in strings(runs, "run_id")])
-        if not diverged and not np.isfinite(found).all():
+        of_seeds = np.array([losses.get(run, np.nan) for run in strings(runs, "run_id")])
+        if not diverged and not np.isfinite(of_seeds).all():
             continue
-        loss = np.nan if diverged else float(found.mean())
+        loss = np.nan if diverged else float(of_seeds.mean())
         uniform = math.log(float(floats(runs, "vocab_size")[0]))
         records.append((*key, loss, len(runs), diverged, uniform))
     return pd.DataFrame(records, columns=pd.Index(TRIAL_COLUMNS))
@@ -61,15 +65,15 @@ def search_table(table: Table) -> pd.DataFrame:
     2023: the mean over the tried rates of the loss, capped at that of a uniform guess, less the
     best loss. What needs every trial is empty until all have ended.
     """
-    found = trials(table)
+    ended = trials(table)
     factors = table.rate_factors
-    if not factors and len(found):
-        most = max(len(cell) for _, cell in groups(found, CELL))
+    if not factors and len(ended):
+        most = max(len(cell) for _, cell in groups(ended, CELL))
         # Only the place of the 1 counts: the middle.
         factors = tuple(2.0 ** (place - most // 2) for place in range(most))
     records = [
         {**dict(zip(CELL, key, strict=True)), **_searched(cell, factors)}
-        for key, cell in groups(found, CELL)
+        for key, cell in groups(ended, CELL)
     ]
     return pd.DataFrame(records)
 
@@ -96,7 +100,9 @@ def _searched(cell: pd.DataFrame, factors: tuple[float, ...]) -> dict[str, objec
     record |= {"best_loss_nats": losses[best], "best_rate": rates[best]}
     if not complete:
         return record
+    # Factors ascend like the rates, so any pair of them gives the rule's rate.
     rule = rates[0] / factors[0]
+    # A diverged trial counts as a uniform guess, and so does one that ended above it.
     capped = np.minimum(np.where(finite, losses, np.inf), floats(cell, "uniform_nats"))
     interior = 0 < best < len(rates) - 1
     refined = _vertex(np.log2(rates), losses, best) if interior else np.nan

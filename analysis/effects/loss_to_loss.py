@@ -58,9 +58,9 @@ def _transfer(
     y = np.log(floats(cells, "loss_there"))
     weights = size_weights(floats(cells, "size"), count, generator)
     values = np.array([_line(design, y, each) for each in weights])
-    found, method = _line(design, y, np.ones(len(y))), f"bootstrap over {sizes} sizes"
+    line, method = _line(design, y, np.ones(len(y))), f"bootstrap over {sizes} sizes"
     intervals = [
-        percentiles(float(found[place]), values[:, place], method) for place in range(len(found))
+        percentiles(float(line[place]), values[:, place], method) for place in range(len(line))
     ]
     return Transfer(
         evaluation_set=name,
@@ -92,5 +92,6 @@ def _design(cells: pd.DataFrame, points: Table) -> tuple[Array, list[tuple[str, 
 
 
 def _line(design: Array, y: Array, weights: Array) -> Array:
+    # Weighted least squares: each row times the root of its weight.
     root = np.sqrt(weights)
     return np.linalg.lstsq(design * root[:, None], y * root, rcond=None)[0]

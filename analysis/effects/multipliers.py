@@ -1,20 +1,22 @@
-"""Iso-loss multipliers: the loss gap between two arms converted to tokens or training FLOPs.
+"""Iso-loss multipliers: the loss gap between two arms in tokens, parameters or training FLOPs.
 
 Ours: the multiplier is taken at one loss that both arms have reached inside their runs, as it
 diverges near the floor, and is refused where more than 5 % of the bootstrap is undefined.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from analysis.fitting.estimator import Fit
+from analysis.fitting.loss_surface import LossSurface
 from analysis.inference.bootstrap import Bootstrap
 from analysis.inference.intervals import Interval
 from analysis.laws.law import group_of
 from analysis.tables.frames import Array, floats, keep
-from analysis.tables.run_region import run_region
+from analysis.tables.run_region import RunRegion, run_region
 from analysis.validity.refusal import Refusal
 
 LOSSES = 81
@@ -43,6 +45,7 @@ def frontier(fit: Fit, group: str) -> pd.DataFrame:
     arm = run_region(rows_of(fit, group))
     sizes = arm.grid()
     cost = arm.cost(sizes)
+    # From the smallest size with the fewest tokens to the largest with the most.
     compute = np.geomspace(cost[0] * arm.tokens[0], cost[-1] * arm.tokens[1], CURVE)
     tokens = compute[:, None] / cost
     loss = np.where(arm.was_run(sizes, tokens), fit.surface(group).loss(sizes, tokens), np.inf)
@@ -59,33 +62,111 @@ def frontier(fit: Fit, group: str) -> pd.DataFrame:
     return keep(curve, np.isfinite(floats(curve, "loss_nats")))
 
 
+@dataclass(frozen=True)
+class _Exchange:
+    """One variable of the law in exchange for loss, while the other one is equal in both arms.
+
+    Attributes:
+        ends: the least and the most of the variable that an arm was run with.
+        loss: of amounts of the variable, at an amount of the one that is held.
+        needed: the amount that reaches a loss, likewise.
+    """
+
+    quantity: str
+    held: str
+    remedy: str
+    ends: Callable[[RunRegion], tuple[float, float]]
+    loss: Callable[[LossSurface, float, Array], Array]
+    needed: Callable[[LossSurface, float, float], Array]
+
+
+_TOKENS = _Exchange(
+    "tokens",
+    "parameters",
+    "add horizons so that the arms' losses overlap",
+    lambda arm: arm.tokens,
+    lambda surface, size, tokens: surface.loss(size, tokens),
+    lambda surface, size, loss: surface.tokens(size, loss),
+)
+_PARAMETERS = _Exchange(
+    "parameters",
+    "tokens",
+    "add sizes so that the arms' losses overlap",
+    lambda arm: (float(arm.parameters[0]), float(arm.parameters[-1])),
+    lambda surface, tokens, sizes: surface.loss(sizes, tokens),
+    lambda surface, tokens, loss: surface.sizes(tokens, loss),
+)
+
+
 def data_multiplier(
     fit: Fit, replicates: Bootstrap, baseline: str, other: str
 ) -> Multiplier | Refusal:
     """Tokens the baseline needs over tokens the other arm needs, at equal size and equal loss."""
-    arms = {name: run_region(rows_of(fit, name)) for name in (baseline, other)}
-    size = float(np.exp(np.log(floats(rows_of(fit, baseline), "parameters")).mean()))
-    bounds = {
-        name: fit.surface(name).loss(size, np.array(arm.tokens))[0] for name, arm in arms.items()
-    }
-    low = max(float(each.min()) for each in bounds.values())
-    high = min(float(each.max()) for each in bounds.values())
+    return _exchanged(fit, replicates, (baseline, other), _TOKENS)
+
+
+def parameter_multiplier(
+    fit: Fit, replicates: Bootstrap, baseline: str, other: str
+) -> Multiplier | Refusal:
+    """Parameters the baseline needs over those the other arm needs, at equal tokens and loss."""
+    return _exchanged(fit, replicates, (baseline, other), _PARAMETERS)
+
+
+def _exchanged(
+    fit: Fit, replicates: Bootstrap, pair: tuple[str, str], exchange: _Exchange
+) -> Multiplier | Refusal:
+    """The ratio at the middle of the losses that both arms reach inside what they were run with."""
+    baseline, other = pair
+    held = float(np.exp(np.log(floats(rows_of(fit, baseline), exchange.held)).mean()))
+    reached = []
+    for name in pair:
+        ends = np.array(exchange.ends(run_region(rows_of(fit, name))))
+        reached.append(exchange.loss(fit.surface(name), held, ends)[0])
+    low = max(float(each.min()) for each in reached)
+    high = min(float(each.max()) for each in reached)
     if low >= high:
         return Refusal(
             "R-REACH",
-            f"at {size:.3g} parameters {other} and {baseline} reach no common loss",
-            "add horizons so that the arms' losses overlap",
+            f"at {held:.3g} {exchange.held} {other} and {baseline} reach no common loss",
+            exchange.remedy,
         )
+    # The middle in ln L, in which the law is fitted.
     loss = float(np.sqrt(low * high))
+
+    def needed(theta: Array, name: str) -> Array:
+        return exchange.needed(fit.surface(name, theta), held, loss)[:, 0]
+
+    factor = ratio_interval(fit, replicates, pair, needed)
+    if isinstance(factor, Refusal):
+        return factor
+    size = held if exchange.held == "parameters" else None
+    return Multiplier(exchange.quantity, baseline, other, factor, loss, size)
+
+
+def ratio_interval(
+    fit: Fit,
+    replicates: Bootstrap,
+    pair: tuple[str, str],
+    needed: Callable[[Array, str], Array],
+) -> Interval | Refusal:
+    """Interval of what the baseline needs over what the other arm needs.
+
+    Args:
+        fit: the law of both arms.
+        replicates: its bootstrap.
+        pair: baseline and other arm.
+        needed: maps parameter vectors and an arm to what it needs, a number for each vector.
+    """
+    baseline, other = pair
+    # The logarithm is symmetric in the arms: swapping them inverts the ratio and its interval.
     point, spread = (
-        np.log(fit.surface(baseline, theta).tokens(size, loss)[:, 0])
-        - np.log(fit.surface(other, theta).tokens(size, loss)[:, 0])
+        np.log(needed(theta, baseline)) - np.log(needed(theta, other))
         for theta in (fit.theta[None], replicates.theta)
     )
     interval = replicates.interval(float(point[0]), spread)
     if isinstance(interval, Refusal):
         return interval
-    return Multiplier("tokens", baseline, other, interval.mapped(_exp), loss, size)
+    return interval.mapped(lambda value: float(np.exp(value)))
 
 
 def common_loss(fit: Fit, baseline: str, other: str) -> float | Refusal:
@@ -119,18 +200,12 @@ def compute_multiplier(
     loss = common_loss(fit, baseline, other)
     if isinstance(loss, Refusal):
         return loss
-    point, spread = (
-        np.log(_flops_for(fit, theta, baseline, loss)) - np.log(_flops_for(fit, theta, other, loss))
-        for theta in (fit.theta[None], replicates.theta)
+    factor = ratio_interval(
+        fit, replicates, (baseline, other), lambda theta, name: _flops_for(fit, theta, name, loss)
     )
-    interval = replicates.interval(float(point[0]), spread)
-    if isinstance(interval, Refusal):
-        return interval
-    return Multiplier("training FLOPs", baseline, other, interval.mapped(_exp), loss, None)
-
-
-def _exp(value: float) -> float:
-    return float(np.exp(value))
+    if isinstance(factor, Refusal):
+        return factor
+    return Multiplier("training FLOPs", baseline, other, factor, loss, None)
 
 
 def rows_of(fit: Fit, group: str) -> pd.DataFrame:

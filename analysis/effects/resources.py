@@ -1,8 +1,8 @@
-"""The loss gap between two arms converted to parameters, seconds and bytes of memory.
+"""The loss gap between two arms converted to seconds and bytes of memory.
 
-Like the tokens and FLOPs of `analysis.effects.multipliers`: the ratio of what both arms need to
-reach one loss that both have reached. Seconds and bytes are measured at the sizes that were run and
-interpolated between them.
+Like the tokens, parameters and FLOPs of `analysis.effects.multipliers`: the ratio of what both arms
+need to reach one loss that both have reached. Seconds and bytes are measured at the sizes that were
+run and interpolated between them. Ours, with the same refusals.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from analysis.effects.multipliers import Multiplier, common_loss, rows_of
+from analysis.effects.multipliers import Multiplier, common_loss, ratio_interval, rows_of
 from analysis.fitting.estimator import Fit
 from analysis.inference.bootstrap import Bootstrap
 from analysis.tables.frames import Array, floats, keep
@@ -57,51 +57,16 @@ def resource_multiplier(
     if isinstance(loss, Refusal):
         return loss
     goal = _Goal(loss, resource, prices)
-    point, spread = (
-        np.log(goal.least(fit, theta, baseline)) - np.log(goal.least(fit, theta, other))
-        for theta in (fit.theta[None], replicates.theta)
-    )
-    if not np.isfinite(point[0]):
+    if not all(np.isfinite(goal.least(fit, fit.theta[None], name)).all() for name in pair):
         return Refusal(
             "R-REACH",
             f"no size that was run reaches {loss:.4g} nats with the tokens that were run",
             "add horizons",
         )
-    interval = replicates.interval(float(point[0]), spread)
-    if isinstance(interval, Refusal):
-        return interval
-    factor = interval.mapped(lambda value: float(np.exp(value)))
+    factor = ratio_interval(fit, replicates, pair, lambda theta, name: goal.least(fit, theta, name))
+    if isinstance(factor, Refusal):
+        return factor
     return Multiplier(resource.quantity, baseline, other, factor, loss, None)
-
-
-def parameter_multiplier(
-    fit: Fit, replicates: Bootstrap, baseline: str, other: str
-) -> Multiplier | Refusal:
-    """Parameters the baseline needs over those the other arm needs, at equal tokens and loss."""
-    rows = {name: rows_of(fit, name) for name in (baseline, other)}
-    tokens = float(np.exp(np.log(floats(rows[baseline], "tokens")).mean()))
-    ends = []
-    for name, mine in rows.items():
-        sizes = np.array([floats(mine, "parameters").min(), floats(mine, "parameters").max()])
-        ends.append(fit.surface(name).loss(sizes, tokens)[0])
-    low, high = max(end.min() for end in ends), min(end.max() for end in ends)
-    if low >= high:
-        return Refusal(
-            "R-REACH",
-            f"at {tokens:.3g} tokens {other} and {baseline} reach no common loss",
-            "add sizes so that the arms' losses overlap",
-        )
-    loss = float(np.sqrt(low * high))
-    point, spread = (
-        np.log(fit.surface(baseline, theta).sizes(tokens, loss)[:, 0])
-        - np.log(fit.surface(other, theta).sizes(tokens, loss)[:, 0])
-        for theta in (fit.theta[None], replicates.theta)
-    )
-    interval = replicates.interval(float(point[0]), spread)
-    if isinstance(interval, Refusal):
-        return interval
-    factor = interval.mapped(lambda value: float(np.exp(value)))
-    return Multiplier("parameters", baseline, other, factor, loss, None)
 
 
 def _price(rows: pd.DataFrame, resource: Resource) -> SizeCurve | Refusal:
@@ -134,5 +99,6 @@ class _Goal:
         tokens = fit.surface(group, theta).tokens(sizes, self.loss)
         if self.resource.kind == "rate":
             return (tokens * price).min(axis=1)
+        # More tokens than were run would reach the loss by the law's word alone.
         most = np.interp(np.log(sizes), np.log(arm.parameters), np.log(arm.most_tokens))
         return np.where(np.log(tokens) <= most, price, np.inf).min(axis=1)

@@ -1,8 +1,9 @@
 """Variance shares of corpus, architecture, interaction, scale and seed, at matched cells.
 
 A fixed effect for each cell (one N, one D) removes scale from the comparison. Main effects are
-averaged over both orders of entry (Shapley). Sizes are resampled: cells of one size share trunks,
-so they are not independent. Ours: the definition of cells and the bootstrap over sizes.
+averaged over both orders of entry (Lindeman, Merenda and Gold 1980; the Shapley value). Sizes are
+resampled: cells of one size share trunks, so they are not independent. Ours: the definition of
+cells and the bootstrap over sizes.
 """
 
 from collections.abc import Callable
@@ -79,13 +80,13 @@ def decompose(
 
     return Decomposition(
         evaluation_set=str(cells["evaluation_set"].iloc[0]),
-        shares={n: interval(lambda found, n=n: found[n] / found["total"]) for n in COMPONENTS},
+        shares={n: interval(lambda parts, n=n: parts[n] / parts["total"]) for n in COMPONENTS},
         deviations={
-            n: interval(lambda found, n=n: float(np.sqrt(max(found[n], 0.0) / found["rows"])))
+            n: interval(lambda parts, n=n: float(np.sqrt(max(parts[n], 0.0) / parts["rows"])))
             for n in COMPONENTS
         },
         effects={
-            factor: interval(lambda found, factor=factor: found[f"{factor} effect"])
+            factor: interval(lambda parts, factor=factor: parts[f"{factor} effect"])
             for factor in ("corpus", "architecture")
         },
         worth={
@@ -112,6 +113,7 @@ def decompositions(
 def matched_cells(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of cells that hold every architecture and corpus, with `size` and `cell` numbers."""
     size, amount = _near(floats(rows, "parameters")), _near(floats(rows, "tokens"))
+    # One number for each pair of a size and an amount of tokens.
     cells = size * (int(amount.max(initial=0)) + 1) + amount
     rows = rows.assign(size=size.astype(float), cell=cells.astype(float))
     arms = rows.drop_duplicates(["architecture", "corpus", "cell"])
@@ -127,6 +129,8 @@ def _near(values: Array) -> Array:
     order = np.argsort(values, kind="stable")
     labels, start, label = np.zeros(len(values), dtype=int), -np.inf, -1
     for index in order:
+        # Measured from the smallest member, so that a chain of near values cannot grow a wide
+        # group.
         if np.log(values[index]) - start > SAME:
             start, label = np.log(values[index]), label + 1
         labels[index] = label
@@ -188,6 +192,7 @@ class _Squares:
             "seed": seed,
             "total": max(total, 1e-300),
             "rows": float(weights.sum()),
+            # The first level has no column of its own; its effect is the appended 0.
             "corpus effect": float(np.ptp(np.append(effects[:split], 0.0))),
             "architecture effect": float(np.ptp(np.append(effects[split:], 0.0))),
             "slope": self._slope(weights),
@@ -209,9 +214,9 @@ def _worth(
 ) -> Interval | Refusal:
     """An effect as the factor of compute that changes ln L as much."""
 
-    def factor(found: dict[str, float]) -> float:
-        downhill = found["slope"] < 0
-        return float(np.exp(min(found[effect] / -found["slope"], 700.0))) if downhill else np.nan
+    def factor(parts: dict[str, float]) -> float:
+        downhill = parts["slope"] < 0
+        return float(np.exp(min(parts[effect] / -parts["slope"], 700.0))) if downhill else np.nan
 
     values = np.array([factor(each) for each in drawn])
     undefined = float((~np.isfinite(values)).mean())
@@ -235,6 +240,7 @@ def _inside(values: Array, labels: Array) -> Array:
     """Values less the mean of their group."""
     _, place = np.unique(labels, return_inverse=True)
     counts = np.bincount(place).astype(np.float64)
+    # One bincount for each column: a factor's columns are few, its rows many.
     flat = values.reshape(len(values), -1)
     means = np.stack([np.bincount(place, weights=column) / counts for column in flat.T], axis=1)
     return (flat - means[place]).reshape(values.shape)

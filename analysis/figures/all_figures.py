@@ -10,10 +10,10 @@ from analysis.study.findings import Findings
 from analysis.study.study import Study
 
 
-def draw(study: Study, found: Findings | None) -> list[ReportFigure]:
+def draw(study: Study, findings: Findings | None) -> list[ReportFigure]:
     """The figures that a sweep's points allow; without findings, those of the points alone."""
     plates = [*draw_effects_by_size(study), *draw_points(study)]
-    if found is None:
+    if findings is None:
         return plates
     with panels.styled():
-        return [*plates, *draw_effects(study, found), *draw_laws(study, found)]
+        return [*plates, *draw_effects(study, findings), *draw_laws(study, findings)]

@@ -37,9 +37,9 @@ FILLS: tuple[Literal["full", "none", "left", "right", "bottom", "top"], ...] = (
 HATCHES: dict[str, str] = dict(zip(COMPONENTS, ("", "", "////", "xxxx", ""), strict=True))
 
 
-def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
+def plot_shares(ax: Axes, shares: Mapping[str, Decomposition]) -> None:
     """One stacked bar an evaluation set; whiskers are intervals of the first two shares."""
-    for place, each in enumerate(found.values()):
+    for place, each in enumerate(shares.values()):
         left = 0.0
         for name in COMPONENTS:
             share = 100 * max(each.shares[name].estimate, 0.0)
@@ -55,8 +55,8 @@ def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
             ends = [100 * each.shares[name].low, 100 * each.shares[name].high]
             ax.plot(ends, [place + row] * 2, color=SHARE_COLOURS[name], lw=2.4,
                     solid_capstyle="butt")  # fmt: skip
-    ax.set_yticks(range(len(found)), list(found))
-    ax.set_ylim(len(found) - 0.35, -0.5)
+    ax.set_yticks(range(len(shares)), list(shares))
+    ax.set_ylim(len(shares) - 0.35, -0.5)
     ax.set_xlim(0, 100)
     ax.set_xlabel("share of the variance of ln L at equal N and D [%]")
     ax.grid(axis="y", visible=False)
@@ -64,14 +64,14 @@ def plot_shares(ax: Axes, found: Mapping[str, Decomposition]) -> None:
 
 
 def plot_transfer(
-    ax: Axes, found: Transfer, corpora: Sequence[str], architectures: Sequence[str]
+    ax: Axes, transfer: Transfer, corpora: Sequence[str], architectures: Sequence[str]
 ) -> panels.Labels:
     """Loss on one set against the neutral loss: colour and filling are the corpus."""
     ends: panels.Labels = {}
     markers = {name: marker for name, _, marker in looks(architectures)}
     fills = dict(zip(corpora, cycle(FILLS), strict=False))
     for corpus, colour, _ in looks(corpora):
-        mine = where(found.points, "corpus", corpus)
+        mine = where(transfer.points, "corpus", corpus)
         for (name,), rows in groups(mine, ["architecture"]):
             ax.plot(rows["loss_nats"], rows["loss_there"], markers[str(name)], color=colour, ms=5,
                     mew=0.8, fillstyle=fills[corpus], mfcalt=PAPER)  # fmt: skip
@@ -82,7 +82,7 @@ def plot_transfer(
             )  # fmt: skip
     log_axes(ax, "", "loss")
     ax.set_xlabel("loss on the neutral set [nats]")
-    ax.set_ylabel(f"loss on {found.evaluation_set} [nats]")
+    ax.set_ylabel(f"loss on {transfer.evaluation_set} [nats]")
     return ends
 
 

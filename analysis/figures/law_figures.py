@@ -20,32 +20,32 @@ from analysis.words.numbers import with_unit
 from analysis.words.sentences import law_words
 
 
-def draw_laws(study: Study, found: Findings) -> Iterator[ReportFigure]:
+def draw_laws(study: Study, findings: Findings) -> Iterator[ReportFigure]:
     """The figures about laws that a study supports."""
-    if len(found.frontiers):
-        yield _frontier(study, found)
-    if found.isoflop:
-        yield _isoflop(study, found.isoflop)
-    if len(found.optima) or any(_minima(found.isoflop)["parameters"].notna()):
-        yield _optima(found)
-    if found.shown is not None and isinstance(found.shown.fit, Fit):
-        yield _contours(found, found.shown.fit)
-        yield _backtest(found, found.shown)
-        yield _profiles(found, found.shown)
-        if found.shown.replicates is not None:
-            yield _cloud(found.shown, found.shown.fit)
+    if len(findings.frontiers):
+        yield _frontier(study, findings)
+    if findings.isoflop:
+        yield _isoflop(study, findings.isoflop)
+    if len(findings.optima) or any(_minima(findings.isoflop)["parameters"].notna()):
+        yield _optima(findings)
+    if findings.shown is not None and isinstance(findings.shown.fit, Fit):
+        yield _contours(findings, findings.shown.fit)
+        yield _backtest(findings, findings.shown)
+        yield _profiles(findings, findings.shown)
+        if findings.shown.replicates is not None:
+            yield _cloud(findings.shown, findings.shown.fit)
     if study.choice.description is not None:
         yield _family(study)
 
 
-def _frontier(study: Study, found: Findings) -> ReportFigure:
+def _frontier(study: Study, findings: Findings) -> ReportFigure:
     rows = where(study.points.rows, "evaluation_set", study.table.neutral_set)
-    corpora = [c for c in study.table.levels("corpus") if c in set(found.frontiers["corpus"])]
+    corpora = [c for c in study.table.levels("corpus") if c in set(findings.frontiers["corpus"])]
     figure, axes = panel_row(corpora, f"loss on {study.table.neutral_set} [nats per token]")
     ends = {}
     for ax, corpus in zip(axes, corpora, strict=True):
         ends[ax] = law_panels.plot_frontier(
-            ax, where(rows, "corpus", corpus), where(found.frontiers, "corpus", corpus),
+            ax, where(rows, "corpus", corpus), where(findings.frontiers, "corpus", corpus),
             study.table.levels("architecture"),
         )  # fmt: skip
     for ax, labels in ends.items():
@@ -55,13 +55,13 @@ def _frontier(study: Study, found: Findings) -> ReportFigure:
         for ax in axes:
             law_panels.device_hours(ax, speed)
     edge = floats(rows, "flops").max()
-    inside = keep(found.frontiers, found.frontiers["inside"])
+    inside = keep(findings.frontiers, findings.frontiers["inside"])
     wins = inside.sort_values("loss_nats").iloc[0]
     title = (
         f"Lowest fitted loss in the range of the runs: {wins['architecture']} on "
         f"{wins['corpus']}; forecasts end at {with_unit(10 * edge)}FLOP"
     )
-    tested = next(iter(found.tested.values()))
+    tested = next(iter(findings.tested.values()))
     caption = (
         f"n = {len(rows)} decayed points. Lines: fitted frontier, {law_words(study.joint.law)}; "
         "dashed: extrapolated. Bands: 95 % bootstrap interval, widened beyond the runs by "
@@ -73,7 +73,7 @@ def _frontier(study: Study, found: Findings) -> ReportFigure:
             f" Top axis: hours of one device ({device}) at {with_unit(speed)}FLOP/s, the median "
             "over the runs, measured while they shared the machine."
         )
-    return ReportFigure("frontier", title, caption, figure, found.frontiers)
+    return ReportFigure("frontier", title, caption, figure, findings.frontiers)
 
 
 def device_speed(runs: pd.DataFrame) -> tuple[float, str]:
@@ -122,10 +122,10 @@ def _minima(curves: dict[str, list[IsoFlopCurve]]) -> pd.DataFrame:
     return pd.DataFrame(records, columns=pd.Index(names))
 
 
-def _optima(found: Findings) -> ReportFigure:
+def _optima(findings: Findings) -> ReportFigure:
     figure, axes = panel_row(["best size N*", "best tokens D*"], "", "", shared=False)
-    minima = _minima(found.isoflop)
-    first = found.optima
+    minima = _minima(findings.isoflop)
+    first = findings.optima
     if len(first):
         first = where(first, "corpus", first["corpus"].iloc[0])
     for ax, quantity in zip(axes, ("parameters", "tokens"), strict=True):
@@ -142,30 +142,30 @@ def _optima(found: Findings) -> ReportFigure:
     return ReportFigure("optima", title, caption, figure, pd.concat([first, minima]))
 
 
-def _contours(found: Findings, fit: Fit) -> ReportFigure:
+def _contours(findings: Findings, fit: Fit) -> ReportFigure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     ax = figure.add_subplot()
-    rows = where(fit.rows, "architecture", found.contours["architecture"].iloc[0])
-    rows = where(rows, "corpus", found.contours["corpus"].iloc[0])
-    law_panels.plot_contours(ax, found.contours, rows)
-    low, high = (f(found.contours["loss_nats"].dropna()) for f in (min, max))
+    rows = where(fit.rows, "architecture", findings.contours["architecture"].iloc[0])
+    rows = where(rows, "corpus", findings.contours["corpus"].iloc[0])
+    law_panels.plot_contours(ax, findings.contours, rows)
+    low, high = (f(findings.contours["loss_nats"].dropna()) for f in (min, max))
     arm = f"{rows['architecture'].iloc[0]} on {rows['corpus'].iloc[0]}"
     title = f"Fitted loss of {arm}: {high:.2f} to {low:.2f} nats over the range of the runs"
     caption = (
         f"n = {len(rows)} decayed points (circles), {law_words(fit.law)}; for intervals see "
         "the frontier. Blank: outside the range of the runs."
     )
-    return ReportFigure("contours", title, caption, figure, found.contours)
+    return ReportFigure("contours", title, caption, figure, findings.contours)
 
 
-def _backtest(found: Findings, shown: FittedLaw) -> ReportFigure:
+def _backtest(findings: Findings, shown: FittedLaw) -> ReportFigure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    errors = [each.errors for each in found.tested.values() if len(each.errors)]
-    frame = pd.concat(errors) if errors else next(iter(found.tested.values())).errors
+    errors = [each.errors for each in findings.tested.values() if len(each.errors)]
+    frame = pd.concat(errors) if errors else next(iter(findings.tested.values())).errors
     frame = frame.astype({"decades": float, "error": float})
-    tested = {name: each.rate for name, each in found.tested.items()}
+    tested = {name: each.rate for name, each in findings.tested.items()}
     law_panels.plot_backtest(figure.add_subplot(), frame, tested)
-    assumed = all(each.assumed for each in found.tested.values())
+    assumed = all(each.assumed for each in findings.tested.values())
     best = min(tested, key=lambda name: tested[name])
     title = f"Smallest forecast error: {best} law, {100 * tested[best]:.1f} % per decade of compute"
     if assumed:
@@ -178,16 +178,16 @@ def _backtest(found: Findings, shown: FittedLaw) -> ReportFigure:
     return ReportFigure("backtest", title, caption, figure, data)
 
 
-def _profiles(found: Findings, shown: FittedLaw) -> ReportFigure:
-    count = max(len(found.profiles), 1)
+def _profiles(findings: Findings, shown: FittedLaw) -> ReportFigure:
+    count = max(len(findings.profiles), 1)
     figure = Figure(figsize=(1.0 + 2.6 * count, 2.9), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, count))
     cloud = _draws(shown)
-    for ax, each in zip(axes, found.profiles, strict=False):
+    for ax, each in zip(axes, findings.profiles, strict=False):
         law_panels.plot_profile(ax, each, cloud[each.label].to_numpy(dtype=float))
     axes[0].set_ylabel("rise of the objective [squared t]")
-    open_ends = sum(end is None for each in found.profiles for end in (each.low, each.high))
-    title = f"Profile likelihood: {'; '.join(each.words for each in found.profiles)}"
+    open_ends = sum(end is None for each in findings.profiles for end in (each.low, each.high))
+    title = f"Profile likelihood: {'; '.join(each.words for each in findings.profiles)}"
     if open_ends:
         title += f" ({open_ends} without an end)"
     caption = (
@@ -196,7 +196,7 @@ def _profiles(found: Findings, shown: FittedLaw) -> ReportFigure:
         f"bootstrap; diamond: best fit, reached from {_agreeing(shown)} starting points."
     )
     frames = [pd.DataFrame({"parameter": p.label, "value": p.values, "rise": p.rise})
-              for p in found.profiles]  # fmt: skip
+              for p in findings.profiles]  # fmt: skip
     return ReportFigure("profiles", title, caption, figure, pd.concat(frames))
 
 

@@ -152,12 +152,12 @@ def plot_backtest(ax: Axes, errors: pd.DataFrame, rates: Mapping[str, float]) ->
     ax.legend(frameon=False, fontsize=8)
 
 
-def plot_profile(ax: Axes, found: Profile, cloud: np.ndarray) -> None:
+def plot_profile(ax: Axes, profile: Profile, cloud: np.ndarray) -> None:
     """The rise of the misfit, the threshold, and the bootstrap's histogram below."""
-    inside = found.rise <= 4 * found.threshold
-    ax.plot(found.values[inside], found.rise[inside], color=COLOURS[0], lw=1.8)
-    ax.axhline(found.threshold, color=FAINT, lw=0.9, ls=(0, (4, 2)))
-    ax.plot(found.estimate, 0.0, "D", color=COLOURS[1], ms=6, mec=PAPER, clip_on=False, zorder=5)
+    inside = profile.rise <= 4 * profile.threshold
+    ax.plot(profile.values[inside], profile.rise[inside], color=COLOURS[0], lw=1.8)
+    ax.axhline(profile.threshold, color=FAINT, lw=0.9, ls=(0, (4, 2)))
+    ax.plot(profile.estimate, 0.0, "D", color=COLOURS[1], ms=6, mec=PAPER, clip_on=False, zorder=5)
     low, high = ax.get_xlim()
     near = cloud[(cloud >= low) & (cloud <= high)]
     if len(near):
@@ -168,7 +168,7 @@ def plot_profile(ax: Axes, found: Profile, cloud: np.ndarray) -> None:
         twin.spines["right"].set_visible(False)
         twin.set_ylim(top=3 * twin.get_ylim()[1])
     ax.set_ylim(bottom=0)
-    ax.set_xlabel(found.label)
+    ax.set_xlabel(profile.label)
     ax.xaxis.set_major_locator(MaxNLocator(5))
 
 

@@ -44,10 +44,10 @@ def draw_arms(comparisons: tuple[Comparison, ...], neutral_set: str) -> list[Rep
 
 def draw_rates(table: Table) -> list[ReportFigure]:
     """Loss against learning rate, a panel per rung, as one plate; none without trials."""
-    found = trials(table)
-    if not len(found):
+    tried = trials(table)
+    if not len(tried):
         return []
-    cells = list(cells_of(found))
+    cells = list(cells_of(tried))
     with panels.styled():
         figure = Figure(figsize=(1.6 + 4.3 * len(cells), 4.4), layout="constrained")
         axes = np.atleast_1d(figure.subplots(1, len(cells)))
@@ -59,15 +59,15 @@ def draw_rates(table: Table) -> list[ReportFigure]:
         for ax, labels in ends.items():
             panels.label_ends(ax, labels)
     summary = search_table(table)
-    repeats = int(floats(found, "runs").max())
+    repeats = int(floats(tried, "runs").max())
     seeds = "One run a point: no interval" if repeats == 1 else f"Means of up to {repeats} seeds"
     text = (
-        f"n = {len(found)} trials, final loss after decay. Rings: best trial of each line; "
+        f"n = {len(tried)} trials, final loss after decay. Rings: best trial of each line; "
         "crosses at the top: diverged. "
         f"{seeds}, so small differences between neighbouring rates may be seed noise. "
         f"{equal_trials(summary)}"
     )
-    return [ReportFigure("learning_rates", _rates_title(summary), text, figure, found)]
+    return [ReportFigure("learning_rates", _rates_title(summary), text, figure, tried)]
 
 
 def plot_arms(ax: Axes, comparison: Comparison) -> None:

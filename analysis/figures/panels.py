@@ -137,8 +137,8 @@ def plot_effects(
     ax.axvline(0.0, color=FAINT, lw=0.9)
     labels = []
     for set_name, factors in effects.items():
-        for factor, found in factors.items():
-            for contrast in found:
+        for factor, contrasts in factors.items():
+            for contrast in contrasts:
                 if isinstance(contrast, Contrast):
                     _effect(ax, contrast, float(len(labels)))
                     change = f"{factor}: {contrast.other} vs {contrast.baseline}"

@@ -38,19 +38,19 @@ def draw_points(study: Study) -> list[ReportFigure]:
 
 
 def _effects(study: Study) -> ReportFigure:
-    found = [each for each in _contrasts(study) if isinstance(each, Contrast)]
+    shown = [each for each in _contrasts(study) if isinstance(each, Contrast)]
     floor = _floor(study)
-    figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(found)), layout="constrained")
+    figure = Figure(figsize=(8.8, 1.1 + 0.46 * len(shown)), layout="constrained")
     panels.plot_effects(figure.add_subplot(), study.effects, floor)
     title = (
         f"Effects on each evaluation set; on {study.table.neutral_set}: corpus "
         f"{largest_effect(study.answer.corpus)}, architecture "
         f"{largest_effect(study.answer.architecture)}"
     )
-    sizes = len(found[0].by_size)
+    sizes = len(shown[0].by_size)
     caption = (
         f"Marks: mean difference of loss with its 95 % t interval over {sizes} sizes; thin bars: "
-        f"one per model size. n = {len(found[0].pairs)} matched pairs in the first row."
+        f"one per model size. n = {len(shown[0].pairs)} matched pairs in the first row."
     )
     if floor is not None:
         caption += " Grey: effects too small for this study to detect."
@@ -59,7 +59,7 @@ def _effects(study: Study) -> ReportFigure:
         {name: getattr(each, name) for name in columns}
         | {"percent": each.percent.estimate, "low": each.percent.low, "high": each.percent.high}
         | {"pairs": len(each.pairs), "interval": each.percent.method}
-        for each in found
+        for each in shown
     ]
     return ReportFigure("data_against_architecture", title, caption, figure, pd.DataFrame(records))
 
@@ -205,15 +205,18 @@ def _key(figure: Figure, study: Study) -> None:
 
 
 def _floor(study: Study) -> float | None:
-    found = [
+    floors = [
         each.value for each in study.answer.detectable.values() if isinstance(each, Detectable)
     ]
-    return max(found) if found else None
+    return max(floors) if floors else None
 
 
 def _contrasts(study: Study) -> list[object]:
     return [
-        each for factors in study.effects.values() for found in factors.values() for each in found
+        each
+        for factors in study.effects.values()
+        for contrasts in factors.values()
+        for each in contrasts
     ]
 
 

@@ -20,25 +20,31 @@ from analysis.words.sentences import largest_effect, short_effect
 
 def draw_effects_by_size(study: Study) -> Iterator[ReportFigure]:
     """Corpus and architecture effects on the neutral set by size; nothing without a contrast."""
-    found = {
+    by_factor = {
         factor: [each for each in contrasts if isinstance(each, Contrast)]
         for factor, contrasts in (
             ("corpus", study.answer.corpus),
             ("architecture", study.answer.architecture),
         )
     }
-    found = {factor: contrasts for factor, contrasts in found.items() if contrasts}
-    if not found:
+    by_factor = {factor: contrasts for factor, contrasts in by_factor.items() if contrasts}
+    if not by_factor:
         return
     with panels.styled():
-        rows = max(len(contrasts) for contrasts in found.values())
-        figure = Figure(figsize=(1.2 + 3.8 * len(found), 3.7 + 0.17 * rows), layout="constrained")
-        axes = np.atleast_1d(figure.subplots(1, len(found), sharex=True, sharey=True))
-        for ax, (factor, contrasts) in zip(axes, found.items(), strict=True):
+        rows = max(len(contrasts) for contrasts in by_factor.values())
+        figure = Figure(
+            figsize=(1.2 + 3.8 * len(by_factor), 3.7 + 0.17 * rows), layout="constrained"
+        )
+        axes = np.atleast_1d(figure.subplots(1, len(by_factor), sharex=True, sharey=True))
+        for ax, (factor, contrasts) in zip(axes, by_factor.items(), strict=True):
             plot_effect_by_size(ax, contrasts, study.answer.detectable[factor])
         axes[0].set_ylabel("difference of loss [%]")
     yield ReportFigure(
-        "effects_by_size", _title(study, found), _caption(study, found), figure, _data(found)
+        "effects_by_size",
+        _title(study, by_factor),
+        _caption(study, by_factor),
+        figure,
+        _data(by_factor),
     )
 
 
@@ -77,13 +83,13 @@ def plot_effect_by_size(
     ax.set_xlabel("parameters N")
 
 
-def _title(study: Study, found: dict[str, list[Contrast]]) -> str:
-    parts = [f"{factor} {largest_effect(contrasts)}" for factor, contrasts in found.items()]
+def _title(study: Study, by_factor: dict[str, list[Contrast]]) -> str:
+    parts = [f"{factor} {largest_effect(contrasts)}" for factor, contrasts in by_factor.items()]
     return f"Effect against model size on {study.table.neutral_set}: {', '.join(parts)}"
 
 
-def _caption(study: Study, found: dict[str, list[Contrast]]) -> str:
-    contrasts = [each for several in found.values() for each in several]
+def _caption(study: Study, by_factor: dict[str, list[Contrast]]) -> str:
+    contrasts = [each for several in by_factor.values() for each in several]
     pairs = sum(len(each.pairs) for each in contrasts)
     sizes = max(len(each.by_size) for each in contrasts)
     text = (
@@ -92,14 +98,14 @@ def _caption(study: Study, found: dict[str, list[Contrast]]) -> str:
         "95 % t interval. A size has no interval of its own, as its pairs share training."
     )
     floors = study.answer.detectable
-    if any(isinstance(floors[factor], Detectable) for factor in found):
+    if any(isinstance(floors[factor], Detectable) for factor in by_factor):
         text += " Grey, between dotted lines: effects too small for this study to detect."
     return text
 
 
-def _data(found: dict[str, list[Contrast]]) -> pd.DataFrame:
+def _data(by_factor: dict[str, list[Contrast]]) -> pd.DataFrame:
     parts = []
-    for factor, contrasts in found.items():
+    for factor, contrasts in by_factor.items():
         for each in contrasts:
             mean: Interval = each.percent
             parts.append(

@@ -47,8 +47,8 @@ def _value(value: object) -> str:
     return with_unit(number) if abs(number) >= 1e3 else f"{number:.4g}"
 
 
-def _titled(found: re.Match) -> str:
-    texts, body = json.loads(bytes.fromhex(found[1])), found[2]
+def _titled(match: re.Match) -> str:
+    texts, body = json.loads(bytes.fromhex(match[1])), match[2]
     uses = re.findall(r"<use [^>]*/>", body)
     if len(uses) == len(texts):
         remaining = iter(texts)

@@ -25,8 +25,9 @@ from analysis.fit.questions import Budget, approaches, bootstrap, lead, spending
 from analysis.inference.model_selection import OmnibusTest, choose, omnibus_test
 from analysis.inference.scaling_law import LAWS, Learnt, ScalingLaw
 from analysis.laws.catalog import nested_family
+from analysis.tables.column_matching import parse_columns
 from analysis.tables.compute import six_nd
-from analysis.tables.external import ExternalTable, parse_columns, read_external
+from analysis.tables.external import ExternalTable, read_external
 from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _names(text: str) -> frozenset[str] | None:
-    found = frozenset(filter(None, (part.strip() for part in text.split(","))))
-    return found or None
+    names = frozenset(filter(None, (part.strip() for part in text.split(","))))
+    return names or None
 
 
 def _answer(
@@ -197,11 +198,11 @@ def _quality(learnt: Learnt) -> Iterator[str]:
 
 
 def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
-    found = choose(rows, nested_family(by))
+    choice = choose(rows, nested_family(by))
     grid = Grid("law", "parameters", "AICc", "BIC", "hold-out error", "status")
-    for record in found.table.to_dict("records"):
-        mark = " (forecast)" * (record["law"] == found.forecast)
-        mark += " (description)" * (record["law"] == found.description)
+    for record in choice.table.to_dict("records"):
+        mark = " (forecast)" * (record["law"] == choice.forecast)
+        mark += " (description)" * (record["law"] == choice.description)
         numbers = [number(float(record[key]), 1) for key in ("AICc", "BIC")]
         error = f"{100 * record['hold_out']:.3g} %"
         parameters = number(float(record["parameters"]), 0)
@@ -210,12 +211,12 @@ def _family(rows: pd.DataFrame, by: tuple[str, ...]) -> Grid:
     return grid
 
 
-def _omnibus_words(found: OmnibusTest | Refusal) -> str:
-    if isinstance(found, Refusal):
-        return f"test that no arm differs: {found}"
-    effects, rest = found.freedom
+def _omnibus_words(test: OmnibusTest | Refusal) -> str:
+    if isinstance(test, Refusal):
+        return f"test that no arm differs: {test}"
+    effects, rest = test.freedom
     return (
-        f"test that no arm differs: p = {found.p:.2g} (F = {found.statistic:.3g} on {effects:.0f} "
+        f"test that no arm differs: p = {test.p:.2g} (F = {test.statistic:.3g} on {effects:.0f} "
         f"and {rest:.1f} degrees of freedom)"
     )
 
@@ -229,8 +230,12 @@ def _prediction(law: ScalingLaw, rows: pd.DataFrame, options: argparse.Namespace
     places = arms.assign(parameters=size, tokens=tokens).reset_index(drop=True)
     if "flops" in rows:
         places = places.assign(flops=six_nd(floats(places, "parameters"), floats(places, "tokens")))
-    found = law.predict(places, allow=options.allow)
-    return str(found) if isinstance(found, Refusal) else places.join(found).to_string(index=False)
+    predicted = law.predict(places, allow=options.allow)
+    return (
+        str(predicted)
+        if isinstance(predicted, Refusal)
+        else places.join(predicted).to_string(index=False)
+    )
 
 
 if __name__ == "__main__":

@@ -13,12 +13,16 @@ import pandas as pd
 
 from analysis.compute_optimal.allocation import Allocation, Ladder, Question, allocate, cheapest
 from analysis.compute_optimal.three_approaches import all_three
-from analysis.effects.multipliers import compute_multiplier, data_multiplier, rows_of
+from analysis.effects.multipliers import (
+    compute_multiplier,
+    data_multiplier,
+    parameter_multiplier,
+    rows_of,
+)
 from analysis.effects.resources import (
     DECODING_STATE,
     TRAINING_MEMORY,
     WALL_CLOCK,
-    parameter_multiplier,
     resource_multiplier,
 )
 from analysis.fitting.estimator import Fit
@@ -69,12 +73,12 @@ def approaches(rows: pd.DataFrame, by: tuple[str, ...]) -> Iterator[str]:
     labels = np.array(group_of(rows, by))
     priced = rows.assign(flops=training_flops(rows))
     for arm in dict.fromkeys(labels.tolist()):
-        for found in all_three(keep(priced, labels == arm).reset_index(drop=True)):
-            size, tokens = (_or_why(each) for each in (found.parameters, found.tokens))
+        for approach in all_three(keep(priced, labels == arm).reset_index(drop=True)):
+            size, tokens = (_or_why(each) for each in (approach.parameters, approach.tokens))
             who = f"{arm}: " if arm else ""
             text = size if size == tokens else f"N* ~ C^a, a = {size}; D* ~ C^b, b = {tokens}"
-            yield f"{who}approach {found.name}: {text}"
-            yield from (f"  {caveat}" for caveat in found.warnings)
+            yield f"{who}approach {approach.name}: {text}"
+            yield from (f"  {caveat}" for caveat in approach.warnings)
 
 
 def spending(fit: Fit, replicates: Bootstrap, budget: Budget) -> Iterator[str]:
@@ -136,18 +140,22 @@ def _question(fit: Fit, arm: str, rows: pd.DataFrame) -> tuple[Question, str]:
     return Question(fit, arm, six_nd, ends), " counted as 6 N D"
 
 
-def _allocated(found: Allocation | Refusal) -> str:
-    if isinstance(found, Refusal):
-        return str(found)
+def _allocated(allocation: Allocation | Refusal) -> str:
+    if isinstance(allocation, Refusal):
+        return str(allocation)
     spread = ""
-    if isinstance(found.size_interval, Interval):
-        low, high = (with_unit(end) for end in (found.size_interval.low, found.size_interval.high))
+    if isinstance(allocation.size_interval, Interval):
+        low, high = (
+            with_unit(end) for end in (allocation.size_interval.low, allocation.size_interval.high)
+        )
         spread = f" [{low}, {high}]"
-    elif found.size_interval is not None:
-        spread = f" (interval refused, {found.size_interval})"
+    elif allocation.size_interval is not None:
+        spread = f" (interval refused, {allocation.size_interval})"
     return (
-        f"{with_unit(found.parameters)}{spread} parameters, {with_unit(found.tokens)} tokens "
-        f"({found.tokens / found.parameters:.3g} per parameter), loss {found.loss:.4g} nats"
+        f"{with_unit(allocation.parameters)}{spread} parameters, "
+        f"{with_unit(allocation.tokens)} tokens "
+        f"({allocation.tokens / allocation.parameters:.3g} per parameter), "
+        f"loss {allocation.loss:.4g} nats"
     )
 
 
@@ -171,12 +179,12 @@ def lead(fit: Fit, replicates: Bootstrap, baseline: str) -> Iterator[str]:
             if resource.column in counted.rows:
                 pair = (baseline, other)
                 ways[resource.quantity] = resource_multiplier(counted, replicates, pair, resource)
-        for quantity, found in ways.items():
-            if isinstance(found, Refusal):
-                yield f"{quantity} of {other} over {baseline}: {found}"
+        for quantity, multiplier in ways.items():
+            if isinstance(multiplier, Refusal):
+                yield f"{quantity} of {other} over {baseline}: {multiplier}"
             else:
-                yield multiplier_sentence(found)
+                yield multiplier_sentence(multiplier)
 
 
-def _or_why(found: Interval | Refusal) -> str:
-    return str(found) if isinstance(found, Refusal) else bracketed(found)
+def _or_why(interval: Interval | Refusal) -> str:
+    return str(interval) if isinstance(interval, Refusal) else bracketed(interval)

@@ -1,4 +1,9 @@
-"""Fit a law to the rows of a table, or refuse and say what the table lacks."""
+"""Fit a law to the rows of a table, or refuse and say what the table lacks.
+
+The objective is the Huber loss on ln L of Hoffmann et al. 2203.15556, equation 3. Ours: its delta
+follows from the residuals of a least-squares pass, the path from there to small deltas, and the
+conditions under which a fit is refused or called poorly determined.
+"""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -66,14 +71,16 @@ class Fit:
     @cached_property
     def parameters(self) -> dict[str, float]:
         """Every parameter by its label; coefficients at N = D = 1, as papers report them."""
-        found = {}
+        labelled = {}
         for group in self.form.groups:
             for name, value in self.form.natural(self.theta, group).items():
+                # Parameters held fixed have no slot: they were not estimated, so they are not
+                # reported.
                 if (name, group) not in self.form.slots:
                     continue
                 label = self.form.labels[self.form.slots[name, group]]
-                found[label] = float(np.exp(value) if name in self.law.logs else value)
-        return found
+                labelled[label] = float(np.exp(value) if name in self.law.logs else value)
+        return labelled
 
     @cached_property
     def pivots(self) -> dict[str, dict[str, float]]:
@@ -159,6 +166,7 @@ class Estimator:
                 "check the columns for zeros and impossible values",
             )
         best, objective = polish(problem, theta[np.nanargmin(reached)])
+        # The absolute term is for exact fits, whose objective is zero up to rounding.
         agreeing = int((reached <= objective * (1 + 1e-6) + 1e-18).sum())
         left = problem.y - log_loss(problem.design, best[None])[0]
         sigma = robust_sigma(left, problem.weights, len(form.labels))
@@ -188,6 +196,7 @@ def robust_sigma(residuals: Array, weights: Array, parameters: int) -> float:
     mass = np.cumsum(weights[order])
     # The lower and the upper median agree with those of rows that are written out twice.
     low, high = (size[order][np.searchsorted(mass, count * half)] for half in (HALF, 1 - HALF))
+    # 1.4826 = 1 / 0.6745: the median of |r| is 0.6745 standard deviations for normal r.
     return float(1.4826 * 0.5 * (low + high) * np.sqrt(count / max(count - parameters, 1.0)))
 
 
@@ -222,6 +231,7 @@ def _narrow(rows: pd.DataFrame, law: AnyLaw, parameters: int) -> Refusal | None:
         )
     for name in law.columns:
         distinct = len(np.unique(floats(rows, name)))
+        # Two values of a variable leave its exponent and the floor indistinguishable.
         if distinct < 3:
             return Refusal("R-UNDER", f"only {distinct} distinct values of {name}", "add a third")
     if {"parameters", "tokens"} <= set(law.columns):
@@ -241,8 +251,10 @@ def _condition(problem: Problem, theta: Array, form: Form) -> tuple[float, str]:
     jacobian = log_loss_and_jacobian(problem.design, theta[None])[1][0]
     jacobian = jacobian * np.sqrt(problem.weights)[:, None]
     lengths = np.linalg.norm(jacobian, axis=0)
+    # Columns of unit length: otherwise the condition number would depend on the units.
     _, singular, right = np.linalg.svd(jacobian / np.maximum(lengths, 1e-300), full_matrices=False)
     condition = float(singular[0] / max(singular[-1], 1e-300))
+    # The last right singular vector is the direction in which the misfit changes least.
     strongest = np.argsort(-np.abs(right[-1]))[:2]
     correlation = _largest_correlation(jacobian / np.maximum(lengths, 1e-300))
     free = " against ".join(form.labels[slot] for slot in strongest)
@@ -259,12 +271,12 @@ def _largest_correlation(scaled: Array) -> float:
 
 
 def _warnings(agreeing: int, condition: float, free: str) -> list[Caveat]:
-    found = []
+    caveats = []
     if agreeing < STARTS_THAT_AGREE:
-        found.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
+        caveats.append(Caveat("W-OPT", f"{agreeing} starts agree on the optimum"))
     if free:
-        found.append(Caveat("W-COND", f"{free} is poorly determined (condition {condition:.0f})"))
-    return found
+        caveats.append(Caveat("W-COND", f"{free} is poorly determined (condition {condition:.0f})"))
+    return caveats
 
 
 def _floor_warning(estimator: Estimator, fitted: Fit) -> list[Caveat]:

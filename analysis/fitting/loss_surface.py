@@ -67,11 +67,11 @@ def surface_of(form: Form, theta: Array, group: str) -> LossSurface:
     law = form.law
     if not isinstance(law, Law) or law.transform is not None:
         raise ValueError(f"the {law.name} law is no sum of powers; ask a chinchilla or gamma law")
-    found = {name: value[:, None] for name, value in form.natural(theta, group).items()}
+    natural = {name: value[:, None] for name, value in form.natural(theta, group).items()}
     zero = np.zeros((len(theta), 1))
     terms = {
-        "E": found[law.floor] if law.floor else np.full_like(zero, -np.inf),
-        "power": found[law.power] if law.power else zero,
+        "E": natural[law.floor] if law.floor else np.full_like(zero, -np.inf),
+        "power": natural[law.power] if law.power else zero,
     }
     names: dict[tuple[tuple[str, float], ...], tuple[str, str]] = {
         (("parameters", 1.0),): ("A", "alpha"),
@@ -86,8 +86,8 @@ def surface_of(form: Form, theta: Array, group: str) -> LossSurface:
             )
         coefficient, exponent = names.pop(key)
         power = term.factors[0].exponent
-        terms[coefficient] = found[term.coefficient]
-        terms[exponent] = found[power] if isinstance(power, str) else np.full_like(zero, power)
+        terms[coefficient] = natural[term.coefficient]
+        terms[exponent] = natural[power] if isinstance(power, str) else np.full_like(zero, power)
     if names:
         raise ValueError(f"the {law.name} law lacks a term; ask a chinchilla or gamma law")
     return LossSurface(terms)

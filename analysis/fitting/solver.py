@@ -60,6 +60,7 @@ class Problem:
         robust = self.weights * (inside / np.maximum(size, 1e-300))
         weighted = slopes * robust[:, None, :]
         gradient = np.matmul(weighted, residuals[:, :, None])[:, :, 0]
+        # Gauss-Newton: without second derivatives of the law the matrix stays semidefinite.
         normal = np.matmul(weighted, slopes.transpose(0, 2, 1))
         return (np.broadcast_to(self.weights, value.shape) * value).sum(axis=1), gradient, normal
 
@@ -74,6 +75,7 @@ def huber(residuals: Array, delta: float) -> Array:
     """Half the square inside delta, linear outside."""
     size = np.abs(residuals)
     inside = np.minimum(size, delta)
+    # delta (|r| - delta / 2) = delta^2 / 2 + delta (|r| - delta): one expression for both sides.
     return 0.5 * inside**2 + (inside * (size - inside) if np.isfinite(delta) else 0.0)
 
 
@@ -128,15 +130,17 @@ def polish(problem: Problem, start: Array) -> tuple[Array, float]:
         return value / scale, gradient / scale
 
     # BFGS first, L-BFGS-B from there: either alone stops early on some tables, the lowest wins.
-    found = [start]
+    solutions = [start]
     for method, options in (
         ("BFGS", {"gtol": 1e-10}),
         ("L-BFGS-B", {"gtol": 1e-12, "ftol": 1e-16}),
     ):
-        found.append(minimize(scaled, found[-1], jac=True, method=method, options=options).x)
-    values = [problem.objective_and_gradient(vector)[0] for vector in found]
+        solutions.append(
+            minimize(scaled, solutions[-1], jac=True, method=method, options=options).x
+        )
+    values = [problem.objective_and_gradient(vector)[0] for vector in solutions]
     best = int(np.nanargmin(values))
-    return found[best], values[best]
+    return solutions[best], values[best]
 
 
 def _step(gradient: Array, normal: Array, damping: Array) -> Array:

@@ -1,8 +1,8 @@
 """Starting points by variable projection: a grid over exponents, the rest by least squares.
 
-At fixed exponents the law is linear in A, B and E, which non-negative least squares finds; the best
-cells of the grid start the optimiser. arXiv 2603.22339 compares this with other estimators of the
-same law.
+Source: Golub and Pereyra 1973 (variable projection). At fixed exponents the law is linear in A, B
+and E, which non-negative least squares finds; the best cells of the grid start the optimiser. arXiv
+2603.22339 compares this with other estimators of the same law.
 """
 
 from dataclasses import replace
@@ -32,6 +32,8 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
         return _repeated(form, law, rows, grid)
     base = _bases(form, law, rows, grid)
     slots = sorted({slot for (name, _), slot in form.slots.items() if name in law.coefficients})
+    # Divided by the observed loss: distance from one is a relative error, which is the error of ln
+    # L to first order.
     columns = _columns(form.design(rows), law, base, slots) / floats(rows, law.target)
     values, misfit = _non_negative(columns)
     best = np.argsort(misfit, kind="stable")[:count]
@@ -41,6 +43,7 @@ def seeds(form: Form, rows: pd.DataFrame, grid: Array, count: int) -> Array:
     if law.power is None:
         return chosen
     for name in law.coefficients:
+        # The columns carry the outer power p, so A^p was solved for: ln A is its log over p.
         if name != law.floor:
             own = _slots(form, name)
             chosen[:, own] /= np.exp(chosen[:, _slots(form, law.power)])
@@ -54,8 +57,10 @@ def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     values = np.concatenate([-grid[::-2], grid[::2]]) if signed else grid
     axes = dict.fromkeys(law.exponents, values)
     if isinstance(law.transform, Offset):
+        # k of loss to loss is near 1 and fitted as minus the exponent.
         axes = {name: -np.geomspace(0.3, 3.0, 13) for name in law.exponents}
         lowest = float(floats(rows, law.transform.column).min())
+        # E_x lies below every loss of the data, or the log of the difference does not exist.
         axes["E_x"] = lowest * (1.0 - np.array(GAPS))
     fixed = [f for f in law.factors if not isinstance(f.exponent, str)]
     extra = [grid] if law.power is not None and fixed else []
@@ -74,7 +79,7 @@ def _bases(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
 
 def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
     """Each term at coefficient 1, to the outer power if there is one: (cells, slots, rows)."""
-    found = np.zeros((len(base), len(slots), design.shape[0]))
+    columns = np.zeros((len(base), len(slots), design.shape[0]))
     for group in design.groups:
         p = {name: base[:, slot, None] for name, slot in group.slots.items()}
         power = np.exp(p[law.power]) if law.power else 1.0
@@ -84,8 +89,8 @@ def _columns(design: Design, law: Law, base: Array, slots: list[int]) -> Array:
                 terms = tuple(term for term in law.terms if term.coefficient == name)
                 alone = replace(law, terms=terms, floor=None, power=None)
                 value = np.exp(power * alone.evaluate(p, group.x)[0])
-            found[:, slots.index(group.slots[name]), group.rows] += value
-    return found
+            columns[:, slots.index(group.slots[name]), group.rows] += value
+    return columns
 
 
 def _non_negative(columns: Array) -> tuple[Array, Array]:
@@ -106,12 +111,13 @@ def _non_negative(columns: Array) -> tuple[Array, Array]:
             continue
         # Normal equations: a few columns, already of similar size, so squaring costs no digits.
         square = gram[:, on[:, None], on] * (1.0 + 1e-12 * np.eye(len(on)))
-        found = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
-        left = rows - (found * sums[:, on]).sum(axis=1)
-        better = (found >= 0).all(axis=1) & (left < misfit)
+        solution = np.linalg.solve(square, sums[:, on, None])[:, :, 0]
+        # |sum of columns - 1|^2 at the solution of the normal equations: n - w' (columns 1).
+        left = rows - (solution * sums[:, on]).sum(axis=1)
+        better = (solution >= 0).all(axis=1) & (left < misfit)
         misfit[better] = left[better]
         values[better] = 0.0
-        values[np.ix_(np.flatnonzero(better), on)] = found[better]
+        values[np.ix_(np.flatnonzero(better), on)] = solution[better]
     return values, misfit
 
 
@@ -119,30 +125,30 @@ def _powered(form: Form, law: Law, best: Array) -> Array:
     """Each start at several outer powers, its inner parameters divided by the power to match."""
     if any(not isinstance(factor.exponent, str) for factor in law.factors):
         return best
-    found = []
+    starts = []
     inner = [name for name in law.parameters if name not in (law.floor, law.power)]
     for power in POWERS:
         start = best.copy()
         for name in inner:
             start[:, _slots(form, name)] /= power
         start[:, _slots(form, str(law.power))] = np.log(power)
-        found.append(start)
-    return np.concatenate(found)
+        starts.append(start)
+    return np.concatenate(starts)
 
 
 def _repeated(form: Form, law: Law, rows: pd.DataFrame, grid: Array) -> Array:
     """Chinchilla starts as if nothing repeated, times a grid of both rates of decay."""
     plain = bind(replace(law, transform=None), rows)
     unrepeated = seeds(plain, rows, grid, 4) if plain.labels else np.zeros((1, 0))
-    found = []
+    vectors = []
     for start, data_rate, size_rate in product(unrepeated, *REPEATS):
         vector = np.zeros(len(form.labels))
         for key, slot in plain.slots.items():
             vector[form.slots[key]] = start[slot]
         vector[_slots(form, "R_D")], vector[_slots(form, "R_N")] = np.log([data_rate, size_rate])
-        found.append(vector)
+        vectors.append(vector)
     # Every one is optimised: the surface has several valleys.
-    return np.stack(found)
+    return np.stack(vectors)
 
 
 def _scattered(form: Form, count: int) -> Array:

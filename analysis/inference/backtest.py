@@ -80,12 +80,12 @@ def backtest(estimator: Estimator, rows: pd.DataFrame, law: AnyLaw) -> BackTest:
         below, above = keep(rows, compute <= limit), keep(rows, compute > limit)
         if len(below) < LEAST_BELOW or len(above) < LEAST_ABOVE:
             continue
-        found = estimator.fit(below.reset_index(drop=True), law)
-        if isinstance(found, Refusal):
+        fitted = estimator.fit(below.reset_index(drop=True), law)
+        if isinstance(fitted, Refusal):
             continue
         # Distance from the largest run that was fitted, not from the cut, which lies above it.
         decades = compute[compute > limit] - np.log10(training_flops(below)).max()
-        error = observed(above, law) - log_loss(found.form.design(above), found.theta[None])[0]
+        error = observed(above, law) - log_loss(fitted.form.design(above), fitted.theta[None])[0]
         parts.append(
             pd.DataFrame({"cut": cut, "law": law.name, "decades": decades, "error": error})
         )
@@ -118,7 +118,7 @@ def forecast(
     }
     # 2, not 1.96: the components are standard deviations from few runs.
     half = 2.0 * np.sqrt(np.sum([part**2 for part in parts.values()], axis=0))
-    found = pd.DataFrame(
+    predictions = pd.DataFrame(
         {
             "estimate": np.exp(mean.log),
             "low": np.exp(mean.log - half),
@@ -128,7 +128,7 @@ def forecast(
         },
         index=target.index,
     )
-    return Forecast(found, tested, (fit.law.name, *others))
+    return Forecast(predictions, tested, (fit.law.name, *others))
 
 
 def spread_of(fit: Fit) -> float:
@@ -151,9 +151,9 @@ def _rival_predictions(fit: Fit, estimator: Estimator, target: pd.DataFrame) -> 
     """Ln of the target by the other laws of the same variables, where they can be fitted."""
     if fit.law.name not in {law.name for law in RIVALS} or fit.law.by:
         return {}
-    found = {}
+    predictions = {}
     for law in RIVALS:
         other = None if law.name == fit.law.name else estimator.fit(fit.rows, law)
         if isinstance(other, Fit):
-            found[law.name] = log_loss(other.form.design(target), other.theta[None])[0]
-    return found
+            predictions[law.name] = log_loss(other.form.design(target), other.theta[None])[0]
+    return predictions

@@ -2,9 +2,9 @@
 
 Points of one trunk share their training and its random error, so whole trunks are resampled. With
 few trunks a case bootstrap draws degenerate designs (a size may be missing); then the residuals of
-each trunk get a random sign and size instead (a wild cluster bootstrap), and the spread is widened
-by Student's t for the number of trunks. Ours: the choice between the two by trunks a cell, and the
-widening.
+each trunk get a random sign and size instead (the wild cluster bootstrap of Cameron, Gelbach and
+Miller 2008, with the weights of Webb 2014), and the spread is widened by Student's t for the number
+of trunks. Ours: the choice between the two by trunks a cell, and the widening.
 """
 
 from dataclasses import dataclass
@@ -58,6 +58,8 @@ class Bootstrap:
         ranked = np.where(np.isnan(values), np.inf, values)
         tail = 0.5 * (1 - LEVEL)
         low, high = np.quantile(ranked, [tail, 1 - tail], method="inverted_cdf")
+        # Each end moves away from the estimate, so the interval keeps its asymmetry; an estimate
+        # that lies outside the percentiles is included.
         low, high = (float(estimate + self.stretch * (bound - estimate)) for bound in (low, high))
         return Interval(estimate, min(low, estimate), max(high, estimate), self.method)
 
@@ -87,7 +89,7 @@ def replicate(fit: Fit, count: int, generator: np.random.Generator) -> Bootstrap
 
 def parameter_intervals(fit: Fit, replicates: Bootstrap) -> dict[str, Interval | Refusal]:
     """An interval for every parameter of a fit; coefficients are handled as logarithms."""
-    found: dict[str, Interval | Refusal] = {}
+    intervals: dict[str, Interval | Refusal] = {}
     for group in fit.form.groups:
         point = fit.form.natural(fit.theta, group)
         for name, values in fit.form.natural(replicates.theta, group).items():
@@ -98,8 +100,8 @@ def parameter_intervals(fit: Fit, replicates: Bootstrap) -> dict[str, Interval |
                 # An open interval of a logarithm is an unbounded one of the coefficient.
                 with np.errstate(over="ignore"):
                     interval = interval.mapped(lambda value: float(np.exp(value)))
-            found[fit.form.labels[fit.form.slots[name, group]]] = interval
-    return found
+            intervals[fit.form.labels[fit.form.slots[name, group]]] = interval
+    return intervals
 
 
 def _case_counts(index: Array, cells: Array, count: int, generator: np.random.Generator) -> Array:
@@ -124,6 +126,7 @@ def _jackknifed_residuals(fit: Fit, index: Array) -> Array:
     residuals = fit.residuals.copy()
     for trunk in np.unique(index):
         mine = index == trunk
+        # I - H_gg, with the projection on the tangent space of the fit as the hat matrix H.
         rest = np.eye(int(mine.sum())) - basis[mine] @ basis[mine].T
         values, vectors = np.linalg.eigh(rest)
         # A direction that only this trunk determines has no residual to enlarge.

@@ -124,15 +124,15 @@ def projection(slopes: Array) -> tuple[Array, Array]:
     return basis, (right[keep].T / singular[keep]) @ basis.T
 
 
-def parameter_interval(fit: Fit, found: Sandwich, label: str) -> Interval:
+def parameter_interval(fit: Fit, vcov: Sandwich, label: str) -> Interval:
     """Interval of one parameter by label, in the coordinates of the fit (exponents, ln E)."""
     slot = fit.form.labels.index(label)
-    return found.interval(float(fit.theta[slot]), np.eye(len(fit.theta))[slot])
+    return vcov.interval(float(fit.theta[slot]), np.eye(len(fit.theta))[slot])
 
 
-def prediction_errors(fit: Fit, found: Sandwich, rows: pd.DataFrame) -> LogPrediction:
+def prediction_errors(fit: Fit, vcov: Sandwich, rows: pd.DataFrame) -> LogPrediction:
     """Ln of the fitted target at rows, with its standard error."""
-    error, freedom = found.error_and_freedom(slopes_at(fit, rows))
+    error, freedom = vcov.error_and_freedom(slopes_at(fit, rows))
     return LogPrediction(log_loss(fit.form.design(rows), fit.theta[None])[0], error, freedom)
 
 

@@ -1,4 +1,8 @@
-"""Confidence intervals as values, and Student's t intervals over clusters."""
+"""Confidence intervals as values, and Student's t intervals over clusters.
+
+The interval of a ratio of means is Fieller's (Fieller 1954, "Some Problems in Interval
+Estimation").
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,8 +123,10 @@ def ratio_interval(
     a = y**2 - t**2 * covariance[1, 1]
     b = x * y - t**2 * covariance[0, 1]
     c = x**2 - t**2 * covariance[0, 0]
+    # a > 0 because the denominator's interval excludes zero: the interval is bounded.
     root = np.sqrt(max(b**2 - a * c, 0.0))
     ends = np.array([(b - root) / a, (b + root) / a])
+    # Of the ratio's absolute value: an interval across zero starts at zero.
     low = 0.0 if ends[0] < 0 < ends[1] else float(np.abs(ends).min())
     return Interval(
         abs(x / y), low, float(np.abs(ends).max()), f"Fieller interval over {count} sizes"

@@ -3,6 +3,10 @@
 The criteria answer different questions: AICc and BIC describe these points, the hold-out error over
 trunks measures prediction of unseen trunks. Where they disagree, choose by hold-out error for
 forecasts and by BIC for description; both are shown.
+
+Sources: Hurvich and Tsai 1989 (AICc), Schwarz 1978 (BIC), Breiman et al. 1984, "Classification and
+Regression Trees" (the simplest model within one standard error of the best), Pustejovsky and Tipton
+2018 (the omnibus test).
 """
 
 from dataclasses import dataclass, replace
@@ -50,10 +54,10 @@ def choose(rows: pd.DataFrame, laws: dict[str, Law], estimator: Estimator | None
     Criteria need a likelihood, which Huber's loss is not: the fits here are least squares.
     """
     estimator = replace(estimator or Estimator(), delta=np.inf)
-    found = {name: estimator.fit(rows, law) for name, law in laws.items()}
-    fits = {name: fit for name, fit in found.items() if isinstance(fit, Fit)}
+    results = {name: estimator.fit(rows, law) for name, law in laws.items()}
+    fits = {name: fit for name, fit in results.items() if isinstance(fit, Fit)}
     folds = _folds(rows)
-    records = [_score(name, fit, folds) for name, fit in found.items()]
+    records = [_score(name, fit, folds) for name, fit in results.items()]
     scored = [record for record in records if record["law"] in fits]
     table = pd.DataFrame(records)
     if not scored:
@@ -83,9 +87,7 @@ class OmnibusTest:
     p: float
 
 
-def effect(
-    fit: Fit, baseline: str, other: str, found: Sandwich | None = None
-) -> Interval | Refusal:
+def effect(fit: Fit, baseline: str, other: str, vcov: Sandwich | None = None) -> Interval | Refusal:
     """Mean difference of fitted ln L between two groups, over the places where both were run.
 
     One number with one degree of freedom, so that "these arms differ" is a single test and not a
@@ -94,10 +96,10 @@ def effect(
     if (refused := _single_trunks(fit, (baseline, other))) is not None:
         return refused
     estimate, direction = _difference(fit, baseline, other)
-    return (found or sandwich(fit)).interval(estimate, direction)
+    return (vcov or sandwich(fit)).interval(estimate, direction)
 
 
-def omnibus_test(fit: Fit, found: Sandwich | None = None) -> OmnibusTest | Refusal:
+def omnibus_test(fit: Fit, vcov: Sandwich | None = None) -> OmnibusTest | Refusal:
     """Test that no group differs from the first, with the covariance between their effects.
 
     Hotelling's T^2 as Pustejovsky and Tipton 2018 use it for cluster-robust covariances; their
@@ -105,13 +107,13 @@ def omnibus_test(fit: Fit, found: Sandwich | None = None) -> OmnibusTest | Refus
     """
     if (refused := _single_trunks(fit, fit.form.groups)) is not None:
         return refused
-    found = found or sandwich(fit)
+    vcov = vcov or sandwich(fit)
     first, *others = fit.form.groups
     pairs = [_difference(fit, first, other) for other in others]
     estimates, directions = np.array([e for e, _ in pairs]), np.stack([d for _, d in pairs])
-    fewest = float(found.error_and_freedom(directions)[1].min())
+    fewest = float(vcov.error_and_freedom(directions)[1].min())
     count, rest = len(others), fewest - len(others) + 1
-    spread = (directions @ found.pushes.T) @ (directions @ found.pushes.T).T
+    spread = (directions @ vcov.pushes.T) @ (directions @ vcov.pushes.T).T
     if rest <= 0 or np.linalg.matrix_rank(spread) < count:
         return Refusal(
             "R-PAIRS",
@@ -119,6 +121,7 @@ def omnibus_test(fit: Fit, found: Sandwich | None = None) -> OmnibusTest | Refus
             "add sizes or trunks, or compare fewer arms",
         )
     square = float(estimates @ np.linalg.solve(spread, estimates))
+    # Hotelling: T^2 (freedom - count + 1) / (freedom count) follows F.
     statistic = rest / (fewest * count) * square
     return OmnibusTest(statistic, (float(count), rest), float(stats.f.sf(statistic, count, rest)))
 
@@ -203,6 +206,8 @@ def criteria(fit: Fit) -> tuple[float, float]:
     """AICc and BIC of a least-squares fit: normal errors with their variance estimated."""
     # One more than the coefficients: the error variance is estimated too.
     count, k = len(fit.rows), len(fit.theta) + 1
+    # The objective is half the sum of squares. -2 ln likelihood is n ln(RSS / n), up to a constant
+    # that is equal for all laws.
     deviance = count * np.log(max(2 * fit.objective / count, 1e-300))
     correction = 2 * k * (k + 1) / (count - k - 1) if count > k + 1 else np.inf
     return float(deviance + 2 * k + correction), float(deviance + k * np.log(count))

@@ -76,6 +76,8 @@ def profile(fit: Fit, label: str) -> Profile:
     span = min(HALF_WIDTHS * quantile * float(error[0]), LARGEST_SPAN)
     # Quadratic spacing: dense near the optimum, where the curve is a parabola to be followed.
     offsets = span * np.linspace(0.0, 1.0, POINTS) ** 2
+    # Near the optimum the objective rises by curvature / 2 * offset^2; over `scale` that is (offset
+    # / error)^2.
     scale = 0.5 * _curvature(fit, slot) * float(error[0]) ** 2
     sides = [_walk(fit, slot, fit.theta[slot] + sign * offsets) / scale for sign in (-1.0, 1.0)]
     ends = []
@@ -85,13 +87,14 @@ def profile(fit: Fit, label: str) -> Profile:
         ends.append(_crossing(finer, rise, quantile**2))
     log = any(slot == fit.form.slots.get((n, g)) for n in fit.law.logs for g in fit.form.groups)
     at = fit.theta[slot] + np.concatenate([-offsets[:0:-1], offsets])
-    found = Profile(
+    # The left side is reversed, and without the optimum, which both sides start from.
+    result = Profile(
         label, float(fit.theta[slot]), at, np.concatenate([sides[0][:0:-1], sides[1]]),
         quantile**2,
         None if ends[0] is None else float(fit.theta[slot]) - ends[0],
         None if ends[1] is None else float(fit.theta[slot]) + ends[1],
     )  # fmt: skip
-    return found.as_coefficient() if log else found
+    return result.as_coefficient() if log else result
 
 
 def _curvature(fit: Fit, slot: int) -> float:
@@ -100,6 +103,8 @@ def _curvature(fit: Fit, slot: int) -> float:
     # Clipped rows have no curvature in a Huber objective.
     inside = np.average(np.abs(fit.residuals) <= fit.delta, weights=fit.weights)
     normal = (jacobian * fit.weights[:, None]).T @ jacobian
+    # One over the entry of the inverse is the Schur complement: the curvature once the other
+    # parameters are refitted.
     return float(inside / np.linalg.pinv(normal)[slot, slot])
 
 

@@ -87,8 +87,8 @@ class ScalingLaw:
             ValueError: no law has this name, or a parameter of `varies` is not one of the law.
         """
         law, estimator = self._resolved(), Estimator(delta=self.delta)
-        found = estimator.fit(table.reset_index(drop=True), law)
-        self._learnt = found if isinstance(found, Refusal) else _learn(estimator, found)
+        result = estimator.fit(table.reset_index(drop=True), law)
+        self._learnt = result if isinstance(result, Refusal) else _learn(estimator, result)
         return self
 
     @property
@@ -117,8 +117,8 @@ class ScalingLaw:
         refusal = None if allow else _too_far(learnt.fit, table)
         if refusal is not None:
             return refusal
-        found = _forecast(learnt, Estimator(delta=self.delta), table)
-        return _at_level(found, learnt, table, interval)
+        predicted = _forecast(learnt, Estimator(delta=self.delta), table)
+        return _at_level(predicted, learnt, table, interval)
 
     def profile(self, label: str) -> Profile | Refusal:
         """Profile likelihood of one parameter; an open interval stays open."""
@@ -144,11 +144,11 @@ def _learn(estimator: Estimator, fit: Fit) -> Learnt:
     covariance = sandwich(fit)
     intervals = {}
     for label in fit.form.labels:
-        found = parameter_interval(fit, covariance, label)
+        interval = parameter_interval(fit, covariance, label)
         # Fitted as a logarithm, so the interval of the coefficient is asymmetric.
         if label.split(" [")[0] in fit.law.logs:
-            found = found.mapped(lambda value: float(np.exp(value)))
-        intervals[label] = found
+            interval = interval.mapped(lambda value: float(np.exp(value)))
+        intervals[label] = interval
     tested = backtest(estimator, fit.rows, fit.law) if _has_compute(fit) else None
     return Learnt(fit, covariance, shape_robust(fit), intervals, tested)
 
@@ -165,9 +165,9 @@ def _too_far(fit: Fit, table: pd.DataFrame) -> Refusal | None:
     for n, d, c in zip(
         floats(table, "parameters"), floats(table, "tokens"), training_flops(table), strict=True
     ):
-        found: Caveat | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
-        if isinstance(found, Refusal):
-            return found
+        finding: Caveat | Refusal | None = extrapolation(rows, Target(n, d, c), allow=False)
+        if isinstance(finding, Refusal):
+            return finding
     return None
 
 
@@ -178,7 +178,7 @@ def _forecast(learnt: Learnt, estimator: Estimator, table: pd.DataFrame) -> Fore
 
 
 def _at_level(
-    found: Forecast | None, learnt: Learnt, table: pd.DataFrame, level: float
+    predicted: Forecast | None, learnt: Learnt, table: pd.DataFrame, level: float
 ) -> pd.DataFrame:
     """Intervals at any level: each component times the quantile for its degrees of freedom."""
     mean = prediction_errors(learnt.fit, learnt.covariance, table)
@@ -186,15 +186,15 @@ def _at_level(
     normal = float(stats.norm.ppf(0.5 + 0.5 * level))
     # Without a back-test only the residual scatter stands beside the error of the mean.
     rest = np.full(len(table), float(np.std(learnt.fit.residuals)) ** 2)
-    if found is not None:
-        parts = found.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)
+    if predicted is not None:
+        parts = predicted.rows[["sigma", "s_backtest", "s_laws"]].to_numpy(dtype=np.float64)
         rest = (parts**2).sum(axis=1)
     half = np.sqrt((quantile * mean.error) ** 2 + normal**2 * rest)
     low, high = _mean_interval(learnt.shape_robust, table, level).T
     ends = {"estimate": mean.log, "low": mean.log - half, "high": mean.log + half}
     columns = {name: np.exp(value) for name, value in ends.items()}
     answer = pd.DataFrame({**columns, "mean_low": low, "mean_high": high}, index=table.index)
-    return answer if found is None else answer.join(found.rows.drop(columns=list(columns)))
+    return answer if predicted is None else answer.join(predicted.rows.drop(columns=list(columns)))
 
 
 def _mean_interval(robust: ShapeRobust | None, table: pd.DataFrame, level: float) -> np.ndarray:

@@ -39,28 +39,28 @@ class ShapeRobust:
     """A fit with quadratic terms added.
 
     Attributes:
-        found: step of the law's parameters and coefficients of the quadratic terms, with their
-            covariance.
+        regression: a step of the law's parameters, and coefficients of the quadratic terms, with
+            their covariance.
     """
 
     fit: Fit
-    found: Sandwich
+    regression: Sandwich
 
     def predict(self, rows: pd.DataFrame) -> LogPrediction:
         """Ln of the expected target at rows inside the data, with its standard error."""
         slopes = _slopes(self.fit, rows)
-        error, freedom = self.found.error_and_freedom(slopes)
+        error, freedom = self.regression.error_and_freedom(slopes)
         law = log_loss(self.fit.form.design(rows), self.fit.theta[None])[0]
-        return LogPrediction(law + slopes @ self.found.theta, error, freedom)
+        return LogPrediction(law + slopes @ self.regression.theta, error, freedom)
 
     def inside(self, rows: pd.DataFrame) -> Array:
         """Which rows lie in the range of every variable of the fit, and of products and ratios.
 
         Products and ratios cut off the corners of the box in ln N and ln D, which hold no runs.
         """
-        known, asked = (_with_pairs(_logs(self.fit, each)) for each in (self.fit.rows, rows))
+        known, new = (_with_pairs(_logs(self.fit, each)) for each in (self.fit.rows, rows))
         slack = 1e-9
-        return ((asked >= known.min(axis=0) - slack) & (asked <= known.max(axis=0) + slack)).all(1)
+        return ((new >= known.min(axis=0) - slack) & (new <= known.max(axis=0) + slack)).all(1)
 
 
 def shape_robust(fit: Fit) -> ShapeRobust | None:
@@ -78,6 +78,8 @@ def _regress(fit: Fit, slopes: Array) -> Array:
     """Huber regression of the residuals: repeated least squares on clipped residuals."""
     scale = np.sqrt(fit.weights)
     solve = projection(slopes * scale[:, None])[1]
+    # Huber's modified residuals: only residuals change between rounds, so one factorisation serves
+    # all; rounds are cheap and convergence is linear.
     step = np.zeros(slopes.shape[1])
     for _ in range(ROUNDS):
         left = np.clip(fit.residuals - slopes @ step, -fit.delta, fit.delta)
@@ -89,10 +91,10 @@ def _regress(fit: Fit, slopes: Array) -> Array:
 
 
 def _slopes(fit: Fit, rows: pd.DataFrame) -> Array:
-    known, asked = (_logs(fit, each) for each in (fit.rows, rows))
+    known, new = (_logs(fit, each) for each in (fit.rows, rows))
     spread = np.maximum(known.std(axis=0), 1e-12)
     # Standardised: squares of raw logs are nearly collinear with the logs themselves.
-    place = (asked - known.mean(axis=0)) / spread
+    place = (new - known.mean(axis=0)) / spread
     first, second = np.triu_indices(place.shape[1])
     return np.concatenate([slopes_at(fit, rows), place[:, first] * place[:, second]], axis=1)
 

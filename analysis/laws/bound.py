@@ -77,12 +77,13 @@ class Form:
             )
         # The centres of the fit, not of these rows: parameters belong to them.
         x = self.law.prepare(rows, self.centres)
-        found = []
+        parts = []
         for group in self.groups:
             mine = np.flatnonzero(names == group)
-            chosen = {n: v[mine] if v.ndim and len(v) == len(names) else v for n, v in x.items()}
-            found.append(GroupRows(mine, self.slots_of(group), chosen))
-        return Design(self.law, tuple(found), self._fixed(), (len(names), len(self.labels)))
+            # Constants of a reparametrisation, such as centres, have no rows to choose from.
+            chosen = {name: value[mine] if value.ndim else value for name, value in x.items()}
+            parts.append(GroupRows(mine, self.slots_of(group), chosen))
+        return Design(self.law, tuple(parts), self._fixed(), (len(names), len(self.labels)))
 
     def slots_of(self, group: str) -> dict[str, int]:
         """Place of each fitted parameter of one group."""
@@ -141,32 +142,32 @@ def bind(law: AnyLaw, rows: pd.DataFrame) -> Form:
 
 def log_loss(design: Design, theta: Array) -> Array:
     """Predict ln of the target, (replicates, rows), from theta (replicates, parameters)."""
-    found = np.empty((len(theta), design.shape[0]))
+    predicted = np.empty((len(theta), design.shape[0]))
     for group in design.groups:
-        found[:, group.rows] = _evaluate(design, group, theta)[0]
-    return found
+        predicted[:, group.rows] = _evaluate(design, group, theta)[0]
+    return predicted
 
 
 def log_loss_and_slopes(design: Design, theta: Array) -> tuple[Array, Array]:
     """Predict ln of the target, and its derivatives as (replicates, parameters, rows)."""
     rows, parameters = design.shape
-    found = np.empty((len(theta), rows))
+    predicted = np.empty((len(theta), rows))
     slopes = np.zeros((len(theta), parameters, rows))
     single = len(design.groups) == 1
     for group in design.groups:
         value, by_name = _evaluate(design, group, theta)
         # Writing through a slice is faster than through indices; a bootstrap spends its time here.
         where = slice(None) if single else group.rows
-        found[:, where] = value
+        predicted[:, where] = value
         for name, slot in group.slots.items():
             slopes[:, slot, where] = by_name[name]
-    return found, slopes
+    return predicted, slopes
 
 
 def log_loss_and_jacobian(design: Design, theta: Array) -> tuple[Array, Array]:
     """Predict ln of the target, and its derivatives as (replicates, rows, parameters)."""
-    found, slopes = log_loss_and_slopes(design, theta)
-    return found, slopes.transpose(0, 2, 1)
+    predicted, slopes = log_loss_and_slopes(design, theta)
+    return predicted, slopes.transpose(0, 2, 1)
 
 
 def _evaluate(design: Design, group: GroupRows, theta: Array) -> tuple[Array, dict[str, Array]]:

@@ -174,6 +174,7 @@ class Law:
             shares = [outer[0] * power * share for share in shares] + outer[1:]
         if self.floor:
             slopes[self.floor] = shares[-1]
+        # Not strict: the floor's share comes last and belongs to no term.
         for term, share in zip(self.terms, shares, strict=False):
             _add(slopes, term.coefficient, share)
             for factor in term.factors:
@@ -198,7 +199,7 @@ class Law:
         self, values: Mapping[str, float], centres: Mapping[str, float]
     ) -> dict[str, float]:
         """Centred coordinates of parameters given as they are reported (A, not ln A)."""
-        found = {
+        inner = {
             name: float(np.log(value)) if name in self.logs else float(value)
             for name, value in values.items()
         }
@@ -206,8 +207,8 @@ class Law:
             for factor in term.factors:
                 name = factor.exponent
                 exponent = values[name] if isinstance(name, str) else name
-                found[term.coefficient] -= float(exponent) * centres[factor.variable]
-        return found
+                inner[term.coefficient] -= float(exponent) * centres[factor.variable]
+        return inner
 
     def without_floor(self) -> "Law":
         """The law with its constant left out."""

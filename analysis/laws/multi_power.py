@@ -71,6 +71,7 @@ class MultiPower:
         # (1 + x)^-beta through log1p: x is tiny for drops late in the schedule.
         left = np.exp(-beta * np.log1p(inner))
         size = np.exp(p["B"])
+        # Derivative of 1 - (1 + x)^-beta by ln x: beta x (1 + x)^(-beta - 1).
         by_log = x["drop"] * beta * left * inner / (1.0 + inner)
         gained = size * (x["drop"] * (1.0 - left)).sum(axis=2)
         loss = np.exp(p["E"]) + start - gained
@@ -98,11 +99,11 @@ class MultiPower:
         self, values: Mapping[str, float], centres: Mapping[str, float]
     ) -> dict[str, float]:
         """The inverse of `natural`."""
-        found = {n: float(np.log(v) if n in self.logs else v) for n, v in values.items()}
-        found["A"] -= float(values["alpha"]) * centres["S"]
-        found["B"] += centres["peak"]
-        found["C"] += centres["S"] - float(values["gamma"]) * centres["peak"]
-        return found
+        inner = {n: float(np.log(v) if n in self.logs else v) for n, v in values.items()}
+        inner["A"] -= float(values["alpha"]) * centres["S"]
+        inner["B"] += centres["peak"]
+        inner["C"] += centres["S"] - float(values["gamma"]) * centres["peak"]
+        return inner
 
 
 MULTI_POWER = MultiPower()

@@ -49,10 +49,13 @@ class TaskError:
         """Ln of the error; NaN where the law gives a negative error."""
         rate = np.exp(p["g"])
         top = 1.0 / (1.0 + np.exp(-p["k"]))
+        # (k / ceiling) exp(-g L): `top` is its value at the lowest loss, as a logistic function, so
+        # the error 1 - share stays positive at every loss of the data.
         share = top * np.exp(-rate * x["above"])
         by_log_share = -share / (1.0 - share)
         slopes = {
             "ceiling": np.ones_like(share),
+            # d share / d logit = share (1 - top).
             "k": by_log_share * (1.0 - top),
             "g": -by_log_share * rate * x["above"],
         }

@@ -29,16 +29,21 @@ class Repetition:
     columns: tuple[str, ...] = ("unique_tokens",)
 
     def prepare(self, rows: pd.DataFrame, centres: Mapping[str, float]) -> dict[str, Array]:
-        """Logs that are not centred, and the centres."""
+        """Logs that are not centred, and the centres, which are not per row."""
         size, data = np.log(floats(rows, SIZE)), np.log(floats(rows, DATA))
         # Fewer tokens than unique ones: no repetition, D' = D.
         unique = np.minimum(np.log(floats(rows, "unique_tokens")), data)
-        shift = np.array([centres[SIZE], centres[DATA]])
-        return {"log N": size, "log D": data, "log U": unique, "centres": shift}
+        return {
+            "log N": size,
+            "log D": data,
+            "log U": unique,
+            "centre N": np.array(centres[SIZE]),
+            "centre D": np.array(centres[DATA]),
+        }
 
     def apply(self, p: NamedArrays, x: NamedArrays) -> dict[str, tuple[Array, dict[str, Array]]]:
         """Centred logs of N' and D', with their derivatives."""
-        shift_size, shift_data = x["centres"]
+        shift_size, shift_data = x["centre N"], x["centre D"]
         data, _, by_rate = _effective(x["log U"], x["log D"], p["R_D"])
         best, slopes = _optimal_size(p, x["log U"], (shift_size, shift_data))
         # A model below the optimal size has no excess parameters, so U_N = N and no slope by it.
@@ -93,12 +98,14 @@ def _effective(unique: Array, total: Array, log_rate: Array) -> tuple[Array, Arr
     decay = np.exp(-excess / rate)
     # 1 - exp(-x) would lose every digit at large rates and fake an optimum there.
     gained = -rate * np.expm1(-excess / rate)
+    # d gained / d ratio = decay, and d ratio / d ln U = -ratio.
     by_unique = 1.0 - decay * ratio / (1.0 + gained)
+    # d gained / d ln R = gained - excess * decay.
     return unique + np.log1p(gained), by_unique, (gained - excess * decay) / (1.0 + gained)
 
 
 def _optimal_size(
-    p: NamedArrays, log_unique: Array, shifts: tuple[float, float]
+    p: NamedArrays, log_unique: Array, shifts: tuple[Array, Array]
 ) -> tuple[Array, dict[str, Array]]:
     """Ln of the size that is compute-optimal for a number of tokens, with its derivatives."""
     # alpha A N^-alpha = beta B U^-beta at the optimum for C = 6 N D (Hoffmann et al. 2203.15556).

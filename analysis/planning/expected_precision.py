@@ -1,9 +1,9 @@
 """The precision to expect of a grid of runs before any of them is trained.
 
-Fisher information of a law's parameters at assumed values (a local design), with a covariance in
-which points of one trunk share the random effect of their seed. The law, its exponents and the
-noise are assumptions: `Assumed` holds them, and every answer prints them. Ours: the noise model and
-the assumed values.
+Fisher information of a law's parameters at assumed values (a local design, Chernoff 1953), with a
+covariance in which points of one trunk share the random effect of their seed. The law, its
+exponents and the noise are assumptions: `Assumed` holds them, and every answer prints them. Ours:
+the noise model and the assumed values.
 """
 
 from collections.abc import Mapping
@@ -114,13 +114,13 @@ def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
             `trunk_id`, `parameters` and `tokens`.
         assumed: law and noise.
     """
-    found = []
+    expected = []
     widths = exponent_widths(grid, assumed)
     for name in ("alpha", "beta"):
-        found.append(Expected(name, widths if isinstance(widths, Refusal) else widths[name]))
+        expected.append(Expected(name, widths if isinstance(widths, Refusal) else widths[name]))
     for factor in ("corpus", "architecture"):
-        found.append(_contrast(grid, factor, assumed.noise))
-    return found
+        expected.append(_contrast(grid, factor, assumed.noise))
+    return expected
 
 
 def exponent_widths(grid: pd.DataFrame, assumed: Assumed) -> dict[str, float] | Refusal:
@@ -184,6 +184,8 @@ def _contrast(grid: pd.DataFrame, factor: str, noise: PlannedNoise) -> Expected:
     freedom = (sizes - 1) * (1 + shared / between) ** 2
     # An interval uses the sample deviation, which is smaller on average than the true one.
     usual = np.sqrt(between * _mean_over_deviation(sizes - 1) ** 2 + shared)
+    # The effect whose t statistic exceeds the quantile with the wanted power; the central t stands
+    # in for the noncentral one.
     smallest = np.sqrt(between + shared) * (t_quantile(freedom) + stats.t.ppf(POWER, freedom))
     half = t_quantile(freedom) * usual
     return Expected(factor, 100 * float(np.expm1(half)), 100 * float(np.expm1(smallest)))

@@ -1,10 +1,10 @@
 """Which runs to train next: the information per FLOP about one quantity, and when to stop.
 
-Greedy local design for one quantity g(theta) (c-optimality): a run with gradient f lowers the
-variance of g by (g' M^-1 f)^2 / (s^2 + f' M^-1 f). That gain, over the square root of the cost, is
-averaged over parameter draws of several laws, so that the design does not exploit the tail of one
-law. Ours: the square root of the cost (gain per FLOP buys tiny runs only), the stopping rule, and
-the run held out.
+Greedy local design (Chernoff 1953) for one quantity g(theta) (c-optimality, Elfving 1952): a run
+with gradient f lowers the variance of g by (g' M^-1 f)^2 / (s^2 + f' M^-1 f). That gain, over the
+square root of the cost, is averaged over parameter draws of several laws, so that the design does
+not exploit the tail of one law. Ours: the square root of the cost (gain per FLOP buys tiny runs
+only), the stopping rule, and the run held out.
 """
 
 from collections.abc import Callable, Sequence
@@ -182,14 +182,14 @@ class _State:
 
     def gains(self) -> Array:
         """Share of the target's variance that each candidate removes, over draws and laws."""
-        found = []
+        shares = []
         for gradient, ahead, covariance in self._parts:
             direction = np.einsum("bpq,bq->bp", covariance, gradient)
             shared = np.einsum("bcp,bp->bc", ahead, direction) ** 2
             own = np.einsum("bcp,bpq,bcq->bc", ahead, covariance, ahead, optimize=True)
             variance = np.einsum("bp,bp->b", gradient, direction)
-            found.append((shared / (self._noise + own) / variance[:, None]).mean(axis=0))
-        return np.mean(found, axis=0)
+            shares.append((shared / (self._noise + own) / variance[:, None]).mean(axis=0))
+        return np.mean(shares, axis=0)
 
     def add(self, index: int) -> None:
         """Count a candidate as run."""

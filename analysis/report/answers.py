@@ -28,13 +28,13 @@ NO_OPTIMUM = Refusal(
 )
 
 
-def answers(study: Study, found: Findings | None) -> list[tuple[str, str, str]]:
+def answers(study: Study, findings: Findings | None) -> list[tuple[str, str, str]]:
     """What the page says first: a lead, a sentence with its interval, and how it was made."""
     answer, mixed = study.answer, study.rate_search
     if mixed is not None:
         text = f"Not answered: {mixed.reason}. To answer it, {mixed.remedy}."
         return [("Data against architecture", text, "")]
-    rows = [("Summary", headline_sentence(found.headline), "")] if found else []
+    rows = [("Summary", headline_sentence(findings.headline), "")] if findings else []
     for factor, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture)):
         for contrast in contrasts:
             text = contrast_sentence(contrast, answer.detectable[factor])
@@ -66,7 +66,7 @@ def _arm_answers(arm: Arm, named: bool) -> list[tuple[str, str, str]]:
     ]
 
 
-def refusals(study: Study, found: Findings | None) -> list[tuple[str, Refusal]]:
+def refusals(study: Study, findings: Findings | None) -> list[tuple[str, Refusal]]:
     """Every answer that was refused; equal reasons are listed once."""
     answer = study.answer
     named: list[tuple[str, object]] = [
@@ -76,7 +76,7 @@ def refusals(study: Study, found: Findings | None) -> list[tuple[str, Refusal]]:
         ("Noise between seeds", answer.noise),
         *((f"{law_words(law.law)} of {law.part}", law.fit) for law in study.laws),
         *(("Multiplier", each) for each in study.multipliers),
-        *(_of_findings(found) if found else ()),
+        *(_of_findings(findings) if findings else ()),
     ]
     by_text: dict[str, tuple[list[str], Refusal]] = {}
     for subject, value in named:
@@ -86,13 +86,13 @@ def refusals(study: Study, found: Findings | None) -> list[tuple[str, Refusal]]:
     return [("; ".join(subjects), refusal) for subjects, refusal in by_text.values()]
 
 
-def _of_findings(found: Findings) -> list[tuple[str, object]]:
-    head = found.headline
+def _of_findings(findings: Findings) -> list[tuple[str, object]]:
+    head = findings.headline
     named: list[tuple[str, object]] = [("Ratio in the summary", head.ratio)]
     named += [(f"Worth of the {name} in compute", each) for name, each in head.multipliers.items()]
-    named += [(f"Variance shares on {name}", each) for name, each in found.shares.items()]
-    named += [(f"Loss to loss on {name}", each) for name, each in found.transfers.items()]
-    if found.shown is not None and not len(found.counting):
+    named += [(f"Variance shares on {name}", each) for name, each in findings.shares.items()]
+    named += [(f"Loss to loss on {name}", each) for name, each in findings.transfers.items()]
+    if findings.shown is not None and not len(findings.counting):
         named.append(("Exponent of the best size by counting", NO_OPTIMUM))
     return named
 
@@ -140,8 +140,8 @@ def laws_table(study: Study) -> pd.DataFrame:
     return frame.loc[:, (frame != "").any()] if len(frame) else frame
 
 
-def _method(found: object) -> str:
-    if isinstance(found, Contrast):
-        return f"{len(found.pairs)} interpolated pairs; {found.effect.method}."
-    method = getattr(found, "method", "")
+def _method(result: object) -> str:
+    if isinstance(result, Contrast):
+        return f"{len(result.pairs)} interpolated pairs; {result.effect.method}."
+    method = getattr(result, "method", "")
     return f"{method}." if method else ""

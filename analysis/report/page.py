@@ -47,7 +47,7 @@ def render(
     plates: Sequence[ReportFigure],
     drawings: Drawings,
     plan: Mapping,
-    found: Findings | None,
+    findings: Findings | None,
 ) -> str:
     """The whole page as HTML that needs nothing else."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -63,9 +63,9 @@ def render(
         trailing=[_part(each, drawings) for each in sections if not each.leads],
         progress=progress(table),
         neutral_set=table.neutral_set,
-        answers=answers(study, found),
-        reservations=_reservations(found),
-        refusals=refusals(study, found),
+        answers=answers(study, findings),
+        reservations=_reservations(findings),
+        refusals=refusals(study, findings),
         first=_drawn([each for each in plates if each.name == FIRST_FIGURE], drawings),
         plates=_drawn([each for each in plates if each.name != FIRST_FIGURE], drawings),
         colours=list(zip(panels.COLOURS, panels.DARK_COLOURS, strict=True)),
@@ -90,9 +90,9 @@ def render(
     )
 
 
-def _reservations(found: Findings | None) -> list[dict[str, str]]:
+def _reservations(findings: Findings | None) -> list[dict[str, str]]:
     """The guards that fired: code, meaning, what was found, and what follows."""
-    raised = found.reservations if found else ()
+    raised = findings.reservations if findings else ()
     return [
         {"code": each.code, "finding": each.finding, "meaning": capital(each.meaning),
          "action": each.action}
@@ -136,9 +136,9 @@ def _headline(study: Study, sections: Sequence[Section]) -> str:
         return first[0]
     answer = study.answer
     parts = [
-        f"{name} {largest_effect(found)}"
-        for name, found in (("corpus", answer.corpus), ("architecture", answer.architecture))
-        if any(isinstance(each, Contrast) for each in found)
+        f"{name} {largest_effect(contrasts)}"
+        for name, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture))
+        if any(isinstance(each, Contrast) for each in contrasts)
     ]
     if not parts:
         return "Data against architecture: not answered yet"
@@ -180,21 +180,21 @@ def _law_note(study: Study) -> str:
 
 def _law_warnings(study: Study) -> list[str]:
     """One line per warning code: what it means, and where it was raised."""
-    found: dict[str, list[str]] = {}
+    by_code: dict[str, list[str]] = {}
     for law in study.laws:
         if isinstance(law.fit, Fit):
             for warned in law.fit.warnings:
                 place = f"{law.part}, {law.evaluation_set}"
-                found.setdefault(warned.code, []).append(f"{place}: {warned.finding}")
-    return [f"{code}, {WARNINGS[code][0]}. {'; '.join(each)}." for code, each in found.items()]
+                by_code.setdefault(warned.code, []).append(f"{place}: {warned.finding}")
+    return [f"{code}, {WARNINGS[code][0]}. {'; '.join(each)}." for code, each in by_code.items()]
 
 
 def _multiplier_note(study: Study) -> str:
-    found = [each for each in study.multipliers if not isinstance(each, Refusal)]
-    if not found:
+    known = [each for each in study.multipliers if not isinstance(each, Refusal)]
+    if not known:
         return ""
     return (
-        f"From the joint law ({law_words(study.joint.law)}); intervals by {found[0].factor.method}."
+        f"From the joint law ({law_words(study.joint.law)}); intervals by {known[0].factor.method}."
     )
 
 

@@ -1,4 +1,4 @@
-"""NamedArrays of the page that only some sweeps have: arms side by side, learning rates, tuning."""
+"""Parts of the page that only some sweeps have: arms side by side, learning rates, tuning."""
 
 from dataclasses import dataclass
 
@@ -57,8 +57,8 @@ def sections(table: Table, rate_search: Refusal | None) -> list[Section]:
 
     `rate_search` is that of the study: None unless the sweep is a search over learning rates.
     """
-    found = [_arms(table) if rate_search is None else _rates(table), _tuning(table)]
-    return [each for each in found if each is not None]
+    parts = [_arms(table) if rate_search is None else _rates(table), _tuning(table)]
+    return [each for each in parts if each is not None]
 
 
 def _arms(table: Table) -> Section | None:
@@ -80,15 +80,15 @@ def _arms(table: Table) -> Section | None:
 
 
 def _rates(table: Table) -> Section:
-    found = search_table(table)
+    searched = search_table(table)
     lines = tuple(search_lines(table))
     return Section(
         name="rates",
         title="Learning rates",
         text=lines[-1],
         plates=tuple(draw_rates(table)),
-        shown=search_shown(found),
-        numbers=found,
+        shown=search_shown(searched),
+        numbers=searched,
         note=_RATES_NOTE,
         lines=(*lines, ""),
         leads=True,

@@ -83,13 +83,13 @@ def fingerprint(table: Table) -> str:
 def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
     folder = sweep / "report"
     study = analyse(table, settings)
-    found = None if study.rate_search else find(study, settings)
-    parts, plates = sections(table, study.rate_search), draw(study, found)
+    findings = None if study.rate_search else find(study, settings)
+    parts, plates = sections(table, study.rate_search), draw(study, findings)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
     drawings = {plate.name: (plate.save(folder / "figures"), plate.narrow()) for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))
     _write_tables(study, parts, folder / "tables")
-    lines = _terminal_lines(study, parts, folder, found)
+    lines = _terminal_lines(study, parts, folder, findings)
     numbers = plain(
         {
             "fingerprint": fingerprint(table),
@@ -101,12 +101,12 @@ def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
             "laws": study.laws,
             "family": study.family,
             "multipliers": study.multipliers,
-            "headline": found.headline if found else None,
-            "reservations": found.reservations if found else (),
-            "variance_shares": found.shares if found else {},
+            "headline": findings.headline if findings else None,
+            "reservations": findings.reservations if findings else (),
+            "variance_shares": findings.shares if findings else {},
             **{part.name: part.numbers for part in parts},
             "refusals": [
-                {"of": subject, "refusal": each} for subject, each in refusals(study, found)
+                {"of": subject, "refusal": each} for subject, each in refusals(study, findings)
             ],
             "exclusions": table.exclusions,
             "plan": plan,
@@ -114,7 +114,7 @@ def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
         }
     )
     assert isinstance(numbers, dict)
-    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan, found))
+    write_atomically(folder / "index.html", render(study, parts, plates, drawings, plan, findings))
     # Last: it holds the fingerprint that says the report is whole.
     write_json(folder / "report.json", numbers)
     return Report(folder / "index.html", numbers, lines)
@@ -158,22 +158,22 @@ def _effects_table(study: Study) -> pd.DataFrame:
             "matching": each.matching,
         }
         for set_name, factors in study.effects.items()
-        for factor, found in factors.items()
-        for each in found
+        for factor, contrasts in factors.items()
+        for each in contrasts
         if isinstance(each, Contrast)
     )
 
 
 def _terminal_lines(
-    study: Study, parts: list[Section], folder: Path, found: Findings | None
+    study: Study, parts: list[Section], folder: Path, findings: Findings | None
 ) -> tuple[str, ...]:
     lines = [f"{study.table.name}: {progress(study.table)}", ""]
     lines += [line for part in parts for line in part.lines]
-    lines += [f"{lead}: {text}" for lead, text, _ in answers(study, found)]
-    codes = ", ".join(each.code for each in found.reservations) if found else ""
+    lines += [f"{lead}: {text}" for lead, text, _ in answers(study, findings)]
+    codes = ", ".join(each.code for each in findings.reservations) if findings else ""
     lines += [f"Warnings, explained on the page: {codes}"] if codes else []
     lines += _law_lines(study)
-    refused = refusals(study, found)
+    refused = refusals(study, findings)
     if refused:
         lines += [
             "",

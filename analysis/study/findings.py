@@ -139,8 +139,8 @@ def _rivals(joint: Fit | Refusal) -> list[Fit]:
     """The other laws fitted to the same rows: their spread shows how much the choice matters."""
     if isinstance(joint, Refusal):
         return []
-    found = [Estimator(starts=4).fit(joint.rows, _like(law, joint)) for law in RIVALS]
-    return [each for each in found if isinstance(each, Fit) and each.law.name != joint.law.name]
+    fits = [Estimator(starts=4).fit(joint.rows, _like(law, joint)) for law in RIVALS]
+    return [each for each in fits if isinstance(each, Fit) and each.law.name != joint.law.name]
 
 
 def _like(law: Law, fit: Fit) -> Law:
@@ -160,27 +160,27 @@ def _per_group(study: Study, make: Callable[[Fit, Bootstrap, str], pd.DataFrame]
 
 
 def _isoflop(study: Study, neutral: pd.DataFrame) -> dict[str, list[IsoFlopCurve]]:
-    found = {}
+    by_architecture = {}
     for name in study.table.levels("architecture"):
         arm = where(neutral, "architecture", name)
         first = [c for c in study.table.levels("corpus") if c in set(arm["corpus"])][:1]
         curves = budgets(where(arm, "corpus", first[0])) if first else []
         if curves:
-            found[name] = curves
-    return found
+            by_architecture[name] = curves
+    return by_architecture
 
 
 def _of_budgets(study: Study, curves: dict[str, list[IsoFlopCurve]]) -> tuple[Caveat, ...]:
     """W-EDGE, W-A2BIAS and W-SUM over all isoFLOP curves, one warning a code."""
-    found: dict[str, list[str]] = {}
+    by_code: dict[str, list[str]] = {}
     for name, mine in curves.items():
         law = next(
             (each.fit for each in study.cells if each.part.startswith(f"{name} on ")
              and each.evaluation_set == study.table.neutral_set), None,
         )  # fmt: skip
         for caveat in budget_warnings(mine, law if isinstance(law, Fit) else None):
-            found.setdefault(caveat.code, []).append(f"{name}: {caveat.finding}")
-    return tuple(Caveat(code, _first_of(each)) for code, each in found.items())
+            by_code.setdefault(caveat.code, []).append(f"{name}: {caveat.finding}")
+    return tuple(Caveat(code, _first_of(each)) for code, each in by_code.items())
 
 
 def _first_of(findings: list[str], shown: int = 2) -> str:
@@ -243,6 +243,7 @@ def _design(
     options = pd.DataFrame({"parameters": n, "tokens": n * m, "flops": arm.cost(n) * n * m})
     options = options.assign(**arm.identity)
     sigma = max(fit.sigma, 1e-4)
+    # Budget: three of the largest candidates, a third of it for the run that is held out.
     terms = Terms(sigma, 3.0 * float(floats(options, "flops").max()), 0.0, PROPOSALS, 1 / 3)
     mapped = design_map(done, options, beliefs, target, sigma)
     return mapped, advise(done, options, beliefs, target, terms)
@@ -258,6 +259,7 @@ def _target(fit: Fit) -> Callable:
 
 
 def _beliefs(fit: Fit, generator: np.random.Generator) -> list[Belief]:
-    found = [fit, Estimator(starts=4).fit(fit.rows, _like(GAMMA, fit))]
-    fits = [each for each in found if isinstance(each, Fit)]
+    results = [fit, Estimator(starts=4).fit(fit.rows, _like(GAMMA, fit))]
+    # Two laws with different tails, so that the advice does not rest on one of them.
+    fits = [each for each in results if isinstance(each, Fit)]
     return [Belief(each.form, replicate(each, DRAWS, generator).theta) for each in fits]

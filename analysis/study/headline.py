@@ -54,9 +54,9 @@ def headline(study: Study, corpus: str | None = None, architecture: str | None =
 
 
 def _chosen(
-    found: tuple[Contrast | Refusal, ...], name: str | None, factor: str
+    results: tuple[Contrast | Refusal, ...], name: str | None, factor: str
 ) -> Contrast | Refusal:
-    known = [each for each in found if isinstance(each, Contrast)]
+    known = [each for each in results if isinstance(each, Contrast)]
     if name is not None:
         named = [each for each in known if each.other == name]
         if not named:
@@ -65,7 +65,7 @@ def _chosen(
                 f"no contrast of {factor} {name!r} with the baseline; there are {others}"
             )
         return named[0]
-    return max(known, key=lambda each: abs(each.effect.estimate)) if known else found[0]
+    return max(known, key=lambda each: abs(each.effect.estimate)) if known else results[0]
 
 
 def _other(contrast: Contrast | Refusal) -> str:

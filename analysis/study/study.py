@@ -90,6 +90,7 @@ def analyse(table: Table, settings: Settings) -> Study:
     search = rate_search(table)
     if search is not None:
         return _refused(table, search)
+    # One stream for all bootstraps below: another order of them would give other intervals.
     generator = np.random.default_rng(settings.seed)
     points = final(table)
     neutral = where(points.rows, "evaluation_set", table.neutral_set)
@@ -170,13 +171,13 @@ def _power(
 def _fitted(
     part: str, rows: pd.DataFrame, law: Law, random: tuple[int, np.random.Generator]
 ) -> FittedLaw:
-    found = Estimator().fit(rows, law)
+    fit = Estimator().fit(rows, law)
     set_name = str(rows["evaluation_set"].iloc[0]) if len(rows) else ""
-    if isinstance(found, Refusal):
-        return FittedLaw(part, set_name, law, found, {}, None)
-    replicates = replicate(found, *random)
-    intervals = parameter_intervals(found, replicates)
-    return FittedLaw(part, set_name, law, found, intervals, replicates)
+    if isinstance(fit, Refusal):
+        return FittedLaw(part, set_name, law, fit, {}, None)
+    replicates = replicate(fit, *random)
+    intervals = parameter_intervals(fit, replicates)
+    return FittedLaw(part, set_name, law, fit, intervals, replicates)
 
 
 def _family(choice: Choice, laws: dict[str, Law]) -> pd.DataFrame:
@@ -194,9 +195,9 @@ def _alternatives(rows: pd.DataFrame, joint: FittedLaw) -> pd.DataFrame:
     records = []
     if isinstance(joint.fit, Fit):
         for name, delta in {"delta 0.001": 1e-3, "least squares": np.inf}.items():
-            found = Estimator(delta=delta).fit(rows, joint.law)
-            if isinstance(found, Fit):
-                records += [(name, label, value) for label, value in found.parameters.items()]
+            refit = Estimator(delta=delta).fit(rows, joint.law)
+            if isinstance(refit, Fit):
+                records += [(name, label, value) for label, value in refit.parameters.items()]
         default = f"default, delta {joint.fit.delta:.2g}"
         records += [(default, label, value) for label, value in joint.fit.parameters.items()]
     return pd.DataFrame(records, columns=pd.Index(["estimator", "parameter", "value"]))
@@ -249,10 +250,11 @@ def _arm_curves(fit: Fit, group: str) -> pd.DataFrame:
         of_size = np.full(CURVE, size)
         seen = arm.was_run(of_size, tokens)
         parts.append(_line(fit, identity, of_size[seen], tokens[seen], "size"))
-    found = pd.concat([part.assign(**identity) for part in parts], ignore_index=True)
-    missing = found["flops"].isna()
-    costs = arm.cost(found["parameters"].to_numpy(dtype=np.float64)) * found["tokens"]
-    return found.assign(flops=found["flops"].where(~missing, costs))
+    curve = pd.concat([part.assign(**identity) for part in parts], ignore_index=True)
+    # Frontiers come with their compute; the other curves get that of the arm's cost.
+    missing = curve["flops"].isna()
+    costs = arm.cost(curve["parameters"].to_numpy(dtype=np.float64)) * curve["tokens"]
+    return curve.assign(flops=curve["flops"].where(~missing, costs))
 
 
 def _line(

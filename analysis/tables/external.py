@@ -1,10 +1,8 @@
 """External tables of runs (CSV, TSV, parquet, JSONL) read into one schema.
 
-The result says which column was read as what, what was ignored and which rows were rejected; two
-columns that could both be meant are an error.
+The result says which column was read as what, what was ignored and which rows were rejected.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +12,20 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.cells import flags, numbers, texts
+from analysis.tables.column_matching import (
+    UNNAMED_SET,
+    ColumnSource,
+    file_column,
+    match_columns,
+    schema_column,
+)
 from analysis.tables.compute import six_nd
 from analysis.tables.files import listed, read_raw
 from analysis.tables.frames import columns_of, floats, keep
-from analysis.tables.schema import LOSS_UNITS, SCALES, SCHEMA, plain, split_unit, target_of
+from analysis.tables.schema import LOSS_UNITS, SCALES, SCHEMA
 
-UNNAMED_SET = "unnamed"
-_MEASURES = "loss|nll|cross[ _]?entropy|bpb|bits[ _]per[ _]byte|ppl|perplexity"
-_MEASURE = re.compile(
-    rf"^(?P<set>.*?)[\s_\-./]*\b(?:(?:validation|valid|val|eval|test|heldout)[\s_\-./]*)?"
-    rf"(?P<measure>{_MEASURES})$",
-    re.IGNORECASE,
-)
 _LEAST = {"parameters": 1e3, "non_embedding_parameters": 1e2, "tokens": 1e3, "flops": 1e6}
-
-
-@dataclass(frozen=True)
-class ColumnSource:
-    """Where a column of the schema comes from: a column of the file, in a unit."""
-
-    column: str
-    unit: str
+_REJECTED = ["source_row", "column", "value", "reason"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,11 @@ def read_external(path: Path, columns: Mapping[str, str] | None = None) -> Exter
         ValueError: the file cannot be read, lacks a loss, or leaves a column ambiguous.
     """
     raw = read_raw(path)
-    chosen = {_named(target): _source(raw, column) for target, column in (columns or {}).items()}
-    sources, measures = _match(raw, chosen)
+    chosen = {
+        schema_column(target): file_column(raw, column)
+        for target, column in (columns or {}).items()
+    }
+    sources, measures = match_columns(raw, chosen)
     if not measures:
         raise ValueError(
             f"{path} has no loss that could be recognised among {listed(raw.columns)}; name it "
@@ -90,118 +84,8 @@ def read_external(path: Path, columns: Mapping[str, str] | None = None) -> Exter
     rows, notes = _completed(rows)
     rows, doubled = _without_duplicates(rows, path)
     every = pd.concat([rejected, doubled], ignore_index=True)
-    found = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
-    return ExternalTable(rows.reset_index(drop=True), found, ignored, every, tuple(notes))
-
-
-def parse_columns(text: str) -> dict[str, str]:
-    """The mapping behind `--columns N=Size,tokens=Tokens:B`.
-
-    Raises:
-        ValueError: a part is not `name=column`.
-    """
-    found: dict[str, str] = {}
-    for part in filter(None, (each.strip() for each in text.split(","))):
-        name, equals, column = part.partition("=")
-        if not equals or not name.strip() or not column.strip():
-            raise ValueError(f"--columns {part!r} is not of the form N=Size or N=Size:B")
-        if name.strip() in found:
-            raise ValueError(f"--columns names {name.strip()} twice; keep one of them")
-        found[name.strip()] = column.strip()
-    return found
-
-
-def _named(target: str) -> str:
-    found = target_of(target)
-    if found is None:
-        raise ValueError(f"--columns {target}: no such column in the schema; {listed(SCHEMA)}")
-    return found[0]
-
-
-def _source(raw: pd.DataFrame, column: str) -> ColumnSource:
-    """A column of the file, with the unit after the last colon or in the name."""
-    names = set(raw.columns)
-    if column in names:
-        return ColumnSource(column, _unit_in(column))
-    stem, colon, unit = column.rpartition(":")
-    if colon and stem in names and plain(unit) in {*SCALES, *LOSS_UNITS}:
-        return ColumnSource(stem, plain(unit))
-    raise ValueError(f"--columns names {column!r}, but the file has {listed(raw.columns)}")
-
-
-def _unit_in(name: str) -> str:
-    for kind in ("count", "loss"):
-        unit = split_unit(name, kind)[1]
-        if unit in (SCALES if kind == "count" else LOSS_UNITS):
-            return unit
-    return ""
-
-
-def _match(
-    raw: pd.DataFrame, chosen: dict[str, ColumnSource]
-) -> tuple[dict[str, ColumnSource], dict[tuple[str, str], ColumnSource]]:
-    """Which column of the file is which column of the schema; losses by set and measure."""
-    candidates: dict[str, list[ColumnSource]] = {}
-    measures: dict[tuple[str, str], list[ColumnSource]] = {}
-    taken = {source.column for source in chosen.values()}
-    asked = {name for name in chosen if SCHEMA[name].kind == "loss"}
-    for column in (str(name) for name in raw.columns if name not in taken):
-        found = target_of(column)
-        measure = _measure(column)
-        if found is not None and SCHEMA[found[0]].kind != "loss":
-            if found[0] not in chosen:
-                candidates.setdefault(found[0], []).append(ColumnSource(column, found[1]))
-        elif measure is not None and not asked:
-            set_name, kind, unit = measure
-            measures.setdefault((set_name, kind), []).append(ColumnSource(column, unit))
-    sources = {name: _only(raw, name, found) for name, found in candidates.items()}
-    sources |= {name: source for name, source in chosen.items() if name not in asked}
-    losses = {key: _only(raw, f"{key[1]} on {key[0]}", found) for key, found in measures.items()}
-    losses |= {(_set_in(chosen[name].column), name): chosen[name] for name in sorted(asked)}
-    named = [set_name for set_name, _ in losses if set_name != UNNAMED_SET]
-    if "evaluation_set" in sources and named:
-        raise ValueError(
-            f"both the column {sources['evaluation_set'].column!r} and the names of columns "
-            f"({listed(named)}) name the evaluation set; choose one loss with --columns loss=..."
-        )
-    return sources, losses
-
-
-def _measure(column: str) -> tuple[str, str, str] | None:
-    """Evaluation set, schema column and unit of a loss column, or None."""
-    stem = re.sub(r"[\[(][^\])]*[\])]\s*$", "", column).strip()
-    unit = split_unit(column, "loss")[1] if stem != column else ""
-    if stem == column:
-        for suffix in LOSS_UNITS:
-            if re.search(rf"loss[_ ]{suffix}$", column, re.IGNORECASE):
-                stem, unit = column[: -len(suffix) - 1], suffix
-    if plain(stem) == "l":
-        return UNNAMED_SET, "loss_nats", unit
-    found = _MEASURE.match(stem.strip())
-    if found is None:
-        return None
-    kind = LOSS_UNITS.get(plain(found["measure"]), LOSS_UNITS.get(unit, "nats"))
-    target = "bits_per_byte" if kind == "bpb" else "loss_nats"
-    name = found["set"].strip(" _-./")
-    return ("" if plain(name) == "final" else name) or UNNAMED_SET, target, kind
-
-
-def _set_in(column: str) -> str:
-    found = _measure(column)
-    return found[0] if found else UNNAMED_SET
-
-
-def _only(raw: pd.DataFrame, target: str, found: Sequence[ColumnSource]) -> ColumnSource:
-    """The single candidate, or the first of several that hold the same; else an error."""
-    first = raw[found[0].column]
-    same = all(raw[other.column].equals(first) for other in found[1:])
-    if len(found) > 1 and not (same and len({source.unit for source in found}) == 1):
-        names = ", ".join(repr(source.column) for source in found)
-        name = target.partition(" ")[0]
-        raise ValueError(
-            f"{target} could be {names}; say which with --columns {name}={found[0].column!r}"
-        )
-    return found[0]
+    origins = {**sources, **{f"{kind} on {name}": s for (name, kind), s in measures.items()}}
+    return ExternalTable(rows.reset_index(drop=True), origins, ignored, every, tuple(notes))
 
 
 def _column(
@@ -211,30 +95,31 @@ def _column(
     if kind == "text":
         return texts(cells)
     if kind == "flag":
-        found = flags(cells)
+        parsed = flags(cells)
     elif kind in ("count", "flops"):
         if source.unit not in SCALES:
             raise ValueError(
                 f"column {source.column!r} is in {source.unit!r}, which is no unit of {target}; "
                 f"say one of {listed(filter(None, SCALES))} as --columns {target}=NAME:UNIT"
             )
-        found = numbers(cells, SCALES[source.unit], positive=True)
+        parsed = numbers(cells, SCALES[source.unit], positive=True)
     else:
-        found = numbers(cells, 1.0, positive=False)
-    _collect(bad, found, source.column, target)
-    return found.values
+        parsed = numbers(cells, 1.0, positive=False)
+    _collect(bad, parsed, source.column, target)
+    return parsed.values
 
 
-def _collect(bad: list[pd.DataFrame], found, column: str, target: str) -> None:  # noqa: ANN001
-    share = len(found.bad) / max(int(found.known), 1)
-    if len(found.bad) > 1 and share > 0.5:
-        example = found.bad["value"].iloc[0]
+def _collect(bad: list[pd.DataFrame], parsed, column: str, target: str) -> None:  # noqa: ANN001
+    # A few odd cells cost their rows; where most are odd, the column was taken for the wrong one.
+    share = len(parsed.bad) / max(int(parsed.known), 1)
+    if len(parsed.bad) > 1 and share > 0.5:
+        example = parsed.bad["value"].iloc[0]
         raise ValueError(
             f"column {column!r} was read as {target}, but most of its cells are not "
-            f"({example!r}: {found.bad['reason'].iloc[0]}); map it with --columns"
+            f"({example!r}: {parsed.bad['reason'].iloc[0]}); map it with --columns"
         )
-    if len(found.bad):
-        bad.append(found.bad.assign(column=column))
+    if len(parsed.bad):
+        bad.append(parsed.bad.assign(column=column))
 
 
 def _check_magnitudes(rows: pd.DataFrame, sources: Mapping[str, ColumnSource]) -> None:
@@ -268,9 +153,9 @@ def _long(
         for (name, target), source in measures.items():
             if name != set_name:
                 continue
-            found = numbers(cast("pd.Series", raw[source.column]), 1.0, positive=True)
-            _collect(bad, found, source.column, target)
-            part[target] = _in_unit(found.values, source)
+            parsed = numbers(cast("pd.Series", raw[source.column]), 1.0, positive=True)
+            _collect(bad, parsed, source.column, target)
+            part[target] = _in_unit(parsed.values, source)
         known = [target for target in ("loss_nats", "bits_per_byte") if target in part]
         parts.append(keep(part, part[known].notna().any(axis=1)))
     return pd.concat(parts, ignore_index=True)
@@ -331,14 +216,11 @@ def _without_duplicates(rows: pd.DataFrame, path: Path) -> tuple[pd.DataFrame, p
     return kept, pd.DataFrame(records, columns=pd.Index(_REJECTED))
 
 
-_REJECTED = ["source_row", "column", "value", "reason"]
-
-
 def _rejected(bad: Sequence[pd.DataFrame]) -> pd.DataFrame:
     if not bad:
         return pd.DataFrame(columns=pd.Index(_REJECTED))
-    found = columns_of(pd.concat(bad, ignore_index=True), _REJECTED)
-    return found.sort_values(by=["source_row"], kind="stable")
+    rows = columns_of(pd.concat(bad, ignore_index=True), _REJECTED)
+    return rows.sort_values(by=["source_row"], kind="stable")
 
 
 def _first_reasons(rejected: pd.DataFrame) -> str:

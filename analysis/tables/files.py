@@ -74,6 +74,6 @@ def _of_lines(path: Path) -> pd.DataFrame:
 
 def listed(names: Iterable[object]) -> str:
     """Names for a message, at most 60."""
-    found = [str(name) for name in names]
-    more = f" and {len(found) - 60} more" if len(found) > 60 else ""
-    return ", ".join(found[:60]) + more
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - 60} more" if len(texts) > 60 else ""
+    return ", ".join(texts[:60]) + more

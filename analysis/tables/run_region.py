@@ -1,4 +1,8 @@
-"""The region of sizes and tokens that an arm was run in, and what a token costs by size."""
+"""The region of sizes and tokens that an arm was run in, and what a token costs by size.
+
+Ours: the region is the convex hull of the runs in ln N and ln D, built by Andrew's monotone chain
+(Andrew 1979).
+"""
 
 from dataclasses import dataclass
 
@@ -95,6 +99,7 @@ def run_region(rows: pd.DataFrame) -> RunRegion:
     fewest = np.array([tokens[mine].min() for mine in of_size])
     most = np.array([tokens[mine].max() for mine in of_size])
     return RunRegion(
+        # The lower hull of logs is the mirrored upper hull of the reciprocals.
         sizes, 1.0 / _upper_hull(sizes, 1.0 / fewest), _upper_hull(sizes, most),
         flops_per_token(rows),
     )  # fmt: skip
@@ -108,6 +113,7 @@ def _upper_hull(sizes: Array, values: Array) -> Array:
         while len(corners) > 1:
             left, middle = corners[-2:]
             chord = (y[right] - y[left]) * (x[middle] - x[left])
+            # Slopes compared without dividing: the middle corner stays if it lies above the chord.
             if (y[middle] - y[left]) * (x[right] - x[left]) > chord:
                 break
             corners.pop()

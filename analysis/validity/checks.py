@@ -27,7 +27,7 @@ def check(rows: pd.DataFrame) -> tuple[Caveat, ...]:
     checks: tuple[Callable[[pd.DataFrame], Caveat | None], ...] = (
         rates, decay, counting, clusters, tokenizers, evaluation, repetition, seeds, units,
     )  # fmt: skip
-    return tuple(found for found in (each(rows) for each in checks) if found is not None)
+    return tuple(caveat for caveat in (each(rows) for each in checks) if caveat is not None)
 
 
 def rates(rows: pd.DataFrame) -> Caveat | None:
@@ -110,8 +110,8 @@ def clusters(rows: pd.DataFrame) -> Caveat | None:
 
 def tokenizers(rows: pd.DataFrame) -> Caveat | None:
     """W-TOK: the table mixes losses per token of different tokenizers."""
-    found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
-    return Caveat("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
+    levels = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
+    return Caveat("W-TOK", f"{len(levels)}: {_some(levels)}") if len(levels) > 1 else None
 
 
 def evaluation(rows: pd.DataFrame) -> Caveat | None:
@@ -157,17 +157,17 @@ def _vary(rows: pd.DataFrame, cell: list[str], seed: str) -> bool:
 
 def units(rows: pd.DataFrame) -> Caveat | None:
     """W-UNIT: a loss above a uniform guess, hardly any data, or FLOPs far from their count."""
-    found = []
+    slips = []
     if {"loss_nats", "vocab_size"} <= set(rows):
         # ln V is the loss of a uniform guess: above it the unit is bits, or not per token.
         worse = floats(rows, "loss_nats") > np.log(floats(rows, "vocab_size"))
-        found += [f"{int(worse.sum())} losses above ln V" for _ in range(bool(worse.any()))]
+        slips += [f"{int(worse.sum())} losses above ln V" for _ in range(bool(worse.any()))]
     if {"parameters", "tokens"} <= set(rows):
         few = floats(rows, "tokens") < floats(rows, "parameters") / 100
-        found += [f"{int(few.sum())} rows with D < N/100" for _ in range(bool(few.any()))]
+        slips += [f"{int(few.sum())} rows with D < N/100" for _ in range(bool(few.any()))]
     off = _off_count(rows)
-    found += [f"{off} rows with FLOPs far from their count" for _ in range(off > 0)]
-    return Caveat("W-UNIT", "; ".join(found)) if found else None
+    slips += [f"{off} rows with FLOPs far from their count" for _ in range(off > 0)]
+    return Caveat("W-UNIT", "; ".join(slips)) if slips else None
 
 
 def _off_count(rows: pd.DataFrame) -> int:

@@ -1,4 +1,4 @@
-"""How far beyond its runs a fit may be extrapolated."""
+"""How far beyond its runs a fit may be extrapolated. Ours: the limits are conventions."""
 
 from dataclasses import dataclass
 

@@ -90,10 +90,10 @@ def _line_words(comparison: Comparison) -> Iterator[str]:
             yield f"  {name} ({loss:.3f}): {', '.join(above) or 'no arm'} above it."
             continue
         losers = [arm for arm, words in judged.items() if words != BEATS]
-        found = f"by all but {', '.join(losers)}" if losers else f"by all {len(others)} arms"
+        beaten_by = f"by all but {', '.join(losers)}" if losers else f"by all {len(others)} arms"
         if len(losers) == len(others):
-            found = f"by none of {len(others)} arms"
-        yield f"  {name} ({loss:.3f}) beaten by more than the seed noise: {found}."
+            beaten_by = f"by none of {len(others)} arms"
+        yield f"  {name} ({loss:.3f}) beaten by more than the seed noise: {beaten_by}."
 
 
 def _loss(interval: Interval) -> str:

@@ -11,54 +11,54 @@ from analysis.tables.run_table import Table
 from analysis.words.numbers import with_unit
 
 
-def cells_of(found: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def cells_of(search: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """The trials of each panel: a rung, named with its corpus where there are several."""
-    several = len(set(found["corpus"])) > 1
-    horizons = len(set(found["horizon_tokens"])) > len(set(found["rung"]))
-    for (rung, corpus, horizon), rows in groups(found, CELL[1:]):
+    several = len(set(search["corpus"])) > 1
+    horizons = len(set(search["horizon_tokens"])) > len(set(search["rung"]))
+    for (rung, corpus, horizon), rows in groups(search, CELL[1:]):
         name = f"{rung} on {corpus}" if several else str(rung)
         yield f"{name}, {with_unit(horizon)} tokens" if horizons else name, rows
 
 
-def search_shown(found: pd.DataFrame) -> pd.DataFrame:
+def search_shown(search: pd.DataFrame) -> pd.DataFrame:
     """The table of a search as a reader sees it."""
-    if not len(found):
-        return found
-    shown = columns_of(found, ["architecture", "rung"]).copy()
-    if len(set(found["corpus"])) > 1:
-        shown["corpus"] = found["corpus"]
+    if not len(search):
+        return search
+    shown = columns_of(search, ["architecture", "rung"]).copy()
+    if len(set(search["corpus"])) > 1:
+        shown["corpus"] = search["corpus"]
     shown["trials"] = [
         f"{done:.0f} of {planned:.0f}"
-        for done, planned in zip(floats(found, "trials"), floats(found, "planned"), strict=True)
+        for done, planned in zip(floats(search, "trials"), floats(search, "planned"), strict=True)
     ]
-    shown["diverged"] = found["diverged"].astype(str)
-    shown["best loss"] = _written(found, "best_loss_nats", "{:.4f}")
-    shown["best rate"] = _written(found, "best_rate", "{:.3g}")
-    shown["factor on the rung's rate"] = _written(found, "factor", "{:.3g}")
-    shown["optimum"] = found["optimum"]
-    shown["refined optimum, log2 of the rate"] = _written(found, "refined_log2", "{:.2f}")
-    shown["refined factor"] = _written(found, "refined_factor", "{:.2f}")
-    shown["sensitivity [nats]"] = _written(found, "sensitivity_nats", "{:.3f}")
+    shown["diverged"] = search["diverged"].astype(str)
+    shown["best loss"] = _written(search, "best_loss_nats", "{:.4f}")
+    shown["best rate"] = _written(search, "best_rate", "{:.3g}")
+    shown["factor on the rung's rate"] = _written(search, "factor", "{:.3g}")
+    shown["optimum"] = search["optimum"]
+    shown["refined optimum, log2 of the rate"] = _written(search, "refined_log2", "{:.2f}")
+    shown["refined factor"] = _written(search, "refined_factor", "{:.2f}")
+    shown["sensitivity [nats]"] = _written(search, "sensitivity_nats", "{:.3f}")
     return shown
 
 
 def search_lines(table: Table) -> list[str]:
     """The results of a search for a terminal: a line per architecture, then what is open."""
-    found = search_table(table)
-    if not len(found):
+    search = search_table(table)
+    if not len(search):
         return ["Learning rates: no trial has finished yet."]
     lines = ["Best learning rate by rung, as a factor on the rung's own rate:"]
-    for (name,), cells in groups(found, ["architecture"]):
+    for (name,), cells in groups(search, ["architecture"]):
         lines.append(f"  {name}: {', '.join(_cell_words(row) for row in cells.to_dict('records'))}")
-    return [*lines, equal_trials(found)]
+    return [*lines, equal_trials(search)]
 
 
-def equal_trials(found: pd.DataFrame) -> str:
+def equal_trials(search: pd.DataFrame) -> str:
     """Whether every arm had the same number of trials."""
-    counts = floats(found, "trials")
+    counts = floats(search, "trials")
     low, high = int(counts.min()), int(counts.max())
-    open_cells = int(np.sum(strings(found, "optimum") == "not bracketed"))
-    tail = f" {open_cells} of {len(found)} optima are at the edge of the tried rates."
+    open_cells = int(np.sum(strings(search, "optimum") == "not bracketed"))
+    tail = f" {open_cells} of {len(search)} optima are at the edge of the tried rates."
     if low == high:
         return f"Equal tuning: {low} trials in each cell of every arm.{tail}"
     return f"Unequal tuning so far: {low} to {high} trials per cell.{tail}"
@@ -101,8 +101,8 @@ def tuning_sentence(tuning: dict) -> str:
     )
 
 
-def _written(found: pd.DataFrame, column: str, form: str) -> list[str]:
-    return [form.format(value) if np.isfinite(value) else "" for value in floats(found, column)]
+def _written(search: pd.DataFrame, column: str, form: str) -> list[str]:
+    return [form.format(value) if np.isfinite(value) else "" for value in floats(search, column)]
 
 
 def _cell_words(row: dict) -> str:

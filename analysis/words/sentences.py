@@ -40,20 +40,20 @@ def contrast_sentence(contrast: Contrast | Refusal, detectable: Detectable | Ref
     places = decimals_of(percent)
     if not percent.excludes(0.0):
         low, high = f"{percent.low:+.{places}f}", f"{percent.high:+.{places}f}"
-        found = (
+        effect = (
             f"changes loss by {percent.estimate:+.{places}f} % (95 % interval {low} to {high} %)"
         )
-        return f"{change} {found}: not distinguishable from zero in this study."
+        return f"{change} {effect}: not distinguishable from zero in this study."
     verb = "raises" if percent.estimate > 0 else "lowers"
     size = f"{abs(percent.estimate):.{places}f}"
     ends = sorted((abs(percent.low), abs(percent.high)))
-    found = (
+    effect = (
         f"{verb} loss by {size} % (95 % interval {ends[0]:.{places}f} to {ends[1]:.{places}f} %)"
     )
     doubt = ""
     if isinstance(detectable, Detectable) and abs(contrast.effect.estimate) < detectable.value:
         doubt = " That is below the smallest effect this study can detect: treat it with caution."
-    return f"{change} {found}.{doubt}"
+    return f"{change} {effect}.{doubt}"
 
 
 def contrast_note(contrast: Contrast | Refusal) -> str:
@@ -78,10 +78,10 @@ def short_effect(contrast: Contrast | Refusal) -> str:
 
 def largest_effect(contrasts: Sequence[Contrast | Refusal]) -> str:
     """The one effect of a factor, or the largest of several with its level's name."""
-    found = [each for each in contrasts if isinstance(each, Contrast)]
-    if not found:
+    known = [each for each in contrasts if isinstance(each, Contrast)]
+    if not known:
         return "not answered"
-    largest = max(found, key=lambda each: abs(each.effect.estimate))
+    largest = max(known, key=lambda each: abs(each.effect.estimate))
     text = short_effect(largest)
     return text if len(contrasts) == 1 else f"at most {text} ({largest.other})"
 
@@ -100,23 +100,23 @@ def ratio_sentence(arm: Arm) -> str:
     return f"{size}: {verdict}."
 
 
-def headline_sentence(found: Headline) -> str:
+def headline_sentence(headline: Headline) -> str:
     """The named contrasts, their ratio, each converted to compute, and the smallest detectable."""
-    corpus, architecture = found.corpus, found.architecture
+    corpus, architecture = headline.corpus, headline.architecture
     if isinstance(corpus, Refusal) or isinstance(architecture, Refusal):
         missing = corpus if isinstance(corpus, Refusal) else architecture
         return f"Not answered: {missing.reason}." if isinstance(missing, Refusal) else ""
     text = (
-        f"On {found.evaluation_set}, {corpus.other} instead of {corpus.baseline} changes loss by "
-        f"{short_effect(corpus)}, {architecture.other} instead of {architecture.baseline} by "
+        f"On {headline.evaluation_set}, {corpus.other} instead of {corpus.baseline} changes loss "
+        f"by {short_effect(corpus)}, {architecture.other} instead of {architecture.baseline} by "
         f"{short_effect(architecture)}"
     )
-    if isinstance(found.ratio, Refusal):
-        text += f"; their ratio is not given, as {found.ratio.reason}"
+    if isinstance(headline.ratio, Refusal):
+        text += f"; their ratio is not given, as {headline.ratio.reason}"
     else:
-        text += f"; in absolute value the first is {bracketed(found.ratio)} times the second"
-    seen = [each.value for each in found.detectable.values() if isinstance(each, Detectable)]
-    text += f".{_worth_sentences(found.multipliers)}"
+        text += f"; in absolute value the first is {bracketed(headline.ratio)} times the second"
+    seen = [each.value for each in headline.detectable.values() if isinstance(each, Detectable)]
+    text += f".{_worth_sentences(headline.multipliers)}"
     if seen:
         text += f" Effects down to {100 * math.expm1(max(seen)):.2g} % can be detected."
     return text
@@ -174,12 +174,12 @@ def detectable_sentence(answer: Answer) -> str:
 
 def counting_sentence(arm: Arm) -> str:
     """Whether the architecture effect survives other ways of counting compute."""
-    found = {name: each for name, each in arm.flops.items() if isinstance(each, Contrast)}
-    if not found:
+    known = {name: each for name, each in arm.flops.items() if isinstance(each, Contrast)}
+    if not known:
         refusal = next(iter(arm.flops.values()))
         reason = refusal.reason if isinstance(refusal, Refusal) else ""
         return f"Not answered: {reason}."
-    headline = found.get("flops")
+    headline = known.get("flops")
     text = (
         f"At equal training FLOPs the architecture effect is {short_effect(headline)} of loss."
         if headline

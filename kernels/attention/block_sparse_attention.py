@@ -104,6 +104,7 @@ def query_blocks(positions: Int[Tensor, "B L"], keys: int, width: int, finish: i
         starts[:, 0] = True
         rows, places = _rows(starts, min(width, L))
     here = torch.gather(positions, 1, rows.flatten(1)).view(rows.shape)
+    # Query row i is key S - L + i of its row; its position back from there is where keys begin.
     return QueryBlocks(rows, places, here, keys - L + rows[..., 0] - here[..., 0])
 
 
@@ -145,6 +146,7 @@ def block_sparse_attention(
     else:
         mixed = _BlockSparse.apply(*tensors, lists, where, reach)
     rows = mixed.view(B, H, -1, Q).transpose(1, 2).flatten(0, 1)
+    # Back to one row per query: the repeats that fill short blocks are dropped here.
     first = torch.arange(B, device=rows.device)[:, None] * (rows.shape[0] // B)
     return rows.index_select(0, (blocks.places + first).flatten()).view(B, L, H, Q)
 
@@ -196,6 +198,7 @@ def in_one_list(
     picked = (blocks.rows + L * row[:, None, None]).flatten()
     blocked = queries.flatten(0, 1).index_select(0, picked).view(B, N, R, H, P)
     head = torch.arange(H, device=queries.device) // (H // G)
+    # Flat row of a key: (its row of the batch * S + its index) * G + its head.
     begins = (blocks.begins + S * row[:, None])[:, None] * G + head[:, None]
     positions = blocks.positions[:, None].expand(B, H, N, R).reshape(B * H * N, R)
     listed = blocked.permute(0, 3, 1, 2, 4).reshape(B * H * N, R, P)
@@ -313,6 +316,7 @@ def _slots(kept: Int[Tensor, "M K"], positions: Int[Tensor, "M R"], reach: Block
     eligible = far >= 0
     eligible[:, : listed.shape[1]] = listed >= reach.n_sink
     left = positions[:, :, None] - reach.window
+    # The windows of R consecutive rows together are window + R - 1 keys.
     near = positions[:, :1] - reach.window + 1 + count(reach.window + R - 1)
     in_window = (near[:, None] > left) & (near[:, None] <= positions[:, :, None])
     before_window = eligible[:, None] & (far[:, None] <= left)
@@ -340,6 +344,7 @@ def _rows(starts: Bool[Tensor, "B L"], width: int) -> tuple[Tensor, Tensor]:
     last = torch.searchsorted(block, number, right=True) - 1
     within = torch.arange(width, device=starts.device)
     rows = torch.minimum(first[..., None] + within, last[..., None])
+    # A query's place is its block's first place plus its offset in the block.
     index = torch.arange(L, device=starts.device)
     return rows, block * width + index - torch.gather(first, 1, block)
 

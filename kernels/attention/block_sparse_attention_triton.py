@@ -70,6 +70,7 @@ def _forward_kernel(
     rows = first + tl.arange(0, ROWS)
     real = rows < R
     position = tl.load(positions + item * R + rows, mask=real, other=-1)
+    # The oldest key in the window of the tile's first row: slots of the window count from here.
     near_place = tl.load(positions + item * R + first) - window + 1
     begin = tl.load(begins + item)
     at_q, keys, values = q + item * R * P, k + begin * P, v + begin * Q
@@ -77,6 +78,7 @@ def _forward_kernel(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     mixed = tl.zeros((ROWS, QQ), tl.float32)
+    # Lists, sinks, and the union of the windows of ROWS consecutive rows.
     for start in range(0, K * KEY_BLOCK + n_sink + window + ROWS - 1, COLUMNS):
         places, near = slots_of(kept + item * K, near_place, start, K, n_sink, KEY_BLOCK, COLUMNS)
         seen = seen_slots(position, places, near, window)

@@ -1,6 +1,7 @@
 """The torch operator of the block-sparse Triton kernels, and its autograd function.
 
-Query blocks and their lists are flattened, ordered by row of the batch, then head.
+Source: Lee et al. 2024, "HiP Attention", section 3.3, as in `block_sparse_attention`. Query blocks
+and their lists are flattened, ordered by row of the batch, then head.
 """
 
 from typing import NamedTuple

@@ -109,6 +109,7 @@ class Places(NamedTuple):
         order = torch.where(of_checkpoints < 0, -1, of_checkpoints * 2**32 + ends)
         order = torch.cummax(order, dim=1).values
         begins, here = documents * 2**32, documents * 2**32 + positions
+        # Padding searches behind every checkpoint with both ends: its interval is empty.
         begins, here = (x.masked_fill(documents < 0, 2**62) for x in (begins, here))
         return Intervals(torch.searchsorted(order, begins), torch.searchsorted(order, here))
 
@@ -270,6 +271,7 @@ def _tiles(laid: _Laid, sight: Segments | Places) -> Iterator[_Tile]:
         for number, begin in enumerate(range(0, L, length)):
             low = min(span[number] for span in first[of])
             high = max(span[number] for span in past[of])
+            # Never reversed, where no query of the run sees a checkpoint: `visible` counts over it.
             queries, seen = slice(begin, min(begin + length, L)), slice(low, max(low, high))
             yield _Tile(slice(row, row + rows), queries, seen)
 
@@ -293,6 +295,7 @@ def _add_gradients(d: _Laid, d_mixed: Tensor, laid: _Laid, tile: _Tile, share: T
     # The softmax gradient, in place: dS = P * (dP - rowsum(P * dP)).
     d_score = d_share.sub_((d_share * share).sum(-1, keepdim=True)).mul_(share)
     R = laid.queries.shape[3]
+    # The scale of the scores is in the laid-out queries; the caller applies it to their gradient.
     d_queries = d_score[..., 1:] @ laid.checkpoint_keys[seen] + d_score[..., :1] * keys
     d.queries[at] = d_queries.unflatten(2, (-1, R))
     d.keys[at] = (d_score[..., :1] * rows).unflatten(2, (-1, R)).sum(3)

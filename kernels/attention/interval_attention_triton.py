@@ -112,6 +112,7 @@ def _forward_kernel(
     tokens = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     real, shared = tokens < L, head // (H // G)
+    # Rows past the end see nothing, from S to 0, and do not widen the loop over keys.
     begin = tl.load(first + row * L + tokens, mask=real, other=S)
     end = tl.load(past + row * L + tokens, mask=real, other=0)
     at_q = q + (row * L * H + head) * P
@@ -350,6 +351,8 @@ def _seers(first: Tensor, past: Tensor, S: int, columns: int) -> tuple[Tensor, T
     """The range of queries that see a key of each tile, by binary search in monotonic bounds."""
     begins = torch.arange(0, S, columns, device=first.device, dtype=first.dtype)
     begins = begins.expand(first.shape[0], -1).contiguous()
+    # From the first query whose interval reaches the tile's first key, to the first whose interval
+    # begins behind its last.
     lowest = torch.searchsorted(past, begins, right=True, out_int32=True)
     return lowest, torch.searchsorted(first, begins + columns, out_int32=True)
 

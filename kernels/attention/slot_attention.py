@@ -102,6 +102,7 @@ def mix_slots(
         w, inputs = parts.split(weights), parts.split(x)
         before, final = parts.states(inputs, initial)
         # Weights times shares is the mixing matrix within a chunk.
+        # shares[t, s, c] is zero for s > t, so the matrix is causal as it is.
         matrix = (parts.shares @ w[..., None]).squeeze(-1)
         mixed = parts.join(matrix @ inputs + (w * parts.carry) @ before)
         return mixed.to(x.dtype), final

@@ -1,9 +1,9 @@
-"""The causal depthwise convolution as Triton kernels, one tile of tokens and channels per program.
+"""The causal depthwise convolution as Triton kernels (Gu and Dao 2023, section 3.4).
 
-Inputs and outputs have the dtype of the values; sums are float32. The backward kernel visits each
-pair of an input and an output once, for all three gradients. The gradients of weight and bias are
-summed within tiles, then over tiles by torch, in a fixed order. Not yet run on a GPU: tested in
-Triton's interpreter, compiled ahead of time.
+A program handles one tile of tokens and channels. Inputs and outputs have the dtype of the values;
+sums are float32. The backward kernel visits each pair of an input and an output once, for all three
+gradients. The gradients of weight and bias are summed within tiles, then over tiles by torch, in a
+fixed order. Not yet run on a GPU: tested in Triton's interpreter, compiled ahead of time.
 """
 
 import torch

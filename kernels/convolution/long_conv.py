@@ -227,8 +227,10 @@ class _LongConv(torch.autograd.Function):
         with without_autocast(values):
             for part in _parts(values, n):
                 incoming = _spectrum(d_outputs[..., part], n)
+                # The transpose of a circular convolution: its spectrum is the conjugate.
                 product = incoming * torch.fft.rfft(_circle(taps, reverse, part, n)).conj()
                 d_values[..., part] = torch.fft.irfft(product, n=n)[..., :L].transpose(1, 2)
+                # Summed over rows as spectra: one inverse transform per channel, not per row.
                 incoming *= _spectrum(values[..., part], n).conj()
                 d_circle = torch.fft.irfft(incoming.sum(0), n=n)
                 d_taps[part] = d_circle[:, : taps.shape[1]]

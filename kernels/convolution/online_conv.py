@@ -60,6 +60,8 @@ def extend_blocks(
     for block, age in zip(blocks, _ages(blocks), strict=True):
         carried = carried + block.ahead[:, age : age + L]
     if documents is not None:
+        # Earlier inputs reach only the document that goes on, and of the new ones only those of the
+        # last document can reach later tokens.
         carried = carried.masked_fill((documents != 0)[:, :, None], 0.0)
         values = values.masked_fill((documents != documents[:, -1:])[:, :, None], 0.0)
         blocks = _forget(blocks, documents[:, -1] != 0)
@@ -92,6 +94,8 @@ def _cover(blocks: list[InputBlock], count: int, taps: Taps) -> list[InputBlock]
         if block.ahead.shape[1] < age + count:
             joined = torch.cat([later.values for later in blocks[i:]], dim=1)
             U = joined.shape[1]
+            # As far ahead as the block is long: it is merged again only once as many inputs have
+            # followed.
             known = max(U, count)
             return [*blocks[:i], InputBlock(joined, following(joined, taps(U + known), known))]
     return blocks

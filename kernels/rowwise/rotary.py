@@ -44,6 +44,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, *, back: bool) -> Tensor:
     if path_of(x) is not Path.NATIVE:
         half = x.shape[-1] // 2
         rotated, (left, right) = x * cos, sin.chunk(2, dim=-1)
+        # (l, r) -> (l cos - r sin, r cos + l sin); the transpose swaps the two terms with a sine.
         to_left, to_right = (right, -left) if back else (-left, right)
         rotated[..., :half].addcmul_(x[..., half:], to_left)
         rotated[..., half:].addcmul_(x[..., :half], to_right)

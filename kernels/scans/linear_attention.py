@@ -107,6 +107,7 @@ def _same(ids: Int[Tensor, "B C T"]) -> Tensor:
 
 
 def _chunked(x: Float[Tensor, "B L H N"]) -> Float[Tensor, "B C H T N"]:
+    # A key of zeros adds nothing to the state, so padding leaves the final one as it is.
     filled = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % CHUNK))
     return filled.unflatten(1, (-1, CHUNK)).transpose(2, 3)
 

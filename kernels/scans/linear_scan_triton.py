@@ -29,6 +29,7 @@ def _chain(log, value, next_log, next_value):
     must not pass.
     """
     forgets = next_log == float("inf")
+    # Infinity stays: added to the log of a decay of zero it would be NaN.
     before = tl.where(log == float("inf"), log, log + next_log)
     decay = tl.exp(tl.where(forgets, 0.0, next_log))
     chained = tl.where(forgets, next_value, decay * value + next_value)
@@ -78,6 +79,7 @@ def _forward_kernel(
         inside = tokens < L
         place = (row * L + start) * E
         mask = inside[:, None] & real[None, :]
+        # Rows past the end have a decay of 1 and add 0: the last row is the state to carry on.
         log = tl.load(log_decay + place + within, mask=mask, other=0.0)
         value = tl.load(values + place + within, mask=mask, other=0.0).to(tl.float32)
         if PACKED:

@@ -1,7 +1,7 @@
 """Keep NaN and infinity in their own document, where documents share a product of matrices.
 
 The product masks other documents by zeros, and 0 * NaN is NaN. So tokens with a non-finite input
-are found first and left out, and the outputs that depend on them are set to NaN afterwards.
+are found first and left out, and the outputs that depend on them are set to NaN afterwards. Ours.
 """
 
 import torch
@@ -45,6 +45,8 @@ def tokens_after_non_finite(
 
 @torch.no_grad()
 def _not_finite(*tensors: Tensor) -> Bool[Tensor, "B L"]:
+    # One sum per token instead of a mask of the tensor's size. Finite numbers whose sum overflows
+    # are taken for infinite ones.
     wide = (x.flatten(2).sum(2, dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors)
     return ~torch.stack([x.isfinite() for x in wide]).all(0)
 

@@ -54,6 +54,7 @@ def rglru_reference(
 ) -> Steps:
     """Compute `rglru` in plain torch, in the dtype of the maps."""
     log_decay = -rate * torch.sigmoid(recurrence)
+    # 1 - decay^2 without cancellation for decays near 1, where a recurrence remembers longest.
     scale = _BoundedSqrt.apply(-torch.expm1(2 * log_decay))
     write = torch.sigmoid(inputs) * scale.masked_fill(begins[:, :, None], 1.0)
     return Steps(log_decay, write if candidate is None else write * torch.tanh(candidate))
@@ -94,6 +95,7 @@ class _BoundedSqrt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: BackwardCFunction, d_root: Tensor) -> Tensor:
         (x,) = list(ctx.saved_tensors)
+        # 1 / (2 sqrt(x)) = (4 x)^-1/2, and 1e-6 bounds it by 1000.
         return d_root * (4 * x).clamp(min=1e-6).rsqrt()
 
 

@@ -98,6 +98,8 @@ def selective_scan_reference(
         if documents is not None:
             before = documents[:, t - 1] if t else torch.zeros_like(documents[:, 0])
             state = torch.where((documents[:, t] == before)[:, None, None], state, 0.0)
+        # Zero-order hold for A but Euler's rule for B, as in the authors' release; the paper's
+        # equation 4 has zero-order hold for both.
         decay = torch.exp(dt[:, t, :, None] * A)
         state = decay * state + (dt[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
         outputs.append((state * C[:, t, None, :]).sum(-1))

@@ -77,10 +77,13 @@ def _summary_kernel(
         starts = begins_document(documents + row * L, tokens, inside).to(tl.int32)
         begins = tl.sum(starts)
         passed = tl.cumsum(starts)
+        # A state at the chunk's end comes from the tokens after its last reset; an adjoint at its
+        # start, from those before its first.
         kept = inside & (passed == (0 if ADJOINT else begins))
     step = _tile(dt + first * E, rows, kept, channels, real, E)
     given = _tile(values + first * E, rows, kept, channels, real, E)
     if ADJOINT:
+        # With the own step: the output of token t reads the state after its decay.
         exponent = tl.cumsum(step, 0)
     else:
         given *= step
@@ -203,6 +206,7 @@ def _backward_kernel(
         decayed = tl.exp(step * rate) * _after(scanned[0], scanned[1], start)
         if PACKED:
             decayed = tl.where(begins, 0.0, decayed)
+        # decayed + given * b is the state h[t].
         d_c = tl.sum(d_output * (decayed + given * b), axis=1)
         tl.store(part_C + (along + n * L) + rows, d_c, mask=inside)
         decay_after = tl.exp(step_after * rate)

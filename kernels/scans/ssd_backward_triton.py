@@ -76,6 +76,7 @@ def _head_kernel(
     step = factors(decays, tokens, L, STEP)
     # The matrix without step sizes: dt multiplies its columns.
     matrix = tl.where(seen(ids), pair_decays(decays, tokens, L) * pairs, 0.0)
+    # The gradient of dt x: through the state after the chunk, and through the chunk's outputs.
     added = tl.where((leaving != 0)[:, None], leaving[:, None] * added, 0.0)
     received = tl.trans(matrix.to(COMPUTE))
     d_steps = added + tl.dot(received, dy.to(COMPUTE), input_precision=PRECISION)
@@ -87,6 +88,8 @@ def _head_kernel(
     # added as they are; differences of running sums would cancel under strong decay.
     # Products of output gradients and values: the gradient of the matrix.
     scores = tl.dot(dy.to(COMPUTE), tl.trans(x.to(COMPUTE)), input_precision=PRECISION)
+    # later[i, j] sums the pairs of token j with tokens i and after; those with j < i decay across
+    # i.
     later = tl.cumsum(matrix * scores * step[None, :], axis=0, reverse=True)
     by_added = step * tl.sum(added * x, axis=1)
     by_carried = tl.sum(dy * carried, axis=1)
@@ -96,6 +99,7 @@ def _head_kernel(
     d_log += tl.sum(tl.where(earlier, 0.0, by_carried[None, :]), axis=1)
     last = tl.load(decays + ENTERING * L + tl.minimum(chunk * TOKENS + TOKENS, L) - 1)
     d_log += tl.where(last != 0, last * tl.sum(kept, axis=0), 0.0)
+    # dt is a factor of the input and, times A, the log decay.
     d_step = tl.sum(d_steps * x, axis=1) + tl.load(A + head) * d_log
     to = d_dt + ((part * batch + row) * L + tokens) * H + head
     tl.store(to, tl.where(valid, d_step, 0.0), mask=tokens < L)

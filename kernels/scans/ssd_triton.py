@@ -209,6 +209,8 @@ def _output_kernel(
     decays += (row * H + head) * ROWS * L
     at = (first * G + head // (H // G)) * N
     states += program * P * N
+    # Two parts (Dao and Gu 2024, section 6): the chunk's own tokens through the masked matrix of
+    # decays times C B^T, and earlier ones through the state before the chunk.
     pairs = tl.zeros((TOKENS, TOKENS), tl.float32)
     carried = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for n in range(0, N, ENTRIES):

@@ -97,6 +97,7 @@ def step_sizes(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """
     low, high = math.log(1e-3), math.log(0.1)
     dt = torch.exp(torch.rand(shape[-1:], generator=generator) * (high - low) + low)
+    # The inverse of softplus, as in `models.bases.ssm.step_biases`.
     return (dt + torch.log(-torch.expm1(-dt))).expand(shape)
 
 
@@ -108,6 +109,7 @@ def chunk_flops(tokens: int, channels: int, groups: int, d_state: int) -> MixFlo
     """
     states = 4.0 * d_state * channels * tokens
     pair, seen = 2.0 * (d_state * groups + channels), pairs_in_chunks(tokens)
+    # A full square of pairs per chunk is twice the causal ones less the diagonal, one per token.
     return MixFlops(states + pair * seen, states + pair * (2 * seen - tokens))
 
 

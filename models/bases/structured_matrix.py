@@ -175,6 +175,7 @@ class StructuredMixer(Mixer):
         values = F.silu(values)
         structure = self.structure(Features(values, extra, plain), sequence)
         heads = values.unflatten(2, (self.config.n_heads, -1))
+        # Only a matrix of entries needs the values of all tokens; a scan keeps a state instead.
         heads = sequence.gather(heads) if self.remembers else heads
         return heads, Coefficients(structure, gate)
 
@@ -218,6 +219,7 @@ class StructuredMixer(Mixer):
         """Nonzero entries of one head's matrix."""
         if not self.slot.causal:
             return float(queries * keys)
+        # Every query sees the earlier keys, and of the queries' own those up to itself.
         return queries * (keys - queries) + queries * (queries + 1) / 2
 
     def places(self, sequence: WholeSequence) -> Int[Tensor, "B L"]:
@@ -314,6 +316,7 @@ class PlaceTable(nn.Module):
 
 def xavier_normal(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Xavier normal initial values, N(0, 2 / (fan_in + fan_out)), with torch's count of fans."""
+    # torch counts the first dimension as outputs and the second as inputs, each times the rest.
     fans = (shape[0] + shape[1]) * math.prod(shape[2:])
     return torch.randn(shape, generator=generator) * math.sqrt(2 / fans)
 

@@ -143,6 +143,7 @@ class ImplicitFilter(nn.Module):
         config, skip = self.config, widened(self.skip)
         fall = -math.log(config.decay_target)
         slowest, fastest = fall / config.slow_decay, fall / config.fast_decay
+        # Rates, not time scales, are spread evenly over the channels.
         rates = torch.linspace(slowest, fastest, len(skip), device=skip.device, dtype=skip.dtype)
         time = lag_times(length, config, skip.device).to(skip.dtype)
         return torch.exp(-time[:, None] * rates) + config.window_shift
@@ -166,4 +167,5 @@ def lag_features(length: int, config: FilterConfig, device: torch.device) -> Flo
 
 def fft_flops(length: int) -> float:
     """Forward FLOPs of convolving one channel by FFT, without the filter's spectrum."""
+    # Two transforms of 2 L real points at 2.5 n log2 n each, and 6 for each of L complex products.
     return 10.0 * length * math.log2(2 * length) + 6.0 * length

@@ -17,6 +17,7 @@ def monarch_multiply(
     """Multiply by `first`, permute, multiply by `second`, and permute back."""
     l, _, r = second.shape  # noqa: E741
     inner = torch.einsum("...kp,kqp->...kq", x.unflatten(-1, (first.shape[0], -1)), first)
+    # The permutation: entry i goes to block i mod l of the second factor.
     dealt = inner.flatten(-2).unflatten(-1, (r, l)).transpose(-1, -2)
     outer = torch.einsum("...lr,lsr->...ls", dealt, second)
     return outer.transpose(-1, -2).flatten(-2)

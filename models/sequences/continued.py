@@ -125,6 +125,7 @@ class ContinuedSequence(WholeSequence):
         """A causal convolution of each channel within documents, earlier chunks included."""
         assert reverse is None, "a filter of later tokens needs all of them at once"
         known, take = self._incoming, self._incoming.pop
+        # The count is taken first: Python evaluates the range before the blocks.
         blocks = [InputBlock(take(0), take(0)) for _ in range(len(take(0)) if known else 0)]
         documents = self.packed_documents
         longest = int(self.positions()[:, -1].max()) + 1 if self.packed else None

@@ -105,6 +105,7 @@ class LinearScan(Recurrence):
         """The sum of the values, each decayed up to the last token; the decay of all tokens."""
         decayed = torch.exp(sums_after(self.log_decay)) * widened(self.values)
         state = in_last_document(decayed, self.documents).sum(dim=1)
+        # Over all tokens, even if a document begins among them: Carry then drops the state before.
         return Summary(state, self.log_decay.sum(dim=1))
 
     def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
@@ -134,6 +135,7 @@ class SelectiveScan(Recurrence):
 
     def carried(self, initial: Tensor, continues: Tensor) -> Tensor:
         """The outputs of a scan of zero values from the state."""
+        # The kernel itself forgets the state where another document begins.
         del continues
         return self._scan(torch.zeros_like(self.values), initial)[0]
 

@@ -36,8 +36,8 @@ def ours():
 @published
 @pytest.mark.parametrize("reference", LISTED, ids=[each.id for each in LISTED])
 def test_our_value_is_within_the_listed_tolerance(ours, reference):
-    found = ours[reference.id]
-    assert reference.holds(found), f"{found:.10g} against {reference.target:.10g}"
+    result = ours[reference.id]
+    assert reference.holds(result), f"{result:.10g} against {reference.target:.10g}"
 
 
 @published

@@ -123,8 +123,8 @@ def memory_order(case: Case) -> None:
     shuffled = batch.replace(source=batch.source[:, order])
     before, after = run(case.wide, batch), run(case.wide, shuffled)
     apart = ((after - before).norm() / before.norm()).item()
-    said = case.mixer.ordered_memory
-    assert (apart > 1e-9) == said, f"{apart:.1e} apart, but ordered_memory is {said}"
+    declared = case.mixer.ordered_memory
+    assert (apart > 1e-9) == declared, f"{apart:.1e} apart, but ordered_memory is {declared}"
 
 
 @states(CROSS)

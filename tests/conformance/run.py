@@ -39,19 +39,19 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance.run", description=__doc__)
     parser.add_argument("--kinds", nargs="+", help="mixers to try; all if not given")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     known = {kind for kind, _ in declared_cases()}
-    unknown = sorted(set(asked.kinds or ()) - known)
+    unknown = sorted(set(options.kinds or ()) - known)
     if unknown:
         parser.error(f"unknown mixers {unknown}; known are {', '.join(sorted(known))}")
     # Small products gain nothing from threads, and lose to whatever else the machine does.
     torch.set_num_threads(1)
     begin = time.monotonic()
-    rows = rows_of(_judged(set(asked.kinds or known)))
+    rows = rows_of(_judged(set(options.kinds or known)))
     seconds = Measurement("conformance", time.monotonic() - begin, "s")
-    (asked.root / "reports").mkdir(parents=True, exist_ok=True)
-    target = "conformance" if asked.kinds is None else "conformance_part"
-    path = write_measurements(target, [*measurements(rows), seconds], asked.root)
+    (options.root / "reports").mkdir(parents=True, exist_ok=True)
+    target = "conformance" if options.kinds is None else "conformance_part"
+    path = write_measurements(target, [*measurements(rows), seconds], options.root)
     return _show(rows, path)
 
 

@@ -92,10 +92,10 @@ def judge(case: Case, each: Property) -> Verdict:
         if reason is None:
             each.check(case)
     except Exception as error:  # noqa: BLE001 - whatever a mixer raises is a verdict on it
-        said = str(error).strip().split("\n")[0] or "is not so"
+        message = str(error).strip().split("\n")[0] or "is not so"
         if not isinstance(error, AssertionError):
-            said = f"{type(error).__name__}: {said}"
-        return Verdict(case.kind, case.pattern, each.name, failure=said)
+            message = f"{type(error).__name__}: {message}"
+        return Verdict(case.kind, case.pattern, each.name, failure=message)
     return Verdict(case.kind, case.pattern, each.name, reason=reason)
 
 

@@ -103,19 +103,19 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("operators", nargs="*", help="all if not given")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="operators at a time")
-    asked = parser.parse_args(words)
-    unknown = sorted(set(asked.operators) - set(known))
+    options = parser.parse_args(words)
+    unknown = sorted(set(options.operators) - set(known))
     if unknown:
         parser.error(f"unknown operators {unknown}; known are {', '.join(known)}")
     begin = time.monotonic()
-    with ThreadPoolExecutor(asked.processes) as pool:
-        groups = list(pool.map(run_operator, asked.operators or known))
+    with ThreadPoolExecutor(options.processes) as pool:
+        groups = list(pool.map(run_operator, options.operators or known))
     tests = [test for group in groups for test in group]
     seconds = Measurement("all", time.monotonic() - begin, "s")
     rows = [*measurements(tests), seconds]
-    (asked.root / "reports").mkdir(parents=True, exist_ok=True)
-    target = "kernel_tests_part" if asked.operators else "kernel_tests"
-    path = write_measurements(target, rows, asked.root)
+    (options.root / "reports").mkdir(parents=True, exist_ok=True)
+    target = "kernel_tests_part" if options.operators else "kernel_tests"
+    path = write_measurements(target, rows, options.root)
     show(tests, Console(width=None if sys.stdout.isatty() else 150, highlight=False))
     sys.stdout.write(f"{len(tests)} tests in {seconds.value:.0f} s; written to {path}\n")
     broken = [f"{row.name} ({row.value:g})" for row in rows if row.holds is False]
@@ -137,8 +137,8 @@ def run_operator(operator: str) -> list[Test]:
         )
         tests = read_results(operator, results) if results.is_file() else []
     if not tests or (ended.returncode and all(test.failure is None for test in tests)):
-        said = f"pytest ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}"
-        tests.append(Test(operator, "pytest", "", 0.0, said))
+        message = f"pytest ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}"
+        tests.append(Test(operator, "pytest", "", 0.0, message))
     sys.stdout.write(f"{operator}: {len(tests)} tests, {sum(t.seconds for t in tests):.0f} s\n")
     sys.stdout.flush()
     return tests
@@ -148,8 +148,8 @@ def read_results(operator: str, path: Path) -> list[Test]:
     """The tests in pytest's file of results; one that was skipped has failed to show anything."""
     tests = []
     for case in ElementTree.parse(path).getroot().iter("testcase"):
-        said = [x for tag in ("failure", "error", "skipped") for x in case.iter(tag)]
-        failure = f"{said[0].tag}: {said[0].get('message', '')}" if said else None
+        outcomes = [x for tag in ("failure", "error", "skipped") for x in case.iter(tag)]
+        failure = f"{outcomes[0].tag}: {outcomes[0].get('message', '')}" if outcomes else None
         fixtures = " ".join(x.get("value", "") for x in case.iter("property"))
         name = case.get("name", "")
         words = f"{name} {fixtures}"
@@ -203,8 +203,8 @@ def show(tests: Sequence[Test], console: Console) -> None:
             console.print(f"n/a: {operator}, {name}: {reason}", soft_wrap=True)
     for test in tests:
         if test.failure is not None:
-            said = f"{test.operator} {test.name}: {test.failure}"
-            console.print(f"FAILED {said}", soft_wrap=True, markup=False)
+            line = f"{test.operator} {test.name}: {test.failure}"
+            console.print(f"FAILED {line}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

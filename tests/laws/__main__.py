@@ -24,11 +24,11 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 BASES = {"published": "o", "internal": "s"}
 
 
-def scoreboard(listed: list[Reference], found: dict[str, float]) -> pd.DataFrame:
+def scoreboard(listed: list[Reference], result: dict[str, float]) -> pd.DataFrame:
     """One row per listed value: theirs, ours, and the miss in units of the tolerance."""
     records = []
     for each in listed:
-        miss = found[each.id] - each.target
+        miss = result[each.id] - each.target
         if each.kind == "le":
             miss = max(miss, 0.0)
         share = miss / each.allowance if each.allowance else float(miss != 0)
@@ -38,10 +38,10 @@ def scoreboard(listed: list[Reference], found: dict[str, float]) -> pd.DataFrame
                 "quantity": each.quantity,
                 "basis": each.basis,
                 "listed": each.target,
-                "ours": found[each.id],
+                "ours": result[each.id],
                 "tolerance": each.allowance,
                 "share_of_tolerance": share,
-                "holds": each.holds(found[each.id]),
+                "holds": each.holds(result[each.id]),
             }
         )
     return pd.DataFrame(records)

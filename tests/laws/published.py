@@ -109,9 +109,9 @@ def objective(rows: pd.DataFrame, law: Law, values: dict[str, float], delta: flo
 
 def fitted(rows: pd.DataFrame, law: Law, delta: float) -> Fit:
     """A fit that may not be refused."""
-    found = Estimator(delta=delta).fit(rows, law)
-    assert isinstance(found, Fit), str(found)
-    return found
+    result = Estimator(delta=delta).fit(rows, law)
+    assert isinstance(result, Fit), str(result)
+    return result
 
 
 def _chinchilla() -> Iterator[tuple[str, float]]:
@@ -137,18 +137,18 @@ def _chinchilla() -> Iterator[tuple[str, float]]:
 
 
 def _bootstrap() -> Iterator[tuple[str, float]]:
-    found = fitted(kept(chinchilla_points()), CHINCHILLA, 1e-3)
-    replicates = replicate(found, 4000, np.random.default_rng(0))
-    for name, values in _reported(found, replicates).items():
+    result = fitted(kept(chinchilla_points()), CHINCHILLA, 1e-3)
+    replicates = replicate(result, 4000, np.random.default_rng(0))
+    for name, values in _reported(result, replicates).items():
         low, high = np.quantile(values, [0.025, 0.975])
         yield f"chin.boot.SE_{name}", float(values.std())
         yield f"chin.boot.{name}_lo", float(low)
         yield f"chin.boot.{name}_hi", float(high)
 
 
-def _reported(found: Fit, replicates: Bootstrap) -> dict[str, np.ndarray]:
-    values = found.form.natural(replicates.theta, "")
-    return {n: np.exp(v) if n in found.law.logs else v for n, v in values.items()}
+def _reported(result: Fit, replicates: Bootstrap) -> dict[str, np.ndarray]:
+    values = result.form.natural(replicates.theta, "")
+    return {n: np.exp(v) if n in result.law.logs else v for n, v in values.items()}
 
 
 def _repetition() -> Iterator[tuple[str, float]]:

@@ -64,23 +64,23 @@ def sent(rounds: Rounds, rank: int) -> list[tuple[int, int]]:
 
 
 def learnt(rounds: Rounds, ranks: int, *, way: int, back: bool) -> list[list[int]]:
-    """The ranks of which each has heard at the end, in the order in which they come before it.
+    """The ranks whose states each has at the end, in the order in which they come before it.
 
     Raises:
-        ValueError: a rank tells of what it does not know, or hears twice of the same one.
+        ValueError: a rank sends a state that it does not have, or receives one twice.
     """
     known = [[] for _ in range(ranks)]
     for each in rounds:
-        # All messages of a round tell what was known before it.
-        before = [list(heard) for heard in known]
+        # All messages of a round send what was known before it.
+        before = [list(ranks_known) for ranks_known in known]
         for message in (m for m in each if m.way == way):
-            told = list(range(message.first, message.last + 1))
-            unknown = set(told) - {message.sender, *before[message.sender]}
-            if unknown or set(told) & set(known[message.to]):
-                raise ValueError(f"{message} tells of {unknown}, or of what is known")
-            known[message.to] += told
+            span = list(range(message.first, message.last + 1))
+            unknown = set(span) - {message.sender, *before[message.sender]}
+            if unknown or set(span) & set(known[message.to]):
+                raise ValueError(f"{message} sends {unknown}, or what is known")
+            known[message.to] += span
     descending = (way == 1) != back
-    return [sorted(heard, reverse=descending) for heard in known]
+    return [sorted(ranks_known, reverse=descending) for ranks_known in known]
 
 
 def _gather(ranks: int, size: int) -> Rounds:

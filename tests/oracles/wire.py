@@ -8,24 +8,24 @@ import math
 
 
 def stretches(ranks: int, T: int, left: int, right: int, width: int, *, back: bool) -> list[int]:
-    """Where each rank hears so many tokens before its share and after it, across several ranks.
+    """Where each rank receives so many tokens before its share and after it, across ranks.
 
     Args:
         T: tokens of a share.
         left: tokens before it that a rank wants.
         right: tokens after it.
         width: bytes of a token.
-        back: for gradients, which go from who heard to who told.
+        back: for gradients, which go from the receiver to the sender.
     """
 
-    def told(teller: int, hearer: int) -> int:
-        between = abs(hearer - teller) - 1
-        wanted = left if hearer > teller else right
+    def sent(sender: int, receiver: int) -> int:
+        between = abs(receiver - sender) - 1
+        wanted = left if receiver > sender else right
         return min(T, max(0, wanted - between * T))
 
     others = [[s for s in range(ranks) if s != r] for r in range(ranks)]
     return [
-        width * sum(told(s, r) if back else told(r, s) for s in others[r]) for r in range(ranks)
+        width * sum(sent(s, r) if back else sent(r, s) for s in others[r]) for r in range(ranks)
     ]
 
 

@@ -36,10 +36,10 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sequence_parallel.run")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="how many")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     begin, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 130)
-    verdicts, caught = _judged(asked.ranks), _tried(asked.ranks)
+    verdicts, caught = _judged(options.ranks), _tried(options.ranks)
     console.print(verdict_table(verdicts), mutant_table(caught))
     for name, reason in refusing_mixers().items():
         console.print(f"{name} refuses: {reason}", soft_wrap=True)
@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> int:
     for what in unseen:
         console.print(f"FAILED not seen: {what}", soft_wrap=True)
     rows = [*measurements(verdicts, caught), Measurement("time", time.monotonic() - begin, "s")]
-    target = "sequence_parallel" if set(asked.ranks) == set(RANKS) else "sequence_parallel_part"
-    console.print(f"written to {write_measurements(target, rows, asked.root)}", soft_wrap=True)
+    target = "sequence_parallel" if set(options.ranks) == set(RANKS) else "sequence_parallel_part"
+    console.print(f"written to {write_measurements(target, rows, options.root)}", soft_wrap=True)
     return 1 if wrong or unseen else 0
 
 

@@ -153,8 +153,8 @@ def _fetch_error(group: dist.ProcessGroup) -> float:
         a, b = wanted[ranks.rank]
         worst = max(worst, _off(got, x[:, a:b]))
         (got * (ranks.rank + 1)).sum().backward()
-        heard = [sum(r + 1 for r, (a, b) in enumerate(wanted) if a <= t < b) for t in range(total)]
-        expected = torch.tensor(heard, dtype=torch.float64)[begin:end, None].expand(2, -1, 3)
+        sums = [sum(r + 1 for r, (a, b) in enumerate(wanted) if a <= t < b) for t in range(total)]
+        expected = torch.tensor(sums, dtype=torch.float64)[begin:end, None].expand(2, -1, 3)
         assert mine.grad is not None
         worst = max(worst, _off(mine.grad, expected))
     return _largest(worst, group)

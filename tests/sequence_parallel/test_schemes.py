@@ -23,12 +23,12 @@ LINKS = (ASSUMED, Link(2e-6, 400e9), Link(50e-6, 1e9))
 def test_simulated_messages_tell_each_rank_of_all_before_it_once(
     ranks: int, scheme: str, back: bool
 ) -> None:
-    told = oracle.messages(scheme, ranks, oracle.Sizes(8, 4, 2), back=back)
+    messages = oracle.messages(scheme, ranks, oracle.Sizes(8, 4, 2), back=back)
     before = [list(range(r)) for r in range(ranks)]
     after = [list(range(ranks - 1, r, -1)) for r in range(ranks)]
     for way in (0, 1):
         expected = before if (way == 1) == back else after
-        assert oracle.learnt(told, ranks, way=way, back=back) == expected
+        assert oracle.learnt(messages, ranks, way=way, back=back) == expected
 
 
 @pytest.mark.parametrize("ways", [1, 2])

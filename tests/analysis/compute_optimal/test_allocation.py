@@ -33,22 +33,22 @@ def six_nd(parameters, tokens):
 
 def test_with_six_n_d_the_best_size_is_the_closed_form(fit):
     p, budget = fit.parameters, 1e20
-    found = allocate(Question(fit, "", six_nd, RANGE), budget)
+    result = allocate(Question(fit, "", six_nd, RANGE), budget)
     total = p["alpha"] + p["beta"]
     scale = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / total)
-    assert found.parameters == pytest.approx(scale * (budget / 6) ** (p["beta"] / total), rel=1e-4)
-    assert six_nd(found.parameters, found.tokens) == pytest.approx(budget, rel=1e-6)
+    assert result.parameters == pytest.approx(scale * (budget / 6) ** (p["beta"] / total), rel=1e-4)
+    assert six_nd(result.parameters, result.tokens) == pytest.approx(budget, rel=1e-6)
 
 
 def test_no_other_size_within_the_budget_has_a_lower_loss(fit):
     def quadratic(parameters, tokens):
         return 6.0 * parameters * tokens + 4e4 * np.sqrt(parameters) * tokens
 
-    found = allocate(Question(fit, "", quadratic, RANGE), 3e19)
-    for size in found.parameters * np.array([0.8, 0.97, 1.03, 1.25]):
+    result = allocate(Question(fit, "", quadratic, RANGE), 3e19)
+    for size in result.parameters * np.array([0.8, 0.97, 1.03, 1.25]):
         tokens = 3e19 / quadratic(size, 1.0)
         values = [fit.parameters[name] for name in ("E", "A", "alpha", "B", "beta")]
-        assert oracle.chinchilla(values, size, tokens) > found.loss
+        assert oracle.chinchilla(values, size, tokens) > result.loss
 
 
 def test_tokens_to_be_served_make_the_best_model_smaller(fit):
@@ -83,17 +83,17 @@ def test_a_ladder_gives_what_its_rungs_cost_and_refuses_other_sizes():
 
 def test_a_size_curve_is_the_median_at_each_size_and_keeps_its_power_beyond():
     sizes, values = np.array([1e6, 1e6, 1e6, 1e8]), np.array([1.0, 2.0, 9.0, 200.0])
-    asked = np.array([1e5, 1e6, 1e7, 1e9])
+    queried = np.array([1e5, 1e6, 1e7, 1e9])
     flat = SizeCurve.medians(sizes, values)
-    np.testing.assert_allclose(flat(asked), [2.0, 2.0, 20.0, 200.0])
+    np.testing.assert_allclose(flat(queried), [2.0, 2.0, 20.0, 200.0])
     growing = SizeCurve.medians(sizes, values, beyond=1.0)
-    np.testing.assert_allclose(growing(asked), [0.2, 2.0, 20.0, 2000.0])
+    np.testing.assert_allclose(growing(queried), [0.2, 2.0, 20.0, 2000.0])
 
 
 def test_a_best_size_at_the_end_of_the_range_is_refused(fit):
-    found = allocate(Question(fit, "", six_nd, (1e6, 1e8)), 1e22)
-    assert isinstance(found, Refusal)
-    assert "end of the range" in found.reason
+    result = allocate(Question(fit, "", six_nd, (1e6, 1e8)), 1e22)
+    assert isinstance(result, Refusal)
+    assert "end of the range" in result.reason
 
 
 def test_a_loss_below_the_floor_is_refused(fit):
@@ -102,9 +102,9 @@ def test_a_loss_below_the_floor_is_refused(fit):
 
 def test_the_best_size_has_an_interval_that_holds_the_true_one(fit):
     replicates = replicate(fit, 60, np.random.default_rng(1))
-    found = allocate(Question(fit, "", six_nd, RANGE), 1e20, replicates)
-    assert isinstance(found, Allocation)
+    result = allocate(Question(fit, "", six_nd, RANGE), 1e20, replicates)
+    assert isinstance(result, Allocation)
     _, a, alpha, b, beta = LAW
     scale = (alpha * a / (beta * b)) ** (1 / (alpha + beta))
     truth = scale * (1e20 / 6) ** (beta / (alpha + beta))
-    assert found.size_interval.low < truth < found.size_interval.high
+    assert result.size_interval.low < truth < result.size_interval.high

@@ -93,17 +93,17 @@ def test_a_line_that_is_trained_adds_its_own_seed_noise(comparison):
 
 
 def test_arms_beat_the_lines_that_they_truly_beat(comparison):
-    found = {
+    result = {
         arm.architecture: {name: verdict(each) for name, each in arm.against.items()}
         for arm in comparison.arms
     }
-    assert [found[name]["bigram"] for name in ARMS[:2]] == ["beats", "beats"]
-    assert found["hybrid"] == {
+    assert [result[name]["bigram"] for name in ARMS[:2]] == ["beats", "beats"]
+    assert result["hybrid"] == {
         "identity": "beats",
         "bigram": "does not beat, is worse",
         "5-gram": "does not beat, is worse",
     }
-    assert "identity" not in found["identity"]
+    assert "identity" not in result["identity"]
 
 
 def test_a_difference_within_the_noise_is_no_win():
@@ -137,18 +137,18 @@ def test_costs_come_from_the_record_and_the_ladder(comparison):
 def test_one_seed_gives_no_interval_and_says_so(tmp_path):
     study = replace(STUDY, seeds={})
     root = lines_beside(write(study, tmp_path / "one", np.random.default_rng(0)), 3.0)
-    (found,) = compare_arms(load(root))
-    assert all(np.isnan(arm.loss.low) for arm in found.arms)
-    assert "one seed per arm" in caption(found)
-    assert "no interval" in arm_lines((found,))[0]
-    assert "95 % interval" not in caption(found)
+    (result,) = compare_arms(load(root))
+    assert all(np.isnan(arm.loss.low) for arm in result.arms)
+    assert "one seed per arm" in caption(result)
+    assert "no interval" in arm_lines((result,))[0]
+    assert "95 % interval" not in caption(result)
 
 
 def test_ngrams_measured_on_other_targets_are_not_shown(tmp_path, root):
     other = write(STUDY, tmp_path / "other", np.random.default_rng(0))
-    (found,) = compare_arms(load(lines_beside(other, 3.0, targets=100_000)))
-    assert list(found.lines) == ["identity"]
-    assert "other targets" in caption(found)
+    (result,) = compare_arms(load(lines_beside(other, 3.0, targets=100_000)))
+    assert list(result.lines) == ["identity"]
+    assert "other targets" in caption(result)
 
 
 def test_two_architectures_without_lines_have_no_such_section(sweep):
@@ -157,9 +157,9 @@ def test_two_architectures_without_lines_have_no_such_section(sweep):
 
 def test_only_the_longest_horizon_is_compared(tmp_path):
     study = replace(STUDY, horizons=(4.5e5, 9e5))
-    (found,) = compare_arms(load(write(study, tmp_path / "two", np.random.default_rng(0))))
-    assert found.place.tokens == 9e5
-    assert len(found.arms[0].seeds) == 3
+    (result,) = compare_arms(load(write(study, tmp_path / "two", np.random.default_rng(0))))
+    assert result.place.tokens == 9e5
+    assert len(result.arms[0].seeds) == 3
 
 
 def test_the_report_shows_arms_and_tuning_and_redraws_for_new_lines(root, tmp_path):

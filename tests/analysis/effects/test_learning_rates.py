@@ -62,14 +62,14 @@ def table(tmp_path_factory):
     return load(searched(tmp_path_factory.mktemp("runs") / "search"))
 
 
-def of(found, name):
-    return found[found["architecture"] == name].iloc[0]
+def of(result, name):
+    return result[result["architecture"] == name].iloc[0]
 
 
 def test_the_parabola_finds_the_true_optimum(table):
-    found = search_table(table)
+    result = search_table(table)
     for name, factor in (("transformer", 1.0), ("mamba", 0.5)):
-        row = of(found, name)
+        row = of(result, name)
         assert row["optimum"] == "interior"
         np.testing.assert_allclose(row["factor"], factor)
         np.testing.assert_allclose(row["refined_log2"], math.log2(RULE) + OPTIMA[name])
@@ -90,26 +90,26 @@ def test_sensitivity_is_the_mean_excess_over_the_best_trial(table):
 
 
 def test_a_diverged_trial_counts_as_a_uniform_guess_and_brackets_the_optimum(tmp_path):
-    found = search_table(load(searched(tmp_path / "diverged", state={14: "diverged"})))
+    result = search_table(load(searched(tmp_path / "diverged", state={14: "diverged"})))
     losses = FLOOR + CURVATURE * (np.log2(FACTORS) - OPTIMA["hybrid"]) ** 2
     losses[-1] = math.log(257)
-    row = of(found, "hybrid")
+    row = of(result, "hybrid")
     assert (row["trials"], row["diverged"], row["optimum"]) == (5, 1, "interior")
     np.testing.assert_allclose(row["sensitivity_nats"], losses.mean() - losses.min())
     assert np.isnan(row["refined_log2"])
 
 
 def test_a_cell_with_a_trial_missing_has_no_verdict(tmp_path):
-    found = search_table(load(searched(tmp_path / "partial", state={0: "running"})))
-    row = of(found, "transformer")
+    result = search_table(load(searched(tmp_path / "partial", state={0: "running"})))
+    row = of(result, "transformer")
     assert (row["trials"], row["optimum"]) == (4, "trials missing")
     assert np.isnan(row["factor"])
-    assert of(found, "mamba")["optimum"] == "interior"
+    assert of(result, "mamba")["optimum"] == "interior"
 
 
 def test_the_middle_rate_is_the_rule_where_no_factors_are_listed(tmp_path):
-    found = search_table(load(searched(tmp_path / "bare", listed=False)))
-    np.testing.assert_allclose(of(found, "mamba")["factor"], 0.5)
+    result = search_table(load(searched(tmp_path / "bare", listed=False)))
+    np.testing.assert_allclose(of(result, "mamba")["factor"], 0.5)
 
 
 def test_rates_carry_the_scale_of_their_architecture(table):
@@ -120,8 +120,8 @@ def test_rates_carry_the_scale_of_their_architecture(table):
 
 def test_a_search_answers_nothing_about_architectures(table):
     study = analyse(table, Settings(replicates=10))
-    found = [*study.answer.corpus, *study.answer.architecture, study.joint.fit]
-    assert all(isinstance(each, Refusal) and each.code == "R-TUNING" for each in found)
+    result = [*study.answer.corpus, *study.answer.architecture, study.joint.fit]
+    assert all(isinstance(each, Refusal) and each.code == "R-TUNING" for each in result)
     assert not study.cells
     assert len(study.points.rows)
 

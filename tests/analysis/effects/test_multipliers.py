@@ -20,8 +20,8 @@ BASE, OTHER = "transformer on web", "mamba on web"
 @pytest.fixture(scope="module")
 def fitted(sweep):
     rows = final(load(sweep)).rows
-    found = Estimator().fit(rows[rows["evaluation_set"] == "prose"], LAW)
-    return found, replicate(found, 200, np.random.default_rng(0))
+    result = Estimator().fit(rows[rows["evaluation_set"] == "prose"], LAW)
+    return result, replicate(result, 200, np.random.default_rng(0))
 
 
 def curve(fit, group, parameters):
@@ -32,16 +32,16 @@ def curve(fit, group, parameters):
 
 
 def test_a_data_multiplier_is_the_ratio_of_tokens_at_equal_loss(fitted):
-    found = data_multiplier(*fitted, BASE, OTHER)
+    result = data_multiplier(*fitted, BASE, OTHER)
     needed = [
-        oracle.tokens_for_loss(curve(fitted[0], name, found.size), found.loss_nats)
+        oracle.tokens_for_loss(curve(fitted[0], name, result.size), result.loss_nats)
         for name in (BASE, OTHER)
     ]
-    assert found.factor.estimate == pytest.approx(needed[0] / needed[1], rel=1e-9)
+    assert result.factor.estimate == pytest.approx(needed[0] / needed[1], rel=1e-9)
 
 
 def test_a_compute_multiplier_is_the_ratio_of_cheapest_flops_at_equal_loss(fitted, study):
-    found = compute_multiplier(*fitted, BASE, OTHER)
+    result = compute_multiplier(*fitted, BASE, OTHER)
     cheapest = []
     for name in (BASE, OTHER):
         factor = study.flops_factor[name.split()[0]]
@@ -51,18 +51,18 @@ def test_a_compute_multiplier_is_the_ratio_of_cheapest_flops_at_equal_loss(fitte
             min(
                 factor
                 * size
-                * oracle.tokens_for_loss(curve(fitted[0], name, size), found.loss_nats)
+                * oracle.tokens_for_loss(curve(fitted[0], name, size), result.loss_nats)
                 for size in sizes
-                if curve(fitted[0], name, size)(1e12) < found.loss_nats
+                if curve(fitted[0], name, size)(1e12) < result.loss_nats
             )
         )
-    assert found.factor.estimate == pytest.approx(cheapest[0] / cheapest[1], rel=2e-3)
+    assert result.factor.estimate == pytest.approx(cheapest[0] / cheapest[1], rel=2e-3)
 
 
 def test_the_better_arm_has_a_multiplier_above_one_with_an_interval(fitted):
-    found = data_multiplier(*fitted, BASE, OTHER)
-    assert isinstance(found, Multiplier)
-    assert 1 < found.factor.low < found.factor.estimate < found.factor.high
+    result = data_multiplier(*fitted, BASE, OTHER)
+    assert isinstance(result, Multiplier)
+    assert 1 < result.factor.low < result.factor.estimate < result.factor.high
 
 
 def test_swapping_the_arms_inverts_the_multiplier(fitted):
@@ -72,10 +72,10 @@ def test_swapping_the_arms_inverts_the_multiplier(fitted):
 
 
 def test_a_frontier_stays_inside_the_data_and_falls(fitted):
-    found = frontier(fitted[0], OTHER)
+    result = frontier(fitted[0], OTHER)
     rows = fitted[0].rows[fitted[0].rows["architecture"] == "mamba"]
-    assert found["tokens"].between(0.99 * rows["tokens"].min(), 1.01 * rows["tokens"].max()).all()
-    assert (found["loss_nats"].diff().dropna() < 1e-3).all()
+    assert result["tokens"].between(0.99 * rows["tokens"].min(), 1.01 * rows["tokens"].max()).all()
+    assert (result["loss_nats"].diff().dropna() < 1e-3).all()
 
 
 def test_costs_are_those_of_the_sizes_that_were_run(fitted, study):
@@ -90,9 +90,9 @@ def test_arms_that_reach_no_common_loss_are_refused(tmp_path):
     study = Study(architecture_effect=-0.6, seeds={})
     root = write(study, tmp_path / "far", np.random.default_rng(0))
     rows = final(load(root)).rows
-    found = Estimator().fit(rows[rows["evaluation_set"] == "prose"], LAW)
-    replicates = replicate(found, 20, np.random.default_rng(0))
+    result = Estimator().fit(rows[rows["evaluation_set"] == "prose"], LAW)
+    replicates = replicate(result, 20, np.random.default_rng(0))
     for multiplier in (data_multiplier, compute_multiplier):
-        refused = multiplier(found, replicates, BASE, OTHER)
+        refused = multiplier(result, replicates, BASE, OTHER)
         assert isinstance(refused, Refusal)
         assert refused.code == "R-REACH"

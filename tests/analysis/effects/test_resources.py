@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from analysis.effects.multipliers import compute_multiplier
+from analysis.effects.multipliers import compute_multiplier, parameter_multiplier
 from analysis.effects.resources import (
     DECODING_STATE,
     WALL_CLOCK,
-    parameter_multiplier,
     resource_multiplier,
 )
 from analysis.fitting.estimator import Estimator
@@ -29,8 +28,8 @@ def fitted(sweep):
     # A speed that falls with size as the FLOPs do, at half the rate for one arm.
     speed = slow * 1e12 / (rows["flops"] / rows["tokens"])
     state = np.where(rows["architecture"] == "mamba", 1.0, 4.0) * rows["parameters"]
-    found = Estimator().fit(rows.assign(tokens_per_second=speed, state_bytes=state), LAW)
-    return found, replicate(found, 100, np.random.default_rng(0))
+    result = Estimator().fit(rows.assign(tokens_per_second=speed, state_bytes=state), LAW)
+    return result, replicate(result, 100, np.random.default_rng(0))
 
 
 def test_half_the_speed_halves_the_wall_clock_multiplier(fitted):
@@ -40,7 +39,7 @@ def test_half_the_speed_halves_the_wall_clock_multiplier(fitted):
 
 
 def test_a_parameter_multiplier_is_the_ratio_of_sizes_at_equal_loss(fitted):
-    found = parameter_multiplier(*fitted, BASE, OTHER)
+    result = parameter_multiplier(*fitted, BASE, OTHER)
     rows = fitted[0].rows
     mine = rows[(rows["architecture"] == "transformer") & (rows["corpus"] == "web")]
     tokens = float(np.exp(np.log(mine["tokens"]).mean()))
@@ -51,15 +50,15 @@ def test_a_parameter_multiplier_is_the_ratio_of_sizes_at_equal_loss(fitted):
         def miss(log_size, p=p):
             by_data = np.exp(p["B"] - p["beta"] * np.log(tokens))
             by_size = np.exp(p["A"] - p["alpha"] * log_size)
-            return np.exp(p["E"]) + by_size + by_data - found.loss_nats
+            return np.exp(p["E"]) + by_size + by_data - result.loss_nats
 
         sizes.append(np.exp(brentq(miss, np.log(1e3), np.log(1e9))))
-    assert found.factor.estimate == pytest.approx(sizes[0] / sizes[1], rel=1e-8)
+    assert result.factor.estimate == pytest.approx(sizes[0] / sizes[1], rel=1e-8)
 
 
 def test_an_arm_with_a_quarter_of_the_state_needs_less_memory(fitted):
-    found = resource_multiplier(*fitted, (BASE, OTHER), DECODING_STATE)
-    assert found.factor.estimate > 4.0
+    result = resource_multiplier(*fitted, (BASE, OTHER), DECODING_STATE)
+    assert result.factor.estimate > 4.0
 
 
 def test_what_was_not_measured_is_refused(fitted):

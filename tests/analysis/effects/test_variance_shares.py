@@ -32,7 +32,7 @@ def effects_of(root, count=200, **changes):
 
 def test_shares_equal_those_of_explicit_dummy_regression(sweep):
     rows = neutral(load(sweep))
-    found = decompose(rows, 20, np.random.default_rng(0))
+    result = decompose(rows, 20, np.random.default_rng(0))
     cells = matched_cells(rows)
     arm = cells["architecture"] + "/" + cells["corpus"]
     expected = oracle.shares(
@@ -42,27 +42,27 @@ def test_shares_equal_those_of_explicit_dummy_regression(sweep):
         list(arm + "/" + cells["cell"].astype(str)),
         np.log(cells["loss_nats"].to_numpy()),
     )
-    mine = [found.shares[name].estimate for name in COMPONENTS]
+    mine = [result.shares[name].estimate for name in COMPONENTS]
     np.testing.assert_allclose(mine, expected, rtol=1e-9, atol=1e-12)
     assert sum(mine) == pytest.approx(1.0)
 
 
 def test_a_study_without_noise_gives_back_its_effects(noise_free, study):
-    found = decompose(neutral(noise_free), 50, np.random.default_rng(0))
-    assert found.effects["corpus"].estimate == pytest.approx(study.corpus_effect, rel=1e-6)
+    result = decompose(neutral(noise_free), 50, np.random.default_rng(0))
+    assert result.effects["corpus"].estimate == pytest.approx(study.corpus_effect, rel=1e-6)
     # N of the arms differs by 2 %, which is worth about as much as the law says and no more.
-    assert found.effects["architecture"].estimate == pytest.approx(0.0165, abs=2e-3)
-    assert found.shares["interaction"].estimate < 1e-9
-    assert found.shares["corpus"].estimate > 0.9
+    assert result.effects["architecture"].estimate == pytest.approx(0.0165, abs=2e-3)
+    assert result.shares["interaction"].estimate < 1e-9
+    assert result.shares["corpus"].estimate > 0.9
 
 
 def test_an_interaction_is_told_from_main_effects(tmp_path):
-    found = effects_of(
+    result = effects_of(
         tmp_path / "crossed", corpus_effect=0.0, architecture_effect=0.0, interaction=0.08,
         seed_sd=0.0, point_sd=0.0,
     )  # fmt: skip
     # A corner of 0.08 in a two-by-two table: a quarter each to mains, a quarter to interaction.
-    assert found.shares["interaction"].estimate == pytest.approx(1 / 3, abs=0.05)
+    assert result.shares["interaction"].estimate == pytest.approx(1 / 3, abs=0.05)
 
 
 def test_intervals_cover_the_shares_of_the_truth_and_shrink_to_it(tmp_path):
@@ -75,17 +75,17 @@ def test_intervals_cover_the_shares_of_the_truth_and_shrink_to_it(tmp_path):
 
 def test_an_effect_is_worth_the_compute_that_moves_the_loss_as_much(noise_free):
     rows = neutral(noise_free)
-    found = decompose(rows, 50, np.random.default_rng(0))
+    result = decompose(rows, 50, np.random.default_rng(0))
     cells = matched_cells(rows)
     slope = np.polyfit(np.log(cells["flops"]), np.log(cells["loss_nats"]), 1)[0]
-    expected = np.exp(found.effects["corpus"].estimate / -slope)
-    assert found.worth["corpus"].estimate == pytest.approx(expected, rel=1e-9)
+    expected = np.exp(result.effects["corpus"].estimate / -slope)
+    assert result.worth["corpus"].estimate == pytest.approx(expected, rel=1e-9)
 
 
 def test_every_evaluation_set_is_decomposed_the_neutral_one_first(sweep):
-    found = decompositions(final(load(sweep)), 20, np.random.default_rng(0))
-    assert list(found) == ["prose", "code"]
-    assert all(isinstance(each, Decomposition) for each in found.values())
+    result = decompositions(final(load(sweep)), 20, np.random.default_rng(0))
+    assert list(result) == ["prose", "code"]
+    assert all(isinstance(each, Decomposition) for each in result.values())
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_every_evaluation_set_is_decomposed_the_neutral_one_first(sweep):
     ],
 )
 def test_too_narrow_a_study_is_refused_with_its_remedy(tmp_path, changes, code):
-    found = effects_of(tmp_path / "narrow", count=5, **changes)
-    assert isinstance(found, Refusal)
-    assert found.code == code
+    result = effects_of(tmp_path / "narrow", count=5, **changes)
+    assert isinstance(result, Refusal)
+    assert result.code == code
 
 
 def test_cells_that_lack_an_arm_are_not_used(sweep):
@@ -125,12 +125,12 @@ def test_sizes_three_percent_apart_are_one_cell_and_further_apart_are_two():
 
 
 def test_at_equal_neutral_loss_the_corpus_shifts_the_line_and_the_architecture_does_not(noise_free):
-    found = transfers(final(noise_free), 50, np.random.default_rng(0))["code"]
+    result = transfers(final(noise_free), 50, np.random.default_rng(0))["code"]
     # Corpora differ by +0.08 on prose and -0.12 on code; arms by the same on both.
-    corpus = found.shifts["corpus", "code"]
-    assert corpus.estimate == pytest.approx(-0.12 - 0.08 * found.slope.estimate, abs=1e-6)
-    assert abs(found.shifts["architecture", "mamba"].estimate) < 1e-6
-    assert found.slope.estimate == pytest.approx(1.0, abs=1e-6)
+    corpus = result.shifts["corpus", "code"]
+    assert corpus.estimate == pytest.approx(-0.12 - 0.08 * result.slope.estimate, abs=1e-6)
+    assert abs(result.shifts["architecture", "mamba"].estimate) < 1e-6
+    assert result.slope.estimate == pytest.approx(1.0, abs=1e-6)
 
 
 def test_one_evaluation_set_has_no_loss_to_loss_view(sweep):

@@ -15,12 +15,12 @@ def narrowed(sweep, tmp_path_factory):
     """Each figure after its narrow layout, with its SVG and what it had in the wide layout."""
     settings = Settings(replicates=20)
     study = analyse(load(sweep), settings)
-    found = []
+    result = []
     for plate in draw(study, find(study, settings)):
         wide = plate.save(tmp_path_factory.mktemp("wide"))
         texts = [text.get_text() for ax in plate.figure.axes for text in ax.texts]
-        found.append((plate, wide, texts, plate.narrow()))
-    return found
+        result.append((plate, wide, texts, plate.narrow()))
+    return result
 
 
 def test_narrow_figures_have_one_width_and_cut_no_text(narrowed):

@@ -31,13 +31,13 @@ def replicates(fitted):
 
 
 def test_a_lead_is_that_of_the_law_in_tokens_compute_and_parameters(fitted, replicates):
-    said = list(lead(fitted, replicates, "a"))
-    assert [each.split(" times the ")[1].split(" of b")[0] for each in said] == [
+    lines = list(lead(fitted, replicates, "a"))
+    assert [each.split(" times the ")[1].split(" of b")[0] for each in lines] == [
         "tokens", "training FLOPs", "parameters",
     ]  # fmt: skip
-    assert all(each.startswith("a needs 1.") for each in said)
+    assert all(each.startswith("a needs 1.") for each in lines)
     # L - E falls by 3 % everywhere, and with compute as C^-.175 (alpha beta / (alpha + beta)).
-    factor = float(said[1].split()[2])
+    factor = float(lines[1].split()[2])
     assert factor == pytest.approx(0.97 ** (-0.70 / (0.34 * 0.36)), rel=0.02)
 
 
@@ -47,9 +47,9 @@ def test_slower_tokens_turn_a_lead_in_compute_into_a_lag_in_seconds(fitted, repl
     timed = Estimator().fit(
         rows.assign(tokens_per_second=slow_b * rows["tokens_per_second"]), fitted.law
     )
-    said = [each for each in lead(timed, replicates, "a") if "training seconds" in each]
-    assert len(said) == 1
-    assert said[0].startswith("a needs 0.5")
+    lines = [each for each in lead(timed, replicates, "a") if "training seconds" in each]
+    assert len(lines) == 1
+    assert lines[0].startswith("a needs 0.5")
 
 
 def test_an_unknown_baseline_names_the_arms(fitted, replicates):
@@ -59,33 +59,33 @@ def test_an_unknown_baseline_names_the_arms(fitted, replicates):
 
 def test_a_budget_goes_where_the_closed_form_says_and_serving_wants_smaller_models():
     fit = Estimator().fit(runs(1e-5), CHINCHILLA)
-    said = list(spending(fit, bootstrap(fit), Budget(5e19, served=1e12)))
+    lines = list(spending(fit, bootstrap(fit), Budget(5e19, served=1e12)))
     scale = (0.34 * 400 / (0.36 * 900)) ** (1 / 0.70)
     best = scale * (5e19 / 6) ** (0.36 / 0.70)
-    assert said[0].startswith("5e+19 FLOPs: ")
-    assert float(said[0].split()[2]) == pytest.approx(best / 1e9, rel=0.02)
-    assert "1 T tokens served" in said[1]
-    served = said[1].split("served: ")[1]
+    assert lines[0].startswith("5e+19 FLOPs: ")
+    assert float(lines[0].split()[2]) == pytest.approx(best / 1e9, rel=0.02)
+    assert "1 T tokens served" in lines[1]
+    served = lines[1].split("served: ")[1]
     size = float(served.split()[0]) * {"G": 1e9, "M": 1e6}[served.split()[1]]
     assert size < 0.6 * best
-    values = said[1].split(" loss ")[-1].split()[0], said[0].split(" loss ")[-1].split()[0]
+    values = lines[1].split(" loss ")[-1].split()[0], lines[0].split(" loss ")[-1].split()[0]
     assert values[0] == values[1]
 
 
 def test_a_budget_far_beyond_the_data_is_doubted():
     fit = Estimator().fit(runs(1e-5).drop(columns="flops"), CHINCHILLA)
     replicates = bootstrap(fit)
-    said = " ".join(spending(fit, replicates, Budget(5e22)))
-    assert "counted as 6 N D" in said
-    assert "R-EXTRAP" in said
+    text = " ".join(spending(fit, replicates, Budget(5e22)))
+    assert "counted as 6 N D" in text
+    assert "R-EXTRAP" in text
     assert "W-EXTRAP" in " ".join(spending(fit, replicates, Budget(5e22, allow=True)))
 
 
 def test_three_approaches_are_told_for_each_arm():
-    said = list(approaches(arms().assign(decayed=True), ("architecture",)))
-    assert sum(each.startswith("a: approach") for each in said) == 3
-    assert sum(each.startswith("b: approach 3") for each in said) == 1
-    assert "R-UNDER" in next(each for each in said if "approach 1" in each)
+    lines = list(approaches(arms().assign(decayed=True), ("architecture",)))
+    assert sum(each.startswith("a: approach") for each in lines) == 3
+    assert sum(each.startswith("b: approach 3") for each in lines) == 1
+    assert "R-UNDER" in next(each for each in lines if "approach 1" in each)
 
 
 def test_in_a_design_of_budgets_what_lies_between_parabolas_was_run():
@@ -112,9 +112,9 @@ def test_the_command_answers_in_one_call(tmp_path, capsys):
     arms().to_csv(file, index=False)
     words = [str(file), "--by", "architecture", "--baseline", "a", "--budget", "3e19"]
     assert main(words) == 0
-    said = capsys.readouterr().out
-    assert "A [a]" in said
-    assert "a: 3e+19 FLOPs: " in said
-    assert "times the tokens of b" in said
+    output = capsys.readouterr().out
+    assert "A [a]" in output
+    assert "a: 3e+19 FLOPs: " in output
+    assert "times the tokens of b" in output
     assert main([*words, "--law", "gamma"]) == 2
     assert "need --law chinchilla" in capsys.readouterr().out

@@ -38,70 +38,70 @@ def test_analytic_derivatives_equal_finite_differences(exact_rows, law):
     form = bind(law, exact_rows)
     design = form.design(exact_rows)
     theta = np.random.default_rng(5).normal(0.0, 0.5, len(form.labels))
-    found = log_loss_and_jacobian(design, theta[None])[1][0]
+    result = log_loss_and_jacobian(design, theta[None])[1][0]
     expected = oracle.derivative(lambda vector: log_loss(design, vector[None])[0], theta, 1e-6)
-    np.testing.assert_allclose(found, expected, atol=1e-8)
+    np.testing.assert_allclose(result, expected, atol=1e-8)
 
 
 def test_a_law_predicts_what_its_named_parameters_say(one_cell):
-    found = fit(with_noise(one_cell, 0.003, 0), CHINCHILLA)
+    result = fit(with_noise(one_cell, 0.003, 0), CHINCHILLA)
     names = ("E", "A", "alpha", "B", "beta")
-    values = [found.parameters[name] for name in names]
+    values = [result.parameters[name] for name in names]
     expected = oracle.chinchilla(values, one_cell["parameters"], one_cell["tokens"])
-    np.testing.assert_allclose(found.predict(one_cell), expected, rtol=1e-10)
+    np.testing.assert_allclose(result.predict(one_cell), expected, rtol=1e-10)
 
 
 def test_pivots_are_the_terms_at_the_centre_of_the_data(one_cell):
-    found = fit(with_noise(one_cell, 0.003, 0), CHINCHILLA)
+    result = fit(with_noise(one_cell, 0.003, 0), CHINCHILLA)
     centre = np.exp(np.log(one_cell["parameters"]).mean())
-    expected = found.parameters["A"] * centre ** -found.parameters["alpha"]
-    assert found.pivots[""]["A"] == pytest.approx(expected, rel=1e-10)
+    expected = result.parameters["A"] * centre ** -result.parameters["alpha"]
+    assert result.pivots[""]["A"] == pytest.approx(expected, rel=1e-10)
 
 
 def test_exponents_are_recovered_from_exact_losses(one_cell, study):
-    found = fit(one_cell, CHINCHILLA)
+    result = fit(one_cell, CHINCHILLA)
     _, _, alpha, _, beta = study.law
-    assert found.parameters["alpha"] == pytest.approx(alpha, abs=2e-4)
-    assert found.parameters["beta"] == pytest.approx(beta, abs=2e-4)
+    assert result.parameters["alpha"] == pytest.approx(alpha, abs=2e-4)
+    assert result.parameters["beta"] == pytest.approx(beta, abs=2e-4)
 
 
 def test_the_optimum_is_as_low_as_a_simplex_search_finds(one_cell):
     rows = with_noise(one_cell, 0.005, 1)
-    found = Estimator(delta=2e-3).fit(rows, CHINCHILLA)
+    result = Estimator(delta=2e-3).fit(rows, CHINCHILLA)
     starts = [(0.9, 30.0, 0.35, 60.0, 0.33), (0.3, 10.0, 0.2, 20.0, 0.2)]
     columns = [rows[name].to_numpy() for name in ("parameters", "tokens", "loss_nats")]
     reached = oracle.best_by_simplex(*columns, 2e-3, starts)
-    assert found.objective <= reached * (1 + 1e-6)
-    values = [found.parameters[name] for name in ("E", "A", "alpha", "B", "beta")]
-    assert found.objective == pytest.approx(oracle.huber_sum(values, *columns, 2e-3), rel=1e-9)
+    assert result.objective <= reached * (1 + 1e-6)
+    values = [result.parameters[name] for name in ("E", "A", "alpha", "B", "beta")]
+    assert result.objective == pytest.approx(oracle.huber_sum(values, *columns, 2e-3), rel=1e-9)
 
 
 def test_the_batched_solver_alone_reaches_the_polished_optimum(one_cell):
     rows = with_noise(one_cell, 0.005, 8)
-    found = Estimator(delta=2e-3).fit(rows, CHINCHILLA)
-    near = found.theta + np.random.default_rng(0).normal(0.0, 0.02, (20, len(found.theta)))
-    design, y = found.form.design(rows), np.log(rows["loss_nats"].to_numpy())
+    result = Estimator(delta=2e-3).fit(rows, CHINCHILLA)
+    near = result.theta + np.random.default_rng(0).normal(0.0, 0.02, (20, len(result.theta)))
+    design, y = result.form.design(rows), np.log(rows["loss_nats"].to_numpy())
     _, reached = solve(Problem(design, y, np.ones(len(y)), 2e-3), near, 1e-11)
-    np.testing.assert_allclose(reached, found.objective, rtol=1e-6)
+    np.testing.assert_allclose(reached, result.objective, rtol=1e-6)
 
 
 def test_published_points_give_the_published_optimum(chinchilla_rows):
-    found = Estimator(delta=1e-3).fit(chinchilla_rows, CHINCHILLA)
+    result = Estimator(delta=1e-3).fit(chinchilla_rows, CHINCHILLA)
     assert len(chinchilla_rows) == 240
-    assert found.objective == pytest.approx(0.0010182740346, rel=1e-7)
-    assert found.parameters["alpha"] == pytest.approx(0.34731, abs=5e-4)
-    assert found.parameters["beta"] == pytest.approx(0.36718, abs=5e-4)
-    assert found.parameters["E"] == pytest.approx(1.8172, abs=1e-3)
-    assert found.starts_agreeing >= 3
+    assert result.objective == pytest.approx(0.0010182740346, rel=1e-7)
+    assert result.parameters["alpha"] == pytest.approx(0.34731, abs=5e-4)
+    assert result.parameters["beta"] == pytest.approx(0.36718, abs=5e-4)
+    assert result.parameters["E"] == pytest.approx(1.8172, abs=1e-3)
+    assert result.starts_agreeing >= 3
 
 
 def test_published_points_give_the_known_least_squares_fit(chinchilla_rows):
-    found = Estimator(delta=np.inf).fit(chinchilla_rows, CHINCHILLA)
-    assert found.parameters["E"] == pytest.approx(1.8646, abs=1e-3)
-    assert found.parameters["A"] == pytest.approx(593.32, rel=5e-3)
-    assert found.parameters["B"] == pytest.approx(4875.6, rel=1e-2)
-    assert found.parameters["alpha"] == pytest.approx(0.3603, abs=5e-4)
-    assert found.parameters["beta"] == pytest.approx(0.4059, abs=5e-4)
+    result = Estimator(delta=np.inf).fit(chinchilla_rows, CHINCHILLA)
+    assert result.parameters["E"] == pytest.approx(1.8646, abs=1e-3)
+    assert result.parameters["A"] == pytest.approx(593.32, rel=5e-3)
+    assert result.parameters["B"] == pytest.approx(4875.6, rel=1e-2)
+    assert result.parameters["alpha"] == pytest.approx(0.3603, abs=5e-4)
+    assert result.parameters["beta"] == pytest.approx(0.4059, abs=5e-4)
 
 
 def test_a_fit_does_not_depend_on_units_or_row_order(one_cell):
@@ -145,26 +145,26 @@ def test_separate_laws_equal_the_law_with_nothing_shared(exact_rows):
 
 
 def test_too_few_runs_are_refused(one_cell):
-    found = fit(one_cell.iloc[:7], CHINCHILLA)
-    assert isinstance(found, Refusal)
-    assert found.code == "R-UNDER"
+    result = fit(one_cell.iloc[:7], CHINCHILLA)
+    assert isinstance(result, Refusal)
+    assert result.code == "R-UNDER"
     assert isinstance(fit(one_cell.iloc[:0], CHINCHILLA), Refusal)
 
 
 def test_two_horizons_are_refused(exact_rows):
-    found = fit(exact_rows[exact_rows["tokens"] < 1e6], CHINCHILLA)
-    assert isinstance(found, Refusal)
-    assert "distinct values of tokens" in found.reason
+    result = fit(exact_rows[exact_rows["tokens"] < 1e6], CHINCHILLA)
+    assert isinstance(result, Refusal)
+    assert "distinct values of tokens" in result.reason
 
 
 def test_a_refusal_names_the_arm_that_is_too_thin(exact_rows):
     thin = exact_rows[exact_rows["parameters"] == exact_rows["parameters"].min()]
     both = pd.concat([exact_rows.assign(arm="whole"), thin.assign(arm="thin")])
     apart = replace(CHINCHILLA, by=("arm",), varies=frozenset(CHINCHILLA.parameters))
-    found = fit(both.reset_index(drop=True), apart)
-    assert isinstance(found, Refusal)
-    assert "thin" in found.reason
-    assert "leave this arm out" in found.remedy
+    result = fit(both.reset_index(drop=True), apart)
+    assert isinstance(result, Refusal)
+    assert "thin" in result.reason
+    assert "leave this arm out" in result.remedy
 
 
 def test_a_plain_ladder_is_refused_for_chinchilla_and_fitted_by_a_power_law():
@@ -180,9 +180,9 @@ def test_a_plain_ladder_is_refused_for_chinchilla_and_fitted_by_a_power_law():
     refused = fit(ladder, CHINCHILLA)
     assert isinstance(refused, Refusal)
     assert "tokens per parameter" in refused.reason
-    found = fit(ladder, POWER)
-    assert isinstance(found, Fit)
-    assert found.parameters["gamma"] == pytest.approx(0.17, abs=1e-3)
+    result = fit(ladder, POWER)
+    assert isinstance(result, Fit)
+    assert result.parameters["gamma"] == pytest.approx(0.17, abs=1e-3)
 
 
 def test_the_default_design_is_not_refused(one_cell):
@@ -206,13 +206,13 @@ def test_a_narrow_design_raises_the_condition_warning(one_cell):
 
 
 def test_a_well_conditioned_design_raises_no_condition_warning(chinchilla_rows):
-    found = fit(chinchilla_rows, CHINCHILLA)
-    assert "W-COND" not in found.codes
-    assert found.condition < 1e3
+    result = fit(chinchilla_rows, CHINCHILLA)
+    assert "W-COND" not in result.codes
+    assert result.condition < 1e3
 
 
 @pytest.mark.parametrize(("starts", "warned"), [(1, True), (2, False)])
 def test_too_few_starts_at_the_optimum_are_raised(chinchilla_rows, starts, warned):
-    found = Estimator(starts=starts).fit(chinchilla_rows, CHINCHILLA)
-    assert found.starts_agreeing == found.starts >= starts
-    assert ("W-OPT" in found.codes) == warned
+    result = Estimator(starts=starts).fit(chinchilla_rows, CHINCHILLA)
+    assert result.starts_agreeing == result.starts >= starts
+    assert ("W-OPT" in result.codes) == warned

@@ -39,19 +39,19 @@ def test_a_law_that_bends_away_has_a_larger_rate():
 
 
 def test_data_too_narrow_for_a_back_test_get_the_assumed_rate():
-    found = backtest(LIGHT, runs(0.0, 0.1), CHINCHILLA)
-    assert found.assumed
-    assert found.rate == ASSUMED_RATE
-    assert "assumed" in found.words
+    result = backtest(LIGHT, runs(0.0, 0.1), CHINCHILLA)
+    assert result.assumed
+    assert result.rate == ASSUMED_RATE
+    assert "assumed" in result.words
 
 
 def test_the_half_width_is_made_of_the_four_named_parts():
     rows = runs(0.0, 4.0)
     fit = LIGHT.fit(rows, CHINCHILLA)
     beyond = pd.DataFrame({"parameters": [1e8, 5e9], "tokens": [2e9, 2e11]})
-    found = forecast(fit, LIGHT, beyond).rows
-    parts = found[["s_fit", "sigma", "s_backtest", "s_laws"]].to_numpy()
-    half = np.log(found["high"] / found["estimate"])
+    result = forecast(fit, LIGHT, beyond).rows
+    parts = result[["s_fit", "sigma", "s_backtest", "s_laws"]].to_numpy()
+    half = np.log(result["high"] / result["estimate"])
     np.testing.assert_allclose(half, 2 * np.sqrt((parts**2).sum(axis=1)), rtol=1e-9)
     assert parts[0, 2] == parts[0, 3] == 0.0
     assert (parts[1] > 0).all()
@@ -61,8 +61,10 @@ def test_beyond_the_data_the_interval_is_wider_than_fit_and_noise():
     rows = runs(0.01, 4.0)
     fit = LIGHT.fit(rows, CHINCHILLA)
     beyond = pd.DataFrame({"parameters": [1e10], "tokens": [4e11]})
-    found = forecast(fit, LIGHT, beyond).rows.iloc[0]
-    assert np.log(found["high"] / found["estimate"]) > 2 * np.hypot(found["s_fit"], found["sigma"])
+    result = forecast(fit, LIGHT, beyond).rows.iloc[0]
+    assert np.log(result["high"] / result["estimate"]) > 2 * np.hypot(
+        result["s_fit"], result["sigma"]
+    )
 
 
 def test_a_power_law_in_compute_is_back_tested_too():

@@ -42,27 +42,27 @@ def test_few_trunks_flip_residuals_and_many_resample_cases(one_cell):
 
 
 def test_the_same_generator_gives_the_same_interval(one_cell):
-    found = fit(clustered(one_cell, np.random.default_rng(1), 0.003, 0.001), CHINCHILLA)
-    first, second = (replicate(found, 30, np.random.default_rng(9)) for _ in range(2))
+    result = fit(clustered(one_cell, np.random.default_rng(1), 0.003, 0.001), CHINCHILLA)
+    first, second = (replicate(result, 30, np.random.default_rng(9)) for _ in range(2))
     np.testing.assert_array_equal(first.theta, second.theta)
 
 
 def test_warm_starts_reach_the_optimum_of_their_own_sample(one_cell):
     rows = clustered(many_trunks(one_cell), np.random.default_rng(2), 0.003, 0.001)
-    found = fit(rows, CHINCHILLA)
-    theta = replicate(found, 3, np.random.default_rng(4)).theta[0]
+    result = fit(rows, CHINCHILLA)
+    theta = replicate(result, 3, np.random.default_rng(4)).theta[0]
     trunks = np.unique(rows["trunk_id"].to_numpy(dtype=str))
     drawn = trunks[np.random.default_rng(4).integers(len(trunks), size=(3, len(trunks)))][0]
     sample = rows.iloc[np.concatenate([np.flatnonzero(rows["trunk_id"] == t) for t in drawn])]
-    again = Estimator(delta=found.delta).fit(sample, CHINCHILLA)
-    alpha = theta[found.form.slots["alpha", ""]]
+    again = Estimator(delta=result.delta).fit(sample, CHINCHILLA)
+    alpha = theta[result.form.slots["alpha", ""]]
     assert alpha == pytest.approx(again.parameters["alpha"], abs=1e-4)
 
 
 def test_published_points_give_the_published_standard_errors(chinchilla_rows):
-    found = Estimator(delta=1e-3).fit(chinchilla_rows, CHINCHILLA)
-    theta = replicate(found, 1500, np.random.default_rng(0)).theta
-    values = found.form.natural(theta, "")
+    result = Estimator(delta=1e-3).fit(chinchilla_rows, CHINCHILLA)
+    theta = replicate(result, 1500, np.random.default_rng(0)).theta
+    values = result.form.natural(theta, "")
     assert np.std(values["alpha"]) == pytest.approx(0.0154, rel=0.1)
     assert np.std(values["beta"]) == pytest.approx(0.0206, rel=0.1)
     assert np.std(np.exp(values["E"])) == pytest.approx(0.0257, rel=0.1)
@@ -73,8 +73,8 @@ def test_intervals_of_exponents_cover_the_truth(one_cell, study):
     draws = 60
     for seed in range(draws):
         generator = np.random.default_rng(seed)
-        found = fit(clustered(one_cell, generator, 0.003, 0.001), CHINCHILLA)
-        intervals = parameter_intervals(found, replicate(found, 100, generator))
+        result = fit(clustered(one_cell, generator, 0.003, 0.001), CHINCHILLA)
+        intervals = parameter_intervals(result, replicate(result, 100, generator))
         truth = {"alpha": study.law[2], "beta": study.law[4]}
         for name, value in truth.items():
             hits[name] += intervals[name].low <= value <= intervals[name].high
@@ -83,9 +83,9 @@ def test_intervals_of_exponents_cover_the_truth(one_cell, study):
 
 
 def test_a_t_interval_is_the_textbook_one():
-    found = t_interval(np.array([1.0, 2.0, 4.0]), "sizes")
+    result = t_interval(np.array([1.0, 2.0, 4.0]), "sizes")
     half = 4.302652729911275 * np.std([1, 2, 4], ddof=1) / np.sqrt(3)
-    assert (found.low, found.high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    assert (result.low, result.high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
 
 
 def test_one_cluster_gives_a_refusal():
@@ -96,26 +96,26 @@ def test_a_ratio_interval_holds_the_ratios_that_a_t_test_keeps():
     generator = np.random.default_rng(3)
     numerator = generator.normal(0.08, 0.004, 5)
     denominator = generator.normal(0.02, 0.003, 5)
-    found = ratio_interval(numerator, denominator)
+    result = ratio_interval(numerator, denominator)
     low, high = oracle.ratios_not_rejected(numerator, denominator, np.linspace(2, 12, 10_001))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
+    assert (result.low, result.high) == pytest.approx((low, high), abs=2e-3)
 
 
 def test_a_ratio_is_of_sizes_whatever_the_signs():
     numerator, denominator = np.array([8.0, 8.2, 7.9, 8.1]), np.array([-2.0, -2.1, -1.9, -2.2])
-    found = ratio_interval(numerator, denominator)
-    assert 0 < found.low < found.estimate < found.high
+    result = ratio_interval(numerator, denominator)
+    assert 0 < result.low < result.estimate < result.high
 
 
 def test_a_ratio_over_something_that_may_be_zero_is_refused():
-    found = ratio_interval(np.array([8.0, 8.2, 7.9]), np.array([-1.0, 1.0, 0.2]))
-    assert isinstance(found, Refusal)
-    assert found.code == "R-RATIO"
+    result = ratio_interval(np.array([8.0, 8.2, 7.9]), np.array([-1.0, 1.0, 0.2]))
+    assert isinstance(result, Refusal)
+    assert result.code == "R-RATIO"
 
 
 def test_statistics_undefined_in_many_replicates_are_refused(one_cell):
-    found = fit(clustered(one_cell, np.random.default_rng(5), 0.003, 0.001), CHINCHILLA)
-    replicates = replicate(found, 40, np.random.default_rng(0))
+    result = fit(clustered(one_cell, np.random.default_rng(5), 0.003, 0.001), CHINCHILLA)
+    replicates = replicate(result, 40, np.random.default_rng(0))
     values = np.linspace(0.9, 1.1, 40)
     assert isinstance(replicates.interval(1.0, values), Interval)
     values[:3] = np.inf

@@ -45,13 +45,13 @@ def squares(rows):
 def test_error_and_freedom_are_those_of_the_dense_matrices(rows, squares, label):
     slot = squares.form.labels.index(label)
     direction = np.eye(5)[slot]
-    found = sandwich(squares)
+    result = sandwich(squares)
     design = log_loss_and_jacobian(squares.form.design(rows), squares.theta[None])[1][0]
     clusters = cluster_index(rows)
-    error, freedom = found.error_and_freedom(direction[None])
+    error, freedom = result.error_and_freedom(direction[None])
     variance = oracle.cr2(design, squares.residuals, clusters, direction)
     assert error[0] ** 2 == pytest.approx(variance, rel=1e-6)
-    expected = oracle.freedom(design, clusters, direction, found.shared, found.own)
+    expected = oracle.freedom(design, clusters, direction, result.shared, result.own)
     assert freedom[0] == pytest.approx(expected, rel=1e-6)
 
 

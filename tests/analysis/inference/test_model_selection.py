@@ -37,17 +37,17 @@ def arms(shift, sd=0.003, corpora=("web",)):
 
 
 def test_a_difference_in_data_efficiency_is_found_by_every_criterion():
-    found = choose(arms(0.6), nested_family(BY), LIGHT)
-    scores = found.table.set_index("law")
-    assert found.description == "Mb"
+    result = choose(arms(0.6), nested_family(BY), LIGHT)
+    scores = result.table.set_index("law")
+    assert result.description == "Mb"
     assert scores.loc["Mb", "AICc"] < scores.loc["M0", "AICc"] - 10
     assert scores.loc["Mb", "hold_out"] < scores.loc["M0", "hold_out"]
 
 
 def test_arms_without_a_difference_get_the_law_without_one():
-    found = choose(arms(0.0), nested_family(BY), LIGHT)
-    assert found.description == "M0"
-    assert found.forecast == "M0"
+    result = choose(arms(0.0), nested_family(BY), LIGHT)
+    assert result.description == "M0"
+    assert result.forecast == "M0"
 
 
 def test_a_hold_out_error_is_that_of_a_fit_without_the_fold():
@@ -71,12 +71,12 @@ def test_folds_keep_trunks_whole():
 def test_an_effect_is_the_mean_difference_of_both_laws_at_the_same_places():
     rows = arms(0.5, sd=0.0005)
     fit = Estimator().fit(rows, nested_family(BY)["Mab"])
-    found = effect(fit, "a", "b")
+    result = effect(fit, "a", "b")
     size, tokens = rows["parameters"], rows["tokens"]
     law = (1.8, 400.0, 0.34, 900.0, 0.36)
     sides = [np.log(slow.chinchilla(law, size, gain * tokens)) for gain in (1.5, 1.0)]
-    assert found.estimate == pytest.approx(float((sides[0] - sides[1]).mean()), abs=5e-4)
-    assert found.excludes(0.0)
+    assert result.estimate == pytest.approx(float((sides[0] - sides[1]).mean()), abs=5e-4)
+    assert result.excludes(0.0)
 
 
 def test_swapping_the_arms_turns_the_effect_around():
@@ -114,9 +114,9 @@ def test_one_effect_alone_is_tested_as_its_interval_says():
 
 def test_arms_that_are_alike_are_told_apart_one_time_in_twenty():
     law = nested_family(BY)["Mab"]
-    found = [omnibus_test(LIGHT.fit(three_arms(0.0, seed), law)).p < 0.05 for seed in range(120)]
-    assert stats.binom.cdf(sum(found), 120, 0.065) > 1e-3
-    assert stats.binom.sf(sum(found) - 1, 120, 0.065) > 1e-3
+    result = [omnibus_test(LIGHT.fit(three_arms(0.0, seed), law)).p < 0.05 for seed in range(120)]
+    assert stats.binom.cdf(sum(result), 120, 0.065) > 1e-3
+    assert stats.binom.sf(sum(result) - 1, 120, 0.065) > 1e-3
     assert omnibus_test(LIGHT.fit(three_arms(-0.01, 0), law)).p < 1e-3
 
 

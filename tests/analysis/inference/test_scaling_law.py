@@ -63,11 +63,11 @@ def test_a_wider_level_gives_a_wider_interval_around_the_same_estimate(fitted):
 
 def test_the_mean_of_runs_is_known_better_than_one_run_and_inside_the_data_alone(fitted):
     at = pd.DataFrame({"parameters": [2e8, 9.5e9], "tokens": [5e9, 2e9]})
-    found = fitted.predict(at)
-    assert found["low"][0] < found["mean_low"][0] < found["mean_high"][0] < found["high"][0]
-    assert found["mean_low"].isna().tolist() == [False, True]
+    result = fitted.predict(at)
+    assert result["low"][0] < result["mean_low"][0] < result["mean_high"][0] < result["high"][0]
+    assert result["mean_low"].isna().tolist() == [False, True]
     truth = slow.chinchilla(LAW, at["parameters"], at["tokens"])
-    assert found["mean_low"][0] < truth[0] < found["mean_high"][0]
+    assert result["mean_low"][0] < truth[0] < result["mean_high"][0]
 
 
 def test_far_beyond_the_data_is_refused_unless_allowed(fitted):
@@ -118,8 +118,8 @@ def test_the_envelope_follows_the_lowest_training_curve():
          for d in tokens]
     )  # fmt: skip
     rows["loss_nats"] = slow.chinchilla(LAW, rows["parameters"], rows["tokens"])
-    found = envelope(rows.assign(decayed=True))
-    assert found.parameters.estimate == pytest.approx(0.36 / 0.70, abs=0.05)
+    result = envelope(rows.assign(decayed=True))
+    assert result.parameters.estimate == pytest.approx(0.36 / 0.70, abs=0.05)
     unfinished = envelope(rows.assign(decayed=False))
     assert any(each.code == "W-DECAY" for each in unfinished.warnings)
 
@@ -133,23 +133,23 @@ def recovered(law, formula, values, rows):
 
 def test_rates_are_recovered_with_either_sign():
     values = {"c": 1.8, "p": -0.7, "q": 0.3}
-    found = recovered(RATE, oracle.rate, values, runs())
-    assert found.parameters == pytest.approx(values, rel=0.02)
+    result = recovered(RATE, oracle.rate, values, runs())
+    assert result.parameters == pytest.approx(values, rel=0.02)
 
 
 def test_a_line_from_loss_to_loss_is_recovered():
     law = loss_to_loss("loss_nats", "other_loss")
     values = {"E": 1.1, "K": 0.9, "E_x": 1.6, "minus_k": -1.2}
-    found = recovered(law, oracle.loss_to_loss, values, runs(0.0))
-    expected = [oracle.loss_to_loss(values, row) for row in found.rows.to_dict("records")]
-    np.testing.assert_allclose(found.predict(found.rows), expected, rtol=5e-4)
-    assert found.parameters["minus_k"] == pytest.approx(-1.2, abs=0.1)
+    result = recovered(law, oracle.loss_to_loss, values, runs(0.0))
+    expected = [oracle.loss_to_loss(values, row) for row in result.rows.to_dict("records")]
+    np.testing.assert_allclose(result.predict(result.rows), expected, rtol=5e-4)
+    assert result.parameters["minus_k"] == pytest.approx(-1.2, abs=0.1)
 
 
 def test_a_tasks_error_is_recovered():
     values = {"ceiling": 0.85, "k": 4.0, "g": 1.1}
-    found = recovered(TaskError(), oracle.task_error, values, runs(0.0))
-    assert found.parameters == pytest.approx(values, rel=0.03)
+    result = recovered(TaskError(), oracle.task_error, values, runs(0.0))
+    assert result.parameters == pytest.approx(values, rel=0.03)
 
 
 def test_the_schedule_law_predicts_a_finished_decay_from_other_schedules():
@@ -159,12 +159,12 @@ def test_the_schedule_law_predicts_a_finished_decay_from_other_schedules():
     cosine = 1.5e-3 * (1 + np.cos(np.pi * steps / 120)) + 1e-5
     curves = [(rates, t) for rates in (constant, cosine) for t in range(20, 121, 4)]
     rows = pd.DataFrame({"rates": [rates[:t] for rates, t in curves]})
-    found = recovered(MULTI_POWER, oracle.multi_power, values, rows)
+    result = recovered(MULTI_POWER, oracle.multi_power, values, rows)
     decayed = np.concatenate([np.full(80, 3e-3), np.linspace(3e-3, 1e-5, 40)])
     expected = oracle.multi_power(values, {"rates": decayed})
     cut = oracle.multi_power(values, {"rates": constant})
-    told = found.predict(pd.DataFrame({"rates": [decayed]}))[0]
-    assert abs(told - expected) < 0.1 * abs(cut - expected)
+    predicted = result.predict(pd.DataFrame({"rates": [decayed]}))[0]
+    assert abs(predicted - expected) < 0.1 * abs(cut - expected)
 
 
 def test_the_command_fits_an_external_table_and_refuses_a_thin_one(tmp_path, capsys):
@@ -172,9 +172,9 @@ def test_the_command_fits_an_external_table_and_refuses_a_thin_one(tmp_path, cap
     table = runs().rename(columns={"parameters": "N", "tokens": "D", "loss_nats": "loss"})
     table.drop(columns="flops").to_csv(file, index=False)
     assert main([str(file), "--law", "chinchilla", "--at", "1e8,2e9"]) == 0
-    said = capsys.readouterr().out
-    assert "parameters: column 'N'" in said
-    assert "starts agree" in said
+    output = capsys.readouterr().out
+    assert "parameters: column 'N'" in output
+    assert "starts agree" in output
     table.iloc[:5].to_csv(file, index=False)
     assert main([str(file)]) == 1
     assert "R-UNDER" in capsys.readouterr().out
@@ -188,9 +188,9 @@ def test_the_command_compares_arms(tmp_path, capsys):
     file = tmp_path / "runs.csv"
     both.assign(run_id=both["architecture"] + both["run_id"]).to_csv(file, index=False)
     assert main([str(file), "--by", "architecture"]) == 0
-    said = capsys.readouterr().out
-    assert "Mfull" in said
-    assert said.count("parameters: column") == 1
+    output = capsys.readouterr().out
+    assert "Mfull" in output
+    assert output.count("parameters: column") == 1
 
 
 def test_the_command_compares_no_families_of_a_single_arm_and_reads_a_table_once(tmp_path, capsys):
@@ -198,11 +198,11 @@ def test_the_command_compares_no_families_of_a_single_arm_and_reads_a_table_once
     rows = runs().assign(architecture="a")
     pd.concat([rows.assign(evaluation_set=name) for name in sets]).to_csv(file, index=False)
     assert main([str(file), "--by", "architecture"]) == 0
-    said = capsys.readouterr().out
-    assert "Mfull" not in said
-    assert "W-EVAL" not in said
-    assert said.count("parameters: column") == 1
-    assert all(f"points on {name}" in said for name in sets)
+    output = capsys.readouterr().out
+    assert "Mfull" not in output
+    assert "W-EVAL" not in output
+    assert output.count("parameters: column") == 1
+    assert all(f"points on {name}" in output for name in sets)
 
 
 def test_every_named_law_bears_its_key():

@@ -34,7 +34,7 @@ def places():
 def test_the_step_is_the_regression_on_slopes_and_products_of_logs():
     rows, at = runs(0.04, sd=0.004), places()
     fit = SQUARES.fit(rows, CHINCHILLA)
-    found = shape_robust(fit).predict(at).log
+    result = shape_robust(fit).predict(at).log
     slopes, slopes_at = (numerical_slopes(fit, each) for each in (rows, at))
     u, v = (np.log(rows[name]) for name in ("parameters", "tokens"))
     s, t = (np.log(at[name]) for name in ("parameters", "tokens"))
@@ -45,7 +45,7 @@ def test_the_step_is_the_regression_on_slopes_and_products_of_logs():
     answer = np.linalg.lstsq(whole, fit.residuals, rcond=None)[0]
     law = prediction_errors(fit, sandwich(fit), at).log
     wanted = law + np.column_stack([slopes_at, *columns_at]) @ answer
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-7)
 
 
 def numerical_slopes(fit, rows):
@@ -104,11 +104,11 @@ def test_an_outlier_moves_nothing():
 
 
 def test_inside_is_the_range_of_every_variable_and_of_their_ratio():
-    found = shape_robust(SQUARES.fit(runs(sd=0.002), CHINCHILLA))
+    result = shape_robust(SQUARES.fit(runs(sd=0.002), CHINCHILLA))
     # Within; too large; a ratio of 1e4 and one of 1 with sizes and tokens that were both run.
     at = pd.DataFrame({"parameters": [1e8, 2e9, 1e7, 9e8], "tokens": [2e9, 2e10, 1e11, 9e8]})
-    assert found.inside(at).tolist() == [True, False, False, False]
-    assert found.inside(runs()).all()
+    assert result.inside(at).tolist() == [True, False, False, False]
+    assert result.inside(runs()).all()
 
 
 @pytest.mark.parametrize(("count", "known"), [(13, False), (14, True)])

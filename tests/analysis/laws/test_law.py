@@ -70,9 +70,9 @@ def schedule(steps):
 def test_a_law_is_its_papers_formula(table, name):
     law, formula, values = CASES[name]
     form = bind(law, table)
-    found = log_loss(form.design(table), theta_of(form, values)[None])[0]
+    result = log_loss(form.design(table), theta_of(form, values)[None])[0]
     expected = [math.log(formula(values, row)) for row in table.to_dict("records")]
-    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(result, expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,9 +80,9 @@ def test_derivatives_are_exact(table, name):
     law, _, values = CASES[name]
     form = bind(law, table)
     theta, design = theta_of(form, values), form.design(table)
-    found = log_loss_and_jacobian(design, theta[None])[1][0]
+    result = log_loss_and_jacobian(design, theta[None])[1][0]
     expected = slow.derivative(lambda vector: log_loss(design, vector[None])[0], theta, 1e-5)
-    assert np.abs(found - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
+    assert np.abs(result - expected).max() <= 1e-7 * max(1.0, np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,11 +113,23 @@ def test_given_parameters_leave_only_the_rest_to_be_fitted(table):
 def test_repetition_keeps_its_digits_at_huge_rates(table):
     form = bind(replace(REPEAT, fixed=tuple(TRUTH.items())), table)
     design = form.design(table)
-    found = log_loss(design, theta_of(form, {"R_D": 1e16, "R_N": 1e16})[None])[0]
-    np.testing.assert_allclose(found, np.log(table["loss_nats"]), rtol=1e-9)
+    result = log_loss(design, theta_of(form, {"R_D": 1e16, "R_N": 1e16})[None])[0]
+    np.testing.assert_allclose(result, np.log(table["loss_nats"]), rtol=1e-9)
 
 
 def test_a_row_of_an_unknown_group_is_refused(table):
     form = bind(nested_family(("kind",))["Mab"], table.assign(kind="a"))
     with pytest.raises(ValueError, match="a row is of b"):
         form.design(table.assign(kind="b"))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_a_few_rows_of_several_groups_are_predicted_as_among_all(table, name, count):
+    law, _, values = CASES[name]
+    rows = table.assign(kind=["a", "b"] * 15)
+    form = bind(replace(law, by=("kind",)), rows)
+    theta = theta_of(form, values)[None]
+    few = rows.iloc[:count]
+    together = log_loss(form.design(rows), theta)[0][:count]
+    np.testing.assert_array_equal(log_loss(form.design(few), theta)[0], together)

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.tables.external import parse_columns, read_external
+from analysis.tables.column_matching import parse_columns
+from analysis.tables.external import read_external
 from analysis.tables.schema import SCHEMA, target_of
 from tests.analysis.conftest import PUBLISHED
 
@@ -35,21 +36,21 @@ def published(name):
     [("chinchilla_epoch245.csv", ("N", "D", "C", "loss")), ("datablations_c4_fit182.csv", ("U",))],
 )
 def test_published_tables_are_read_as_they_are(name, column):
-    found = published(name)
+    result = published(name)
     raw = pd.read_csv(PUBLISHED / name)
-    assert len(found.rows) == len(raw)
+    assert len(result.rows) == len(raw)
     for each in column:
-        mine = found.rows[target_of(each)[0]]
+        mine = result.rows[target_of(each)[0]]
         np.testing.assert_array_equal(mine, raw[each].astype(float))
 
 
 def test_a_wide_table_has_one_row_per_model_and_evaluation_set():
-    found = published("llmline_hf_models.csv")
+    result = published("llmline_hf_models.csv")
     raw = pd.read_csv(PUBLISHED / "llmline_hf_models.csv")
-    counts = found.rows["evaluation_set"].value_counts()
+    counts = result.rows["evaluation_set"].value_counts()
     assert counts["C4"] == raw["C4 Validation Loss"].notna().sum()
     assert {"The Pile UC", "FineWeb-Edu", "Slimpajama", "ARC-Easy"} <= set(counts.index)
-    mine = found.rows[found.rows["evaluation_set"] == "C4"].set_index("source_row")
+    mine = result.rows[result.rows["evaluation_set"] == "C4"].set_index("source_row")
     np.testing.assert_array_equal(
         mine["bits_per_byte"], raw["C4 Validation BPB"].to_numpy()[mine.index - 1]
     )
@@ -105,9 +106,9 @@ def test_losses_end_in_nats_or_bits_per_byte(tmp_path, column, value, target, ex
 def test_a_mapping_overrules_names_and_units(tmp_path):
     table = {**PLAIN, "billions of weights": [0.001, 0.002, 0.004]}
     columns = parse_columns("N=billions of weights:B, loss=loss")
-    found = read_external(written(tmp_path, table), columns)
-    np.testing.assert_allclose(found.rows["parameters"], [1e6, 2e6, 4e6])
-    assert "N" in found.ignored
+    result = read_external(written(tmp_path, table), columns)
+    np.testing.assert_allclose(result.rows["parameters"], [1e6, 2e6, 4e6])
+    assert "N" in result.ignored
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_two_columns_that_could_be_meant_are_an_error_that_lists_both(tmp_path, 
 
 
 def test_two_columns_that_hold_the_same_are_not_ambiguous(tmp_path):
-    found = read_external(written(tmp_path, {**PLAIN, "params": PLAIN["N"]}))
-    np.testing.assert_array_equal(found.rows["parameters"], PLAIN["N"])
+    result = read_external(written(tmp_path, {**PLAIN, "params": PLAIN["N"]}))
+    np.testing.assert_array_equal(result.rows["parameters"], PLAIN["N"])
 
 
 @pytest.mark.parametrize(
@@ -142,10 +143,10 @@ def test_two_columns_that_hold_the_same_are_not_ambiguous(tmp_path):
 def test_a_bad_cell_costs_its_row_and_is_listed(tmp_path, column, cell, reason):
     table = {name: [str(value) for value in values] for name, values in PLAIN.items()}
     table[column][1] = cell
-    found = read_external(written(tmp_path, table))
-    assert list(found.rows["source_row"]) == [1, 3]
-    assert list(found.rejected["source_row"]) == [2]
-    assert reason in found.rejected["reason"].item()
+    result = read_external(written(tmp_path, table))
+    assert list(result.rows["source_row"]) == [1, 3]
+    assert list(result.rejected["source_row"]) == [2]
+    assert reason in result.rejected["reason"].item()
 
 
 @pytest.mark.parametrize(
@@ -167,9 +168,9 @@ def test_a_table_that_cannot_be_meant_is_an_error_that_says_what_to_do(tmp_path,
 
 def test_a_repeated_row_counts_once_and_is_listed(tmp_path):
     table = {name: [*values, values[-1]] for name, values in PLAIN.items()}
-    found = read_external(written(tmp_path, table))
-    assert len(found.rows) == 3
-    assert found.rejected["reason"].item() == "repeats an earlier row"
+    result = read_external(written(tmp_path, table))
+    assert len(result.rows) == 3
+    assert result.rejected["reason"].item() == "repeats an earlier row"
 
 
 @pytest.mark.parametrize(

@@ -288,10 +288,10 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a few rounds at short contexts")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     torch.set_num_threads(1)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    measure(QUICK if asked.quick else FULL, asked.root, console)
+    measure(QUICK if options.quick else FULL, options.root, console)
     return 0
 
 

@@ -98,8 +98,8 @@ def _take_all(
     for round_ in range(ROUNDS):
         for point in filter(is_on_its_line, points):
             answer = take(point)
-            said = f"round {round_ + 1} of {ROUNDS}: {point.mixer} {point.length}: {answer}"
-            console.print(said, highlight=False)
+            line = f"round {round_ + 1} of {ROUNDS}: {point.mixer} {point.length}: {answer}"
+            console.print(line, highlight=False)
             if isinstance(answer, str):
                 ends[point.mixer] = (point.length, answer)
                 continue
@@ -124,9 +124,9 @@ def _exponent_rows(points: pd.DataFrame) -> Iterator[Measurement]:
             limits: dict[str, float | None] = {"time": None, "memory": LINEAR if ending else None}
             if kind != CONTROL:
                 limits["time"] = bound(kind, seen["length"].tolist()) + of_caches
-            for column, said in (("seconds", "time"), ("bytes", "memory")):
-                name = f"{kind}: exponent of {said}{ending}"
-                yield Measurement(name, row[column], "", limits[said])
+            for column, label in (("seconds", "time"), ("bytes", "memory")):
+                name = f"{kind}: exponent of {label}{ending}"
+                yield Measurement(name, row[column], "", limits[label])
                 if not math.isnan(row[f"{column}_error"]):
                     yield Measurement(f"{name}, standard error", row[f"{column}_error"], "")
 
@@ -176,16 +176,16 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="two short lengths")
     parser.add_argument("--longest", type=int, default=LONG, help="last length, in tokens")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     mixer_kinds()
-    unknown = sorted(set(asked.mixers) - set(FIELDS))
+    unknown = sorted(set(options.mixers) - set(FIELDS))
     if unknown:
         parser.error(f"unknown mixers {', '.join(unknown)}; choose from {others}")
-    kinds = list(dict.fromkeys([CONTROL, *(asked.mixers or FIELDS)]))
-    if asked.quick:
-        return 0 if measure(kinds, QUICK_LENGTHS, "growth_quick", asked.root) else 1
-    lengths = [SHORT << i for i in range(32) if SHORT << i <= asked.longest]
-    return 0 if measure(kinds, lengths, "growth", asked.root) else 1
+    kinds = list(dict.fromkeys([CONTROL, *(options.mixers or FIELDS)]))
+    if options.quick:
+        return 0 if measure(kinds, QUICK_LENGTHS, "growth_quick", options.root) else 1
+    lengths = [SHORT << i for i in range(32) if SHORT << i <= options.longest]
+    return 0 if measure(kinds, lengths, "growth", options.root) else 1
 
 
 if __name__ == "__main__":

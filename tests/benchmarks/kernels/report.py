@@ -99,21 +99,21 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help="architectures; all if not given")
     parser.add_argument("--rungs", nargs="+", choices=RUNG_NAMES, default=RUNG_NAMES)
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
-    unknown = sorted(set(asked.names) - set(known))
+    options = parser.parse_args(words)
+    unknown = sorted(set(options.names) - set(known))
     if unknown:
         parser.error(f"unknown architectures {unknown}; known are {', '.join(known)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 interprets kernels; unset it to compile them")
     console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
     places = {}
-    for rung in asked.rungs:
-        places |= record_rung(rung, asked.names or list(known), console.print)
+    for rung in options.rungs:
+        places |= record_rung(rung, options.names or list(known), console.print)
     lines = compile_all(distinct(places), CHIPS)
     console.print(line_table(lines))
     for row in traffic(places):
         console.print(row, soft_wrap=True)
-    return _conclude(lines, asked, console)
+    return _conclude(lines, options, console)
 
 
 def record_rung(
@@ -275,15 +275,15 @@ def measurements(lines: Sequence[Line]) -> list[Measurement]:
     return rows
 
 
-def _conclude(lines: Sequence[Line], asked: argparse.Namespace, console: Console) -> int:
+def _conclude(lines: Sequence[Line], options: argparse.Namespace, console: Console) -> int:
     used = {line.name for line in lines}
     for (name, limit), reason in EXCEPTIONS.items():
         if name in used:
             console.print(f"excused: {name}, {limit}: {reason}", soft_wrap=True)
-    (asked.root / "reports").mkdir(parents=True, exist_ok=True)
-    whole = not asked.names and tuple(asked.rungs) == RUNG_NAMES
+    (options.root / "reports").mkdir(parents=True, exist_ok=True)
+    whole = not options.names and tuple(options.rungs) == RUNG_NAMES
     target = "kernels" if whole else "kernels_part"
-    path = write_measurements(target, measurements(lines), asked.root)
+    path = write_measurements(target, measurements(lines), options.root)
     broken = [line for line in lines if line.broken()]
     console.print(f"{len(lines)} lines, {len(broken)} break a limit; written to {path}")
     return 1 if broken or not lines else 0

@@ -106,19 +106,19 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="name", help="architectures; all if not given")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
     parser.add_argument("--threads", type=int, default=THREADS, help="fewer on a busy machine")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     known = trained_architectures()
-    unknown = sorted(set(asked.names) - set(known))
+    unknown = sorted(set(options.names) - set(known))
     if unknown:
         parser.error(f"unknown architectures {unknown}; known are {', '.join(known)}")
     console, steps = Console(), []
-    for name in asked.names or known:
-        steps.append(step_alone(name, RUNG, asked.threads))
+    for name in options.names or known:
+        steps.append(step_alone(name, RUNG, options.threads))
         console.print(f"{name}: {steps[-1].seconds:.1f} s, loss {steps[-1].loss:.3f}")
-    (asked.root / "reports").mkdir(parents=True, exist_ok=True)
-    target = "large_step_part" if asked.names else "large_step"
-    threads = Measurement("threads", asked.threads, "threads")
-    path = write_measurements(target, [threads, *measurements(steps)], asked.root)
+    (options.root / "reports").mkdir(parents=True, exist_ok=True)
+    target = "large_step_part" if options.names else "large_step"
+    threads = Measurement("threads", options.threads, "threads")
+    path = write_measurements(target, [threads, *measurements(steps)], options.root)
     console.print(step_table(steps), f"written to {path}")
     # A bound that is missed is a finding, printed as such; a step that is not finite is a failure.
     return 0 if all(step.finite for step in steps) else 1

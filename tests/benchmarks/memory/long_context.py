@@ -156,14 +156,14 @@ def main(words: Sequence[str]) -> int:
     )
     parser.add_argument("--ranks", type=int, default=4, help="that share the sequence")
     parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help="tokens of the context")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     console, found = Console(), []
     with tempfile.TemporaryDirectory(prefix="crossladder-long-") as place:
         root = build_text(Path(place))
-        for name in asked.names or sorted(MODELS):
-            found.append(compare(name, Path(place), root, asked))
+        for name in options.names or sorted(MODELS):
+            found.append(compare(name, Path(place), root, options))
             console.print(comparison_table(found[-1:]), soft_wrap=True)
-    rows = [row for each in found for row in measurements(each, asked.ranks)]
+    rows = [row for each in found for row in measurements(each, options.ranks)]
     if not words:
         console.print(f"written to {write_measurements('long_context', rows, ROOT)}")
     return 0 if all(row.holds is not False for row in rows) else 1
@@ -187,12 +187,12 @@ def build_text(place: Path) -> Path:
     return place / "data"
 
 
-def compare(name: str, place: Path, root: Path, asked: argparse.Namespace) -> Comparison:
+def compare(name: str, place: Path, root: Path, options: argparse.Namespace) -> Comparison:
     """Train an architecture on one rank and on several."""
     config = place / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(plain_run(name, root, asked.seq_len)))
+    config.write_text(yaml.safe_dump(plain_run(name, root, options.seq_len)))
     alone = train_watched(config, place / f"{name}-alone", 1)
-    return Comparison(name, alone, train_watched(config, place / f"{name}-shared", asked.ranks))
+    return Comparison(name, alone, train_watched(config, place / f"{name}-shared", options.ranks))
 
 
 def plain_run(name: str, root: Path, seq_len: int) -> dict[str, object]:

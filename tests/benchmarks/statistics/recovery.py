@@ -135,10 +135,10 @@ def inside(kind: str, draw: int) -> dict[str, tuple[float, float]] | None:
         return None
     generator = generator_of(kind + " asked", draw)
     size, ratio = 10 ** generator.uniform(7.2, 8.8, 2), 10 ** generator.uniform(0.9, 2.1, 2)
-    asked = pd.DataFrame({"parameters": size, "tokens": size * ratio})
-    found = robust.predict(asked)
-    miss = (found.log - drawn.truth(asked)) / found.error
-    quantile = stats.t.ppf(0.975, found.freedom)
+    places = pd.DataFrame({"parameters": size, "tokens": size * ratio})
+    predicted = robust.predict(places)
+    miss = (predicted.log - drawn.truth(places)) / predicted.error
+    quantile = stats.t.ppf(0.975, predicted.freedom)
     values = {f"loss {i}": (float(miss[i]), float(quantile[i])) for i in range(2)}
     spread = sandwich(law)
     for name in ("alpha", "beta") if kind in ("iid", "clustered") else ():
@@ -188,10 +188,10 @@ def extrapolated(draw: int) -> tuple[list[bool], list[bool]] | None:
     beyond = pd.DataFrame({"parameters": size, "tokens": size * ratio})
     seen = np.exp(law(beyond) + generator.normal(0, noise_of, 3))
     beyond = beyond.assign(flops=6.0 * beyond["parameters"] * beyond["tokens"])
-    told = forecast(found, LIGHT, beyond).rows
-    full = ((told["low"] <= seen) & (seen <= told["high"])).tolist()
-    bare = 2.0 * np.hypot(told["s_fit"], told["sigma"])
-    narrow = (np.abs(np.log(seen / told["estimate"])) <= bare).tolist()
+    forecasts = forecast(found, LIGHT, beyond).rows
+    full = ((forecasts["low"] <= seen) & (seen <= forecasts["high"])).tolist()
+    bare = 2.0 * np.hypot(forecasts["s_fit"], forecasts["sigma"])
+    narrow = (np.abs(np.log(seen / forecasts["estimate"])) <= bare).tolist()
     return full, narrow
 
 

@@ -167,10 +167,10 @@ def scan_rows(size: str) -> Iterator[Measurement]:
     """The native scan against torch.exp over as many elements, as its own benchmark does."""
     contenders = bench_selective_scan.make_contenders(bench_selective_scan.SIZES[size])
     times = interleave(contenders)
-    for name, said in (("forward", "forward"), ("both", "forward and backward")):
+    for name, label in (("forward", "forward"), ("both", "forward and backward")):
         ratios = [x / y for x, y in zip(times[name], times["exp"], strict=True)]
-        yield from spread_rows(f"selective scan {said}: time over torch.exp", ratios, "ratio")
-        yield from spread_rows(f"selective scan {said}: time", times[name], "ms")
+        yield from spread_rows(f"selective scan {label}: time over torch.exp", ratios, "ratio")
+        yield from spread_rows(f"selective scan {label}: time", times[name], "ms")
 
 
 def cost_rows(repeats: int, folder: Path) -> Iterator[Measurement]:
@@ -236,9 +236,9 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one round at tiny sizes")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    measure(QUICK if asked.quick else FULL, asked.root, console)
+    measure(QUICK if options.quick else FULL, options.root, console)
     return 0
 
 

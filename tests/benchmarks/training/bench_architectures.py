@@ -198,14 +198,14 @@ class Group:
             name = f"{self.name} {maker}"
             yield Measurement(f"{name}: first step", turns.cold, "s")
             if not turns.shares:
-                said = f"{name}: stopped or too slow for more than a first step"
-                yield Measurement(said, 1.0, "")
+                label = f"{name}: stopped or too slow for more than a first step"
+                yield Measurement(label, 1.0, "")
                 continue
             speeds = [self._plan.size.tokens / s for s in turns.seconds.values()]
             yield from spread_rows(f"{name}: speed", speeds, "tokens/s", higher=True)
             goal = SHARE_GOALS.get(name) if self._plan.goals else None
-            said = f"{name}: share of GEMM peak"
-            yield from spread_rows(said, turns.shares, "", goal, higher=True)
+            label = f"{name}: share of GEMM peak"
+            yield from spread_rows(label, turns.shares, "", goal, higher=True)
         yield from self._ratio_rows()
 
     def _ratio_rows(self) -> Iterator[Measurement]:
@@ -215,8 +215,8 @@ class Group:
             if maker == "ours" or not common:
                 continue
             ratios = [ours[r] / turns.seconds[r] for r in common]
-            said = f"{self.name}: speed of {maker} over ours"
-            yield from spread_rows(said, ratios, "ratio", higher=True)
+            label = f"{self.name}: speed of {maker} over ours"
+            yield from spread_rows(label, ratios, "ratio", higher=True)
 
 
 def kernel_rows(scan: str, ssd: str) -> Iterator[Measurement]:
@@ -224,23 +224,25 @@ def kernel_rows(scan: str, ssd: str) -> Iterator[Measurement]:
     yield from _scan_rows(bench_selective_scan.SIZES[scan])
     times = interleave(bench_ssd.make_contenders(bench_ssd.SIZES[ssd]))
     for name, floor in (("forward", "products"), ("both", "all products")):
-        said = f"SSD {name}: time over its products"
-        yield from spread_rows(said, _ratios(times[name], times[floor]), "ratio", SSD_GOAL)
+        label = f"SSD {name}: time over its products"
+        yield from spread_rows(label, _ratios(times[name], times[floor]), "ratio", SSD_GOAL)
 
 
 def _scan_rows(size: tuple[int, int, int, int]) -> Iterator[Measurement]:
     ours = bench_selective_scan.make_contenders(size)
     times = interleave(ours)
     for name, goal in SCAN_GOALS.items():
-        said = f"selective scan {name}: time over torch.exp of all its states"
-        yield from spread_rows(said, _ratios(times[name], times["exp"]), "ratio", goal)
+        label = f"selective scan {name}: time over torch.exp of all its states"
+        yield from spread_rows(label, _ratios(times[name], times["exp"]), "ratio", goal)
     theirs = bench_selective_scan.make_contenders(size, parallel_selective_scan)
     pairs = {"ours": ours["forward"], "theirs": theirs["forward"]}
     pairs |= {"ours both": ours["both"], "theirs both": theirs["both"]}
     times = interleave(pairs, rounds=5)
     for name in ("", " both"):
-        said = f"selective scan{name or ' forward'}: parallel scan in plain torch over ours"
-        yield from spread_rows(said, _ratios(times[f"theirs{name}"], times[f"ours{name}"]), "ratio")
+        label = f"selective scan{name or ' forward'}: parallel scan in plain torch over ours"
+        yield from spread_rows(
+            label, _ratios(times[f"theirs{name}"], times[f"ours{name}"]), "ratio"
+        )
 
 
 def _ratios(above: list[float], below: list[float]) -> list[float]:
@@ -278,12 +280,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one round at a tiny size")
     parser.add_argument("--rounds", type=int, help="steps of each contender after its first")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
-    plan = QUICK if asked.quick else FULL
-    if asked.rounds:
-        plan = replace(plan, rounds=asked.rounds)
+    options = parser.parse_args(words)
+    plan = QUICK if options.quick else FULL
+    if options.rounds:
+        plan = replace(plan, rounds=options.rounds)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    measure(plan, asked.names or list(GROUPS), asked.root, console)
+    measure(plan, options.names or list(GROUPS), options.root, console)
     return 0
 
 

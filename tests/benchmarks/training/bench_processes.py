@@ -98,13 +98,13 @@ def serve_made(connection: Connection, make: Callable[[Task], Built]) -> None:
     if make is engine:
         prepare_process(ExecutionConfig(threads=THREADS, device="cpu"))
     built = None
-    for asked in _questions(connection):
-        if isinstance(asked, Task):
+    for request in _questions(connection):
+        if isinstance(request, Task):
             if built is not None:
                 built.close()
             built = None
             gc.collect()
-            built = make(asked)
+            built = make(request)
             connection.send((built.parameters, built.setting))
             continue
         assert built is not None, "a step was asked for before anything was built"

@@ -131,9 +131,9 @@ def measure(plan: Plan, names: Sequence[str], root: Path, console: Console) -> N
         child = Child(serve_profile, contender)
         found = child.answer(CHILD_SECONDS)
         if found is None:
-            said = f"{contender.name}: did not finish in {CHILD_SECONDS:.0f} s"
-            rows.append(Measurement(said, 1.0, ""))
-            console.print(said, highlight=False)
+            message = f"{contender.name}: did not finish in {CHILD_SECONDS:.0f} s"
+            rows.append(Measurement(message, 1.0, ""))
+            console.print(message, highlight=False)
             continue
         child.stop()
         pairs.append((contender, found))
@@ -157,14 +157,14 @@ def main(words: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="one round at a tiny size")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each, and of its parts")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
-    names = asked.architectures.split(",")
+    options = parser.parse_args(words)
+    names = options.architectures.split(",")
     unknown = sorted(set(names) - set(GROUPS))
     if unknown:
         parser.error(f"unknown architectures {', '.join(unknown)}; choose from {', '.join(GROUPS)}")
-    plan = QUICK if asked.quick else replace(FULL, rounds=asked.rounds)
+    plan = QUICK if options.quick else replace(FULL, rounds=options.rounds)
     console = Console(width=None if sys.stdout.isatty() else 130)
-    measure(plan, names, asked.root, console)
+    measure(plan, names, options.root, console)
     return 0
 
 

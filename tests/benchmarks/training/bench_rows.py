@@ -132,8 +132,8 @@ def _peer_rows(size: Size, timings: Timings) -> Iterator[Measurement]:
         yield from _ratio_rows(f"{name}: speed of engine over transformers", engine, peer)
         yield from _ratio_rows(f"{name}: speed of engine over bare", engine, bare)
         apart = abs(peer.parameters / bare.parameters - 1)
-        said = f"{name}: parameters of transformers apart from bare"
-        yield Measurement(said, apart, "ratio", PEER_PARAMETERS_BOUND)
+        label = f"{name}: parameters of transformers apart from bare"
+        yield Measurement(label, apart, "ratio", PEER_PARAMETERS_BOUND)
 
 
 def _architecture_rows(size: Size, timings: Timings) -> Iterator[Measurement]:
@@ -141,8 +141,8 @@ def _architecture_rows(size: Size, timings: Timings) -> Iterator[Measurement]:
     for kind in ("bare", "engine"):
         name = f"{width} {kind}"
         mamba, transformer = timings["mamba", kind], timings["transformer", kind]
-        said = f"{name}: speed of mamba over transformer"
-        yield from _ratio_rows(said, mamba, transformer, MAMBA_BOUND.get(name))
+        label = f"{name}: speed of mamba over transformer"
+        yield from _ratio_rows(label, mamba, transformer, MAMBA_BOUND.get(name))
     mamba, transformer = timings["mamba", "bare"], timings["transformer", "bare"]
     apart = abs(mamba.parameters / transformer.parameters - 1)
     yield Measurement(f"{width}: parameters of mamba apart", apart, "ratio", MATCH_BOUND)

@@ -92,14 +92,14 @@ def rows_of(contender: Contender, found: Found) -> Iterator[Measurement]:
     name = contender.name
     for word, shares in found.shares.items():
         goal = SHARE_GOALS.get(f"{name}{word}") if contender.plan.goals else None
-        said = f"{name}{word}: share of GEMM peak"
-        yield from spread_rows(said, shares, "", goal, higher=True)
+        label = f"{name}{word}: share of GEMM peak"
+        yield from spread_rows(label, shares, "", goal, higher=True)
     yield from spread_rows(f"{name}: step", [1e3 * s for s in found.seconds], "ms")
     bounds = {"least": found.least, "as written": found.written, "in caches": found.cached}
-    for said, terms in bounds.items():
-        yield Measurement(f"{name}: bound {said}, share", found.bound_share(terms), "")
+    for label, terms in bounds.items():
+        yield Measurement(f"{name}: bound {label}, share", found.bound_share(terms), "")
         for term, value in terms.items():
-            yield Measurement(f"{name}: bound {said}, {term}", value, "ms")
+            yield Measurement(f"{name}: bound {label}, {term}", value, "ms")
     for group, value in found.profile.items():
         yield Measurement(f"{name}: profile, {group}", value, "ms")
     rate = found.products / max(found.peaks)

@@ -94,16 +94,16 @@ def test_a_spread_is_the_median_and_the_distance_of_the_quartiles():
 
 
 def test_llama_attends_without_a_dense_mask(monkeypatch):
-    asked = []
+    calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def listen(*tensors, attn_mask=None, is_causal=False, **rest):
-        asked.append((attn_mask, is_causal))
+        calls.append((attn_mask, is_causal))
         return attention(*tensors, attn_mask=attn_mask, is_causal=is_causal, **rest)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", listen)
     llama(Task(TINY.shape("transformer"), TINY)).step()
-    assert asked == [(None, True)] * TINY.rung.n_layers
+    assert calls == [(None, True)] * TINY.rung.n_layers
 
 
 @pytest.mark.slow

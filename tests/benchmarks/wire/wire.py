@@ -62,27 +62,27 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.wire.wire")
     parser.add_argument("--quick", action="store_true", help="two short lengths, fewer ranks")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder that gets reports/")
-    asked = parser.parse_args(words)
+    options = parser.parse_args(words)
     begin, console = time.monotonic(), Console(width=None if sys.stdout.isatty() else 130)
-    tried = layers(QUICK if asked.quick else LENGTHS)
+    tried = layers(QUICK if options.quick else LENGTHS)
     found = on_ranks(RANKS, functools.partial(measure, tried))
     wrong = differing(tried, found)
-    large, simulated = at_published_size(), simulate(SMALL_SIZES if asked.quick else SIZES)
+    large, simulated = at_published_size(), simulate(SMALL_SIZES if options.quick else SIZES)
     points = pd.concat([measured_points(tried, found), instead(tried), large, simulated])
-    target = "wire_quick" if asked.quick else "wire"
-    draw(points, target, _titles()).save(asked.root / "reports")
+    target = "wire_quick" if options.quick else "wire"
+    draw(points, target, _titles()).save(options.root / "reports")
     console.print(layer_table(tried, found, wrong), rank_table(simulated))
     for name, (sent, should) in wrong.items():
         console.print(f"FAILED {name}: sent {sent}, by formula {should}", soft_wrap=True)
     rows = [*measurements(tried, found, points), Measurement("differing", len(wrong), "layers", 0)]
     rows.append(Measurement("time", time.monotonic() - begin, "s"))
-    console.print(f"written to {write_measurements(target, rows, asked.root)}", soft_wrap=True)
+    console.print(f"written to {write_measurements(target, rows, options.root)}", soft_wrap=True)
     return 1 if wrong else 0
 
 
-def measure(asked: Sequence[Layer], group: dist.ProcessGroup) -> list[Sums]:
+def measure(requested: Sequence[Layer], group: dist.ProcessGroup) -> list[Sums]:
     """What every rank sends of each layer, forward and back, in bytes."""
-    return [_sent(layer, group) for layer in asked]
+    return [_sent(layer, group) for layer in requested]
 
 
 def differing(tried: Sequence[Layer], found: Sequence[Sums]) -> dict[str, tuple[Sums, Sums]]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.attention import block_sparse_attention as tiling
-from kernels.attention import hip_selection
+from kernels.attention import hip_scores
 from kernels.attention.block_sparse_attention import query_blocks
 from kernels.attention.hip_selection import (
     Region,
@@ -255,13 +255,13 @@ def test_no_tensor_of_a_search_grows_with_queries_times_keys(monkeypatch, method
 
 
 def test_the_trees_work_for_fixed_k_is_not_quadratic(monkeypatch):
-    gathered, take = [], hip_selection.take
+    gathered, take = [], hip_scores.take
 
     def counting(rows, index):
         gathered.append(index.numel())
         return take(rows, index)
 
-    monkeypatch.setattr(hip_selection, "take", counting)
+    monkeypatch.setattr(hip_scores, "take", counting)
     counts = []
     for length in (512, 1024, 2048):
         gathered.clear()

@@ -7,13 +7,13 @@ import torch
 from kernels.scans.selective_scan import selective_scan, selective_scan_reference
 from kernels.scans.ssd import ssd, ssd_reference
 from tests.kernels.agreement import assert_agrees, needs_kernel
-from tests.kernels.scans import test_selective_scan, test_ssd
+from tests.kernels.scans import ssd_cases, test_selective_scan
 from tests.oracles import selective_scan as selective_scan_oracle
 from tests.oracles import ssd as ssd_oracle
 
 KINDS = {
     "selective_scan": (test_selective_scan, selective_scan_oracle),
-    "ssd": (test_ssd, ssd_oracle),
+    "ssd": (ssd_cases, ssd_oracle),
 }
 
 

@@ -1,8 +1,5 @@
 """The chunked SSD against float64 loops, in outputs, states and every gradient."""
 
-import re
-from pathlib import Path as File
-
 import numpy as np
 import pytest
 import torch
@@ -12,63 +9,16 @@ from kernels.scans import ssd as module
 from kernels.scans.bidirectional_ssd import bidirectional_ssd
 from kernels.scans.selective_scan import selective_scan_reference
 from kernels.scans.ssd import ssd, ssd_reference
-from tests.kernels.agreement import assert_agrees, ragged_documents
+from tests.kernels.scans.ssd_cases import (
+    INPUTS,
+    assert_matches_oracle,
+    differentiate,
+    make_documents,
+    make_inputs,
+    rounded,
+    weights,
+)
 from tests.oracles import ssd as oracle
-
-INPUTS = oracle.NAMES
-
-
-def make_inputs(length, heads=4, width=5, groups=2, states=3, batch=2, dt=(1e-3, 0.1), A=16.0):
-    generator = np.random.default_rng(length * 1000 + heads)
-    return {
-        "values": generator.normal(size=(batch, length, heads, width)),
-        "dt": np.exp(generator.uniform(*np.log(dt), size=(batch, length, heads))),
-        "A": -generator.uniform(0.05, A, size=heads),
-        "B": generator.normal(size=(batch, length, groups, states)),
-        "C": generator.normal(size=(batch, length, groups, states)),
-        "initial": generator.normal(size=(batch, heads, width, states)),
-    }
-
-
-def make_documents(ragged, batch, length):
-    if not ragged:
-        return np.zeros((batch, length), dtype=np.int32)
-    return ragged_documents(batch, length, np.random.default_rng(length))
-
-
-def rounded(inputs, dtype):
-    """The inputs as tensors, and as float64 arrays of what the tensors hold."""
-    tensors = {name: torch.tensor(x, dtype=dtype) for name, x in inputs.items()}
-    return tensors, {name: x.double().numpy() for name, x in tensors.items()}
-
-
-def weights(inputs, length):
-    generator = np.random.default_rng(length + 1)
-    d_outputs = generator.normal(size=inputs["values"].shape).astype(np.float32)
-    d_final = generator.normal(size=inputs["initial"].shape).astype(np.float32)
-    return d_outputs, d_final
-
-
-def differentiate(scan, tensors, documents, d_outputs, d_final):
-    leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-    result = scan(**leaves, documents=documents)
-    weighted = (result.outputs * torch.as_tensor(d_outputs)).sum()
-    weighted = weighted + (result.final * torch.as_tensor(d_final)).sum()
-    return result, dict(zip(INPUTS, torch.autograd.grad(weighted, leaves.values()), strict=True))
-
-
-def assert_matches_oracle(scan, inputs, documents, dtype):
-    tensors, exact = rounded(inputs, dtype)
-    d_outputs, d_final = weights(exact, documents.shape[1])
-    outputs, states = oracle.scan(exact, documents)
-    wide = (x.astype(np.float64) for x in (d_outputs, d_final))
-    expected = oracle.gradients(exact, documents, *wide)
-    ids = torch.from_numpy(documents)
-    result, gradients = differentiate(scan, tensors, ids, d_outputs, d_final)
-    assert_agrees(result.outputs, outputs, "outputs", dtype)
-    assert_agrees(result.final, states[:, -1], "outputs", result.final.dtype)
-    for name in INPUTS:
-        assert_agrees(gradients[name], expected[name], "gradients", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -255,152 +205,3 @@ def test_two_way_scan_gives_both_triangles_of_a_quasiseparable_matrix(lengths):
     got = bidirectional_ssd(units, *tensors)[0].permute(1, 0, 2).numpy()
     wanted = oracle.quasiseparable(dt[0], A, B[0], C[0], np.zeros((L, 4)), ids[0])
     assert np.abs(got - wanted).max() < 1e-12 * np.abs(wanted).max()
-
-
-@pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("cut", [1, 40, 64, 120])
-def test_a_split_with_the_state_carried_equals_the_whole(cut, ragged):
-    inputs, _ = rounded(make_inputs(150), torch.float32)
-    documents = torch.from_numpy(make_documents(ragged, 2, 150))
-    d_outputs, d_final = weights(inputs, 150)
-
-    def in_two_pieces(values, dt, A, B, C, initial, documents):
-        first = ssd(
-            values[:, :cut], dt[:, :cut], A, B[:, :cut], C[:, :cut], initial, documents[:, :cut]
-        )
-        ids = documents[:, cut:] - documents[:, cut - 1 : cut]
-        second = ssd(values[:, cut:], dt[:, cut:], A, B[:, cut:], C[:, cut:], first.final, ids)
-        return second._replace(outputs=torch.cat([first.outputs, second.outputs], dim=1))
-
-    whole, expected = differentiate(ssd, inputs, documents, d_outputs, d_final)
-    split, gradients = differentiate(in_two_pieces, inputs, documents, d_outputs, d_final)
-    assert_agrees(split.outputs, whole.outputs, "outputs")
-    assert_agrees(split.final, whole.final, "outputs")
-    for name in INPUTS:
-        assert_agrees(gradients[name], expected[name], "gradients")
-
-
-def test_first_token_of_another_document_ignores_the_initial_state():
-    inputs, _ = rounded(make_inputs(70), torch.float32)
-    documents = torch.full((2, 70), 3).int()
-    with_state = ssd(**inputs, documents=documents)
-    without = ssd(**{**inputs, "initial": None}, documents=documents)
-    assert torch.equal(with_state.outputs, without.outputs)
-    assert torch.equal(with_state.final, without.final)
-
-
-def test_huge_steps_in_one_document_leave_the_other_untouched():
-    documents = torch.tensor([[0] * 41 + [1] * 60]).int()
-    inputs, _ = rounded(make_inputs(101, batch=1), torch.float32)
-    loud = {name: x.clone() for name, x in inputs.items()}
-    for name in ("values", "dt", "B", "C"):
-        loud[name][:, :41] *= 1e5
-    quiet, beside = (ssd(**x, documents=documents) for x in (inputs, loud))
-    assert torch.equal(quiet.outputs[:, 41:], beside.outputs[:, 41:])
-    assert torch.equal(quiet.final, beside.final)
-
-
-@pytest.mark.parametrize("poisoned", [0, 1])
-def test_nan_in_one_document_leaves_the_other_untouched(poisoned):
-    documents = torch.tensor([[0] * 41 + [1] * 60]).int()
-    clean, _ = rounded(make_inputs(101, batch=1), torch.float32)
-    inside = documents[0] == poisoned
-    dirty = {name: x.clone() for name, x in clean.items()}
-    for name in ("values", "dt", "B", "C"):
-        dirty[name][:, inside] = float("nan")
-    if poisoned == 0:
-        dirty["initial"][:] = float("nan")
-    d_outputs, d_final = weights(clean, 101)
-    expected, expected_gradients = differentiate(ssd, clean, documents, d_outputs, d_final)
-    result, gradients = differentiate(ssd, dirty, documents, d_outputs, d_final)
-    assert torch.equal(result.outputs[:, ~inside], expected.outputs[:, ~inside])
-    assert result.outputs[:, inside].isnan().all()
-    assert result.final.isnan().all() if poisoned else torch.equal(result.final, expected.final)
-    for name in ("values", "dt", "B", "C") if poisoned == 0 else ():
-        assert torch.equal(gradients[name][:, ~inside], expected_gradients[name][:, ~inside])
-
-
-def test_a_nan_state_spoils_the_document_that_goes_on_with_it_alone():
-    documents = torch.tensor([[0] * 41 + [1] * 60, [1] * 101]).int()
-    inputs, _ = rounded(make_inputs(101), torch.float32)
-    wanted = ssd(**inputs, documents=documents).outputs
-    inputs["initial"][:] = float("nan")
-    outputs = ssd(**inputs, documents=documents).outputs
-    assert outputs[0, :41].isnan().all()
-    assert torch.equal(outputs[0, 41:], wanted[0, 41:])
-    assert torch.equal(outputs[1], wanted[1])
-
-
-def test_bfloat16_values_give_float32_states_and_bfloat16_outputs():
-    inputs, exact = rounded(make_inputs(100), torch.bfloat16)
-    documents = make_documents(True, 2, 100)
-    outputs, states = oracle.scan(exact, documents)
-    result = ssd(**inputs, documents=torch.from_numpy(documents))
-    assert result.outputs.dtype is torch.bfloat16
-    assert result.final.dtype is torch.float32
-    assert_agrees(result.outputs, outputs, "outputs", torch.bfloat16)
-    assert_agrees(result.final, states[:, -1], "outputs", torch.float32)
-    assert_matches_oracle(ssd, make_inputs(100), documents, torch.bfloat16)
-
-
-def test_autocast_changes_nothing():
-    inputs, _ = rounded(make_inputs(100), torch.float32)
-    documents = torch.from_numpy(make_documents(True, 2, 100))
-    arguments = (inputs, documents, *weights(inputs, 100))
-    plain, plain_gradients = differentiate(ssd, *arguments)
-    with torch.autocast("cpu", torch.bfloat16):
-        result, gradients = differentiate(ssd, *arguments)
-    assert torch.equal(result.outputs, plain.outputs)
-    assert all(torch.equal(gradients[name], plain_gradients[name]) for name in INPUTS)
-
-
-def test_backward_keeps_nothing_but_its_inputs():
-    inputs, _ = rounded(make_inputs(1000, groups=1), torch.float32)
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    kept = []
-
-    def pack(x):
-        kept.append(x.numel())
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        ssd(**leaves)
-    assert sum(kept) == sum(x.numel() for x in inputs.values())
-
-
-def test_gradient_of_the_final_state_alone_reaches_the_inputs():
-    inputs, exact = rounded(make_inputs(79), torch.float32)
-    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    ssd(**leaves).final.sum().backward()
-    ones, documents = np.ones(exact["initial"].shape), make_documents(False, 2, 79)
-    expected = oracle.gradients(exact, documents, np.zeros(exact["values"].shape), ones)
-    for name in ("values", "dt", "A", "B", "initial"):
-        assert_agrees(leaves[name].grad, expected[name], "gradients")
-    assert not leaves["C"].grad.any()
-
-
-def test_the_compiled_kernels_have_the_same_chunks():
-    header = File(module.__file__).with_name("ssd_chunks.h").read_text()
-    assert re.findall(r"constexpr int64_t CHUNK = (\d+);", header) == [str(module.CHUNK)]
-
-
-def test_meta_tensors_give_shapes_forward_and_backward():
-    inputs, _ = rounded(make_inputs(70), torch.float32)
-    leaves = {name: x.to("meta").requires_grad_() for name, x in inputs.items()}
-    result = ssd(**leaves)
-    (result.outputs.sum() + result.final.sum()).backward()
-    assert result.outputs.shape == (2, 70, 4, 5)
-    assert result.final.shape == (2, 4, 5, 3)
-    assert all(x.grad is not None and x.grad.is_meta for x in leaves.values())
-
-
-def test_no_tokens_and_wrong_shapes_are_refused():
-    inputs, _ = rounded(make_inputs(9), torch.float32)
-    sequences = ("values", "dt", "B", "C")
-    empty = {name: x[:, :0] if name in sequences else x for name, x in inputs.items()}
-    with pytest.raises(ValueError, match="at least 1"):
-        ssd(**empty)
-    with pytest.raises(ValueError, match="divide"):
-        ssd(**{**inputs, "B": inputs["B"][:, :, [0, 0, 0]], "C": inputs["C"][:, :, [0, 0, 0]]})
-    with pytest.raises((ValueError, TypeError)):
-        ssd(**{**inputs, "B": inputs["B"][:, :-1]})

@@ -7,8 +7,7 @@ import torch
 from kernels.scans.ssd import ssd
 from kernels.triton_launch import recording
 from tests.kernels.agreement import assert_agrees
-from tests.kernels.scans.test_skips import assert_adds_the_values
-from tests.kernels.scans.test_ssd import (
+from tests.kernels.scans.ssd_cases import (
     INPUTS,
     assert_matches_oracle,
     differentiate,
@@ -17,6 +16,7 @@ from tests.kernels.scans.test_ssd import (
     rounded,
     weights,
 )
+from tests.kernels.scans.test_skips import assert_adds_the_values
 from tests.oracles import ssd as oracle
 
 
