@@ -11,6 +11,7 @@ PROPERTIES: tuple[Property, ...] = (
     numerics.long_documents,
     numerics.matrix,
     numerics.derivatives,
+    numerics.second_derivatives,
     numerics.determinism,
     causality.future_outputs,
     causality.future_mixing,
