@@ -231,9 +231,13 @@ class Backbone(Stack):
 
         Args:
             tokens: the next chunk, of any length from 1.
-            documents: ids of its documents; 0 continues the last one seen.
+            documents: ids of its documents; 0 continues the last one seen. Only the last chunk may
+                have padding.
             state: the state after earlier chunks; None at the beginning.
             memory: the encoded source, if there is an encoder.
+
+        Raises:
+            ValueError: rows of the state end in padding, or their number is another.
         """
         sequence = ContinuedSequence(documents, state)
         x = self.embed(tokens, sequence)

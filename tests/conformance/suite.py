@@ -19,6 +19,7 @@ PROPERTIES: tuple[Property, ...] = (
     causality.triangle,
     causality.prefix,
     streaming.any_split,
+    streaming.padded_pieces,
     streaming.state_bytes,
     packing.packed_outputs,
     packing.packed_gradients,
