@@ -12,7 +12,7 @@ import torch
 from data_pipelines.batch import Batch, target_bytes
 from data_pipelines.evaluation_sets import check_evaluation, evaluation_batches, evaluation_sets
 from data_pipelines.tokenizers import load_tokenizer
-from trainer.config import EvaluationConfig, RunConfig
+from trainer.config import EvaluationConfig, RunConfig, check_hiding
 from trainer.engine import Engine
 from trainer.objective import IGNORED, prepare, token_nats
 
@@ -33,13 +33,14 @@ class Evaluated:
     @property
     def bits_per_byte(self) -> float:
         """Total nats / ln 2 / UTF-8 bytes."""
-        return self.total_nats / math.log(2) / max(self.utf8_bytes, 1)
+        return self.total_nats / math.log(2) / self.utf8_bytes
 
 
 class Evaluator:
     """Evaluates an engine's weights on all sets of a dataset; batches are read once a process."""
 
     def __init__(self, run: RunConfig, config: EvaluationConfig, root: Path) -> None:
+        check_hiding(run, config.mask_rate, "evaluation.mask_rate")
         corpus = run.corpus
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
@@ -47,9 +48,24 @@ class Evaluator:
         self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
 
     def evaluate(self, engine: Engine) -> Iterator[Evaluated]:
-        """The loss of each set, summed over the ranks."""
+        """The loss of each set, summed over the ranks.
+
+        Raises:
+            RuntimeError: there is no text to predict in some sets; raised after the others.
+        """
+        empty = []
         for name in self.sets:
-            yield self._evaluate(engine, name)
+            result = self._evaluate(engine, name)
+            if result.targets and result.utf8_bytes:
+                yield result
+            else:
+                empty.append(name)
+        if empty:
+            raise RuntimeError(
+                f"evaluation sets {', '.join(empty)} of {self._corpus.dataset} have no text to "
+                f"predict in the blocks that are read, so no loss; raise evaluation.blocks_per_set "
+                f"{self._config.blocks_per_set}, or give documents of more text"
+            )
 
     def _evaluate(self, engine: Engine, name: str) -> Evaluated:
         begin = time.perf_counter()

@@ -160,10 +160,12 @@ def checkpoint_attention(
             f"for {needed[0]} and {needed[1]}; give as many"
         )
     if in_plain_torch():
-        tensors = (queries, keys, values, checkpoint_keys, checkpoint_values)
         wide = torch.promote_types(queries.dtype, torch.float32)
+        q, k, v, ck, cv = (
+            x.to(wide) for x in (queries, keys, values, checkpoint_keys, checkpoint_values)
+        )
         with without_autocast(queries):
-            mixed = checkpoint_attention_reference(*(x.to(wide) for x in tensors), sight)
+            mixed = checkpoint_attention_reference(q, k, v, ck, cv, sight)
         return mixed.to(queries.dtype)
     if uses_triton(queries):
         seen = Intervals(*(x.to(queries.device) for x in sight.intervals(given[0])))
