@@ -22,7 +22,7 @@ def mask_tokens(batch: Batch, seed: int, rate: float, mask_id: int) -> Batch:
         batch: sequences; their targets are not read.
         seed: of the run, or of the evaluation.
         rate: chance of a token to be chosen.
-        mask_id: id of the mask; smaller ids are the tokenizer's.
+        mask_id: id of the mask, above the tokenizer's.
     """
     tokens = batch.tokens.numpy()
     chosen = _draw(batch, seed, 0) < rate
@@ -49,7 +49,7 @@ def infill_spans(batch: Batch, seed: int, rate: float, mask_id: int) -> Batch:
         batch: sequences; their targets are not read.
         seed: of the run, or of the evaluation.
         rate: share of a sequence that the span covers at most.
-        mask_id: id of the mask; smaller ids are the tokenizer's.
+        mask_id: id of the mask, above the tokenizer's.
     """
     B, L = batch.tokens.shape
     longest = max(1, round(rate * L))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.derivatives import in_plain_torch
 from kernels.native_library import (
     certificate_file,
     is_published,
@@ -42,9 +43,10 @@ def path_of(x: Tensor) -> Path:
     CUDA tensors go to the Triton kernels, as do CPU tensors under TRITON_INTERPRET=1 and all
     tensors while launches are recorded. Other CPU tensors go to the compiled library or, without a
     compiler, to plain torch, with one warning. Meta tensors only need the operators' shapes. The
-    kernels compute in float32, so float64 goes to the reference.
+    kernels compute in float32, so float64 goes to the reference, as everything inside `plain_torch`
+    does.
     """
-    if x.dtype is torch.float64:
+    if x.dtype is torch.float64 or in_plain_torch():
         return Path.REFERENCE
     if uses_triton(x):
         return Path.TRITON
@@ -57,7 +59,7 @@ def path_of(x: Tensor) -> Path:
 
 def uses_triton(x: Tensor) -> bool:
     """Whether `path_of` is TRITON, without loading or building the CPU library."""
-    if x.dtype is torch.float64:
+    if x.dtype is torch.float64 or in_plain_torch():
         return False
     return x.is_cuda or is_recording() or (interpreting() and not x.is_meta)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipelines.tokenizers import Tokenizer
-from launch.trained_run import TrainedRun, load_run
+from launch.trained_run import TrainedRun, load_run, only_run
 from models.generate import GeneratedTokens, Sampling, generate
 from trainer.exit_codes import ExitCode
 from trainer.schema import ConfigError
@@ -29,23 +29,53 @@ def main(words: list[str]) -> int:
     """Run the command; returns the exit code."""
     arguments = _parse(words)
     console = Console(stderr=True)
-    torch.set_num_threads(arguments.threads)
     try:
-        sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
-        run = load_run(arguments.run)
+        _check(arguments)
+        torch.set_num_threads(arguments.threads)
+        folder = only_run(arguments.run)
+        run = load_run(folder)
         if run.config.objective != "causal_lm":
             raise ConfigError(
-                f"{arguments.run} was trained for {run.config.objective}, but only causal_lm runs "
-                "can generate; choose another run"
+                f"{folder} was trained for {run.config.objective}, but only causal_lm runs can "
+                "generate; choose another run"
             )
-        pieces = _stream(run, run.tokenizer(arguments.data), arguments, sampling)
+        tokenizer = run.tokenizer(arguments.data)
+        sampling = Sampling(
+            arguments.temperature, arguments.top_p, arguments.seed, ids=tokenizer.size
+        )
+        pieces = _stream(run, tokenizer, arguments, sampling)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return int(ExitCode.BAD_CONFIG)
+        message = escape(_shown(str(error), console.encoding))
+        console.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    console.print(_speeds(run, arguments.run, pieces), highlight=False)
+    console.print(_shown(_speeds(run, folder, pieces), console.encoding), highlight=False)
     return int(ExitCode.DONE)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Check what can be known before anything is loaded."""
+    Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    for name in ("tokens", "threads"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name} {getattr(arguments, name)} is not above 0; take 1 or more")
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the prompt is not UTF-8 from character {error.start} on; give it in UTF-8"
+        ) from error
+
+
+def _shown(text: str, encoding: str) -> str:
+    """The text with escapes for what an output cannot show, such as bytes that are no UTF-8."""
+    return text.encode(encoding, errors="backslashreplace").decode(encoding)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(_shown(text, sys.stdout.encoding or "utf-8"))
+    sys.stdout.flush()
 
 
 def _stream(
@@ -59,9 +89,10 @@ def _stream(
         The prompt's length and the generated pieces.
     """
     prompt = [tokenizer.special, *(int(i) for i in tokenizer.encode(arguments.prompt))]
-    sys.stdout.write(arguments.prompt)
+    found = generate(run.backbone(), torch.tensor([prompt]), arguments.tokens, sampling)
+    _write(arguments.prompt)
     pieces, ids, shown = [], [], ""
-    for piece in generate(run.backbone(), torch.tensor([prompt]), arguments.tokens, sampling):
+    for piece in found:
         pieces.append(piece)
         ids.append(int(piece.tokens))
         if ids[-1] == tokenizer.special:
@@ -69,11 +100,9 @@ def _stream(
         # A character of several bytes is incomplete until its last byte is generated.
         text = tokenizer.decode(ids).rstrip(REPLACEMENT)
         if text.startswith(shown):
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
+            _write(text[len(shown) :])
             shown = text
-    sys.stdout.write(tokenizer.decode(ids)[len(shown) :] + "\n")
-    sys.stdout.flush()
+    _write(tokenizer.decode(ids)[len(shown) :] + "\n")
     return len(prompt), pieces
 
 
@@ -93,7 +122,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="run folder, such as runs/scaling/<id>")
+    parser.add_argument(
+        "run", type=Path, help="run folder, such as runs/scaling/<id>, or a sweep of one run"
+    )
     parser.add_argument("prompt", help="text to continue; may be empty")
     parser.add_argument(
         "--tokens", type=int, default=200, help="maximum number of tokens (default: 200)"

@@ -17,12 +17,12 @@ from rich.table import Table
 from analysis.benchmarks.hip import draw, table_rows
 from data_pipelines.batch import IGNORED, Batch, join_batches
 from data_pipelines.evaluation_sets import evaluation_batches, evaluation_sets
-from launch.trained_run import TrainedRun, load_run
+from launch.trained_run import TrainedRun, load_run, only_run
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
 from trainer.exit_codes import ExitCode
 from trainer.record import write_json
-from trainer.schema import ConfigError, read_yaml
+from trainer.schema import ConfigError
 from trainer.swap import Measured, measure, swapped
 
 AT_ONCE = 4
@@ -60,22 +60,6 @@ def main(words: list[str]) -> int:
     console.print(f"{plate.title}\n{plate.caption}", highlight=False)
     console.print(f"Figure: {out / plate.name}.png, data beside it", highlight=False)
     return int(ExitCode.DONE)
-
-
-def only_run(folder: Path) -> Path:
-    """The folder of a run; of a sweep's folder, its one run.
-
-    Raises:
-        ConfigError: it is a sweep of several runs.
-    """
-    if (folder / "config.yaml").exists() or not (folder / "sweep.yaml").exists():
-        return folder
-    runs = read_yaml(folder / "sweep.yaml")["runs"]
-    if len(runs) != 1:
-        raise ConfigError(
-            f"{folder} is a sweep of {len(runs)} runs; give one of them, such as {folder / runs[0]}"
-        )
-    return folder / runs[0]
 
 
 def evaluate(folder: Path, arguments: argparse.Namespace) -> dict:

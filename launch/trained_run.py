@@ -11,7 +11,7 @@ from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from models.backbone import Backbone, BackboneConfig
 from trainer.config import RunConfig
 from trainer.manifest import MODEL_FILE, CheckpointError, inspect, verified_file
-from trainer.schema import load, read_yaml
+from trainer.schema import ConfigError, load, read_yaml
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,27 @@ class TrainedRun:
     def tokenizer(self, data_root: Path) -> Tokenizer:
         """The tokenizer that it was trained with."""
         return load_tokenizer(self.config.corpus.tokenizer, data_root / self.config.corpus.dataset)
+
+
+def only_run(folder: Path) -> Path:
+    """The folder of a run; of a sweep's folder, its one run.
+
+    Raises:
+        ConfigError: it is a sweep of several runs, or holds no run.
+    """
+    if (folder / "config.yaml").exists():
+        return folder
+    if not (folder / "sweep.yaml").exists():
+        inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        which = f"give the folder of a run, such as {inside[0]}" if inside else "train one first"
+        raise ConfigError(
+            f"{folder / 'config.yaml'} does not exist, so {folder} is no run's folder; {which}"
+        )
+    runs = [str(run) for run in read_yaml(folder / "sweep.yaml").get("runs") or []]
+    if len(runs) != 1:
+        which = f"give one of them, such as {folder / runs[0]}" if runs else "train it first"
+        raise ConfigError(f"{folder} is a sweep of {len(runs)} runs; {which}")
+    return folder / runs[0]
 
 
 def load_run(folder: Path) -> TrainedRun:

@@ -112,6 +112,11 @@ class BackboneConfig:
             return []
         return self._repeat(self.encoder.pattern, self.encoder.n_layers or self.n_layers)
 
+    def longest_document(self) -> int | None:
+        """The longest document it can read, in tokens; None if there is no longest."""
+        limits = [getattr(block.mixer, "max_len", None) for block in self.layers()]
+        return min((n for n in (self.learned_positions, *limits) if n is not None), default=None)
+
     def _repeat(self, pattern: str, n_layers: int) -> list[BlockConfig]:
         names = pattern.split()
         return [self.blocks[names[i % len(names)]] for i in range(n_layers)]
@@ -216,9 +221,15 @@ class Backbone(Stack):
     def embed(self, tokens: Int[Tensor, "B L"], sequence: WholeSequence) -> Float[Tensor, "B L D"]:
         """The embedding of each token, plus that of its position if positions are learned."""
         x = self.embedding(tokens)
-        if self.config.learned_positions is not None:
-            x = x + self.places(sequence.positions())
-        return x
+        if self.config.learned_positions is None:
+            return x
+        positions = sequence.positions()
+        if not positions.is_meta and int(positions.max()) >= self.config.learned_positions:
+            raise ValueError(
+                f"a document has {int(positions.max()) + 1} tokens, but the model has "
+                f"learned_positions {self.config.learned_positions}; give shorter documents"
+            )
+        return x + self.places(positions)
 
     def extend(
         self,
@@ -231,9 +242,13 @@ class Backbone(Stack):
 
         Args:
             tokens: the next chunk, of any length from 1.
-            documents: ids of its documents; 0 continues the last one seen.
+            documents: ids of its documents; 0 continues the last one seen. Only the last chunk may
+                have padding.
             state: the state after earlier chunks; None at the beginning.
             memory: the encoded source, if there is an encoder.
+
+        Raises:
+            ValueError: rows of the state end in padding, or their number is another.
         """
         sequence = ContinuedSequence(documents, state)
         x = self.embed(tokens, sequence)

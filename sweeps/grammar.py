@@ -24,6 +24,7 @@ from trainer.config import (
     OptimizerConfig,
     RunConfig,
     ScheduleConfig,
+    check_hiding,
 )
 from trainer.ids import run_id, trunk_id
 from trainer.schedule import decay_begins
@@ -42,6 +43,9 @@ class Experiment:
     execution: ExecutionConfig
     evaluation: EvaluationConfig
     label: str = ""
+
+    def __post_init__(self) -> None:
+        check_hiding(self.run, self.evaluation.mask_rate, "evaluation.mask_rate")
 
     @property
     def run_id(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_pipelines.config import DataConfig
+from data_pipelines.tokenizers import vocabulary_size
 from models.backbone import BackboneConfig
 
 
@@ -117,12 +118,14 @@ class RunConfig:
     decoder that attends to an encoder of the rest. The last two mask with the vocabulary's last
     id."""
     mask_rate: float = 0.3
-    """Share of the tokens, 0 to 1, that a masked objective hides in training; causal_lm ignores it.
-    0.3 as in M2-BERT (Fu et al. 2023)."""
+    """Share of the tokens, up to 1, that a masked objective hides in training, at least one of a
+    sequence; causal_lm ignores it. 0.3 as in M2-BERT (Fu et al. 2023)."""
 
     def __post_init__(self) -> None:
         _require_within(self, 0, 1, "mask_rate")
         self._check_form()
+        self._check_vocabulary()
+        check_hiding(self, self.mask_rate, "mask_rate")
         self._check_lengths()
         self._check_exact()
         if self.optimizer.batch_tokens % self.corpus.seq_len:
@@ -145,6 +148,16 @@ class RunConfig:
             raise ValueError(
                 f"objective {self.objective} is for {_describe(*wanted)} models, but the model is "
                 f"{_describe(*has)}; change the objective, or model.form and model.encoder"
+            )
+
+    def _check_vocabulary(self) -> None:
+        ids = vocabulary_size(self.corpus.tokenizer)
+        special = int(self.objective != "causal_lm")
+        if self.model.vocab_size < ids + special:
+            mask = f" and 1 for the mask of {self.objective}" if special else ""
+            raise ValueError(
+                f"model.vocab_size is {self.model.vocab_size}, but corpus.tokenizer has {ids} ids, "
+                f"its own special ones included{mask}; set it to {ids + special}"
             )
 
     def _check_exact(self) -> None:
@@ -256,14 +269,33 @@ class EvaluationConfig:
     batch_sequences: int = 16
     """Sequences evaluated at once, 1 or more; changes speed and memory only."""
     mask_rate: float = 0.15
-    """Share of the tokens, 0 to 1, that a masked objective hides in evaluation, whatever it hides
-    in training; 0.15 as in BERT (Devlin et al. 2019)."""
+    """Share of the tokens, up to 1, that a masked objective hides in evaluation, whatever it hides
+    in training, at least one of a sequence; 0.15 as in BERT (Devlin et al. 2019)."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "blocks_per_set", "batch_sequences")
         if self.final_blocks_per_set is not None:
             _require_within(self, self.blocks_per_set, math.inf, "final_blocks_per_set")
         _require_within(self, 0, 1, "mask_rate")
+
+
+def check_hiding(run: RunConfig, rate: float, key: str) -> None:
+    """Check that a masked objective hides tokens: without targets there is no loss.
+
+    Args:
+        run: the run.
+        rate: share of the tokens to hide.
+        key: the rate's key, for the message.
+
+    Raises:
+        ValueError: the rate hides none of a sequence's tokens.
+    """
+    seq_len = run.corpus.seq_len
+    if run.objective != "causal_lm" and round(rate * seq_len) < 1:
+        raise ValueError(
+            f"{key} {rate} hides no token of a sequence of {seq_len}, so {run.objective} has "
+            f"nothing to predict; take at least {1 / seq_len:.2g}"
+        )
 
 
 def sequences_at_once(run: RunConfig, execution: ExecutionConfig) -> int:

@@ -86,10 +86,19 @@ class Engine:
         Args:
             batch: this rank's sequences, whole.
             rate: learning rate of this step.
+
+        Raises:
+            RuntimeError: the global batch has no target.
         """
         whole = prepare(batch, self._config, self._config.seed, self._config.mask_rate)
         batch = self.own_part(whole)
         (targets,) = self.ranks.sum_floats([float((batch.targets != IGNORED).sum())])
+        if not targets:
+            raise RuntimeError(
+                f"no token of a global batch of {self._config.batch_sequences} sequences is to be "
+                f"predicted by {self._config.objective}, so the step has no loss; check that the "
+                "data has documents of more than one token, or raise optimizer.batch_tokens"
+            )
         nats = 0.0
         for piece in batch.split(self._micro):
             nats += self._backward(piece, targets)
@@ -97,7 +106,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         norm, skipped = self._apply()
-        return StepResult(nats / max(targets, 1.0), norm, skipped)
+        return StepResult(nats / targets, norm, skipped)
 
     def own_part(self, batch: Batch) -> Batch:
         """This rank's part of each sequence; all of it without sequence parallelism."""
@@ -193,7 +202,7 @@ class Engine:
         # DeepSpeed divides by the accumulation steps and averages over all ranks. The loss is a sum
         # over the global batch, of which each rank holds a part, so both are undone here.
         pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
-        self._engine.backward(nats * (pieces / max(targets, 1.0)))
+        self._engine.backward(nats * (pieces / targets))
         last = self._engine.is_gradient_accumulation_boundary()
         if not last:
             self._engine.step()

@@ -21,7 +21,7 @@ from data_pipelines.evaluation_sets import (
 )
 from data_pipelines.manifest import Stream, read_manifest
 from data_pipelines.tokenizers import load_tokenizer
-from trainer.config import EvaluationConfig, RunConfig
+from trainer.config import EvaluationConfig, RunConfig, check_hiding
 from trainer.engine import Engine
 from trainer.objective import IGNORED, prepare, token_nats
 from trainer.record import Row
@@ -52,7 +52,7 @@ class Figures:
     @property
     def bits_per_byte(self) -> float:
         """Total nats / ln 2 / UTF-8 bytes."""
-        return self.total_nats / math.log(2) / max(self.utf8_bytes, 1)
+        return self.total_nats / math.log(2) / self.utf8_bytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ class Evaluator:
     """
 
     def __init__(self, run: RunConfig, config: EvaluationConfig, root: Path) -> None:
+        check_hiding(run, config.mask_rate, "evaluation.mask_rate")
         corpus = run.corpus
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
@@ -97,7 +98,11 @@ class Evaluator:
             engine: holds the weights.
             final: whether to read all that results are computed from, beside the subset of the
                 milestones.
+
+        Raises:
+            RuntimeError: there is no text to predict in some sets; raised after the others.
         """
+        empty: list[str] = []
         engine.backbone.eval()
         for name in self.sets:
             begin = time.perf_counter()
@@ -113,8 +118,21 @@ class Evaluator:
                     each.add(held, measured, self._byte_lengths)
             for is_subset, each in zip((True, False), sums, strict=False):
                 seconds = time.perf_counter() - begin
-                yield each.evaluated(engine, name, is_subset, self._corpus.joined_blocks, seconds)
+                result = each.evaluated(
+                    engine, name, is_subset, self._corpus.joined_blocks, seconds
+                )
+                if result.figures.targets and result.figures.utf8_bytes:
+                    yield result
+                else:
+                    empty.append(name)
         engine.backbone.train()
+        if empty:
+            raise RuntimeError(
+                f"evaluation sets {', '.join(dict.fromkeys(empty))} of {self._corpus.dataset} have "
+                "no text to predict in the blocks that are read, so no loss; raise "
+                f"evaluation.blocks_per_set {self._config.blocks_per_set}, or give documents of "
+                "more text"
+            )
 
     def _groups(self, described: Stream) -> tuple[list[int], list[int]]:
         """The groups of blocks that are read at the end, and those of them for milestones."""

@@ -145,7 +145,7 @@ class Session:
                 fault_point("evaluate.set_done")
         except (RuntimeError, OSError) as error:
             self.log.warn(f"evaluation at step {state.step} failed: {error}")
-            rows, documents = [{**row, "error": str(error)}], {}
+            rows.append({**row, "error": str(error)})
         self.log.write_evaluations(rows, documents)
 
     def stop(self, state: TrainState, name: str) -> Outcome:

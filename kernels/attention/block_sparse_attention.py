@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from kernels.attention.block_sparse_operator import BlockSparseSizes, attend_to_lists
+from kernels.derivatives import differentiated_once, in_plain_torch
 from kernels.dispatch import uses_triton
 from kernels.precision import without_autocast
 
@@ -135,6 +136,8 @@ def block_sparse_attention(
         ValueError: the window is empty, or there are fewer keys than queries or other values.
     """
     _check(queries, keys, values, reach)
+    if in_plain_torch():
+        return block_sparse_attention_reference(queries, keys, values, kept, blocks, reach)
     B, L, H, _ = queries.shape
     S, G, Q = values.shape[1:]
     listed, where = in_one_list(queries, keys, blocks)
@@ -244,7 +247,7 @@ class _BlockSparse(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("block_sparse_attention")
     def backward(ctx: BackwardCFunction, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, kept, positions, begins, mixed, totals = list(ctx.saved_tensors)
         stride, reach = ctx.sizes  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import define_operator
 
 
@@ -72,7 +73,7 @@ class _Listed(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("block_sparse_attention")
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         sizes = ctx.sizes  # pyright: ignore[reportAttributeAccessIssue]
         gradients = _backward(d_outputs.contiguous(), *ctx.saved_tensors, *sizes)

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from kernels.attention.interval_attention import Intervals, Own, interval_attention
+from kernels.derivatives import differentiated_once, in_plain_torch
 from kernels.dispatch import uses_triton
 from kernels.precision import without_autocast
 
@@ -159,6 +160,14 @@ def checkpoint_attention(
             f"checkpoint_attention got {given[0]} queries and {given[1]} checkpoints, but sight is "
             f"for {needed[0]} and {needed[1]}; give as many"
         )
+    if in_plain_torch():
+        wide = torch.promote_types(queries.dtype, torch.float32)
+        q, k, v, ck, cv = (
+            x.to(wide) for x in (queries, keys, values, checkpoint_keys, checkpoint_values)
+        )
+        with without_autocast(queries):
+            mixed = checkpoint_attention_reference(q, k, v, ck, cv, sight)
+        return mixed.to(queries.dtype)
     if uses_triton(queries):
         seen = Intervals(*(x.to(queries.device) for x in sight.intervals(given[0])))
         own = Own(keys, values)
@@ -214,7 +223,7 @@ class _Checkpoints(torch.autograd.Function):
         return _tokens_first(mixed).to(q.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("checkpoint_attention")
     def backward(ctx: BackwardCFunction, d_mixed: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, checkpoint_k, checkpoint_v = list(ctx.saved_tensors)
         sight = ctx.sight  # pyright: ignore[reportAttributeAccessIssue]

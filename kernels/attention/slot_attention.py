@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.derivatives import in_plain_torch
 from kernels.precision import without_autocast
 from kernels.scans.linear_attention import chunked_documents, continuing
 from kernels.scans.linear_scan import linear_scan
@@ -70,7 +71,7 @@ def slot_log_sums(
     carry = carry[:, :, :, None]
     if ids is not None:
         carry = carry.masked_fill(~continuing(ids)[:, :, None, :, None], float("-inf"))
-    return torch.logaddexp(inside, carry).transpose(2, 3).flatten(1, 2)[:, :L]
+    return _log_add_exp(inside, carry).transpose(2, 3).flatten(1, 2)[:, :L]
 
 
 def read_slots(
@@ -195,9 +196,21 @@ def _sums_inside(
         if ids is not None:
             other = ids[:, :, reach:] != ids[:, :, :-reach]
             earlier = earlier.masked_fill(other[:, :, None, :, None], float("-inf"))
-        joined = torch.logaddexp(later, earlier)
+        joined = _log_add_exp(later, earlier)
         sums, reach = torch.cat([sums[:, :, :, :reach], joined], dim=3), 2 * reach
     return sums
+
+
+def _log_add_exp(one: Tensor, other: Tensor) -> Tensor:
+    if not in_plain_torch():
+        return torch.logaddexp(one, other)
+    # The second derivative of torch's logaddexp is NaN where one of the two is minus infinity.
+    largest = torch.maximum(one, other).detach()
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    shares = torch.exp(one - largest) + torch.exp(other - largest)
+    empty = shares == 0
+    logs = torch.log(shares.masked_fill(empty, 1.0)).masked_fill(empty, float("-inf"))
+    return largest + logs
 
 
 def _fill(x: Float[Tensor, "B L H N"], value: float) -> Float[Tensor, "B J H T N"]:

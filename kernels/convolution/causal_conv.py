@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -104,7 +105,7 @@ class _CausalConv(torch.autograd.Function):
         return _forward(values, weight, bias, initial, documents)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("causal_conv")
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         values, weight, initial, documents = list(ctx.saved_tensors)
         d_values, d_weight, d_bias, d_initial = _backward(

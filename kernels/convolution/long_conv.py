@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from kernels.convolution.causal_conv import causal_conv
+from kernels.derivatives import differentiated_once, in_plain_torch
 from kernels.dispatch import Path, path_of
 from kernels.precision import without_autocast
 
@@ -46,7 +47,7 @@ def long_conv(
         ValueError: the channels or the documents do not fit the values, or there are no tokens.
     """
     _check_shapes(values, filter, documents, reverse_filter)
-    if values.dtype is torch.float64:
+    if values.dtype is torch.float64 or in_plain_torch():
         return long_conv_reference(values, filter, documents, reverse_filter)
     L = values.shape[1]
     taps = filter[:, :L].float()
@@ -184,7 +185,7 @@ class _GatherRows(torch.autograd.Function):
         return _rows_or_zeros(rows, index)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("long_conv")
     def backward(ctx: BackwardCFunction, d_taken: Tensor) -> tuple[Tensor | None, ...]:
         _, inverse = list(ctx.saved_tensors)
         return _rows_or_zeros(d_taken.contiguous(), inverse), None, None
@@ -217,7 +218,7 @@ class _LongConv(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("long_conv")
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         values, taps, reverse = list(ctx.saved_tensors)
         L, n = values.shape[1], _points(values, taps, reverse)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 from kernels.convolution.causal_conv import causal_conv, check_shapes, gradient_shapes, prepared
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -63,7 +64,7 @@ class _SiluConv(torch.autograd.Function):
         return tuple(_forward(*saved, list(sizes)))
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("silu_conv")
     def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         saved = list(ctx.saved_tensors)
         d_outputs = [d.contiguous() for d in d_parts]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 from kernels.rowwise.rotary import rotate_halves
 
@@ -122,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("rms_norm")
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight, scale, cos, sin = list(ctx.saved_tensors)
         heads = ctx.heads  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,8 +3,9 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once, in_plain_torch
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -21,6 +22,8 @@ def rotate_halves(
         cos: cosine of each channel's angle, for all rows or for each; gets no gradient.
         sin: likewise.
     """
+    if in_plain_torch():
+        return _rotate(x, cos, sin, back=False)
     rotated = _Rotate.apply(x, cos, sin)
     assert isinstance(rotated, Tensor)
     return rotated
@@ -33,7 +36,7 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin, back=False)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("rotate_halves")
     def backward(ctx: BackwardCFunction, d_rotated: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = list(ctx.saved_tensors)
         return _rotate(d_rotated, cos, sin, back=True), None, None

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -66,7 +67,7 @@ class _SwiGLU(torch.autograd.Function):
         return _forward(gates, ups)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("swiglu")
     def backward(ctx: BackwardCFunction, d_gated: Tensor) -> tuple[Tensor, Tensor | None]:
         gates, ups = list(ctx.saved_tensors)
         d_gates, d_ups = _backward(d_gated.contiguous(), gates, ups)

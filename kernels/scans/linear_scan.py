@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -92,7 +93,7 @@ class _LinearScan(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("linear_scan")
     def backward(ctx: BackwardCFunction, d_outputs: Tensor) -> tuple[Tensor | None, ...]:
         log_decay, outputs, initial, documents = list(ctx.saved_tensors)
         d_log_decay, d_values, d_initial = _backward(

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 
@@ -76,7 +77,7 @@ class _RGLRU(torch.autograd.Function):
         return _forward(*saved)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("rglru")
     def backward(
         ctx: BackwardCFunction, d_log_decay: Tensor, d_write: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -92,7 +93,6 @@ class _BoundedSqrt(torch.autograd.Function):
         return x.sqrt()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: BackwardCFunction, d_root: Tensor) -> Tensor:
         (x,) = list(ctx.saved_tensors)
         # 1 / (2 sqrt(x)) = (4 x)^-1/2, and 1e-6 bounds it by 1000.

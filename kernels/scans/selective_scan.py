@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 
 # Tokens between kept states on a CPU; the backward pass recomputes the states between. 16 make it a
@@ -132,7 +133,7 @@ class _SelectiveScan(torch.autograd.Function):
         return outputs, final
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("selective_scan")
     def backward(
         ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:

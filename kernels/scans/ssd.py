@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once
 from kernels.dispatch import Path, define_operator, path_of
 from kernels.precision import without_autocast
 from kernels.scans.not_finite import (
@@ -192,7 +193,7 @@ class _Ssd(torch.autograd.Function):
         return _forward(*saved)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("ssd")
     def backward(
         ctx: BackwardCFunction, d_outputs: Tensor | None, d_final: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
+
+from kernels.derivatives import differentiated_once, in_plain_torch
 
 
 def linear_in_parts(
@@ -36,7 +38,9 @@ def linear_in_parts(
 
 def _by_torch(x: Tensor) -> bool:
     """Whether one product and a split is better: on GPUs, under autocast and in inference."""
-    return x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
+    if x.device.type != "cpu" or in_plain_torch():
+        return True
+    return torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled()
 
 
 def _products(
@@ -56,7 +60,7 @@ class _LinearInParts(torch.autograd.Function):
         return _products(x, weight, bias, sizes)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("linear_in_parts")
     def backward(ctx: BackwardCFunction, *d_parts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = list(ctx.saved_tensors)
         sizes, tokens = [d.shape[-1] for d in d_parts], x.flatten(0, -2)

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import ON_ONE_RANK, differentiated_once
 from models.ranks.communicator import Communicator
 from models.ranks.schemes import ASSUMED, Payload, Scheme, choose
 from models.ranks.state_passing import STATE_PASSINGS, Decay, StatePassing, masked, real
@@ -92,7 +93,7 @@ class _Publish(torch.autograd.Function):
         return state.new_empty(0)
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("state passing between ranks", ON_ONE_RANK)
     def backward(ctx: BackwardCFunction, _: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
         initial, passing = carry.initial, carry.passing
@@ -125,7 +126,7 @@ class _Receive(torch.autograd.Function):
         return initial
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("state passing between ranks", ON_ONE_RANK)
     def backward(ctx: BackwardCFunction, d_initial: Tensor) -> tuple[Tensor | None, ...]:
         carry: Carry = ctx.carry  # pyright: ignore[reportAttributeAccessIssue]
         assert carry.passing is not None, "the summary was published"

@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float, Num
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import ON_ONE_RANK, differentiated_once
 from models.ranks.communicator import Communicator
 
 
@@ -106,7 +107,7 @@ class _Exchange(torch.autograd.Function):
         return tuple(ranks.exchange(list(pieces), shapes, what))
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("an exchange between ranks", ON_ONE_RANK)
     def backward(ctx: BackwardCFunction, *d_incoming: Tensor) -> tuple[Tensor | None, ...]:
         ranks, sizes, what = ctx.ranks, ctx.sizes, ctx.what  # pyright: ignore[reportAttributeAccessIssue]
         return (None, None, None, *ranks.exchange(list(d_incoming), sizes, f"{what} gradient"))

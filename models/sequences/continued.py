@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.convolution.online_conv import InputBlock, Taps, extend_blocks
-from models.sequences.positions import positions_in_documents
+from models.sequences.positions import PADDING, positions_in_documents
 from models.sequences.whole import Collected, WholeSequence
 
 
@@ -29,12 +29,14 @@ class DecodingState:
         position: tokens seen of the last document.
         layers: for each layer, what its calls stored, in call order.
         collected: documents and positions of the tokens that `collect` returned, by `every`.
+        padded: whether some rows end in padding.
     """
 
     documents: Int[Tensor, "B S"]
     position: Int[Tensor, "B 1"]
     layers: tuple[tuple[Tensor, ...], ...]
     collected: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    padded: bool = False
 
     def bytes(self) -> int:
         """Bytes of the layers' states for all rows, without document ids and positions."""
@@ -47,14 +49,22 @@ class ContinuedSequence(WholeSequence):
     Args:
         documents: ids of the chunk's documents; 0 continues the document of the last token seen.
         state: the state after the earlier chunks; None for the first.
+
+    Raises:
+        ValueError: the ids are out of order, the state has another number of rows, or some of its
+            rows end in padding: what a mixer keeps of them is that of the padding.
     """
 
     def __init__(self, documents: Int[Tensor, "B L"], state: DecodingState | None) -> None:
         super().__init__(documents)
+        if state is not None:
+            _check_state(state, len(documents))
         self._earlier = state
         seen = None if state is None else state.documents
         # A chunk counts its documents from the last one seen, which is its 0.
-        counted = documents if seen is None else documents + seen[:, -1:]
+        counted = documents
+        if seen is not None:
+            counted = torch.where(documents == PADDING, PADDING, documents + seen[:, -1:])
         self._all_documents = counted if seen is None else torch.cat([seen, counted], dim=1)
         self.packed = not documents.is_meta and bool(counted[:, -1].any())
         self._incoming: list[Tensor] = []
@@ -75,7 +85,8 @@ class ContinuedSequence(WholeSequence):
     def state(self) -> DecodingState:
         """The state after this chunk."""
         last = self.positions()[:, -1:] + 1
-        return DecodingState(self._all_documents, last, tuple(self._finished), self._collected)
+        layers = tuple(self._finished)
+        return DecodingState(self._all_documents, last, layers, self._collected, self.padded)
 
     def positions(self) -> Int[Tensor, "B L"]:
         """The position of each token in its document, earlier chunks included."""
@@ -175,3 +186,17 @@ class ContinuedSequence(WholeSequence):
 
     def _recall(self) -> Tensor | None:
         return self._incoming.pop(0) if self._incoming else None
+
+
+def _check_state(state: DecodingState, rows: int) -> None:
+    if len(state.documents) != rows:
+        raise ValueError(
+            f"the chunk has {rows} rows, but the state it continues has {len(state.documents)}; "
+            "give one for each"
+        )
+    if state.padded:
+        short = (state.documents[:, -1] == PADDING).nonzero().flatten().tolist()
+        raise ValueError(
+            f"rows {short} of the state end in padding, from which no chunk can go on; decode rows "
+            "of different lengths in separate batches, or pad only the last chunk"
+        )

@@ -8,6 +8,30 @@ PADDING = -1
 """Document id of padding, which is at the end of a row."""
 
 
+def check_documents(documents: Int[Tensor, "B L"]) -> None:
+    """Check that there are tokens, and that each row's documents are in order.
+
+    Raises:
+        ValueError: there is no row or token, or an id follows a larger one or padding.
+    """
+    if documents.ndim != 2 or documents.numel() == 0:
+        raise ValueError(
+            f"the document ids have shape {tuple(documents.shape)}; a batch has at least 1 row of "
+            "at least 1 token"
+        )
+    if documents.is_meta:
+        return
+    # Padding, the last of a row, as the largest id.
+    ids = documents.masked_fill(documents == PADDING, torch.iinfo(documents.dtype).max)
+    wrong = (ids[:, 1:] < ids[:, :-1]).any(dim=1) | (ids[:, 0] < 0)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"the document ids of row {row} are out of order; give ids from 0 that never fall, and "
+            f"{PADDING} for padding, which is at the end of a row"
+        )
+
+
 def positions_in_documents(documents: Int[Tensor, "B L"]) -> Int[Tensor, "B L"]:
     """Count the tokens of each document from 0."""
     index = torch.arange(documents.shape[1], device=documents.device).expand(documents.shape)

@@ -16,6 +16,7 @@ from models.ranks.exchange import Spans, fetch, swap, swap_back
 from models.ranks.schemes import Scheme
 from models.sequences.positions import (
     PADDING,
+    check_documents,
     picked,
     picked_places,
     positions_in_documents,
@@ -40,7 +41,8 @@ class ShardedSequence(WholeSequence):
         ranks: the communicator; `ranks.sent` records what this rank sent.
 
     Raises:
-        ValueError: the ranks hold different numbers of rows, or one holds no token.
+        ValueError: the ranks hold different numbers of rows, one holds no token, or the ids are
+            out of order.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class ShardedSequence(WholeSequence):
         self.ranks, self.scheme = Communicator(group), scheme
         self.spans = _spans(documents, self.ranks)
         self._row = _whole_rows(documents, self.spans, self.ranks)
+        # The whole row, so that all ranks refuse it together.
+        check_documents(self._row)
         begin, end = self.spans.each[self.ranks.rank]
         self._begin, self._end = begin, end
         # The document of the last token of the previous shard becomes 0.

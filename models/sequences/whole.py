@@ -18,6 +18,7 @@ from kernels.convolution.long_conv import long_conv
 from kernels.convolution.online_conv import Taps
 from models.sequences.positions import (
     PADDING,
+    check_documents,
     picked,
     picked_places,
     positions_in_documents,
@@ -45,9 +46,13 @@ class WholeSequence:
     Args:
         documents: ids of the documents packed into each row, from 0 and nondecreasing, then
             `PADDING` for the tokens that fill up the row.
+
+    Raises:
+        ValueError: there is no row or token, or the ids are out of order.
     """
 
     def __init__(self, documents: Int[Tensor, "B L"]) -> None:
+        check_documents(documents)
         self.documents = documents
         # Meta tensors have no values: count them as one document a row.
         self.packed = not documents.is_meta and bool(documents[:, -1].any())

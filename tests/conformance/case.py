@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,13 +194,18 @@ def dtype_of(mixer: Mixer) -> torch.dtype:
 def gradients(mixer: Mixer, batch: Batch) -> dict[str, Tensor]:
     """Gradients of the sum of squares of all real outputs, by name; zeros where there is none."""
     batch = batch.to(dtype_of(mixer)).following()
-    leaves = batch.leaves() | dict(mixer.named_parameters())
+    leaves = leaves_of(mixer, batch)
     loss = run(mixer, batch)[batch.real].square().sum()
     found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
     }
+
+
+def leaves_of(mixer: Mixer, batch: Batch) -> dict[str, Tensor]:
+    """What gradients are taken of, by name: features and parameters."""
+    return batch.leaves() | dict(mixer.named_parameters())
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -220,6 +225,15 @@ def assert_close_gradients(
         error = (actual[name].double() - gradient.double()).norm().item()
         scale = max(gradient.norm().item(), 1e-3 * floor)
         assert error <= 1e-4 * scale, f"{what}, {name}: off by {error:.2e} of {scale:.2e}"
+
+
+def refusal(attempt: Callable[[], object]) -> str:
+    """What a ValueError says, or `nothing`."""
+    try:
+        attempt()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
 
 
 def documents_of(rows: Rows, length: int | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kernels.derivatives import plain_torch
 from models.mixer import Mixer
 from models.sequences.whole import WholeSequence
 from tests.conformance.case import (
@@ -16,7 +17,9 @@ from tests.conformance.case import (
     Rows,
     assert_close,
     assert_close_gradients,
+    dtype_of,
     gradients,
+    leaves_of,
     run,
 )
 from tests.conformance.causality import materialized, projected
@@ -131,6 +134,32 @@ def derivatives(case: Case) -> None:
 
 
 @states(EVERY)
+def second_derivatives(case: Case) -> None:
+    """Hessian-vector products in plain torch are right; the kernels give the same or refuse."""
+    batch, mixer = case.batch(SMALL_ROWS).to(torch.float64), case.fresh().double()
+    with plain_torch():
+        ways = _ways(mixer, batch)
+        found = _hessian_product(mixer, batch, ways)
+        expected = _differences_of_gradients(mixer, batch, ways)
+        floor = max(each.norm().item() for each in expected.values())
+        for name, product in expected.items():
+            scale = max(product.norm().item(), 1e-3 * floor)
+            error = (found[name] - product).norm().item()
+            assert error <= 1e-6 * scale, f"along {name}: off by {error:.2e} of {scale:.2e}"
+    for tried, rows in case.sizes(ROWS):
+        batch = tried.batch(rows)
+        ways = _ways(tried.wide, batch.to(torch.float64))
+        with plain_torch():
+            expected = _hessian_product(tried.wide, batch, ways)
+            plain = _hessian_product(tried.mixer, batch, ways)
+        assert_close_gradients(plain, expected, "products in float32, in plain torch")
+        for each in (tried.mixer, tried.wide):
+            products = _hessian_product_unless_refused(each, batch, ways)
+            if products is not None:
+                assert_close_gradients(products, expected, f"products in {dtype_of(each)}")
+
+
+@states(EVERY)
 def determinism(case: Case) -> None:
     """Two calls give the same outputs and gradients, bit for bit."""
     batch = case.batch()
@@ -153,6 +182,61 @@ def _assert_finite(case: Case, n: int) -> None:
     assert run(case.mixer, batch).isfinite().all(), f"outputs of {n} tokens"
     for name, gradient in gradients(case.mixer, batch).items():
         assert gradient.isfinite().all(), f"gradient of {name} over {n} tokens"
+
+
+def _ways(mixer: Mixer, batch: Batch) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    return {
+        name: torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        for name, leaf in leaves_of(mixer, batch).items()
+    }
+
+
+def _hessian_product(mixer: Mixer, batch: Batch, ways: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Hessian of the sum of squares of all real outputs times a vector, by name."""
+    batch = batch.to(dtype_of(mixer)).following()
+    leaves = leaves_of(mixer, batch)
+    loss = run(mixer, batch)[batch.real].square().sum()
+    first = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, allow_unused=True)
+    pairs = zip(first, ways.values(), strict=True)
+    along = sum((g * way.to(g)).sum() for g, way in pairs if g is not None)
+    assert isinstance(along, Tensor)
+    found = torch.autograd.grad(along, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if product is None else product
+        for (name, leaf), product in zip(leaves.items(), found, strict=True)
+    }
+
+
+def _hessian_product_unless_refused(
+    mixer: Mixer, batch: Batch, ways: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    try:
+        return _hessian_product(mixer, batch, ways)
+    except RuntimeError as error:
+        # The second is what torch says of its own fused attention.
+        if "plain_torch()" in str(error) or "derivative for aten::" in str(error):
+            return None
+        raise
+
+
+def _differences_of_gradients(
+    mixer: Mixer, batch: Batch, ways: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `_hessian_product` gives, by Richardson's extrapolation of central differences."""
+    leaves = {name: leaf.detach() for name, leaf in leaves_of(mixer, batch).items()}
+    starts = {name: leaf.clone() for name, leaf in leaves.items()}
+    slopes = []
+    for step in (STEP, 2 * STEP):
+        ends = []
+        for moved in (step, -step):
+            for name, leaf in leaves.items():
+                leaf.copy_(starts[name] + moved * ways[name])
+            ends.append(gradients(mixer, batch))
+        slopes.append({name: (ends[0][name] - ends[1][name]) / (2 * step) for name in leaves})
+    for name, leaf in leaves.items():
+        leaf.copy_(starts[name])
+    return {name: (4 * slopes[0][name] - slopes[1][name]) / 3 for name in leaves}
 
 
 @torch.no_grad()

@@ -1,13 +1,24 @@
 """Decoding: pieces one after the other give what the whole gives, and what they must keep."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from models.mixer import Mixer, Pattern
 from models.sequences.continued import ContinuedSequence, DecodingState
-from tests.conformance.case import CAUSAL, LENGTH, LONG_LENGTH, Batch, Case, Rows, assert_close, run
+from models.sequences.positions import PADDING
+from tests.conformance.case import (
+    CAUSAL,
+    LENGTH,
+    LONG_LENGTH,
+    Batch,
+    Case,
+    Rows,
+    assert_close,
+    refusal,
+    run,
+)
 from tests.conformance.property import states
 
 SPLITS: dict[str, tuple[int, ...]] = {
@@ -24,6 +35,7 @@ LONG_SPLITS: dict[str, tuple[int, ...]] = {
     "uneven long pieces": (3, 64, 1, 82),
 }
 APART: Rows = ((LENGTH,), (9, 1, 18, 9))
+UNEVEN: Rows = ((20, 11, 6), (9, 2))
 
 
 @states(CAUSAL, exact=True)
@@ -35,6 +47,25 @@ def any_split(case: Case) -> None:
         for name, pieces in splits.items():
             outputs, _ = stream(tried.mixer, batch, pieces)
             assert_close(outputs, expected, 2e-6, f"{name} of {rows[0]}")
+
+
+@states(CAUSAL, exact=True)
+def padded_pieces(case: Case) -> None:
+    """A last piece may be padded; from a padded piece nothing goes on, whoever asks."""
+    batch = case.batch(UNEVEN)
+    expected = run(case.mixer, batch)[batch.real]
+    for pieces in ((1, 10, LENGTH - 11), (LENGTH,)):
+        outputs, state = stream(case.mixer, batch, pieces)
+        assert_close(outputs[batch.real], expected, 2e-6, f"real tokens of pieces of {pieces}")
+        for ids in (torch.zeros(2, 1), torch.tensor([[0], [PADDING]])):
+            _assert_refused(lambda: ContinuedSequence(ids.to(batch.documents), state))  # noqa: B023
+    for pieces in ((LENGTH - 1, 1), (20, 1, LENGTH - 21), (12, LENGTH - 12)):
+        _assert_refused(lambda: stream(case.mixer, batch, pieces))  # noqa: B023
+
+
+def _assert_refused(attempt: Callable[[], object]) -> None:
+    message = refusal(attempt)
+    assert "rows [1] of the state end in padding" in message, f"after padding it says {message!r}"
 
 
 @states(frozenset({Pattern.CAUSAL_SELF}))
@@ -68,7 +99,8 @@ def cut(documents: Tensor, pieces: tuple[int, ...]) -> Iterator[tuple[slice, Ten
     before, begin = torch.zeros_like(documents[:, :1]), 0
     for n in pieces:
         span = slice(begin, begin + n)
-        yield span, documents[:, span] - before
+        ids = documents[:, span]
+        yield span, torch.where(ids == PADDING, PADDING, ids - before)
         before, begin = documents[:, begin + n - 1 : begin + n], begin + n
 
 

@@ -9,7 +9,7 @@ import torch
 from models.mixer import Pattern
 from models.parts.layers import Drawn
 from models.sequences.whole import WholeSequence
-from tests.conformance.case import CAUSAL, EVERY, ONE, Case, gradients, run
+from tests.conformance.case import CAUSAL, EVERY, ONE, Case, gradients, refusal, run
 from tests.conformance.property import states
 from tests.conformance.streaming import stream
 from tests.models.conftest import drawn
@@ -96,7 +96,7 @@ def no_decay(case: Case) -> None:
 def refusals(case: Case) -> None:
     """Undeclared patterns and documents over `max_len`, in pieces too, are a clear ValueError."""
     for pattern in set(Pattern) - case.mixer.patterns:
-        message = _refusal(lambda asked=pattern: case.construct(asked))
+        message = refusal(lambda asked=pattern: case.construct(asked))
         assert pattern.value in message, f"asked for {pattern.value} it says {message!r}"
     longest = case.max_len
     if longest is None:
@@ -106,7 +106,7 @@ def refusals(case: Case) -> None:
     if case.pattern in CAUSAL:
         attempts.append(lambda: stream(case.mixer, batch, (longest, 1)))
     for attempt in attempts:
-        message = _refusal(attempt)
+        message = refusal(attempt)
         assert "max_len" in message, f"asked for too long a document it says {message!r}"
 
 
@@ -120,11 +120,3 @@ def counted_flops(case: Case) -> None:
     for less, more in itertools.pairwise(counts):
         assert less.needed <= more.needed, f"{less} for fewer tokens than {more}"
         assert less.elementwise <= more.elementwise, f"{less} for fewer tokens than {more}"
-
-
-def _refusal(attempt: Callable[[], object]) -> str:
-    try:
-        attempt()
-    except ValueError as error:
-        return str(error)
-    return "nothing"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.swap import main, only_run
+from launch.swap import main
+from launch.trained_run import only_run
 from tests.launch.command import command
 from tests.trainer.study import build_tiny, make, run
 from trainer.schema import ConfigError

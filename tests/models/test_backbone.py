@@ -15,6 +15,7 @@ from models.mixer import Mixer, Pattern, Slot
 from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
 from models.parts.short_convs import ShortConv
+from models.sequences.continued import ContinuedSequence
 from models.sequences.whole import WholeSequence
 from tests.conformance.case import MIXED, case_of, declared_cases, documents_of
 from tests.conformance.causality import materialized, rounding
@@ -193,3 +194,37 @@ def test_layers_that_share_a_sequence_do_not_share_what_is_theirs(kind, pattern)
         for layer in backbone.layers:
             x = layer(x, WholeSequence(documents))
         assert torch.equal(backbone(tokens, WholeSequence(documents)), backbone.norm(x))
+
+
+def test_a_backbone_goes_on_from_no_padding() -> None:
+    backbone = build_backbone(mixed(), 1)
+    tokens = torch.randint(0, 257, (2, 6), generator=torch.Generator().manual_seed(0))
+    padded = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, -1, -1]])
+    hidden, state = backbone.extend(tokens, padded, None)
+    alone, _ = backbone.extend(tokens[1:, :4], padded[1:, :4], None)
+    assert (hidden[1:, :4] - alone).norm() < 2e-6 * alone.norm()
+    with pytest.raises(ValueError, match=r"rows \[1\] of the state end in padding"):
+        backbone.extend(tokens, torch.zeros_like(tokens), state)
+    _, state = backbone.extend(tokens, torch.zeros_like(tokens), None)
+    with pytest.raises(ValueError, match=r"the chunk has 1 rows, but the state .* has 2"):
+        backbone.extend(tokens[:1], padded[:1], state)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [[[-1, 0, 0]], [[0, -1, 0]], [[0, 1, 0]], [[0, 0, 0], [1, 0, 0]], [[-2, 0, 0]], [[0, -2, -1]]],
+)
+def test_document_ids_out_of_order_are_refused(ids: list[list[int]]) -> None:
+    for documents in (torch.tensor(ids), torch.tensor(ids, dtype=torch.int32)):
+        for make in (WholeSequence, lambda ids: ContinuedSequence(ids, None)):
+            with pytest.raises(ValueError, match=rf"row {len(ids) - 1} are out of order"):
+                make(documents)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0), (5,)])
+def test_batches_without_tokens_are_refused(shape: tuple[int, ...]) -> None:
+    for device in ("cpu", "meta"):
+        documents = torch.zeros(shape, dtype=torch.int32, device=device)
+        for make in (WholeSequence, lambda ids: ContinuedSequence(ids, None)):
+            with pytest.raises(ValueError, match="at least 1 row of at least 1 token"):
+                make(documents)

@@ -14,8 +14,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction, FunctionCtx, once_differentiable
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
+from kernels.derivatives import differentiated_once, in_plain_torch
 from kernels.precision import widened
 from models.bases.structured_matrix import (
     EntrywiseMixer,
@@ -96,8 +97,11 @@ class Cauchy(EntrywiseMixer):
         """Sums of reciprocals, in float32."""
         del sequence
         rows, columns = (nodes.permute(3, 0, 2, 1) for nodes in structure)
+        rows = rows + TINY
+        if in_plain_torch():
+            return (1 / (rows[..., None] + columns[..., None, :])).sum(dim=0)
         # The stub of Function.apply has no return type.
-        sums = _Reciprocals.apply(rows + TINY, columns)
+        sums = _Reciprocals.apply(rows, columns)
         assert isinstance(sums, Tensor)
         return sums
 
@@ -130,7 +134,7 @@ class _Reciprocals(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
+    @differentiated_once("the sum of reciprocals of cauchy")
     def backward(
         ctx: BackwardCFunction, d_sums: Float[Tensor, "B H L S"]
     ) -> tuple[Float[Tensor, "N B H L"], Float[Tensor, "N B H S"]]:
