@@ -132,6 +132,9 @@ class _Build:
 
     def run(self) -> None:
         """All stages; what is left is the rename of the folder."""
+        # The tokenizer that is brought along first: reading the documents may take hours.
+        given = self.config.tokenizer.given
+        self._tokenizer_json = read_given_tokenizer(self.config.tokenizer) if given else ""
         installed = survey(LOCK) if self.config.source.kind == "installed" else None
         self._begin(installed)
         self._scatter(self._gather(installed) if installed else list_inputs(self.config.source))
@@ -161,7 +164,10 @@ class _Build:
         else:
             files = [p for given in list_inputs(self.config.source) for p in files_of(given)]
             source = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        state = json.dumps({"config": _plain(self.config), "source": source})
+        tokenizer = hashlib.sha256(self._tokenizer_json.encode()).hexdigest()
+        state = json.dumps(
+            {"config": _plain(self.config), "source": source, "tokenizer": tokenizer}
+        )
         file = self.folder / STATE
         if not file.is_file() or file.read_text() != state:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -192,8 +198,8 @@ class _Build:
 
     def _make_tokenizer(self, domains: list[str]) -> None:
         config, file = self.config.tokenizer, self.folder / SAVED
-        if config.kind == "file" and not file.exists():
-            write_durably(file, read_given_tokenizer(config))
+        if config.given and not file.exists():
+            write_durably(file, self._tokenizer_json)
         if config.kind == "bpe" and not file.exists():
             self.report("train tokenizer", 0.0)
             assert config.vocab_size is not None

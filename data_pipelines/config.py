@@ -9,29 +9,34 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 SHARE_TOLERANCE = 1e-6
 
+TokenizerKind = Literal["bytes", "bpe", "file", "lossy_file"]
+
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """How text becomes tokens."""
 
     # A default factory leaves no class attribute, which config loaders take for a fixed kind.
-    kind: Literal["bytes", "bpe", "file"] = field(default_factory=lambda: "bytes")
+    kind: TokenizerKind = field(default_factory=lambda: "bytes")
     """bytes for UTF-8 bytes, bpe for byte-level BPE trained on the dataset, file for a tokenizer
-    that is brought along."""
+    that is brought along, lossy_file for one that may change the text, such as to lower case: bits
+    per byte are then those of the changed text, and marked."""
     path: str | None = None
-    """For kind file: the JSON file of a Hugging Face tokenizer, relative to the working
-    directory."""
+    """For kinds file and lossy_file: the JSON file of a Hugging Face tokenizer, relative to the
+    working directory."""
     vocab_size: int | None = None
     """Ids in all, the document separator included; at least 258. For kind bytes null, since it has
     always 257."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bytes", "bpe", "file"):
-            raise ValueError(f"tokenizer.kind {self.kind!r} is unknown; choose bytes, bpe or file")
-        if (self.path is not None) != (self.kind == "file"):
+        if self.kind not in ("bytes", "bpe", "file", "lossy_file"):
+            raise ValueError(
+                f"tokenizer.kind {self.kind!r} is unknown; choose bytes, bpe, file or lossy_file"
+            )
+        if (self.path is not None) != self.given:
             raise ValueError(
                 f"tokenizer.path is {self.path!r} with kind {self.kind}; "
-                "a path goes with kind file, and only with it"
+                "a path goes with kinds file and lossy_file, and only with them"
             )
         if self.kind == "bytes" and self.vocab_size not in (None, 257):
             raise ValueError(
@@ -43,6 +48,16 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size is {self.vocab_size} with kind {self.kind}, which needs "
                 "256 bytes, a special id and more; give at least 258"
             )
+
+    @property
+    def given(self) -> bool:
+        """Whether it is a file that is brought along."""
+        return self.kind in ("file", "lossy_file")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether its ids stand for exactly the text, which a build checks."""
+        return self.kind != "lossy_file"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Everything passes through files, so that memory depends on the size of a bucket,
 These functions run in spawned processes, so no training library is imported here.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
@@ -18,6 +19,7 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.durable import open_stage
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import token_dtype
+from data_pipelines.lossless import require_same_text
 from data_pipelines.sources import Input, read_input
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 
@@ -211,21 +213,33 @@ def iterate_blocks(
 def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:
     scattered = Path(task.folder) / SCATTERED / task.domain
     left_out = {"duplicate": 0, "beyond cap": 0}
-    writers = {split: _Writer(partial, split, tokenizer) for split in SPLITS}
-    for keyed, reason in read_in_order(scattered, task.config.domain_bytes):
-        if keyed is None:
-            left_out[reason] += 1
-        else:
-            writers[keyed.split(task.config.validation_fraction)].add(keyed.data.decode())
-    train, validation = (writers[split].close() for split in SPLITS)
+    checked = task.domain if task.config.tokenizer.lossless else None
+    with contextlib.ExitStack() as files:
+        writers = {
+            split: files.enter_context(
+                contextlib.closing(_Writer(partial, split, tokenizer, checked))
+            )
+            for split in SPLITS
+        }
+        for keyed, reason in read_in_order(scattered, task.config.domain_bytes):
+            if keyed is None:
+                left_out[reason] += 1
+            else:
+                writers[keyed.split(task.config.validation_fraction)].add(keyed.data.decode())
+        train, validation = (writers[split].finish() for split in SPLITS)
     return DomainFacts(left_out["duplicate"], left_out["beyond cap"], train, validation)
 
 
 class _Writer:
-    """Tokenizes documents and appends them to the flat files of a split."""
+    """Tokenizes documents and appends them to the flat files of a split.
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        folder: of the domain.
+        domain: for messages; None if the tokenizer may change the text.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, domain: str | None) -> None:
+        self._tokenizer, self._split, self._domain = tokenizer, split, domain
         self._border = np.array([tokenizer.special], token_dtype(tokenizer.size))
         self._tokens = (folder / f"{split}.tokens").open("wb")
         self._lengths = (folder / f"{split}.lengths").open("wb")
@@ -239,17 +253,24 @@ class _Writer:
         if len(self._waiting) >= ENCODE_AT_ONCE:
             self._write()
 
-    def close(self) -> Packed:
-        """Close the files and return their totals."""
+    def finish(self) -> Packed:
+        """Write what is waiting and return the totals."""
         self._write()
+        return Packed(self._documents, self._count, self._bytes)
+
+    def close(self) -> None:
+        """Close the files, also after an error."""
         self._tokens.close()
         self._lengths.close()
-        return Packed(self._documents, self._count, self._bytes)
 
     def _write(self) -> None:
         if not self._waiting:
             return
         encoded = self._tokenizer.encode_many(self._waiting)
+        if self._domain is not None:
+            for number, (text, ids) in enumerate(zip(self._waiting, encoded, strict=True), start=1):
+                place = f"{self._domain}/{self._split}, document {self._documents + number}"
+                require_same_text(text, self._tokenizer.bytes_of(ids), place)
         border, dtype = self._border, self._border.dtype
         # Each document is enclosed in special tokens, so that it also predicts its end.
         pieces = [part for ids in encoded for part in (border, ids.astype(dtype), border)]

@@ -104,6 +104,9 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
         )
         return 1
     stored = read_run(folder)
+    changed = (
+        "" if experiment.run.corpus.tokenizer.lossless else " of text changed by the tokenizer"
+    )
     for row in stored.evaluations:
         if row.get("error"):
             console.print(f"evaluation at step {row['step']} failed: {escape(str(row['error']))}")
@@ -111,7 +114,7 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
         nats = number(row, "total_nats") / number(row, "targets")
         console.print(
             f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats per token, "
-            f"{number(row, 'bits_per_byte'):.4f} bits per byte",
+            f"{number(row, 'bits_per_byte'):.4f} bits per byte{changed}",
             highlight=False,
         )
     return int(ExitCode.DONE)

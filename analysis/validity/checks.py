@@ -25,7 +25,7 @@ SUM_TOLERANCE = 0.05
 def check(rows: pd.DataFrame) -> tuple[Caveat, ...]:
     """Run every check on a table; the warnings in the order of WARNINGS."""
     checks: tuple[Callable[[pd.DataFrame], Caveat | None], ...] = (
-        rates, decay, counting, clusters, tokenizers, evaluation, repetition, seeds, units,
+        rates, decay, counting, clusters, tokenizers, lossy, evaluation, repetition, seeds, units,
     )  # fmt: skip
     return tuple(found for found in (each(rows) for each in checks) if found is not None)
 
@@ -112,6 +112,12 @@ def tokenizers(rows: pd.DataFrame) -> Caveat | None:
     """W-TOK: the table mixes losses per token of different tokenizers."""
     found = _levels(rows, "tokenizer") or _levels(rows, "vocab_size")
     return Caveat("W-TOK", f"{len(found)}: {_some(found)}") if len(found) > 1 else None
+
+
+def lossy(rows: pd.DataFrame) -> Caveat | None:
+    """W-LOSSY: some tokenizers may change the text, so their bytes are not those of the text."""
+    found = [name for name in _levels(rows, "tokenizer") if name.startswith("lossy_file")]
+    return Caveat("W-LOSSY", _some(found)) if found else None
 
 
 def evaluation(rows: pd.DataFrame) -> Caveat | None:
