@@ -1,8 +1,12 @@
 """Build a dataset in a separate process, because its builder loads slow libraries."""
 
+import contextlib
 import multiprocessing
+import sys
+import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +14,7 @@ from rich.console import Console
 from data_pipelines.config import DatasetConfig
 from data_pipelines.manifest import MANIFEST, read_manifest
 from data_pipelines.verify import verify_dataset
+from data_pipelines.workers import how_it_ended
 from trainer.exit_codes import ExitCode
 from trainer.schema import dump, load
 
@@ -39,7 +44,7 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
     child.start()
     theirs.close()
     try:
-        return _follow(ours, console)
+        return _follow(ours, child, console)
     finally:
         child.join()
 
@@ -56,16 +61,15 @@ def verify_data(config: DatasetConfig, root: Path) -> None:
         raise DataError(str(error)) from error
 
 
-def _follow(pipe: Connection, console: Console) -> str:
+def _follow(pipe: Connection, child: SpawnProcess, console: Console) -> str:
     with console.status("building data") as status:
         while True:
             try:
                 kind, text = pipe.recv()
-            except EOFError:
-                raise DataError(
-                    "the process that builds the data was killed from outside; "
-                    "rerun the same command to resume the build"
-                ) from None
+            except (EOFError, ConnectionResetError):
+                child.join()
+                ended = how_it_ended(child.exitcode)
+                raise DataError(f"the process that builds the data {ended}") from None
             if kind == "error":
                 raise DataError(text)
             if kind == "done":
@@ -74,15 +78,34 @@ def _follow(pipe: Connection, console: Console) -> str:
 
 
 def _build(plain: Mapping, root: Path, pipe: Connection) -> None:
-    from data_pipelines.build import build_dataset
-
     def report(stage: str, share: float) -> None:
         pipe.send(("progress", f"{stage} {share:.0%}"))
 
-    try:
-        manifest = build_dataset(load(DatasetConfig, plain), root, report=report)
-    except (RuntimeError, ValueError, OSError) as error:
-        pipe.send(("error", str(error)))
-    else:
-        pipe.send(("done", manifest.root_hash))
-    pipe.close()
+    # If the command was killed, nobody is left to send to.
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            # Imported here: it loads slow libraries, and a failure to load them is reported too.
+            from data_pipelines.build import build_dataset
+
+            manifest = build_dataset(load(DatasetConfig, plain), root, report=report)
+        except BrokenPipeError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            pipe.send(("error", str(error)))
+        except KeyboardInterrupt:
+            sys.exit(int(ExitCode.INTERRUPTED))
+        # Panics of libraries written in Rust are no Exception.
+        except BaseException as error:  # noqa: BLE001
+            pipe.send(("error", _unforeseen(error)))
+        else:
+            pipe.send(("done", manifest.root_hash))
+
+
+def _unforeseen(error: BaseException) -> str:
+    """An error that no part of the build expects, with the place that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"building the data failed with {type(error).__name__}: {error} "
+        f"({Path(last.filename).name} line {last.lineno}); this is an error of the program or its "
+        "installation, and rerunning does not help: report it with this line"
+    )
