@@ -21,6 +21,7 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.durable import hold_lock, open_stage, sync, write_durably
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
+from data_pipelines.inputs import read_readings, require_same_inputs, write_readings
 from data_pipelines.installed import LOCK, Installed, survey, write_raw
 from data_pipelines.manifest import (
     INDEX,
@@ -119,6 +120,7 @@ def _existing(config: DatasetConfig, folder: Path) -> Manifest:
             )
     if wrong := missing_file(folder, manifest):
         raise RuntimeError(f"{wrong} is missing or has another size; {rebuild(folder)}")
+    require_same_inputs(config, manifest, folder)
     return manifest
 
 
@@ -138,7 +140,8 @@ class _Build:
         installed = survey(LOCK) if self.config.source.kind == "installed" else None
         self._begin(installed)
         self._scatter(self._gather(installed) if installed else list_inputs(self.config.source))
-        domains = sorted(p.name for p in (self.folder / SCATTERED).iterdir())
+        self._read = read_readings(self.folder / SCATTERED)
+        domains = sorted(self._read["domain_names"])
         if not domains:
             raise ValueError(
                 f"dataset.source of {self.config.name} has no documents; check source.paths"
@@ -192,8 +195,11 @@ class _Build:
                     Scatter(given, i, str(partial), bits, self.config.seed)
                     for i, given in enumerate(inputs)
                 ]
-                for done, _ in enumerate(self.workers.map(scatter, tasks), start=1):
+                readings = []
+                for done, read in enumerate(self.workers.map(scatter, tasks), start=1):
+                    readings.append(read)
                     self.report("read documents", done / len(tasks))
+                write_readings(partial, self.config.source, inputs, readings)
         fault_point("build.after_scatter")
 
     def _make_tokenizer(self, domains: list[str]) -> None:
@@ -286,7 +292,7 @@ class _Build:
         self, tokenizer: Tokenizer, facts: Places, streams: tuple[Stream, ...]
     ) -> Manifest:
         raw = self.folder / "raw" / SOURCE
-        source = json.loads(raw.read_text()) if raw.is_file() else {}
+        source = json.loads(raw.read_text()) if raw.is_file() else dict(self._read)
         source["beyond_domain_bytes"] = {name: found.beyond_cap for name, found in facts.items()}
         manifest = Manifest(
             config=_plain(self.config),

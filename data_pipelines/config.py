@@ -1,11 +1,15 @@
 """The config classes of datasets and corpora; imports no torch and holds no machine's paths."""
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Literal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Names of datasets and domains, which become folder names."""
+"""Names of datasets, which become folder names."""
+MAX_NAME_BYTES = 100
+RESERVED = re.compile(r"MANIFEST\.json|STATE\.json|tokenizer\.json|.*\.tmp")
+"""Names of files of a dataset, and of stages that are not finished."""
 
 SHARE_TOLERANCE = 1e-6
 
@@ -198,7 +202,7 @@ class DataConfig:
 
     def _require_shares(self) -> None:
         for domain, share in self.domains.items():
-            _require_name("a key of corpus.domains", domain)
+            _require_domain(domain)
             if not 0 < share <= 1:
                 raise ValueError(
                     f"corpus.domains.{domain} is {share}, which is not a share; "
@@ -207,6 +211,31 @@ class DataConfig:
         total = sum(self.domains.values())
         if abs(total - 1) > SHARE_TOLERANCE:
             raise ValueError(f"corpus.domains sum to {total:.6g}; make the shares sum to 1")
+
+
+def domain_folder(name: object) -> str:
+    """The name that a domain has in a dataset: runs of other characters become a dash.
+
+    Raises:
+        ValueError: it is no text, nothing is left of it, or it is too long or the name of a file.
+    """
+    folded = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+    folder = re.sub(r"[^\w.]+", "-", folded).strip("-.")
+    if not folder or len(folder.encode()) > MAX_NAME_BYTES or RESERVED.fullmatch(folder):
+        raise ValueError(
+            f"the domain {str(name)[:MAX_NAME_BYTES]!r} cannot be a folder name: it needs letters "
+            f"or digits, at most {MAX_NAME_BYTES} bytes, and may not be called as a dataset's own "
+            "files; rename it"
+        )
+    return folder
+
+
+def _require_domain(name: str) -> None:
+    if domain_folder(name) != name:
+        raise ValueError(
+            f"a key of corpus.domains {name!r} cannot be a folder name; in a dataset this domain "
+            f"is called {domain_folder(name)!r}, write that"
+        )
 
 
 def _require_name(key: str, name: str) -> None:

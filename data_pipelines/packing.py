@@ -19,8 +19,9 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.durable import open_stage
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import token_dtype
+from data_pipelines.inputs import Reading, add_name, digest_of
 from data_pipelines.lossless import require_same_text
-from data_pipelines.sources import Input, read_input
+from data_pipelines.sources import Input, folder_name, read_input
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -101,26 +102,31 @@ class Keyed:
         return "validation" if self.draw < validation_fraction * 2.0**64 else "train"
 
 
-def scatter(task: Scatter) -> int:
-    """Append each document of an input to its bucket; returns the number of documents."""
+def scatter(task: Scatter) -> Reading:
+    """Append each document of an input to its bucket; returns what was read."""
+    names: dict[str, str] = {}
+    empty = 0
     buffers: defaultdict[tuple[str, int], bytearray] = defaultdict(bytearray)
     documents = 0
     for document in read_input(task.given):
         keyed = key_document(document.text.encode(), task.seed)
         if not keyed.data:
+            empty += 1
             continue
         documents += 1
+        domain = folder_name(document.domain, document.origin)
+        add_name(names, domain, document.domain)
         # Leading bits, so that bucket after bucket is also the order of places.
         bucket = keyed.place >> (64 - task.bucket_bits) if task.bucket_bits else 0
-        buffer = buffers[document.domain, bucket]
+        buffer = buffers[domain, bucket]
         buffer += _HEAD.pack(keyed.place, keyed.draw, keyed.digest, len(keyed.data))
         buffer += keyed.data
         if len(buffer) > FLUSH_BYTES:
-            _flush(task, document.domain, bucket, buffer)
+            _flush(task, domain, bucket, buffer)
     for (domain, bucket), buffer in buffers.items():
         _flush(task, domain, bucket, buffer)
     fault_point("build.scattered_input")
-    return documents
+    return Reading(documents, empty, names, digest_of(task.given))
 
 
 def key_document(data: bytes, seed: int) -> Keyed:

@@ -12,7 +12,9 @@ from pathlib import Path
 from rich.console import Console
 
 from data_pipelines.config import DatasetConfig
-from data_pipelines.manifest import MANIFEST, read_manifest
+from data_pipelines.inputs import require_same_inputs
+from data_pipelines.manifest import MANIFEST, Manifest, read_manifest
+from data_pipelines.notes import notes_of
 from data_pipelines.verify import verify_dataset
 from data_pipelines.workers import how_it_ended
 from trainer.exit_codes import ExitCode
@@ -35,6 +37,11 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         if manifest.config == dump(config):
+            try:
+                require_same_inputs(config, manifest, folder)
+            except ValueError as error:
+                raise DataError(str(error)) from error
+            _print_notes(manifest, console)
             return manifest.root_hash
     console.print(f"building the dataset {folder} (only once)", highlight=False)
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
@@ -44,9 +51,11 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
     child.start()
     theirs.close()
     try:
-        return _follow(ours, child, console)
+        root_hash = _follow(ours, child, console)
     finally:
         child.join()
+    _print_notes(read_manifest(folder), console)
+    return root_hash
 
 
 def verify_data(config: DatasetConfig, root: Path) -> None:
@@ -59,6 +68,11 @@ def verify_data(config: DatasetConfig, root: Path) -> None:
         verify_dataset(root / config.name)
     except RuntimeError as error:
         raise DataError(str(error)) from error
+
+
+def _print_notes(manifest: Manifest, console: Console) -> None:
+    for note in notes_of(manifest):
+        console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _follow(pipe: Connection, child: SpawnProcess, console: Console) -> str:

@@ -108,3 +108,13 @@ def test_a_build_whose_command_is_gone_ends_quietly(tmp_path: Path) -> None:
     ours.close()
     _build({"name": "../x"}, tmp_path, theirs)
     theirs.close()
+
+
+def test_a_dataset_is_compared_with_its_files_at_every_start(tmp_path: Path) -> None:
+    build_tiny(tmp_path)
+    root_hash = build_tokens(tmp_path, TokenizerConfig())
+    assert build_tokens(tmp_path, TokenizerConfig()) == root_hash
+    with (tmp_path / "tiny.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"built from other files: .*tiny\.jsonl had \d+ bytes"):
+        build_tokens(tmp_path, TokenizerConfig())
