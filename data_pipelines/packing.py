@@ -10,7 +10,7 @@ import json
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,8 @@ SCATTERED, PACKED = ".scattered", ".packed"
 FLUSH_BYTES = 4 << 20
 ENCODE_AT_ONCE = 256
 FACTS = "facts.json"
+FULL = 0.99
+"""Share of domain_bytes from which on a domain counts as full."""
 
 _HEAD = struct.Struct("<QQ16sQ")
 
@@ -161,8 +163,14 @@ def read_in_order(folder: Path, cap: int | None) -> Iterator[tuple[Keyed | None,
                 yield None, "duplicate"
                 continue
             before = keyed.digest
-            # Once full, always full: taking smaller documents later would favour short ones.
-            full = full or (cap is not None and taken + len(keyed.data) > cap)
+            # Once full, always full: taking smaller documents later would favour short ones. But a
+            # long document is cut, or what is left of the domain could be a small part of its cap.
+            if cap is not None and not full and taken + len(keyed.data) > cap:
+                full = True
+                cut = _cut(keyed.data, cap - taken)
+                if taken < FULL * cap and cut:
+                    yield replace(keyed, data=cut), ""
+                    continue
             if full:
                 yield None, "beyond cap"
                 continue
@@ -214,6 +222,11 @@ def iterate_blocks(
         # The document of a token is the number of documents that end at or before it.
         documents = np.searchsorted(ends, positions.ravel(), "right").reshape(positions.shape)
         yield tokens[positions], documents - documents[:, :1]
+
+
+def _cut(data: bytes, size: int) -> bytes:
+    """The first bytes of a text, up to the end of a character."""
+    return data[:size].decode(errors="ignore").encode()
 
 
 def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:

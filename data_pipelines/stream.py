@@ -4,7 +4,8 @@ The global order of blocks is a function of the DataConfig and the dataset alone
 step, step s takes blocks s x b to (s + 1) x b, across epochs, and rank r of R takes the r-th part.
 So the global batch is the same, in the same order, for any number of ranks and after any
 interruption. Where a sequence is longer than a block, groups of consecutive blocks of one shard are
-ordered instead; the few blocks at the end of a shard that do not fill a group are left out.
+ordered instead; the few blocks at the end of a shard that do not fill a group are left out. What is
+rounded off a domain's share in one epoch is carried to the next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import Manifest
 from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shares import Apportionment, unique_blocks
 from data_pipelines.verify import verify_streams
 
 SAMPLING_GRANULARITY = 64
@@ -126,7 +128,7 @@ class _Blocks(StreamingDataset):
         ]
         self._set_order()
         joined = config.joined_blocks
-        kept = [_long_enough(folder, config, d) for d in described]
+        kept = [_long_enough(folder, manifest, config, d) for d in described]
         self.shards = [shard for shards in kept for shard in shards]
         self._set_index([[shard.samples // joined for shard in shards] for shards in kept])
 
@@ -207,11 +209,16 @@ class _Blocks(StreamingDataset):
             self.streams, self.samples_per_stream, self._config.epoch_groups, self.shuffle_seed
         )
         self.length = self.epoch_size
+        shares = [self._config.domains[domain] for domain in self.domains]
+        first = [stream.choose for stream in self.streams]
+        self._apportioned = Apportionment(shares, self._config.epoch_groups, first)
         self._shard_access_times = np.zeros(self.num_shards, np.uint64)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The groups of one epoch, in order; the two latest epochs are kept."""
         if epoch not in self._orders:
+            for stream, groups in zip(self.streams, self._apportioned[epoch], strict=True):
+                stream.choose = groups
             work = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, 0)
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
@@ -219,24 +226,12 @@ class _Blocks(StreamingDataset):
         return self._orders[epoch]
 
 
-def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
-    """Leading blocks of a domain that hold its share of `unique_bytes`."""
-    if config.unique_bytes is None:
-        return described.blocks
-    wanted = config.unique_bytes * config.domains[described.domain]
-    blocks = max(1, round(wanted * described.blocks / described.utf8_bytes))
-    if blocks > described.blocks:
-        most = described.utf8_bytes / config.domains[described.domain]
-        raise ValueError(
-            f"corpus.unique_bytes {config.unique_bytes} asks for {wanted:.0f} bytes of "
-            f"{described.domain}, which has {described.utf8_bytes}; choose at most {int(most)}"
-        )
-    return blocks
-
-
-def _long_enough(folder: Path, config: DataConfig, described: manifests.Stream) -> list[MDSReader]:
+def _long_enough(
+    folder: Path, manifest: Manifest, config: DataConfig, described: manifests.Stream
+) -> list[MDSReader]:
     """The shards of a domain that hold its share of `unique_bytes` and a group of joined blocks."""
-    shards = _leading(open_shards(folder, described), _unique_blocks(config, described))
+    unique = unique_blocks(config, manifest, described.domain)
+    shards = _leading(open_shards(folder, described), unique)
     kept = [shard for shard in shards if shard.samples >= config.joined_blocks]
     if not kept:
         raise ValueError(

@@ -4,17 +4,17 @@ import contextlib
 import multiprocessing
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from rich.console import Console
 
-from data_pipelines.config import DatasetConfig
+from data_pipelines.config import DataConfig, DatasetConfig
 from data_pipelines.inputs import require_same_inputs
 from data_pipelines.manifest import MANIFEST, Manifest, read_manifest
-from data_pipelines.notes import notes_of
+from data_pipelines.notes import notes_of, repeat_notes
 from data_pipelines.verify import verify_dataset
 from data_pipelines.workers import how_it_ended
 from trainer.exit_codes import ExitCode
@@ -56,6 +56,34 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
         child.join()
     _print_notes(read_manifest(folder), console)
     return root_hash
+
+
+def print_repeats(runs: Sequence[tuple[DataConfig, int]], root: Path, console: Console) -> None:
+    """Say which domains would be read more than once, for the longest run of each corpus.
+
+    Args:
+        runs: what each run reads, and its tokens.
+        root: folder of all datasets; a dataset that is not built yet says nothing.
+        console: where it is printed.
+
+    Raises:
+        DataError: the dataset lacks a domain, or has less text than a corpus asks for.
+    """
+    longest: dict[str, tuple[DataConfig, int]] = {}
+    for corpus, tokens in runs:
+        if corpus.name not in longest or tokens > longest[corpus.name][1]:
+            longest[corpus.name] = (corpus, tokens)
+    for corpus, tokens in longest.values():
+        if not (root / corpus.dataset / MANIFEST).exists():
+            line = f"note: repeats are known once dataset {corpus.dataset} is built (--data)"
+            console.print(line, highlight=False, soft_wrap=True)
+            return
+        try:
+            notes = repeat_notes(corpus, read_manifest(root / corpus.dataset), tokens)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        for note in notes:
+            console.print(f"note: {note}", highlight=False, soft_wrap=True, markup=False)
 
 
 def verify_data(config: DatasetConfig, root: Path) -> None:

@@ -133,10 +133,12 @@ def evaluation(rows: pd.DataFrame) -> Caveat | None:
 
 
 def repetition(rows: pd.DataFrame) -> Caveat | None:
-    """W-REPEAT: more tokens were seen than there are distinct ones."""
-    if not {"tokens", "unique_tokens"} <= set(rows):
-        return None
-    ratio = floats(rows, "tokens") / floats(rows, "unique_tokens")
+    """W-REPEAT: more tokens were seen than there are distinct ones, in all or of one domain."""
+    ratio = np.full(len(rows), np.nan)
+    if {"tokens", "unique_tokens"} <= set(rows):
+        ratio = floats(rows, "tokens") / floats(rows, "unique_tokens")
+    if "domain_repeats" in rows:
+        ratio = np.fmax(ratio, floats(rows, "domain_repeats"))
     repeated = ratio > 1.001
     if not repeated.any():
         return None

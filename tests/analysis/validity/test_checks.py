@@ -75,6 +75,7 @@ SIDES = [
     (evaluation, {}, {"evaluation_set": "c4"}, "W-EVAL"),
     (evaluation, {"corpus": "webtext"}, {"corpus": "C4"}, "W-EVAL"),
     (repetition, {"unique_tokens": 1.6e10}, {"unique_tokens": 1.59e10}, "W-REPEAT"),
+    (repetition, {"domain_repeats": 1.0}, {"domain_repeats": [1.0, 1.0, 9.7, 1.0]}, "W-REPEAT"),
     (seeds, {}, {"seed": 0}, "W-SEED"),
     (units, {"loss_nats": 10.81}, {"loss_nats": 10.83}, "W-UNIT"),
     (units, {"tokens": 0.011 * BASE["parameters"], "flops": np.nan},
