@@ -4,13 +4,11 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
-from streaming.base.format.mds import MDSReader
-
 from data_pipelines import manifest as manifests
 from data_pipelines.batch import Batch, join_batches
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import read_manifest
-from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shards import CheckedShard, batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.verify import verify_streams
 
 
@@ -72,7 +70,7 @@ def _whole_groups(config: DataConfig, described: manifests.Stream, max_blocks: i
     return groups
 
 
-def _in_order(shards: list[MDSReader]) -> Iterator[dict]:
+def _in_order(shards: list[CheckedShard]) -> Iterator[dict]:
     for shard in shards:
         for place in range(shard.samples):
             with located_errors(shard, place):

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from streaming import Stream, StreamingDataset
 from streaming.base.batching import generate_work
-from streaming.base.format.mds import MDSReader
 from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
@@ -23,7 +22,7 @@ from data_pipelines import manifest as manifests
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import Manifest
-from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shards import CheckedShard, batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.shares import Apportionment, unique_blocks
 from data_pipelines.verify import verify_streams
 
@@ -129,7 +128,7 @@ class _Blocks(StreamingDataset):
         self._set_order()
         joined = config.joined_blocks
         kept = [_long_enough(folder, manifest, config, d) for d in described]
-        self.shards = [shard for shards in kept for shard in shards]
+        self._readers = [shard for shards in kept for shard in shards]
         self._set_index([[shard.samples // joined for shard in shards] for shards in kept])
 
     def at(self, positions: range) -> np.ndarray:
@@ -152,7 +151,7 @@ class _Blocks(StreamingDataset):
         rows, joined = [], self._config.joined_blocks
         for group in ids:
             number, place = self.spanner[int(group)]
-            shard = self.shards[number]
+            shard = self._readers[number]
             for block in range(place * joined, (place + 1) * joined):
                 with located_errors(shard, block):
                     rows.append(shard[block])
@@ -194,7 +193,7 @@ class _Blocks(StreamingDataset):
 
     def _set_index(self, counts: Sequence[list[int]]) -> None:
         """Say which sample lies in which shard, and how many of each stream make an epoch."""
-        self.num_streams, self.num_shards = len(self.streams), len(self.shards)
+        self.num_streams, self.num_shards = len(self.streams), len(self._readers)
         self.shards_per_stream = np.array([len(c) for c in counts], np.int64)
         self.shard_offset_per_stream = self.shards_per_stream.cumsum() - self.shards_per_stream
         self.stream_per_shard = np.repeat(np.arange(self.num_streams), self.shards_per_stream)
@@ -228,7 +227,7 @@ class _Blocks(StreamingDataset):
 
 def _long_enough(
     folder: Path, manifest: Manifest, config: DataConfig, described: manifests.Stream
-) -> list[MDSReader]:
+) -> list[CheckedShard]:
     """The shards of a domain that hold its share of `unique_bytes` and a group of joined blocks."""
     unique = unique_blocks(config, manifest, described.domain)
     shards = _leading(open_shards(folder, described), unique)
@@ -242,7 +241,7 @@ def _long_enough(
     return kept
 
 
-def _leading(shards: list[MDSReader], blocks: int) -> list[MDSReader]:
+def _leading(shards: list[CheckedShard], blocks: int) -> list[CheckedShard]:
     """Shards cut down to the leading blocks of their stream."""
     for shard in shards:
         shard.samples = min(shard.samples, blocks)
