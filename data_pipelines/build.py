@@ -21,6 +21,7 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.durable import hold_lock, open_stage, sync, write_durably
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
+from data_pipelines.inputs import read_readings, require_same_inputs, write_readings
 from data_pipelines.installed import LOCK, Installed, survey, write_raw
 from data_pipelines.manifest import (
     INDEX,
@@ -119,6 +120,7 @@ def _existing(config: DatasetConfig, folder: Path) -> Manifest:
             )
     if wrong := missing_file(folder, manifest):
         raise RuntimeError(f"{wrong} is missing or has another size; {rebuild(folder)}")
+    require_same_inputs(config, manifest, folder)
     return manifest
 
 
@@ -132,10 +134,14 @@ class _Build:
 
     def run(self) -> None:
         """All stages; what is left is the rename of the folder."""
+        # The tokenizer that is brought along first: reading the documents may take hours.
+        given = self.config.tokenizer.given
+        self._tokenizer_json = read_given_tokenizer(self.config.tokenizer) if given else ""
         installed = survey(LOCK) if self.config.source.kind == "installed" else None
         self._begin(installed)
         self._scatter(self._gather(installed) if installed else list_inputs(self.config.source))
-        domains = sorted(p.name for p in (self.folder / SCATTERED).iterdir())
+        self._read = read_readings(self.folder / SCATTERED)
+        domains = sorted(self._read["domain_names"])
         if not domains:
             raise ValueError(
                 f"dataset.source of {self.config.name} has no documents; check source.paths"
@@ -161,7 +167,10 @@ class _Build:
         else:
             files = [p for given in list_inputs(self.config.source) for p in files_of(given)]
             source = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        state = json.dumps({"config": _plain(self.config), "source": source})
+        tokenizer = hashlib.sha256(self._tokenizer_json.encode()).hexdigest()
+        state = json.dumps(
+            {"config": _plain(self.config), "source": source, "tokenizer": tokenizer}
+        )
         file = self.folder / STATE
         if not file.is_file() or file.read_text() != state:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -186,14 +195,17 @@ class _Build:
                     Scatter(given, i, str(partial), bits, self.config.seed)
                     for i, given in enumerate(inputs)
                 ]
-                for done, _ in enumerate(self.workers.map(scatter, tasks), start=1):
+                readings = []
+                for done, read in enumerate(self.workers.map(scatter, tasks), start=1):
+                    readings.append(read)
                     self.report("read documents", done / len(tasks))
+                write_readings(partial, self.config.source, inputs, readings)
         fault_point("build.after_scatter")
 
     def _make_tokenizer(self, domains: list[str]) -> None:
         config, file = self.config.tokenizer, self.folder / SAVED
-        if config.kind == "file" and not file.exists():
-            write_durably(file, read_given_tokenizer(config))
+        if config.given and not file.exists():
+            write_durably(file, self._tokenizer_json)
         if config.kind == "bpe" and not file.exists():
             self.report("train tokenizer", 0.0)
             assert config.vocab_size is not None
@@ -280,7 +292,7 @@ class _Build:
         self, tokenizer: Tokenizer, facts: Places, streams: tuple[Stream, ...]
     ) -> Manifest:
         raw = self.folder / "raw" / SOURCE
-        source = json.loads(raw.read_text()) if raw.is_file() else {}
+        source = json.loads(raw.read_text()) if raw.is_file() else dict(self._read)
         source["beyond_domain_bytes"] = {name: found.beyond_cap for name, found in facts.items()}
         manifest = Manifest(
             config=_plain(self.config),

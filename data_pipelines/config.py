@@ -1,13 +1,19 @@
 """The config classes of datasets and corpora; imports no torch and holds no machine's paths."""
 
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import Literal
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""Names of datasets and domains, which become folder names."""
+"""Names of datasets, which become folder names."""
+MAX_NAME_BYTES = 100
+RESERVED = re.compile(r"MANIFEST\.json|STATE\.json|tokenizer\.json|.*\.tmp")
+"""Names of files of a dataset, and of stages that are not finished."""
 
 SHARE_TOLERANCE = 1e-6
+
+TokenizerKind = Literal["bytes", "bpe", "file", "lossy_file"]
 
 
 @dataclass(frozen=True)
@@ -15,23 +21,26 @@ class TokenizerConfig:
     """How text becomes tokens."""
 
     # A default factory leaves no class attribute, which config loaders take for a fixed kind.
-    kind: Literal["bytes", "bpe", "file"] = field(default_factory=lambda: "bytes")
+    kind: TokenizerKind = field(default_factory=lambda: "bytes")
     """bytes for UTF-8 bytes, bpe for byte-level BPE trained on the dataset, file for a tokenizer
-    that is brought along."""
+    that is brought along, lossy_file for one that may change the text, such as to lower case: bits
+    per byte are then those of the changed text, and marked."""
     path: str | None = None
-    """For kind file: the JSON file of a Hugging Face tokenizer, relative to the working
-    directory."""
+    """For kinds file and lossy_file: the JSON file of a Hugging Face tokenizer, relative to the
+    working directory."""
     vocab_size: int | None = None
     """Ids in all, the document separator included; at least 258. For kind bytes null, since it has
     always 257."""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("bytes", "bpe", "file"):
-            raise ValueError(f"tokenizer.kind {self.kind!r} is unknown; choose bytes, bpe or file")
-        if (self.path is not None) != (self.kind == "file"):
+        if self.kind not in ("bytes", "bpe", "file", "lossy_file"):
+            raise ValueError(
+                f"tokenizer.kind {self.kind!r} is unknown; choose bytes, bpe, file or lossy_file"
+            )
+        if (self.path is not None) != self.given:
             raise ValueError(
                 f"tokenizer.path is {self.path!r} with kind {self.kind}; "
-                "a path goes with kind file, and only with it"
+                "a path goes with kinds file and lossy_file, and only with them"
             )
         if self.kind == "bytes" and self.vocab_size not in (None, 257):
             raise ValueError(
@@ -43,6 +52,16 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size is {self.vocab_size} with kind {self.kind}, which needs "
                 "256 bytes, a special id and more; give at least 258"
             )
+
+    @property
+    def given(self) -> bool:
+        """Whether it is a file that is brought along."""
+        return self.kind in ("file", "lossy_file")
+
+    @property
+    def lossless(self) -> bool:
+        """Whether its ids stand for exactly the text, which a build checks."""
+        return self.kind != "lossy_file"
 
 
 @dataclass(frozen=True)
@@ -183,7 +202,7 @@ class DataConfig:
 
     def _require_shares(self) -> None:
         for domain, share in self.domains.items():
-            _require_name("a key of corpus.domains", domain)
+            _require_domain(domain)
             if not 0 < share <= 1:
                 raise ValueError(
                     f"corpus.domains.{domain} is {share}, which is not a share; "
@@ -192,6 +211,31 @@ class DataConfig:
         total = sum(self.domains.values())
         if abs(total - 1) > SHARE_TOLERANCE:
             raise ValueError(f"corpus.domains sum to {total:.6g}; make the shares sum to 1")
+
+
+def domain_folder(name: object) -> str:
+    """The name that a domain has in a dataset: runs of other characters become a dash.
+
+    Raises:
+        ValueError: it is no text, nothing is left of it, or it is too long or the name of a file.
+    """
+    folded = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+    folder = re.sub(r"[^\w.]+", "-", folded).strip("-.")
+    if not folder or len(folder.encode()) > MAX_NAME_BYTES or RESERVED.fullmatch(folder):
+        raise ValueError(
+            f"the domain {str(name)[:MAX_NAME_BYTES]!r} cannot be a folder name: it needs letters "
+            f"or digits, at most {MAX_NAME_BYTES} bytes, and may not be called as a dataset's own "
+            "files; rename it"
+        )
+    return folder
+
+
+def _require_domain(name: str) -> None:
+    if domain_folder(name) != name:
+        raise ValueError(
+            f"a key of corpus.domains {name!r} cannot be a folder name; in a dataset this domain "
+            f"is called {domain_folder(name)!r}, write that"
+        )
 
 
 def _require_name(key: str, name: str) -> None:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from streaming.base.format.mds import MDSReader
 
 from data_pipelines import manifest as manifests
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import read_manifest
-from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shards import CheckedShard, batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.verify import verify_streams
 
 
@@ -158,7 +157,7 @@ class _DocumentCounter:
         return first
 
 
-def _read(shards: list[MDSReader], block: int) -> dict:
+def _read(shards: list[CheckedShard], block: int) -> dict:
     for shard in shards:
         if block < shard.samples:
             with located_errors(shard, block):

@@ -4,12 +4,13 @@ Everything passes through files, so that memory depends on the size of a bucket,
 These functions run in spawned processes, so no training library is imported here.
 """
 
+import contextlib
 import hashlib
 import json
 import struct
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.durable import open_stage
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import token_dtype
-from data_pipelines.sources import Input, read_input
+from data_pipelines.inputs import Reading, add_name, digest_of
+from data_pipelines.lossless import require_same_text
+from data_pipelines.sources import Input, folder_name, read_input
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 
 SPLITS = ("train", "validation")
@@ -27,6 +30,8 @@ SCATTERED, PACKED = ".scattered", ".packed"
 FLUSH_BYTES = 4 << 20
 ENCODE_AT_ONCE = 256
 FACTS = "facts.json"
+FULL = 0.99
+"""Share of domain_bytes from which on a domain counts as full."""
 
 _HEAD = struct.Struct("<QQ16sQ")
 
@@ -99,26 +104,31 @@ class Keyed:
         return "validation" if self.draw < validation_fraction * 2.0**64 else "train"
 
 
-def scatter(task: Scatter) -> int:
-    """Append each document of an input to its bucket; returns the number of documents."""
+def scatter(task: Scatter) -> Reading:
+    """Append each document of an input to its bucket; returns what was read."""
+    names: dict[str, str] = {}
+    empty = 0
     buffers: defaultdict[tuple[str, int], bytearray] = defaultdict(bytearray)
     documents = 0
     for document in read_input(task.given):
         keyed = key_document(document.text.encode(), task.seed)
         if not keyed.data:
+            empty += 1
             continue
         documents += 1
+        domain = folder_name(document.domain, document.origin)
+        add_name(names, domain, document.domain)
         # Leading bits, so that bucket after bucket is also the order of places.
         bucket = keyed.place >> (64 - task.bucket_bits) if task.bucket_bits else 0
-        buffer = buffers[document.domain, bucket]
+        buffer = buffers[domain, bucket]
         buffer += _HEAD.pack(keyed.place, keyed.draw, keyed.digest, len(keyed.data))
         buffer += keyed.data
         if len(buffer) > FLUSH_BYTES:
-            _flush(task, document.domain, bucket, buffer)
+            _flush(task, domain, bucket, buffer)
     for (domain, bucket), buffer in buffers.items():
         _flush(task, domain, bucket, buffer)
     fault_point("build.scattered_input")
-    return documents
+    return Reading(documents, empty, names, digest_of(task.given))
 
 
 def key_document(data: bytes, seed: int) -> Keyed:
@@ -153,8 +163,14 @@ def read_in_order(folder: Path, cap: int | None) -> Iterator[tuple[Keyed | None,
                 yield None, "duplicate"
                 continue
             before = keyed.digest
-            # Once full, always full: taking smaller documents later would favour short ones.
-            full = full or (cap is not None and taken + len(keyed.data) > cap)
+            # Once full, always full: taking smaller documents later would favour short ones. But a
+            # long document is cut, or what is left of the domain could be a small part of its cap.
+            if cap is not None and not full and taken + len(keyed.data) > cap:
+                full = True
+                cut = _cut(keyed.data, cap - taken)
+                if taken < FULL * cap and cut:
+                    yield replace(keyed, data=cut), ""
+                    continue
             if full:
                 yield None, "beyond cap"
                 continue
@@ -208,24 +224,41 @@ def iterate_blocks(
         yield tokens[positions], documents - documents[:, :1]
 
 
+def _cut(data: bytes, size: int) -> bytes:
+    """The first bytes of a text, up to the end of a character."""
+    return data[:size].decode(errors="ignore").encode()
+
+
 def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:
     scattered = Path(task.folder) / SCATTERED / task.domain
     left_out = {"duplicate": 0, "beyond cap": 0}
-    writers = {split: _Writer(partial, split, tokenizer) for split in SPLITS}
-    for keyed, reason in read_in_order(scattered, task.config.domain_bytes):
-        if keyed is None:
-            left_out[reason] += 1
-        else:
-            writers[keyed.split(task.config.validation_fraction)].add(keyed.data.decode())
-    train, validation = (writers[split].close() for split in SPLITS)
+    checked = task.domain if task.config.tokenizer.lossless else None
+    with contextlib.ExitStack() as files:
+        writers = {
+            split: files.enter_context(
+                contextlib.closing(_Writer(partial, split, tokenizer, checked))
+            )
+            for split in SPLITS
+        }
+        for keyed, reason in read_in_order(scattered, task.config.domain_bytes):
+            if keyed is None:
+                left_out[reason] += 1
+            else:
+                writers[keyed.split(task.config.validation_fraction)].add(keyed.data.decode())
+        train, validation = (writers[split].finish() for split in SPLITS)
     return DomainFacts(left_out["duplicate"], left_out["beyond cap"], train, validation)
 
 
 class _Writer:
-    """Tokenizes documents and appends them to the flat files of a split."""
+    """Tokenizes documents and appends them to the flat files of a split.
 
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        folder: of the domain.
+        domain: for messages; None if the tokenizer may change the text.
+    """
+
+    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, domain: str | None) -> None:
+        self._tokenizer, self._split, self._domain = tokenizer, split, domain
         self._border = np.array([tokenizer.special], token_dtype(tokenizer.size))
         self._tokens = (folder / f"{split}.tokens").open("wb")
         self._lengths = (folder / f"{split}.lengths").open("wb")
@@ -239,17 +272,24 @@ class _Writer:
         if len(self._waiting) >= ENCODE_AT_ONCE:
             self._write()
 
-    def close(self) -> Packed:
-        """Close the files and return their totals."""
+    def finish(self) -> Packed:
+        """Write what is waiting and return the totals."""
         self._write()
+        return Packed(self._documents, self._count, self._bytes)
+
+    def close(self) -> None:
+        """Close the files, also after an error."""
         self._tokens.close()
         self._lengths.close()
-        return Packed(self._documents, self._count, self._bytes)
 
     def _write(self) -> None:
         if not self._waiting:
             return
         encoded = self._tokenizer.encode_many(self._waiting)
+        if self._domain is not None:
+            for number, (text, ids) in enumerate(zip(self._waiting, encoded, strict=True), start=1):
+                place = f"{self._domain}/{self._split}, document {self._documents + number}"
+                require_same_text(text, self._tokenizer.bytes_of(ids), place)
         border, dtype = self._border, self._border.dtype
         # Each document is enclosed in special tokens, so that it also predicts its end.
         pieces = [part for ids in encoded for part in (border, ids.astype(dtype), border)]

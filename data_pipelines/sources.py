@@ -1,6 +1,7 @@
 """Where documents come from: Pile-format JSON lines and folders of text files."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,13 +9,18 @@ from pathlib import Path
 
 import zstandard
 
-from data_pipelines.config import SourceConfig
+from data_pipelines.config import SourceConfig, domain_folder
 
 SOURCE = "SOURCE.json"
 """File with the totals of a source."""
 MAX_LINE_BYTES = 64 << 20
+MAX_TEXT_BYTES = 1 << 30
+"""Largest file of a text folder."""
+MAX_CONTAINERS = 100_000
+"""Most lists and mappings of a line: each takes some 60 bytes of memory, two of them a file."""
 MAX_RATIO = 200
 """Largest decompressed size as a multiple of the compressed one; text stays below 20."""
+WINDOW_BYTES, MAX_WINDOW_BYTES = 1 << 27, 1 << 31
 CHUNK_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 11
 """Compressed bytes read at once: few, since each could decompress to 44,000 bytes."""
@@ -25,7 +31,7 @@ class Document:
     """One text.
 
     Attributes:
-        domain: as a folder name.
+        domain: its name as it was written.
         origin: file and line, for messages.
     """
 
@@ -55,9 +61,8 @@ def list_inputs(source: SourceConfig) -> list[Input]:
                 f"source.paths: {given} does not exist; give an existing file or folder"
             )
         if source.kind == "jsonl":
-            mine = (
-                [given] if given.is_file() else [*given.glob("*.jsonl"), *given.glob("*.jsonl.zst")]
-            )
+            inside = [*given.glob("*.jsonl"), *given.glob("*.jsonl.zst")]
+            mine = [given] if given.is_file() else [path for path in inside if path.is_file()]
         else:
             mine = (
                 [folder for folder in given.iterdir() if folder.is_dir()] if given.is_dir() else []
@@ -74,7 +79,31 @@ def list_inputs(source: SourceConfig) -> list[Input]:
 def files_of(given: Input) -> list[Path]:
     """The files that an input consists of, sorted."""
     path = Path(given.path)
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [path] if path.is_file() else [file for file in _walk(path) if file.is_file()]
+
+
+def left_out(source: SourceConfig) -> list[Path]:
+    """What lies in the folders of a source and is not read, sorted; hidden files do not count."""
+    read = {file for given in list_inputs(source) for file in files_of(given)}
+    folders = [path for path in map(Path, source.paths) if path.is_dir()]
+    found = {file for folder in folders for file in _walk(folder)} - read
+    return sorted(file for file in found if not file.name.startswith("."))
+
+
+def _walk(folder: Path) -> list[Path]:
+    """All that is no folder below a folder, through links too, each linked folder once."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], {os.path.realpath(folder)}
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = {name: os.path.realpath(f"{place}/{name}") for name in folders}
+        # A link to a folder above it would never end.
+        folders[:] = [name for name in sorted(folders) if real[name] not in seen]
+        seen.update(real.values())
+        found += [Path(place) / name for name in names]
+    return sorted(found)
 
 
 def read_input(given: Input) -> Iterator[Document]:
@@ -96,6 +125,7 @@ def read_jsonl(path: Path) -> Iterator[Document]:
     for number, line in _lines(path):
         place = f"{path} line {number}"
         try:
+            _require_shallow(line)
             row = json.loads(line)
             text, domain = row["text"], row["meta"]["pile_set_name"]
             text.encode()
@@ -104,7 +134,8 @@ def read_jsonl(path: Path) -> Iterator[Document]:
                 f"{place} is not a document ({type(error).__name__}: {error}); each line must be "
                 '{"text": "...", "meta": {"pile_set_name": "..."}}; repair or remove it'
             ) from error
-        yield Document(folder_name(domain, place), text, place)
+        folder_name(domain, place)
+        yield Document(domain, text, place)
 
 
 def read_text_folder(path: Path) -> Iterator[Document]:
@@ -113,10 +144,16 @@ def read_text_folder(path: Path) -> Iterator[Document]:
     Raises:
         RuntimeError: a file is not UTF-8.
     """
-    domain = folder_name(path.name, str(path))
+    folder_name(path.name, str(path))
     for file in files_of(Input(str(path), "text_folder")):
+        size = file.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise RuntimeError(
+                f"{file} has {size} bytes, more than the {MAX_TEXT_BYTES} of a document; cut it"
+            )
         try:
-            yield Document(domain, file.read_text(encoding="utf-8"), str(file))
+            # Not as text: that would turn the line ends of Windows into others.
+            yield Document(path.name, file.read_bytes().decode(), str(file))
         except UnicodeDecodeError as error:
             raise RuntimeError(f"{file} is not UTF-8: {error}; convert or remove it") from error
 
@@ -127,45 +164,69 @@ def write_jsonl_line(document: Document) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
+def _require_shallow(line: bytes) -> None:
+    """Check how many lists and mappings a line has, before they are made."""
+    if line.count(b"[") + line.count(b"{") <= MAX_CONTAINERS:
+        return
+    outside = _STRING.sub(b"", line)
+    containers = outside.count(b"[") + outside.count(b"{")
+    if containers > MAX_CONTAINERS:
+        raise ValueError(f"it has {containers} lists and mappings, {MAX_CONTAINERS} are read")
+
+
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+
+
 def folder_name(domain: object, place: str) -> str:
-    """A domain's name as a folder: runs of other characters become a dash.
+    """A domain's name as a folder.
 
     Raises:
-        RuntimeError: nothing is left of it.
+        RuntimeError: it cannot be one.
     """
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", str(domain)).strip("-.")
-    if not name or not isinstance(domain, str):
-        raise RuntimeError(
-            f"{place} has the domain {domain!r}, which cannot be a folder name; rename it"
-        )
-    return name
+    try:
+        return domain_folder(domain)
+    except ValueError as error:
+        raise RuntimeError(f"{place} is refused: {error}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The numbered lines of a file that are not blank, read as a stream."""
-    rest, number = b"", 0
+    # A list, since adding to a long line again and again would take quadratic time.
+    rest: list[bytes] = []
+    length = number = 0
     for chunk in _decompressed(path) if path.suffix == ".zst" else _chunks(path, CHUNK_BYTES):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            number += 1
-            if line.strip():
-                yield number, line
-        if len(rest) > MAX_LINE_BYTES:
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        length += len(first)
+        if others:
+            *lines, last = [b"".join(rest), *others]
+            rest, length = [last], len(last)
+            for line in lines:
+                number += 1
+                if line.strip():
+                    yield number, line
+        if length > MAX_LINE_BYTES:
             raise RuntimeError(
                 f"{path} line {number + 1} is longer than {MAX_LINE_BYTES} bytes; "
                 "cut or remove the document"
             )
-    if rest.strip():
-        yield number + 1, rest
+    line = b"".join(rest)
+    if line.strip():
+        yield number + 1, line
 
 
 def _decompressed(path: Path) -> Iterator[bytes]:
     """The content of a zstd file; a bomb or a truncated file ends it with an error."""
     size, read = path.stat().st_size, 0
+    if not size:
+        raise RuntimeError(f"{path} has 0 bytes, which is no zstd file; download it again")
+    # The header of a frame says how much memory its window takes: as much as a file of this size
+    # could need, but for the default of the zstd tool.
+    window = min(max(1 << (MAX_RATIO * size).bit_length(), WINDOW_BYTES), MAX_WINDOW_BYTES)
     frame = None
     for chunk in _chunks(path, COMPRESSED_BYTES):
         while chunk:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            frame = frame or zstandard.ZstdDecompressor(max_window_size=window).decompressobj()
             try:
                 content = frame.decompress(chunk)
             except zstandard.ZstdError as error:

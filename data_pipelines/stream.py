@@ -4,7 +4,8 @@ The global order of blocks is a function of the DataConfig and the dataset alone
 step, step s takes blocks s x b to (s + 1) x b, across epochs, and rank r of R takes the r-th part.
 So the global batch is the same, in the same order, for any number of ranks and after any
 interruption. Where a sequence is longer than a block, groups of consecutive blocks of one shard are
-ordered instead; the few blocks at the end of a shard that do not fill a group are left out.
+ordered instead; the few blocks at the end of a shard that do not fill a group are left out. What is
+rounded off a domain's share in one epoch is carried to the next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from streaming import Stream, StreamingDataset
 from streaming.base.batching import generate_work
-from streaming.base.format.mds import MDSReader
 from streaming.base.spanner import Spanner
 from streaming.base.world import World
 
@@ -22,7 +22,8 @@ from data_pipelines import manifest as manifests
 from data_pipelines.batch import Batch
 from data_pipelines.config import DataConfig
 from data_pipelines.manifest import Manifest
-from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shards import CheckedShard, batch_of, located_errors, open_dataset, open_shards
+from data_pipelines.shares import Apportionment, unique_blocks
 from data_pipelines.verify import verify_streams
 
 SAMPLING_GRANULARITY = 64
@@ -126,8 +127,8 @@ class _Blocks(StreamingDataset):
         ]
         self._set_order()
         joined = config.joined_blocks
-        kept = [_long_enough(folder, config, d) for d in described]
-        self.shards = [shard for shards in kept for shard in shards]
+        kept = [_long_enough(folder, manifest, config, d) for d in described]
+        self._readers = [shard for shards in kept for shard in shards]
         self._set_index([[shard.samples // joined for shard in shards] for shards in kept])
 
     def at(self, positions: range) -> np.ndarray:
@@ -150,7 +151,7 @@ class _Blocks(StreamingDataset):
         rows, joined = [], self._config.joined_blocks
         for group in ids:
             number, place = self.spanner[int(group)]
-            shard = self.shards[number]
+            shard = self._readers[number]
             for block in range(place * joined, (place + 1) * joined):
                 with located_errors(shard, block):
                     rows.append(shard[block])
@@ -192,7 +193,7 @@ class _Blocks(StreamingDataset):
 
     def _set_index(self, counts: Sequence[list[int]]) -> None:
         """Say which sample lies in which shard, and how many of each stream make an epoch."""
-        self.num_streams, self.num_shards = len(self.streams), len(self.shards)
+        self.num_streams, self.num_shards = len(self.streams), len(self._readers)
         self.shards_per_stream = np.array([len(c) for c in counts], np.int64)
         self.shard_offset_per_stream = self.shards_per_stream.cumsum() - self.shards_per_stream
         self.stream_per_shard = np.repeat(np.arange(self.num_streams), self.shards_per_stream)
@@ -207,11 +208,16 @@ class _Blocks(StreamingDataset):
             self.streams, self.samples_per_stream, self._config.epoch_groups, self.shuffle_seed
         )
         self.length = self.epoch_size
+        shares = [self._config.domains[domain] for domain in self.domains]
+        first = [stream.choose for stream in self.streams]
+        self._apportioned = Apportionment(shares, self._config.epoch_groups, first)
         self._shard_access_times = np.zeros(self.num_shards, np.uint64)
 
     def _order(self, epoch: int) -> np.ndarray:
         """The groups of one epoch, in order; the two latest epochs are kept."""
         if epoch not in self._orders:
+            for stream, groups in zip(self.streams, self._apportioned[epoch], strict=True):
+                stream.choose = groups
             work = generate_work(self.batching_method, self, World(1, 1, 1, 0), epoch, 0)
             while len(self._orders) > 1:
                 self._orders.pop(next(iter(self._orders)))
@@ -219,24 +225,12 @@ class _Blocks(StreamingDataset):
         return self._orders[epoch]
 
 
-def _unique_blocks(config: DataConfig, described: manifests.Stream) -> int:
-    """Leading blocks of a domain that hold its share of `unique_bytes`."""
-    if config.unique_bytes is None:
-        return described.blocks
-    wanted = config.unique_bytes * config.domains[described.domain]
-    blocks = max(1, round(wanted * described.blocks / described.utf8_bytes))
-    if blocks > described.blocks:
-        most = described.utf8_bytes / config.domains[described.domain]
-        raise ValueError(
-            f"corpus.unique_bytes {config.unique_bytes} asks for {wanted:.0f} bytes of "
-            f"{described.domain}, which has {described.utf8_bytes}; choose at most {int(most)}"
-        )
-    return blocks
-
-
-def _long_enough(folder: Path, config: DataConfig, described: manifests.Stream) -> list[MDSReader]:
+def _long_enough(
+    folder: Path, manifest: Manifest, config: DataConfig, described: manifests.Stream
+) -> list[CheckedShard]:
     """The shards of a domain that hold its share of `unique_bytes` and a group of joined blocks."""
-    shards = _leading(open_shards(folder, described), _unique_blocks(config, described))
+    unique = unique_blocks(config, manifest, described.domain)
+    shards = _leading(open_shards(folder, described), unique)
     kept = [shard for shard in shards if shard.samples >= config.joined_blocks]
     if not kept:
         raise ValueError(
@@ -247,7 +241,7 @@ def _long_enough(folder: Path, config: DataConfig, described: manifests.Stream) 
     return kept
 
 
-def _leading(shards: list[MDSReader], blocks: int) -> list[MDSReader]:
+def _leading(shards: list[CheckedShard], blocks: int) -> list[CheckedShard]:
     """Shards cut down to the leading blocks of their stream."""
     for shard in shards:
         shard.samples = min(shard.samples, blocks)

@@ -1,7 +1,6 @@
 """Text to token ids and back: bytes, and byte-level BPE, behind one interface."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,11 +9,10 @@ import numpy as np
 import tokenizers as library
 
 from data_pipelines.config import TokenizerConfig
+from data_pipelines.saved_tokenizer import SPECIAL_NAMES, SavedTokenizer, read_tokenizer_file
 
 SAVED = "tokenizer.json"
 """Name of a trained tokenizer inside its dataset."""
-SPECIAL_NAMES = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<s>")
-"""Special tokens of saved tokenizers that may open and close documents, in this order."""
 
 
 class Tokenizer(Protocol):
@@ -44,6 +42,10 @@ class Tokenizer(Protocol):
         """The text that ids stand for; special ids stand for nothing."""
         ...
 
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """The UTF-8 bytes that ids stand for; special ids stand for nothing."""
+        ...
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 opens and closes documents."""
@@ -67,58 +69,9 @@ class ByteTokenizer:
         """The text of bytes; broken UTF-8 shows as replacement characters."""
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
-
-class SavedTokenizer:
-    """A byte-level BPE from a tokenizers JSON.
-
-    Raises:
-        ValueError: the JSON is no byte-level BPE, or has no special token that is known.
-    """
-
-    def __init__(self, saved: str) -> None:
-        self._library = library.Tokenizer.from_str(saved)
-        self._library.encode_special_tokens = True
-        self._library.no_truncation()
-        self._library.no_padding()
-        content = json.loads(saved)
-        self.size = self._library.get_vocab_size(with_added_tokens=True)
-        self._specials = {
-            token["id"]: token["content"]
-            for token in content.get("added_tokens", [])
-            if token["special"]
-        }
-        self.special = _choose_special(self._specials)
-        self.fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-        self.byte_lengths = self._measure(content)
-
-    def encode(self, text: str) -> np.ndarray:
-        """The ids of a text; the names of special tokens in it are ordinary text."""
-        return np.array(self._library.encode(text, add_special_tokens=False).ids, np.uint32)
-
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of several texts, encoded by the library's own threads."""
-        encoded = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(e.ids, np.uint32) for e in encoded]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text that ids stand for."""
-        plain = [int(i) for i in ids if int(i) not in self._specials]
-        return self._library.decode(plain, skip_special_tokens=False)
-
-    def _measure(self, content: dict) -> np.ndarray:
-        decoder = content.get("decoder") or {}
-        if content["model"].get("type") != "BPE" or decoder.get("type") != "ByteLevel":
-            raise ValueError(
-                f"tokenizer model {content['model'].get('type')} with decoder "
-                f"{decoder.get('type')} is not byte-level BPE; save one that is"
-            )
-        added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-        lengths = np.zeros(self.size, np.int64)
-        for token, i in self._library.get_vocab(with_added_tokens=True).items():
-            # In byte-level BPE each character of a token stands for one byte.
-            lengths[i] = len(added[i].encode()) if i in added else len(token)
-        lengths[list(self._specials)] = 0
-        return lengths
+    def bytes_of(self, ids: np.ndarray) -> bytes:
+        """The bytes that ids stand for."""
+        return ids[ids < 256].astype(np.uint8).tobytes()
 
 
 def vocabulary_size(config: TokenizerConfig) -> int:
@@ -139,25 +92,21 @@ def load_tokenizer(config: TokenizerConfig, folder: Path) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer()
     file = folder / SAVED
-    if not file.is_file():
-        raise RuntimeError(f"{file} does not exist; build the dataset again")
-    return _sized(SavedTokenizer(file.read_text()), config, file)
+    try:
+        return _sized(read_tokenizer_file(file), config, file)
+    except ValueError as error:
+        raise RuntimeError(f"{error}; or build the dataset again") from error
 
 
 def read_given_tokenizer(config: TokenizerConfig) -> str:
-    """The JSON of a tokenizer of kind `file`.
+    """The JSON of a tokenizer of kind `file` or `lossy_file`.
 
     Raises:
-        ValueError: it is not there, or its size is not the one configured.
+        ValueError: it is not there, cannot be used, or its size is not the one configured.
     """
     file = Path(str(config.path))
-    if not file.is_file():
-        raise ValueError(f"tokenizer.path {file} does not exist; give the JSON file of a tokenizer")
-    text = file.read_text()
-    try:
-        _sized(SavedTokenizer(text), config, file)
-    except RuntimeError as error:
-        raise ValueError(f"tokenizer.vocab_size: {error}") from error
+    text = read_tokenizer_file(file)
+    _sized(text, config, file)
     return text
 
 
@@ -176,21 +125,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def _sized(tokenizer: SavedTokenizer, config: TokenizerConfig, file: Path) -> SavedTokenizer:
+def _sized(saved: str, config: TokenizerConfig, file: Path) -> SavedTokenizer:
+    tokenizer = SavedTokenizer(saved, file)
     if tokenizer.size != config.vocab_size:
-        raise RuntimeError(
-            f"{file} has {tokenizer.size} ids, but the config says {config.vocab_size}; "
+        raise ValueError(
+            f"tokenizer.vocab_size is {config.vocab_size}, but {file} has {tokenizer.size} ids; "
             f"set tokenizer.vocab_size to {tokenizer.size}, or train on more text"
         )
     return tokenizer
-
-
-def _choose_special(specials: dict[int, str]) -> int:
-    for name in SPECIAL_NAMES:
-        for i, content in specials.items():
-            if content == name:
-                return i
-    raise ValueError(
-        f"tokenizer has the special tokens {sorted(specials.values())}, none of which is known "
-        f"to separate documents; add one of {', '.join(SPECIAL_NAMES)}"
-    )

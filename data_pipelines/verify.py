@@ -1,8 +1,8 @@
 """Verification of a dataset's files before a block is read.
 
 The manifest is the authority. An index that differs from it is rejected, so that no path, encoding
-or size of a tampered index reaches the reader. Each shard is hashed when it is first opened on a
-machine; a stamp then records the file's identity, so that later starts need not hash it again.
+or size of a tampered index reaches the reader. Each shard is hashed by every process before its
+first block is read, training and evaluation alike.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +22,13 @@ from data_pipelines.fault_points import fault_point
 from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
 from data_pipelines.manifest import INDEX, Manifest, Shard, Stream, read_manifest, rebuild
 
-CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES_PER_SHARD = 4096
 
 
 def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) -> None:
-    """Verify every shard of some streams, and decompress those that are not decompressed yet.
+    """Verify the indices of some streams, and decompress shards that are not decompressed yet.
+
+    The content of those that are is hashed when they are first read.
 
     Raises:
         RuntimeError: an index or a shard does not match the manifest.
@@ -36,21 +36,13 @@ def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) 
     for stream in streams:
         _verify_index(folder, manifest, stream)
     shards = [shard for stream in streams for shard in stream.shards]
-    stamps = _read_stamps(folder)
-    if all(_is_stamped(stamps, folder, shard) for shard in shards):
-        return
-    with _locked(folder):
-        # Read again: another process may have verified them while this one waited for the lock.
-        stamps = _read_stamps(folder)
-        for shard in shards:
-            if not _is_stamped(stamps, folder, shard):
-                _make_sure(folder, shard)
-                stamps[shard.name] = _stamp(folder / shard.name, shard)
-        _write_stamps(folder, stamps)
+    for shard in shards:
+        if not _has_its_size(folder, shard):
+            make_sure(folder, shard)
 
 
 def verify_dataset(folder: Path) -> Manifest:
-    """Check every byte of a dataset, whatever the stamps say.
+    """Check every byte of a dataset.
 
     Raises:
         RuntimeError: a file does not match the manifest.
@@ -144,10 +136,21 @@ def _difference(expected: object, found: object, path: str) -> str:
     return f"{path} is {str(found)[:80]!r}, not {str(expected)[:80]!r}"
 
 
-def _make_sure(folder: Path, shard: Shard) -> None:
-    """Check the decompressed shard, and decompress it again if it is missing or damaged."""
+def make_sure(folder: Path, shard: Shard) -> None:
+    """Hash the decompressed shard, and decompress it again if it is missing or damaged.
+
+    Raises:
+        RuntimeError: it is damaged, and its compressed form is damaged or missing too.
+    """
     if _raw_is_right(folder, shard):
         return
+    with _locked(folder):
+        # Another process may have decompressed it while this one waited for the lock.
+        if not _raw_is_right(folder, shard):
+            _decompress(folder, shard)
+
+
+def _decompress(folder: Path, shard: Shard) -> None:
     content = _read_compressed(folder, shard)
     path = folder / shard.name
     partial = path.with_name(path.name + ".tmp")
@@ -165,19 +168,19 @@ def _make_sure(folder: Path, shard: Shard) -> None:
         ) from error
 
 
-def _raw_is_right(folder: Path, shard: Shard) -> bool:
-    path = folder / shard.name
+def _has_its_size(folder: Path, shard: Shard) -> bool:
     try:
-        status = path.lstat()
+        status = (folder / shard.name).lstat()
     except FileNotFoundError:
         return False
-    if not stat.S_ISREG(status.st_mode) or status.st_size != shard.raw_bytes:
+    return stat.S_ISREG(status.st_mode) and status.st_size == shard.raw_bytes
+
+
+def _raw_is_right(folder: Path, shard: Shard) -> bool:
+    if not _has_its_size(folder, shard):
         return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest() == shard.raw_sha256
+    with (folder / shard.name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.raw_sha256
 
 
 def _read_compressed(folder: Path, shard: Shard) -> bytes:
@@ -205,43 +208,6 @@ def _read_compressed(folder: Path, shard: Shard) -> bytes:
             f"{rebuild(folder)}"
         )
     return content
-
-
-def _is_stamped(stamps: dict[str, list | None], folder: Path, shard: Shard) -> bool:
-    stamp = _stamp(folder / shard.name, shard)
-    return stamp is not None and stamps.get(shard.name) == stamp
-
-
-def _stamp(path: Path, shard: Shard) -> list | None:
-    """What identifies a verified file: a rewritten one differs. None if there is no file."""
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISREG(status.st_mode):
-        return None
-    return [status.st_ino, status.st_mtime_ns, status.st_size, shard.raw_sha256]
-
-
-def _stamp_file(folder: Path) -> Path:
-    return folder / f".verified-{socket.gethostname()}.json"
-
-
-def _read_stamps(folder: Path) -> dict[str, list | None]:
-    """The files verified on this machine; an unreadable stamp file counts as empty."""
-    try:
-        stamps = json.loads(_stamp_file(folder).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return stamps if isinstance(stamps, dict) else {}
-
-
-def _write_stamps(folder: Path, stamps: dict[str, list | None]) -> None:
-    # Stamps only save work: on a read-only disk a dataset is verified at each start instead.
-    with contextlib.suppress(OSError):
-        partial = _stamp_file(folder).with_suffix(".tmp")
-        partial.write_text(json.dumps(stamps))
-        partial.replace(_stamp_file(folder))
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 Task = TypeVar("Task")
@@ -26,6 +27,7 @@ class Workers:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         self._executor: ProcessPoolExecutor | None = None
+        self._started: Mapping[int, BaseProcess] = {}
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """The results in the order of the tasks.
@@ -47,10 +49,7 @@ class Workers:
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process of the build was killed from outside, perhaps for lack of memory; "
-                "rerun the build, finished stages are kept"
-            ) from error
+            raise RuntimeError(f"a process of the build {self._ended()}") from error
         finally:
             for future in pending:
                 future.cancel()
@@ -61,12 +60,20 @@ class Workers:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
+    def _ended(self) -> str:
+        """How the first process ended; the pool then ends the others with SIGTERM."""
+        self.close()
+        codes = [process.exitcode for process in self._started.values()]
+        return how_it_ended(next((c for c in codes if c not in (0, -signal.SIGTERM)), codes[0]))
+
     def _pool(self) -> ProcessPoolExecutor:
         if self._executor is None:
             context = multiprocessing.get_context("spawn")
             self._executor = ProcessPoolExecutor(
                 self._processes, mp_context=context, initializer=_die_with, initargs=(os.getpid(),)
             )
+            # The same dictionary, which the executor fills and lets go when it breaks.
+            self._started = self._executor._processes
         return self._executor
 
 
@@ -78,6 +85,20 @@ def open_workers(processes: int) -> Iterator[Workers]:
         yield workers
     finally:
         workers.close()
+
+
+def how_it_ended(code: int | None) -> str:
+    """How a process of a build ended that sent no error, and what to do."""
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        memory = ", perhaps for lack of memory" if -code == signal.SIGKILL else ""
+        crash = " by itself" if name in ("SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL") else ""
+        how = f"crashed{crash} with {name}" if crash else f"was killed by {name}{memory}"
+        return f"{how}; rerun the same command to resume, finished stages are kept"
+    return (
+        f"ended with exit code {code}, and not from outside; its own error is printed above: "
+        "correct that, then rerun"
+    )
 
 
 def _die_with(parent: int) -> None:

@@ -18,7 +18,7 @@ from rich.measure import Measurement as RichMeasurement
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
 from launch.cluster import available_slots, run_units
-from launch.data import build_data, verify_data
+from launch.data import build_data, print_repeats, verify_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
@@ -72,10 +72,14 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     if arguments.plan:
         for line in expected_lines(plan, folder):
             console.print(line, highlight=False, soft_wrap=True)
+    data_root = Path(sweep.experiments[0].execution.data_root)
+    reads = [(e.run.corpus, e.run.budget.tokens) for e in sweep.experiments]
+    if arguments.plan:
+        print_repeats(reads, data_root, console)
     if arguments.plan or arguments.status:
         return int(ExitCode.DONE)
-    data_root = Path(sweep.experiments[0].execution.data_root)
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
+    print_repeats(reads, data_root, console)
     if arguments.verify:
         verify_data(sweep.corpora.dataset, data_root)
         console.print(f"{data_root / sweep.corpora.dataset.name}: every file matches its hash")

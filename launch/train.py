@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipelines.config import DatasetConfig
+from data_pipelines.shares import require_amounts
 from launch.cluster import run_units
-from launch.data import build_data
+from launch.data import build_data, print_repeats
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.run_status import RunStatus, status_of
@@ -60,6 +61,8 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     if "dataset" in plain:
         dataset = load(DatasetConfig, plain["dataset"], "dataset")
         build_data(dataset, Path(experiment.execution.data_root), console)
+    reads = [(experiment.run.corpus, experiment.run.budget.tokens)]
+    print_repeats(reads, Path(experiment.execution.data_root), console)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
     with _Ticker(folder, console):
@@ -90,6 +93,7 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
             load(EvaluationConfig, evaluation, "evaluation"),
         )
         sequences_at_once(experiment.run, experiment.execution)
+        require_amounts(experiment.run.corpus, experiment.run.budget.tokens)
         return experiment
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
@@ -104,6 +108,9 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
         )
         return 1
     stored = read_run(folder)
+    changed = (
+        "" if experiment.run.corpus.tokenizer.lossless else " of text changed by the tokenizer"
+    )
     for row in stored.evaluations:
         if row.get("error"):
             console.print(f"evaluation at step {row['step']} failed: {escape(str(row['error']))}")
@@ -111,7 +118,7 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
         nats = number(row, "total_nats") / number(row, "targets")
         console.print(
             f"step {row['step']} {row['evaluation_set']}: {nats:.4f} nats per token, "
-            f"{number(row, 'bits_per_byte'):.4f} bits per byte",
+            f"{number(row, 'bits_per_byte'):.4f} bits per byte{changed}",
             highlight=False,
         )
     return int(ExitCode.DONE)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from data_pipelines.config import DataConfig
+from data_pipelines.shares import require_amounts
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
@@ -231,6 +232,7 @@ def _experiments(
             objective=config.objective,
             mask_rate=config.mask_rate,
         )
+        require_amounts(run.corpus, tokens)
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
         evaluation = merge(ladder.evaluation, config.evaluation)
         yield Experiment(

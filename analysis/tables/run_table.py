@@ -51,6 +51,8 @@ COLUMNS = {
     "vocab_size": "distinct ids [ids]",
     "unique_tokens": "different training tokens, where the mixture was cut to some; else unknown, "
     "from its bytes by this set's tokens per byte [tokens]",
+    "domain_repeats": "reads of each distinct block of the domain that is repeated most, over the "
+    "whole run [times]",
     "dataset_root_hash": "fingerprint of the built data",
     "commit": "code version of the latest start",
 }
@@ -325,6 +327,7 @@ def _point(run: StoredRun, status: str, row: Row) -> dict[str, object]:
         "tokenizer": _tokenizer(run.config.get("corpus", {})),
         "vocab_size": run.config.get("model", {}).get("vocab_size"),
         "unique_tokens": _unique_tokens(run.config.get("corpus", {}), row),
+        "domain_repeats": _domain_repeats(run.summary),
         "dataset_root_hash": run.provenance.get("dataset_root_hash"),
         "commit": run.provenance.get("commit"),
         **{name: row.get(name) for name in _STORED},
@@ -344,6 +347,17 @@ def _tokenizer(corpus: dict) -> str | None:
 def _unique_tokens(corpus: dict, row: Row) -> float | None:
     size, text = corpus.get("unique_bytes"), float(row.get("utf8_bytes") or 0)
     return float(size) * float(row["targets"] or 0) / text if size and text else None
+
+
+def _domain_repeats(summary: dict) -> float | None:
+    """Of a run that has ended; its summary counts the blocks that were read of each domain."""
+    read = summary.get("read_blocks")
+    if not isinstance(read, dict):
+        return None
+    return max(
+        (each["blocks"] / each["unique_blocks"] for each in read.values() if each["unique_blocks"]),
+        default=None,
+    )
 
 
 _STORED = [

@@ -25,7 +25,7 @@ SUM_TOLERANCE = 0.05
 def check(rows: pd.DataFrame) -> tuple[Caveat, ...]:
     """Run every check on a table; the warnings in the order of WARNINGS."""
     checks: tuple[Callable[[pd.DataFrame], Caveat | None], ...] = (
-        rates, decay, counting, clusters, tokenizers, evaluation, repetition, seeds, units,
+        rates, decay, counting, clusters, tokenizers, lossy, evaluation, repetition, seeds, units,
     )  # fmt: skip
     return tuple(caveat for caveat in (each(rows) for each in checks) if caveat is not None)
 
@@ -114,6 +114,12 @@ def tokenizers(rows: pd.DataFrame) -> Caveat | None:
     return Caveat("W-TOK", f"{len(levels)}: {_some(levels)}") if len(levels) > 1 else None
 
 
+def lossy(rows: pd.DataFrame) -> Caveat | None:
+    """W-LOSSY: some tokenizers may change the text, so their bytes are not those of the text."""
+    found = [name for name in _levels(rows, "tokenizer") if name.startswith("lossy_file")]
+    return Caveat("W-LOSSY", _some(found)) if found else None
+
+
 def evaluation(rows: pd.DataFrame) -> Caveat | None:
     """W-EVAL: a single evaluation set, or one that a corpus was made for."""
     sets = _levels(rows, "evaluation_set")
@@ -127,10 +133,12 @@ def evaluation(rows: pd.DataFrame) -> Caveat | None:
 
 
 def repetition(rows: pd.DataFrame) -> Caveat | None:
-    """W-REPEAT: more tokens were seen than there are distinct ones."""
-    if not {"tokens", "unique_tokens"} <= set(rows):
-        return None
-    ratio = floats(rows, "tokens") / floats(rows, "unique_tokens")
+    """W-REPEAT: more tokens were seen than there are distinct ones, in all or of one domain."""
+    ratio = np.full(len(rows), np.nan)
+    if {"tokens", "unique_tokens"} <= set(rows):
+        ratio = floats(rows, "tokens") / floats(rows, "unique_tokens")
+    if "domain_repeats" in rows:
+        ratio = np.fmax(ratio, floats(rows, "domain_repeats"))
     repeated = ratio > 1.001
     if not repeated.any():
         return None

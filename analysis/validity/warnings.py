@@ -29,6 +29,10 @@ WARNINGS = {
     "W-COUNT": ("the result may depend on how N or C is counted", "report it under both counts"),
     "W-CLUSTER": ("rows of one run are not independent", "cluster by run or trunk"),
     "W-TOK": ("tokenizers differ", "compare bits per byte, not nats per token"),
+    "W-LOSSY": (
+        "bits per byte are those of text that the tokenizer changed",
+        "compare them with no other tokenizer's",
+    ),
     "W-EVAL": ("the evaluation set may favour one corpus", "evaluate on more held-out sets"),
     "W-REPEAT": ("training data were repeated", "fit the repeat law, or exclude the rows"),
     "W-SEED": (

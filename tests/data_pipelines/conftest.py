@@ -95,7 +95,7 @@ def built_root(shards, tmp_path_factory):
 def copied_root(built_root, tmp_path):
     """A private copy of the tiny dataset, never opened before."""
     root = tmp_path / "copied"
-    shutil.copytree(built_root, root, ignore=shutil.ignore_patterns("*.mds", ".verified*"))
+    shutil.copytree(built_root, root, ignore=shutil.ignore_patterns("*.mds"))
     return root
 
 

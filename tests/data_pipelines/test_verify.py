@@ -4,10 +4,12 @@ import signal
 
 import pytest
 
+from data_pipelines import shards
+from data_pipelines.evaluation_sets import evaluation_batches
 from data_pipelines.manifest import read_manifest
 from data_pipelines.stream import TokenStream
 from data_pipelines.verify import verify_dataset
-from tests.data_pipelines.conftest import corpus, die_at
+from tests.data_pipelines.conftest import DOMAINS, corpus, die_at
 
 ZIPPED = "tiny/alpha/train/shard.00000.mds.zstd"
 RAW = "tiny/alpha/train/shard.00000.mds"
@@ -67,7 +69,7 @@ def test_a_decompressed_shard_without_a_sound_source_is_refused_if_damaged(copie
     flip(copied_root / ZIPPED, 100)
     DAMAGES[damage](copied_root / RAW)
     with pytest.raises(RuntimeError, match=r"shard\.00000\.mds\.zstd does not match its hash"):
-        open_stream(copied_root)
+        read_some(copied_root)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
@@ -94,25 +96,73 @@ def test_a_reader_killed_while_it_decompresses_leaves_nothing_that_is_trusted(co
     assert not list(copied_root.rglob("*.tmp"))
 
 
-def test_a_verified_shard_is_not_hashed_again(copied_root, monkeypatch):
-    expected = read_some(copied_root)
-    monkeypatch.setattr("data_pipelines.verify._make_sure", None)
-    assert read_some(copied_root) == expected
+def rot(path):
+    """Change one bit, and nothing that the file system tells of the file."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(5000)
+        (byte,) = file.read(1)
+        file.seek(5000)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    same = ("st_ino", "st_size", "st_mtime_ns")
+    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
 
 
-def test_a_shard_touched_after_it_was_verified_is_hashed_again(copied_root):
-    expected = read_some(copied_root)
-    inode = (copied_root / RAW).stat().st_ino
-    os.utime(copied_root / RAW, ns=(1, 1))
-    assert read_some(copied_root) == expected
-    assert (copied_root / RAW).stat().st_ino == inode
+def evaluate(root, split):
+    batches = evaluation_batches(
+        corpus(), root, "alpha", split=split, batch_sequences=4, max_blocks=4
+    )
+    return [batch.tokens.tolist() for batch in batches]
 
 
-def test_a_stamp_file_that_cannot_be_read_counts_as_none(copied_root):
-    expected = read_some(copied_root)
-    (stamps,) = (copied_root / "tiny").glob(".verified-*.json")
-    stamps.write_text("{torn")
-    assert read_some(copied_root) == expected
+READERS = {
+    "train": read_some,
+    "validation": lambda root: evaluate(root, "validation"),
+    "baseline": lambda root: evaluate(root, "train"),
+}
+
+
+@pytest.mark.parametrize("reader", list(READERS))
+def test_rot_that_leaves_size_and_times_alone_is_mended_before_a_block_is_read(copied_root, reader):
+    read = READERS[reader]
+    path = copied_root / (RAW.replace("train", "validation") if reader == "validation" else RAW)
+    expected, content = read(copied_root), path.read_bytes()
+    rot(path)
+    assert path.read_bytes() != content
+    assert read(copied_root) == expected
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("reader", list(READERS))
+def test_rot_of_both_forms_of_a_shard_is_refused(copied_root, reader):
+    read = READERS[reader]
+    path = copied_root / (RAW.replace("train", "validation") if reader == "validation" else RAW)
+    read(copied_root)
+    rot(path)
+    flip(path.with_name(path.name + ".zstd"), 100)
+    with pytest.raises(RuntimeError, match=r"shard\.00000\.mds\.zstd does not match its hash"):
+        read(copied_root)
+
+
+def test_a_shard_is_hashed_once_by_each_stream_that_reads_it(copied_root, monkeypatch):
+    hashed = []
+    real = shards.make_sure
+
+    def count(folder, shard):
+        hashed.append(shard.name)
+        real(folder, shard)
+
+    read_some(copied_root)
+    monkeypatch.setattr(shards, "make_sure", count)
+    for _ in range(2):
+        stream = iter(open_stream(copied_root))
+        assert not hashed
+        for _ in range(12):
+            next(stream)
+        assert sorted(hashed) == [RAW.removeprefix("tiny/").replace("alpha", d) for d in DOMAINS]
+        hashed.clear()
 
 
 def set_in(index, path, value):

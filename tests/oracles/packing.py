@@ -6,7 +6,8 @@ import hashlib
 def pack_documents(texts, *, seed, validation_fraction, block_tokens, domain_bytes=None):
     """Blocks of bytes with 256 around each document: {split: [(tokens, documents), ...]}.
 
-    A document's content decides its place in the order and its split; equal ones count once.
+    A document's content decides its place in the order and its split; equal ones count once. The
+    one that crosses `domain_bytes` is cut there, or dropped if 99 % are reached before it.
     """
     keyed = []
     for text in set(texts):
@@ -23,9 +24,11 @@ def pack_documents(texts, *, seed, validation_fraction, block_tokens, domain_byt
     numbers = {"train": 0, "validation": 0}
     total = 0
     for _, held_out, text in keyed:
-        total += len(text.encode())
-        if domain_bytes is not None and total > domain_bytes:
+        room = domain_bytes - total if domain_bytes is not None else len(text.encode())
+        if room <= 0 or (total >= 0.99 * (domain_bytes or 0) and len(text.encode()) > room):
             break
+        total += len(text.encode())
+        text = text.encode()[:room].decode(errors="ignore")
         split = "validation" if held_out else "train"
         for token in [256, *text.encode(), 256]:
             streams[split].append((token, numbers[split]))
