@@ -19,7 +19,7 @@ from analysis.tables.capsule import Capsule, pack, unpack
 from analysis.tables.frames import keep, where
 from launch.data import build_data
 from launch.job import TrainJob, Unit
-from launch.run_status import RunStatus, require_same_data, status_of
+from launch.run_status import RunStatus, require_same_data, require_same_run, status_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.ids import evaluation_id
@@ -116,6 +116,7 @@ def retrain(
         RuntimeError: it did not finish, or the data differ.
     """
     before = capsule.folder / "runs" / experiment.folder_name
+    require_same_run(experiment, before)
     data_root = Path(experiment.execution.data_root)
     require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
     runs.mkdir(parents=True)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from sweeps.grammar import Experiment
 from trainer.config import RunConfig
+from trainer.identity import require_same
 from trainer.ids import evaluation_id, run_id
-from trainer.record import read_json, read_run
+from trainer.record import StoredRun, read_json
+from trainer.record_checks import read_whole_run
 from trainer.schema import ConfigError, load
 
 
@@ -36,8 +38,7 @@ def status_of(experiment: Experiment, folder: Path) -> RunStatus:
     summary = read_json(folder / "summary.json")
     if not summary:
         return RunStatus.PARTIAL
-    stored = read_run(folder)
-    _require_same(experiment, stored.config, folder)
+    stored = require_same_run(experiment, folder)
     if summary["state"] == "diverged":
         return RunStatus.DIVERGED
     wanted = evaluation_id(experiment.evaluation)
@@ -63,10 +64,23 @@ def require_same_data(folder: Path, root_hash: str) -> None:
         )
 
 
-def _require_same(experiment: Experiment, config: dict, folder: Path) -> None:
+def require_same_run(experiment: Experiment, folder: Path) -> StoredRun:
+    """Read a record and check that it is of one run, which is this one.
+
+    Raises:
+        ConfigError: it is of another run, or today's schema rejects its config.
+        IdentityError: its files are not of one run.
+    """
+    stored = read_whole_run(folder)
     try:
-        stored = run_id(load(RunConfig, config))
+        found = run_id(load(RunConfig, stored.config))
     except ConfigError as error:
         raise ConfigError(f"{folder}/config.yaml: {error}") from error
-    if stored != experiment.run_id:
-        raise ConfigError(f"{folder} holds the configuration of run {stored}; move the folder away")
+    require_same(
+        str(folder / "config.yaml"),
+        {"run": found},
+        {"run": experiment.run_id},
+        of="the run that was asked for",
+        remedy=f"restore that file, or move {folder} away",
+    )
+    return stored

@@ -96,6 +96,7 @@ def evaluate(folder: Path, arguments: argparse.Namespace) -> dict:
         for selection, k in itertools.product(arguments.selection, arguments.k)
     ]
     backbones = [(selection, k, run.backbone(model)) for selection, k, model in settings]
+    run.require_same_data(arguments.data)
     name, batch = long_documents(run, arguments.data, arguments.set, arguments.sequences)
     dense = _measure(run.backbone(), batch)
     rows = [

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainer.exit_codes import ExitCode
 
@@ -254,6 +255,15 @@ def hash_file(file: Path) -> FileHash:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256")
         return FileHash(opened.tell(), digest.hexdigest())
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """The hash of a model's weights, as a run's summary states it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def step_name(step: int) -> str:

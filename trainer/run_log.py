@@ -1,6 +1,5 @@
 """What a run writes down while it is trained: its record, its tracker and its warnings."""
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,8 +10,10 @@ from torch import Tensor
 from models.accounting import account
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine, StepResult
+from trainer.identity import config_hash
 from trainer.ids import evaluation_id, run_id, trunk_id
 from trainer.machine import gemm_peak_flops, memory_bytes, provenance
+from trainer.manifest import hash_weights
 from trainer.record import Row, RunRecord, Scalar
 from trainer.schedule import decay_begins
 from trainer.schema import dump
@@ -38,7 +39,10 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
 
     def open(
-        self, execution: ExecutionConfig, evaluation: EvaluationConfig, root_hash: str
+        self,
+        execution: ExecutionConfig,
+        evaluation: EvaluationConfig,
+        dataset: Mapping[str, str],
     ) -> None:
         """Write down what the run is and what it is made with, and start the tracker."""
         if self.record is None:
@@ -49,10 +53,11 @@ class RunLog:
             {
                 "run_id": run_id(self._config),
                 "trunk_id": trunk_id(self._config),
+                "config_sha256": config_hash(dump(self._config)),
                 "decay_begins": decay_begins(self._config),
                 "evaluation_id": evaluation_id(evaluation),
                 "accounting": asdict(self._account),
-                "dataset_root_hash": root_hash,
+                **dataset,
                 "execution": dump(execution),
                 "gemm_peak_flops": self._peak,
                 **provenance(),
@@ -120,16 +125,12 @@ class RunLog:
         """Record the end of the run, with a hash of its final weights."""
         if self.record is None:
             return
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            digest.update(name.encode())
-            digest.update(weights[name].numpy().tobytes())
         summary: Mapping[str, object] = {
             "state": status,
             "step": state.step,
             "tokens": state.step * self._batch,
             "certificate": state.certificate_hex,
-            "parameters_sha256": digest.hexdigest(),
+            "parameters_sha256": hash_weights(weights),
             **facts,
         }
         self.record.write_summary(summary)

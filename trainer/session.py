@@ -1,13 +1,12 @@
 """One run while it is trained: its engine, stream, checkpoints and evaluations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from data_pipelines.batch import Batch
 from data_pipelines.fault_points import fault_point
-from data_pipelines.manifest import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
 from models.backbone import build_backbone
 from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
@@ -15,15 +14,17 @@ from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluator
 from trainer.heartbeat import Heartbeat
-from trainer.ids import evaluation_id, trunk_id
+from trainer.identity import require_same
+from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
 from trainer.manifest import CheckpointError, Found, inspect
 from trainer.record import Row, number, read_run
 from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
-from trainer.schema import ConfigError
+from trainer.schema import ConfigError, dump, load
 from trainer.shared_stream import shared_batches
 from trainer.train_state import TrainState
 
+T = TypeVar("T")
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
 """Seconds that a phase may last before the stall report."""
 
@@ -64,17 +65,25 @@ class Session:
         self.config, self.execution, self.evaluation = config, execution, evaluation
         self.folder, self.lineage = folder, lineage
         self._data_root = Path(execution.data_root)
-        self.root_hash = read_dataset(self._data_root / config.corpus.dataset).root_hash
+        self._dataset = dataset_ids(config.corpus, self._data_root)
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
         self._evaluator = Evaluator(config, evaluation, self._data_root)
         self._stream: TokenStream | None = None
         self.log = RunLog(folder, config, self.engine)
-        self.log.open(execution, evaluation, self.root_hash)
         self.heartbeat = Heartbeat(folder, self.engine.ranks.rank, DEADLINES, self.log.warn)
 
     def resume(self) -> TrainState:
-        """Load the newest checkpoint: the run's own, else the trunk's at or before the fork."""
+        """Load the newest checkpoint: the run's own, else the trunk's at or before the fork.
+
+        The record is opened last: what a refused start was made of must not enter it.
+        """
+        self._on_first_rank(self._refuse_another_run)
+        state = self._load_newest()
+        self.log.open(self.execution, self.evaluation, self._dataset)
+        return state
+
+    def _load_newest(self) -> TrainState:
         found = newest(self.folder / "checkpoints", self._group, None)
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
@@ -186,18 +195,47 @@ class Session:
             "tokens": state.step * self.config.optimizer.batch_tokens,
             "certificate": state.certificate_hex,
             "skipped_in_row": state.skipped_in_row,
-            "trunk": trunk_id(self.config),
-            "dataset_root_hash": self.root_hash,
+            **weights_ids(self.config, dump(self.config), state.step),
+            **self._dataset,
             "layout": self.layout(),
         }
 
     def _find_fork(self, trunk: Path) -> Found | None:
         """Rank 0 searches for all ranks: a trunk that is still training may delete checkpoints."""
         fork = decay_begins(self.config)
-        found = None
+        return self._on_first_rank(
+            lambda: inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
+        )
+
+    def _on_first_rank(self, act: Callable[[], T]) -> T | None:
+        """What rank 0 finds, on every rank; an error of its is raised on all of them."""
+        found: T | Exception | None = None
         if self._group.rank == 0:
-            found = inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
-        return self._group.gather(found)[0]
+            try:
+                found = act()
+            except (ValueError, RuntimeError, OSError) as error:
+                found = error
+        found = self._group.gather(found)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _refuse_another_run(self) -> None:
+        """Check that the folder is new, or of this run; of a trunk the budget may have grown."""
+        stored = read_run(self.folder).config
+        if stored:
+            require_same(
+                str(self.folder / "config.yaml"),
+                self._run_ids(load(RunConfig, stored)),
+                self._run_ids(self.config),
+                of="the run that was asked for",
+                remedy=f"restore that file, or move {self.folder} away",
+            )
+
+    def _run_ids(self, config: RunConfig) -> dict[str, str]:
+        """What the folder's config must state; a trunk's budget grows with its horizons."""
+        ids = {"trunk": trunk_id(config)}
+        return ids if self.lineage.forks else {**ids, "run": run_id(config)}
 
     def _refuse_rows_without_checkpoint(self) -> None:
         rows = read_run(self.folder).metrics if self.log.record is not None else []
@@ -210,13 +248,20 @@ class Session:
             )
 
     def _refuse_changes(self, found: Found) -> None:
-        for key, now in (("layout", self.layout()), ("dataset_root_hash", self.root_hash)):
-            then = found.manifest[key]
-            if then != now:
-                raise ConfigError(
-                    f"{found.path} was made with {key} {then}, but the run now has {now}; "
-                    "go back to that, or move the run folder away to train from scratch"
-                )
+        ids = weights_ids(self.config, dump(self.config), found.manifest["step"])
+        require_same(
+            str(found.path),
+            found.manifest,
+            {**ids, **self._dataset},
+            of=f"run {self.folder.name}",
+            remedy=f"move {found.path.name} away, or restore what was there",
+        )
+        then, now = found.manifest["layout"], self.layout()
+        if then != now:
+            raise ConfigError(
+                f"{found.path} was made with layout {then}, but the run now has {now}; "
+                "go back to that, or move the run folder away to train from scratch"
+            )
 
     def _evaluations(self, measured: str, step: int) -> list[Row]:
         rows = (r for r in read_run(self.folder).evaluations if r["step"] == step)
