@@ -28,6 +28,8 @@ from typing import IO
 
 import yaml
 
+from trainer.append_file import AppendFile, named_errors
+
 Scalar = bool | int | float | str | None
 Row = dict[str, Scalar]
 
@@ -93,8 +95,9 @@ class RunRecord:
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_or_refuse(path)
         self.incarnation = _claim(path)
+        self._step: Scalar = None
         self._files = {
-            name: _open_for_append(path / name) for name in ("metrics.jsonl", "evaluations.jsonl")
+            name: AppendFile(path / name) for name in ("metrics.jsonl", "evaluations.jsonl")
         }
 
     @property
@@ -121,6 +124,7 @@ class RunRecord:
 
     def append_metrics(self, row: Row) -> None:
         """Add the row of one step."""
+        self._step = row["step"]
         self._append("metrics.jsonl", [row])
 
     def append_evaluations(self, rows: Sequence[Row]) -> None:
@@ -128,11 +132,22 @@ class RunRecord:
         self._append("evaluations.jsonl", rows)
 
     def write_status(self, state: str, **facts: Scalar) -> None:
-        """Replace the status; `state` is running, stopped, extended, diverged or done."""
+        """Replace the status; `state` is running, stopped, extended, failed, diverged or done."""
         write_json(
             self.path / "STATUS.json",
             {"state": state, **facts, "incarnation": self.incarnation, "written": _now()},
         )
+
+    def write_failure(self, reason: str) -> None:
+        """Set the status to failed, even where no new file fits on the disk."""
+        failed = {"state": "failed", "step": self._step, "error": reason, "message": reason}
+        try:
+            self.write_status(**failed)
+        except OSError:
+            # The old file's own blocks are there to be written over.
+            with (self.path / "STATUS.json").open("r+") as file:
+                file.write(json.dumps({**failed, "incarnation": self.incarnation}) + "\n")
+                file.truncate()
 
     def write_summary(self, summary: Mapping) -> None:
         """Write the summary; nothing is added to the run after it."""
@@ -142,8 +157,7 @@ class RunRecord:
     def sync(self) -> None:
         """Fsync every appended row."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
 
     def close(self) -> None:
         """Close the files and release the lock."""
@@ -159,8 +173,7 @@ class RunRecord:
             assert not unknown, f"undeclared columns in {name}: {sorted(unknown)}"
             stored = {key: _finite(value) for key, value in row.items()}
             text += json.dumps({**stored, "incarnation": self.incarnation}, allow_nan=False) + "\n"
-        self._files[name].write(text)
-        self._files[name].flush()
+        self._files[name].append(text)
 
 
 def read_run(path: Path) -> StoredRun:
@@ -243,7 +256,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step: a reader sees the old one or the new one, whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
+        with named_errors(path), partial.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -287,15 +300,6 @@ def _claim(path: Path) -> int:
 def _boot_id() -> str:
     file = Path("/proc/sys/kernel/random/boot_id")
     return file.read_text().strip() if file.exists() else ""
-
-
-def _open_for_append(path: Path) -> IO[str]:
-    """Open a row file after cutting off the line a crash left unfinished."""
-    with path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return path.open("a")
 
 
 def _latest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
