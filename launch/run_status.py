@@ -45,7 +45,9 @@ def status_of(experiment: Experiment, folder: Path) -> RunStatus:
     measured = [
         row
         for row in stored.evaluations
-        if row["evaluation_id"] == wanted and row["step"] == summary["step"]
+        if row["evaluation_id"] == wanted
+        and row["step"] == summary["step"]
+        and not row.get("error")
     ]
     return RunStatus.DONE if measured else RunStatus.UNEVALUATED
 

@@ -1,5 +1,6 @@
 """What a run writes down while it is trained: its record, its tracker and its warnings."""
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.accounting import account
+from trainer.append_file import append_line_shared
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine, StepResult
 from trainer.identity import config_hash
@@ -141,10 +143,22 @@ class RunLog:
         if self.record is not None:
             self.record.sync()
 
+    def write_failure(self, reason: str) -> None:
+        """Set the status to failed; what the disk refuses is a warning, since the run ends."""
+        if self.record is not None:
+            try:
+                self.record.write_failure(reason)
+            except OSError as error:
+                self.warn(f"the status cannot be set to failed: {error}")
+
     def warn(self, message: str) -> None:
-        """Add a line to the run's warnings; any rank may."""
-        with (self._folder / "warnings.txt").open("a") as file:
-            file.write(message + "\n")
+        """Add a line to the run's warnings and to the terminal or job log; any rank may."""
+        text = f"warning: {self._folder.name}: {message}\n"
+        sys.stderr.write(text)
+        try:
+            append_line_shared(self._folder / "warnings.txt", message + "\n")
+        except OSError as error:
+            sys.stderr.write(f"warning: it is not in warnings.txt either: {error}\n")
 
     def close(self) -> None:
         """Flush everything and give the run back."""

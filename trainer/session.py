@@ -9,10 +9,12 @@ from data_pipelines.batch import Batch
 from data_pipelines.fault_points import fault_point
 from data_pipelines.stream import TokenStream
 from models.backbone import build_backbone
-from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
+from trainer.checkpoint import Draft, SaveError, SaveFailure, collect, newest, publish
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluator
+from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.heartbeat import Heartbeat
 from trainer.identity import require_same
 from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
@@ -117,15 +119,21 @@ class Session:
         sequences = self.config.batch_sequences // ranks.data_ranks
         return shared_batches(self._stream, ranks, (sequences, self.config.corpus.seq_len))
 
-    def save(self, state: TrainState, *, pinned: bool) -> None:
-        """Publish a checkpoint; after a failure there is a warning and training goes on."""
+    def save(self, state: TrainState, *, pinned: bool, required: bool) -> None:
+        """Publish a checkpoint; if it is not required, a failure is a warning.
+
+        Raises:
+            SaveError: one that is required could not be saved; the same on every rank.
+        """
         self.heartbeat.beat(state.step, "save")
         # Rows first: a checkpoint must never be ahead of the metrics that led to it.
         self.log.sync()
         draft = Draft(state.step, self._facts(state), pinned, self.engine.save)
         saved = publish(self.folder / "checkpoints", draft, self._group, self.log.record)
         if isinstance(saved, SaveFailure):
-            self.log.warn(str(saved))
+            if required:
+                raise SaveError(saved)
+            self.log.warn(f"{saved}; training goes on, and the next save tries again")
             return
         keep = self.execution.keep_checkpoints
         failure = collect(self.folder / "checkpoints", keep, self._group, self.log.record)
@@ -159,6 +167,10 @@ class Session:
         message = f"stopped by {name or 'another rank'} at step {state.step}"
         self.log.write_status("stopped", state, message=message)
         return Outcome("stopped", state.step, message)
+
+    def fail(self, error: Exception) -> None:
+        """Record why the run ends early, where the disk still allows it."""
+        self.log.write_failure(failure_of(error, ExitCode.FAILED).reason)
 
     def diverge(self, state: TrainState) -> Outcome:
         """End with a result: the loss or the gradient is not finite."""

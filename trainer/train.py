@@ -34,6 +34,9 @@ def train(
     session = Session(config, execution, evaluation, folder, lineage)
     try:
         return _loop(session)
+    except Exception as error:
+        session.fail(error)
+        raise
     finally:
         session.close()
 
@@ -68,7 +71,7 @@ def _loop(session: Session) -> Outcome:
                 return session.diverge(state)
             events = plan.events(state.step)
             if events.save or stops:
-                session.save(state, pinned=events.pin)
+                session.save(state, pinned=events.pin, required=events.required)
             if events.evaluate:
                 session.evaluate(state)
             if stops:

@@ -12,7 +12,6 @@ from data_pipelines.evaluation_sets import evaluation_batches
 from models.backbone import build_backbone
 from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run, trunk_of
-from trainer.checkpoint import SaveFailure
 from trainer.objective import IGNORED, total_nats
 from trainer.record import read_run
 from trainer.schedule import decay_begins
@@ -204,12 +203,3 @@ def test_a_resumption_under_another_layout_is_refused(root: Path, tmp_path: Path
     run(make(root), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"layout .*zero_stage.* go back to that"):
         run(make(root, zero_stage=1), tmp_path / "run")
-
-
-def test_a_failed_save_is_a_warning_and_training_goes_on(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failure = SaveFailure(4, 0, "somewhere", 28, "OSError: no space", 10, 5)
-    monkeypatch.setattr("trainer.session.publish", lambda *_: failure)
-    assert run(make(root), tmp_path / "run").state == "done"
-    assert "disk full" in (tmp_path / "run" / "warnings.txt").read_text()
