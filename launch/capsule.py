@@ -116,7 +116,7 @@ def retrain(
         RuntimeError: it did not finish, or the data differ.
     """
     before = capsule.folder / "runs" / experiment.folder_name
-    require_same_run(experiment, before)
+    require_same_run(experiment, before, ("evaluations.jsonl",))
     data_root = Path(experiment.execution.data_root)
     require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
     runs.mkdir(parents=True)

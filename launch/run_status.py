@@ -1,5 +1,6 @@
 """The status of a run, read from its folder; its config is hashed again under today's schema."""
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from sweeps.grammar import Experiment
 from trainer.config import RunConfig
 from trainer.identity import require_same
 from trainer.ids import evaluation_id, run_id
-from trainer.record import StoredRun, read_json
+from trainer.record import ROW_FILES, StoredRun, read_json
 from trainer.record_checks import read_whole_run
 from trainer.schema import ConfigError, load
 
@@ -66,14 +67,21 @@ def require_same_data(folder: Path, root_hash: str) -> None:
         )
 
 
-def require_same_run(experiment: Experiment, folder: Path) -> StoredRun:
-    """Read a record and check that it is of one run, which is this one.
+def require_same_run(
+    experiment: Experiment, folder: Path, row_files: Sequence[str] = ROW_FILES
+) -> StoredRun:
+    """Read a record and check that it is of one run, which is this one, and whole.
+
+    Args:
+        experiment: the run that it should be.
+        folder: of the record.
+        row_files: those that must be there.
 
     Raises:
         ConfigError: it is of another run, or today's schema rejects its config.
         IdentityError: its files are not of one run.
     """
-    stored = read_whole_run(folder)
+    stored = read_whole_run(folder, row_files)
     try:
         found = run_id(load(RunConfig, stored.config))
     except ConfigError as error:

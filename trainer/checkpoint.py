@@ -162,7 +162,7 @@ def newest(folder: Path, group: RankGroup, accept: Callable[[dict], bool] | None
             outcome = inspect(folder, accept)
             for rejected in outcome.rejected if outcome else ():
                 _quarantine(rejected)
-        except (CheckpointError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             outcome = error
     outcome = group.gather(outcome)[0]
     if isinstance(outcome, Exception):

@@ -88,7 +88,8 @@ def inspect(folder: Path, accept: Callable[[dict], bool] | None) -> Found | None
     Args:
         folder: of the checkpoints.
         accept: whether a checkpoint is wanted, by its manifest; others are skipped, but not called
-            damaged. None accepts all.
+            damaged unless it raises a CheckpointError. Any other error of it ends the search.
+            None accepts all.
 
     Raises:
         CheckpointError: there are checkpoints but none is whole. Training from scratch would

@@ -22,7 +22,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +33,7 @@ from trainer.append_file import AppendFile, named_errors
 Scalar = bool | int | float | str | None
 Row = dict[str, Scalar]
 
+ROW_FILES = ("metrics.jsonl", "evaluations.jsonl")
 EXACT_COLUMNS = frozenset(
     [
         "step",
@@ -96,14 +97,17 @@ class RunRecord:
         self._lock = _lock_or_refuse(path)
         self.incarnation = _claim(path)
         self._step: Scalar = None
-        self._files = {
-            name: AppendFile(path / name) for name in ("metrics.jsonl", "evaluations.jsonl")
-        }
+        self._files = {name: AppendFile(path / name) for name in ROW_FILES}
 
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints of this run lie."""
         return self.path / "checkpoints"
+
+    @property
+    def seals(self) -> dict[str, dict]:
+        """Length and hash of all rows so far, by file; rows that follow do not change them."""
+        return {name: asdict(file.seal) for name, file in self._files.items()}
 
     def still_owned(self) -> bool:
         """Whether no later incarnation has taken the run over."""
@@ -177,13 +181,16 @@ class RunRecord:
 
 
 def read_run(path: Path) -> StoredRun:
-    """Read a run folder: for each step (and evaluation set) the row of the latest incarnation."""
-    config_file = path / "config.yaml"
+    """Read a run folder: for each step (and evaluation set) the row of the latest incarnation.
+
+    Raises:
+        RuntimeError: a file cannot be read; its name and what to do.
+    """
     return StoredRun(
         path=path,
-        config=yaml.safe_load(config_file.read_text()) if config_file.exists() else {},
+        config=_read_config(path / "config.yaml"),
         provenance=read_json(path / "provenance.json"),
-        status=read_json(path / "STATUS.json"),
+        status=read_status(path),
         summary=read_json(path / "summary.json"),
         metrics=_latest(read_rows(path / "metrics.jsonl"), ("step",)),
         evaluations=_latest(
@@ -204,12 +211,31 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise RuntimeError(
                 f"{path} line {number} is not valid JSON: {error}; repair it, or move the file away"
             ) from error
+        if not _is_row(row):
+            raise RuntimeError(f"{path} line {number} is not a row; restore it from a backup")
+        rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether a line holds named scalars; those of a run are counted by step and incarnation."""
+    if not isinstance(row, dict) or not all(isinstance(each, Scalar) for each in row.values()):
+        return False
+    counts = (row.get("step", 0), row.get("incarnation", 0))
+    return all(isinstance(count, int) for count in counts)
+
+
+def read_status(path: Path) -> dict:
+    """The status of a run folder; empty if it is missing or damaged, since nothing rests on it."""
+    try:
+        return read_json(path / "STATUS.json")
+    except (RuntimeError, OSError):
+        return {}
 
 
 def number(row: Row, column: str) -> float:
@@ -234,7 +260,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(
             f"{path} is not valid JSON: {error}; restore it or move it away"
         ) from error
@@ -266,6 +292,19 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _read_config(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise RuntimeError(f"{path} cannot be read: {line}; restore it from a backup") from error
+    if not isinstance(config, dict) or not config:
+        raise RuntimeError(f"{path} holds no configuration; restore it from a backup")
+    return config
 
 
 def _lock_or_refuse(path: Path) -> IO[str]:
@@ -306,11 +345,11 @@ def _latest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
     newest: dict[tuple[Scalar, ...], tuple[int, Row]] = {}
     for row in rows:
         place = tuple(row.get(name) for name in key)
-        incarnation = int(row["incarnation"] or 0)
+        incarnation = int(row.get("incarnation") or 0)
         if place not in newest or incarnation >= newest[place][0]:
             newest[place] = (incarnation, row)
     # An evaluation that failed may lack its set or id, and None has no order.
-    ordered = sorted(newest, key=lambda place: (place[0], *map(str, place[1:])))
+    ordered = sorted(newest, key=lambda place: (place[0] or 0, *map(str, place[1:])))
     return [newest[place][1] for place in ordered]
 
 

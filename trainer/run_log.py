@@ -40,6 +40,11 @@ class RunLog:
         self.record = RunRecord(folder) if engine.ranks.rank == 0 else None
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def seals(self) -> dict[str, dict]:
+        """Length and hash of all rows so far; empty on ranks above 0."""
+        return {} if self.record is None else self.record.seals
+
     def open(
         self,
         execution: ExecutionConfig,
@@ -133,6 +138,7 @@ class RunLog:
             "tokens": state.step * self._batch,
             "certificate": state.certificate_hex,
             "parameters_sha256": hash_weights(weights),
+            "rows": self.record.seals,
             **facts,
         }
         self.record.write_summary(summary)

@@ -18,8 +18,9 @@ from trainer.failures import failure_of
 from trainer.heartbeat import Heartbeat
 from trainer.identity import require_same
 from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
-from trainer.manifest import CheckpointError, Found, inspect
+from trainer.manifest import CheckpointError, Found, inspect, step_name
 from trainer.record import Row, number, read_run
+from trainer.record_checks import broken_seal, read_whole_run
 from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, dump, load
@@ -86,13 +87,13 @@ class Session:
         return state
 
     def _load_newest(self) -> TrainState:
-        found = newest(self.folder / "checkpoints", self._group, None)
+        found = newest(self.folder / "checkpoints", self._group, self._check(self.folder))
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
         if found is None:
             self._refuse_rows_without_checkpoint()
             return TrainState()
-        self._refuse_changes(found)
+        self._refuse_other_layout(found)
         self.engine.load(found.path)
         for rejected in found.rejected:
             self.log.warn(rejected.message)
@@ -210,13 +211,16 @@ class Session:
             **weights_ids(self.config, dump(self.config), state.step),
             **self._dataset,
             "layout": self.layout(),
+            "rows": self.log.seals,
         }
 
     def _find_fork(self, trunk: Path) -> Found | None:
         """Rank 0 searches for all ranks: a trunk that is still training may delete checkpoints."""
-        fork = decay_begins(self.config)
+        fork, whole = decay_begins(self.config), self._check(trunk)
         return self._on_first_rank(
-            lambda: inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
+            lambda: inspect(
+                trunk / "checkpoints", lambda facts: facts["step"] <= fork and whole(facts)
+            )
         )
 
     def _on_first_rank(self, act: Callable[[], T]) -> T | None:
@@ -234,7 +238,7 @@ class Session:
 
     def _refuse_another_run(self) -> None:
         """Check that the folder is new, or of this run; of a trunk the budget may have grown."""
-        stored = read_run(self.folder).config
+        stored = read_whole_run(self.folder).config
         if stored:
             require_same(
                 str(self.folder / "config.yaml"),
@@ -259,15 +263,31 @@ class Session:
                 f"delete {self.folder} to train it from scratch",
             )
 
-    def _refuse_changes(self, found: Found) -> None:
-        ids = weights_ids(self.config, dump(self.config), found.manifest["step"])
-        require_same(
-            str(found.path),
-            found.manifest,
-            {**ids, **self._dataset},
-            of=f"run {self.folder.name}",
-            remedy=f"move {found.path.name} away, or restore what was there",
-        )
+    def _check(self, folder: Path) -> Callable[[dict], bool]:
+        """A check of the checkpoints in a folder: they are of this run, and its rows are there.
+
+        One whose rows were lost counts as damaged: an earlier one, whose rows are there, makes
+        them anew.
+        """
+
+        def check(manifest: dict) -> bool:
+            name = step_name(manifest["step"])
+            ids = weights_ids(self.config, dump(self.config), manifest["step"])
+            require_same(
+                str(folder / "checkpoints" / name),
+                manifest,
+                {**ids, **self._dataset},
+                of=f"run {self.folder.name}",
+                remedy=f"move {name} away, or restore what was there",
+            )
+            damage = broken_seal(folder, manifest.get("rows") or {})
+            if damage:
+                raise CheckpointError("rows", f"{name}: {damage}")
+            return True
+
+        return check
+
+    def _refuse_other_layout(self, found: Found) -> None:
         then, now = found.manifest["layout"], self.layout()
         if then != now:
             raise ConfigError(

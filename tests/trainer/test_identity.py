@@ -128,7 +128,7 @@ def test_a_config_edited_after_training_opens_nothing(
         load_run(own)
     with pytest.raises(IdentityError, match=r"config\.yaml"):
         status_of(make(root), own)
-    with pytest.raises(IdentityError, match=r"config\.yaml has the (trunk|run) id"):
+    with pytest.raises(IdentityError, match=r"config\.yaml has the config hash"):
         run(make(root), own)
 
 
