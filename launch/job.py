@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import submitit
 
 from launch.journal import Journal
-from launch.run_status import status_of
+from launch.run_status import survey
 from sweeps.grammar import Experiment
 from trainer.exit_codes import ExitCode
 from trainer.failures import Failure, failure_of
@@ -111,7 +111,7 @@ class TrainJob:
         trunk_folder = None
         if unit.trunk is not None:
             trunk_folder = self.sweep / unit.trunk.trunk_id
-            missing = [e for e in unit.branches if not self._is_done(e)]
+            missing = [e for e in unit.branches if self._is_open(e)]
             if not missing:
                 return
             if not _has_forks(trunk_folder, missing):
@@ -119,7 +119,7 @@ class TrainJob:
                 if not self._train_one(unit.trunk, trunk_folder, lineage):
                     return
         for experiment in unit.branches:
-            if not self._is_done(experiment):
+            if self._is_open(experiment):
                 folder = self.sweep / experiment.folder_name
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
@@ -156,9 +156,9 @@ class TrainJob:
         except OSError as second:
             sys.stderr.write(f"{trace}{folder.name}: its failure cannot be recorded: {second}\n")
 
-    def _is_done(self, experiment: Experiment) -> bool:
-        folder = self.sweep / experiment.folder_name
-        return status_of(experiment, folder).ended
+    def _is_open(self, experiment: Experiment) -> bool:
+        statuses, _ = survey([experiment], self.sweep)
+        return statuses[experiment.folder_name].open
 
     @contextlib.contextmanager
     def _claim(self, unit: Unit, *, wait: bool) -> Iterator[bool]:

@@ -21,33 +21,53 @@ class RunStatus(Enum):
     UNEVALUATED = "unevaluated"
     DIVERGED = "diverged"
     DONE = "done"
+    DAMAGED = "damaged"
 
     @property
     def ended(self) -> bool:
         """Whether nothing is left to train or evaluate; a diverged run is a result."""
         return self in (RunStatus.DONE, RunStatus.DIVERGED)
 
+    @property
+    def open(self) -> bool:
+        """Whether a worker can complete it; a damaged one waits for a person."""
+        return not self.ended and self is not RunStatus.DAMAGED
+
+
+def survey(
+    experiments: Sequence[Experiment], sweep: Path
+) -> tuple[dict[str, RunStatus], dict[str, str]]:
+    """The status of every run of a sweep by its folder, and of damaged ones the reason."""
+    statuses, damage = {}, {}
+    for experiment in experiments:
+        name = experiment.folder_name
+        try:
+            statuses[name] = status_of(experiment, sweep / name)
+        except (ConfigError, RuntimeError) as error:
+            statuses[name], damage[name] = RunStatus.DAMAGED, str(error)
+    return statuses, damage
+
 
 def status_of(experiment: Experiment, folder: Path) -> RunStatus:
     """The status of the run in a folder.
 
     Raises:
-        ConfigError: the folder holds another run, or a config that today's schema rejects.
+        ConfigError: today's schema rejects its config.
+        RuntimeError: the folder holds another run, or files of a finished run are damaged.
     """
-    if not (folder / "config.yaml").exists():
-        return RunStatus.MISSING
     summary = read_json(folder / "summary.json")
     if not summary:
-        return RunStatus.PARTIAL
+        begun = (folder / "config.yaml").exists()
+        return RunStatus.PARTIAL if begun else RunStatus.MISSING
     stored = require_same_run(experiment, folder)
-    if summary["state"] == "diverged":
+    if summary.get("state") == "diverged":
         return RunStatus.DIVERGED
     wanted = evaluation_id(experiment.evaluation)
     measured = [
         row
         for row in stored.evaluations
-        if row["evaluation_id"] == wanted
-        and row["step"] == summary["step"]
+        if row.get("evaluation_id") == wanted
+        and row["step"] == summary.get("step")
         and not row.get("error")
     ]
     return RunStatus.DONE if measured else RunStatus.UNEVALUATED

@@ -25,7 +25,7 @@ from launch.journal import Journal
 from launch.keys import keys_page
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
-from launch.run_status import RunStatus, require_same_data, status_of
+from launch.run_status import RunStatus, require_same_data, survey
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
@@ -69,7 +69,11 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = Path(arguments.runs) / sweep.folder_name
     plan = make_plan(sweep, folder)
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
+    statuses, damage = survey(sweep.experiments, folder)
+    for name, reason in damage.items():
+        console.print(
+            f"[red]damaged:[/red] {name}: {escape(reason)}", highlight=False, soft_wrap=True
+        )
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
     _print_plan(plan, todo, statuses, console)
     if arguments.plan:
@@ -138,8 +142,8 @@ def _conclude(sweep: Sweep, folder: Path, begin: int, console: Console) -> int:
         if row["event"] == "job failed":
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
-    statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
-    finished = sum(status.ended for status in statuses)
+    statuses, damage = survey(sweep.experiments, folder)
+    finished = sum(status.ended for status in statuses.values())
     if finished < len(statuses):
         console.print(
             f"{finished} of {len(statuses)} runs are complete; rerun the same command to resume. "
@@ -147,6 +151,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: int, console: Console) -> int:
             highlight=False,
         )
         codes = {failure.code for failure in failures.values()}
+        codes |= {ExitCode.BAD_DATA} if damage else set()
         return int(codes.pop() if len(codes) == 1 else ExitCode.FAILED)
     return int(ExitCode.DONE)
 
@@ -205,13 +210,13 @@ def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
 
 
 def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
-    return any(not statuses[e.folder_name].ended for e in unit.branches)
+    return any(statuses[e.folder_name].open for e in unit.branches)
 
 
 def _is_lost(unit: Unit, folder: Path, failed: Mapping[str, Failure]) -> bool:
     """Whether a unit is incomplete although none of its runs failed: its job ended early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
+    statuses, _ = survey(unit.branches, folder)
     return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 

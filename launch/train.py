@@ -22,7 +22,7 @@ from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
 from trainer.exit_codes import ExitCode
 from trainer.failures import Failure, failure_of
-from trainer.record import number, read_json, read_run
+from trainer.record import number, read_json, read_run, read_status
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
 
 LINE_SECONDS = 2.0
@@ -128,7 +128,7 @@ def _ended(folder: Path, status: RunStatus) -> Failure:
         errors = [row["error"] for row in read_run(folder).evaluations if row.get("error")]
         reason = f"its last evaluation failed: {errors[-1]}" if errors else "it was not evaluated"
     else:
-        stored = read_json(folder / "STATUS.json")
+        stored = read_status(folder)
         reason = stored.get("message") or f"a process ended at step {stored.get('step', 0)}"
     return Failure(f"{reason}; rerun the same command to resume", ExitCode.FAILED)
 
@@ -150,7 +150,7 @@ class _Ticker:
 
     def _tick(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
-            status = read_json(self._folder / "STATUS.json")
+            status = read_status(self._folder)
             if status.get("state") == "running":
                 self._console.print(
                     f"step {status['step']}/{status['steps']}  loss {status['loss_nats']:.3f}  "

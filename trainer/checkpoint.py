@@ -26,7 +26,6 @@ from trainer.manifest import (
     FORMAT,
     MANIFEST,
     RESERVED,
-    CheckpointError,
     FileHash,
     Found,
     Rejected,

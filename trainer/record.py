@@ -67,6 +67,9 @@ MEASURED_COLUMNS = frozenset(
 )
 
 
+_COUNTED = frozenset(["step", "steps", "loss_nats", "tokens_per_second", "incarnation"])
+
+
 class RunOwnedError(RuntimeError):
     """Another live process is writing this run."""
 
@@ -144,7 +147,8 @@ class RunRecord:
 
     def write_failure(self, reason: str) -> None:
         """Set the status to failed, even where no new file fits on the disk."""
-        failed = {"state": "failed", "step": self._step, "error": reason, "message": reason}
+        step = {} if self._step is None else {"step": self._step}
+        failed = {"state": "failed", **step, "error": reason, "message": reason}
         try:
             self.write_status(**failed)
         except OSError:
@@ -231,11 +235,13 @@ def _is_row(row: object) -> bool:
 
 
 def read_status(path: Path) -> dict:
-    """The status of a run folder; empty if it is missing or damaged, since nothing rests on it."""
+    """The status of a run folder without what is damaged in it, since nothing rests on it."""
     try:
-        return read_json(path / "STATUS.json")
+        stored = read_json(path / "STATUS.json")
     except (RuntimeError, OSError):
         return {}
+    numbers = {key for key, each in stored.items() if isinstance(each, int | float)}
+    return {key: each for key, each in stored.items() if key in numbers or key not in _COUNTED}
 
 
 def number(row: Row, column: str) -> float:
