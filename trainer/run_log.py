@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,10 +71,7 @@ class RunLog:
             }
         )
         if execution.tracker == "wandb":
-            # Imported here, since it takes a second to load and few runs use it.
-            from trainer.tracker import Tracker
-
-            self._tracker = Tracker(self._folder.name, self._folder, dump(self._config))
+            self._beside(self._start_tracker)
 
     def write_step(
         self, state: TrainState, result: StepResult, rate: float, seconds: tuple[float, float]
@@ -108,7 +105,8 @@ class RunLog:
         }
         self.record.append_metrics(row)
         if self._tracker is not None:
-            self._tracker.log(row)
+            tracker = self._tracker
+            self._beside(lambda: tracker.log(row))
         now = time.monotonic()
         # The status file is replaced with an fsync, which small steps must not wait for each time.
         if now - self._shown > STATUS_SECONDS:
@@ -169,6 +167,21 @@ class RunLog:
     def close(self) -> None:
         """Flush everything and give the run back."""
         if self._tracker is not None:
-            self._tracker.close()
+            self._beside(self._tracker.close)
         if self.record is not None:
             self.record.close()
+
+    def _start_tracker(self) -> None:
+        # Imported here, since it takes a second to load and few runs use it.
+        from trainer.tracker import Tracker
+
+        self._tracker = Tracker(self._folder.name, self._folder, dump(self._config))
+
+    def _beside(self, act: Callable[[], None]) -> None:
+        """Do something with the tracker; whatever it raises, training goes on without it."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001
+            self._tracker = None
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn(f"wandb has failed ({text}); the run goes on, and its record has every row")
