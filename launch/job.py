@@ -86,6 +86,9 @@ class TrainJob:
         environment.export(set_cuda_visible_devices=False)
         os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
         self.run()
+        # A worker of single runs goes on after a failure; the ranks of a failed run say so.
+        if self.failed and environment.world_size > 1:
+            sys.exit(int(next(iter(self.failed.values())).code))
 
     def run(self) -> None:
         """Train the missing runs, in this process and its peers."""

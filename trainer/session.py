@@ -19,6 +19,7 @@ from trainer.heartbeat import Heartbeat
 from trainer.identity import require_same
 from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
 from trainer.manifest import CheckpointError, Found, inspect, step_name
+from trainer.peers import Peers, own_place
 from trainer.record import Row, number, read_run
 from trainer.record_checks import broken_seal, read_whole_run
 from trainer.run_log import RunLog
@@ -71,6 +72,8 @@ class Session:
         self._dataset = dataset_ids(config.corpus, self._data_root)
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
+        own = own_place(self._group.rank)
+        self._peers = Peers(own, self._group.gather(own))
         self._evaluator = Evaluator(config, evaluation, self._data_root)
         self._stream: TokenStream | None = None
         self.log = RunLog(folder, config, self.engine)
@@ -169,9 +172,11 @@ class Session:
         self.log.write_status("stopped", state, message=message)
         return Outcome("stopped", state.step, message)
 
-    def fail(self, error: Exception) -> None:
-        """Record why the run ends early, where the disk still allows it."""
-        self.log.write_failure(failure_of(error, ExitCode.FAILED).reason)
+    def fail(self, error: Exception) -> Exception:
+        """Record why the run ends early, where the disk still allows it; returns the cause."""
+        cause = self._peers.explain(error)
+        self.log.write_failure(failure_of(cause, ExitCode.FAILED).reason)
+        return cause
 
     def diverge(self, state: TrainState) -> Outcome:
         """End with a result: the loss or the gradient is not finite."""

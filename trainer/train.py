@@ -35,8 +35,10 @@ def train(
     try:
         return _loop(session)
     except Exception as error:
-        session.fail(error)
-        raise
+        cause = session.fail(error)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
         session.close()
 
