@@ -11,6 +11,7 @@ from data_pipelines.config import DatasetConfig
 from data_pipelines.manifest import MANIFEST, read_manifest
 from data_pipelines.verify import verify_dataset
 from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.schema import dump, load
 
 
@@ -82,7 +83,7 @@ def _build(plain: Mapping, root: Path, pipe: Connection) -> None:
     try:
         manifest = build_dataset(load(DatasetConfig, plain), root, report=report)
     except (RuntimeError, ValueError, OSError) as error:
-        pipe.send(("error", str(error)))
+        pipe.send(("error", failure_of(error, ExitCode.BAD_DATA).reason))
     else:
         pipe.send(("done", manifest.root_hash))
     pipe.close()

@@ -150,7 +150,8 @@ class TrainJob:
 
     def _record_failure(self, error: Exception, folder: Path, journal: Journal) -> None:
         """Write down why a run failed, as far as the disk allows; the terminal has all of it."""
-        reason, code = self.failed[folder.name] = failure_of(error, ExitCode.FAILED)
+        otherwise = ExitCode.BAD_CONFIG if isinstance(error, ValueError) else ExitCode.FAILED
+        reason, code = self.failed[folder.name] = failure_of(error, otherwise)
         trace = traceback.format_exc()
         try:
             folder.mkdir(parents=True, exist_ok=True)

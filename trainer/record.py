@@ -98,7 +98,8 @@ class RunRecord:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_or_refuse(path)
-        self.incarnation = _claim(path)
+        self._owner = _claim(path)
+        self.incarnation = int(self._owner["incarnation"])
         self._step: Scalar = None
         self._files = {name: AppendFile(path / name) for name in ROW_FILES}
 
@@ -111,6 +112,17 @@ class RunRecord:
     def seals(self) -> dict[str, dict]:
         """Length and hash of all rows so far, by file; rows that follow do not change them."""
         return {name: asdict(file.seal) for name, file in self._files.items()}
+
+    @property
+    def saved(self) -> bool:
+        """Whether a checkpoint of the run was ever published."""
+        return bool(self._owner["saved"])
+
+    def note_saved(self) -> None:
+        """Remember that a checkpoint was published: a run without one has then lost it."""
+        if not self.saved:
+            self._owner = {**self._owner, "saved": True}
+            write_json(self.path / "OWNER.json", self._owner)
 
     def still_owned(self) -> bool:
         """Whether no later incarnation has taken the run over."""
@@ -327,19 +339,20 @@ def _lock_or_refuse(path: Path) -> IO[str]:
     return lock
 
 
-def _claim(path: Path) -> int:
-    incarnation = int(read_json(path / "OWNER.json").get("incarnation", 0)) + 1
+def _claim(path: Path) -> dict:
+    before = read_json(path / "OWNER.json")
     owner = {
-        "incarnation": incarnation,
+        "incarnation": int(before.get("incarnation", 0)) + 1,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "boot": _boot_id(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": os.environ.get("SLURM_RESTART_COUNT"),
+        "saved": bool(before.get("saved")),
         "claimed": _now(),
     }
     write_json(path / "OWNER.json", owner)
-    return incarnation
+    return owner
 
 
 def _boot_id() -> str:

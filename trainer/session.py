@@ -20,7 +20,7 @@ from trainer.identity import require_same
 from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
 from trainer.manifest import CheckpointError, Found, inspect, step_name
 from trainer.peers import Peers, own_place
-from trainer.record import Row, number, read_run
+from trainer.record import Row, read_run
 from trainer.record_checks import broken_seal, read_whole_run
 from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
@@ -94,7 +94,7 @@ class Session:
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
         if found is None:
-            self._refuse_rows_without_checkpoint()
+            self._on_first_rank(self._refuse_lost_checkpoints)
             return TrainState()
         self._refuse_other_layout(found)
         self.engine.load(found.path)
@@ -139,6 +139,8 @@ class Session:
                 raise SaveError(saved)
             self.log.warn(f"{saved}; training goes on, and the next save tries again")
             return
+        if self.log.record is not None:
+            self.log.record.note_saved()
         keep = self.execution.keep_checkpoints
         failure = collect(self.folder / "checkpoints", keep, self._group, self.log.record)
         if failure is not None:
@@ -258,14 +260,14 @@ class Session:
         ids = {"trunk": trunk_id(config)}
         return ids if self.lineage.forks else {**ids, "run": run_id(config)}
 
-    def _refuse_rows_without_checkpoint(self) -> None:
-        rows = read_run(self.folder).metrics if self.log.record is not None else []
-        every = self.execution.save_every_tokens
-        if rows and every and number(rows[-1], "tokens") > 2 * every:
+    def _refuse_lost_checkpoints(self) -> None:
+        """Check that checkpoints were not removed; where no save succeeded, rows are made anew."""
+        record = self.log.record
+        if record is not None and record.saved:
             raise CheckpointError(
                 "missing",
-                f"run {self.folder.name} has metrics to step {rows[-1]['step']} but no checkpoint; "
-                f"delete {self.folder} to train it from scratch",
+                f"run {self.folder.name} has saved checkpoints, but none is there; restore them, "
+                f"or delete {self.folder} to train it from scratch",
             )
 
     def _check(self, folder: Path) -> Callable[[dict], bool]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from sweeps.grammar import Experiment, trunks_of
 from tests.trainer.study import at_budget, build_tiny, make, read_exact, run
 from trainer.checkpoint import SaveError, SaveFailure, publish
 from trainer.exit_codes import ExitCode
+from trainer.manifest import CheckpointError
 from trainer.record import read_json
 from trainer.schedule import decay_begins
 from trainer.schema import dump
@@ -126,6 +128,29 @@ def test_a_failed_save_at_a_fork_fails_the_trunk_and_its_branches(
     again.run()
     assert again.failed == {}
     assert all(status_of(e, tmp_path / e.folder_name) is RunStatus.DONE for e in branches)
+
+
+def test_a_run_whose_saves_all_failed_is_trained_anew_by_the_same_command(
+    root: Path, tmp_path: Path, whole: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        fail_saves(patched, lambda _: True)
+        with pytest.raises(SaveError):
+            run(make(root), tmp_path / "run")
+    assert run(make(root), tmp_path / "run").state == "done"
+    assert read_exact(tmp_path / "run") == whole
+
+
+def test_a_run_whose_checkpoints_were_removed_is_not_trained_anew_in_silence(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        fail_saves(patched, lambda step: step == LAST)
+        with pytest.raises(SaveError):
+            run(make(root), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="has saved checkpoints, but none is there"):
+        run(make(root), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_a_tracker_that_cannot_finish_is_not_waited_for(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(trainer.tracker, "FINISH_SECONDS", 0.01)
     tracker = object.__new__(trainer.tracker.Tracker)
-    tracker._run = Endless()
+    monkeypatch.setattr(tracker, "_run", Endless(), raising=False)
     with pytest.raises(TimeoutError, match="wandb sync"):
         tracker.close()
 
