@@ -151,7 +151,9 @@ class _Ticker:
     def _tick(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
             status = read_status(self._folder)
-            if status.get("state") == "running":
+            shown = {"step", "steps", "loss_nats", "tokens_per_second"}
+            # A loss that is not finite is stored as none.
+            if status.get("state") == "running" and shown <= status.keys():
                 self._console.print(
                     f"step {status['step']}/{status['steps']}  loss {status['loss_nats']:.3f}  "
                     f"{status['tokens_per_second'] / 1e3:.0f} k tokens/s",

@@ -6,10 +6,13 @@ Layout of one run, `runs/<sweep>/<id>/`:
     provenance.json     code, data, machine and the accountant's figures at each start
     metrics.jsonl       one row a step
     evaluations.jsonl   one row an evaluated set and milestone
-    summary.json        appears only when the run has reached its budget or diverged
+    summary.json        appears only when the run has reached its budget or diverged; states length
+                        and hash of the row files
     STATUS.json         the current step and speed
-    OWNER.json run.lock the process that writes it, and how many times it was started (incarnation)
+    OWNER.json run.lock the process that writes it, how many times it was started (incarnation), and
+                        whether it ever saved a checkpoint
     checkpoints/        see trainer.checkpoint
+    *.torn              ends of lines that a crash left in a file of lines
 
 Rows are flat; a key names its unit. A column is *exact* (bit-identical after any interruption) or
 *measured* (times, memory). This file imports no torch: a laptop reads records with it.
