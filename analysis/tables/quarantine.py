@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trainer.identity import require_same
 from trainer.record import StoredRun
 from trainer.record_checks import read_whole_run
 
@@ -23,12 +24,27 @@ def open_runs(
     for path in paths:
         try:
             run = read_whole_run(path)
+            _require_own_folder(run)
             probe(run)
         except _UNREADABLE as error:
             damage[path.name] = _reason(path, error)
             run = StoredRun(path, {}, {}, {}, {}, [], [])
         runs.append(run)
     return runs, damage
+
+
+def _require_own_folder(run: StoredRun) -> None:
+    """Check that the folder, which is named after a run or a trunk, holds that one."""
+    provenance, name = run.provenance, run.path.name.partition(".")[0]
+    key = "trunk_id" if provenance.get("trunk_id") == name else "run_id"
+    if key in provenance:
+        require_same(
+            str(run.path / "provenance.json"),
+            {"run": provenance[key]},
+            {"run": name},
+            of=f"the folder {run.path}",
+            remedy="restore that folder from a backup, or move it away and train the run again",
+        )
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -97,6 +97,15 @@ def test_rows_that_were_cut_after_the_seal_set_the_run_aside(root: Path) -> None
     assert "metrics.jsonl are missing or changed" in refused(root, name)
 
 
+def test_a_folder_that_holds_another_run_is_set_aside(root: Path) -> None:
+    name, other = load(root).runs["run_id"].iloc[:2]
+    shutil.rmtree(root / name)
+    shutil.copytree(root / other, root / name)
+    assert f"has the run id {other}" in refused(root, name)
+    states = load(root).runs.set_index("run_id")["status"]
+    assert dict(states[[name, other]]) == {name: "damaged", other: "done"}
+
+
 def test_a_damaged_trunk_is_set_aside(root: Path) -> None:
     trunk = next(e for e in root.iterdir() if (e / "STATUS.json").exists() and
                  not (e / "summary.json").exists())  # fmt: skip
