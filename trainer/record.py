@@ -6,11 +6,9 @@ Layout of one run, `runs/<sweep>/<id>/`:
     provenance.json     code, data, machine and the accountant's figures at each start
     metrics.jsonl       one row a step
     evaluations.jsonl   one row an evaluated set and milestone
-    summary.json        appears only when the run has reached its budget or diverged; states length
-                        and hash of the row files
+    summary.json        of a run that reached its budget or diverged; seals the row files
     STATUS.json         the current step and speed
-    OWNER.json run.lock the process that writes it, how many times it was started (incarnation), and
-                        whether it ever saved a checkpoint
+    OWNER.json run.lock the process that writes it, its number (incarnation), if it ever saved
     checkpoints/        see trainer.checkpoint
     *.torn              ends of lines that a crash left in a file of lines
 
@@ -245,8 +243,7 @@ def _is_row(row: object) -> bool:
     """Whether a line holds named scalars; those of a run are counted by step and incarnation."""
     if not isinstance(row, dict) or not all(isinstance(each, Scalar) for each in row.values()):
         return False
-    counts = (row.get("step", 0), row.get("incarnation", 0))
-    return all(isinstance(count, int) for count in counts)
+    return all(isinstance(row.get(key, 0), int) for key in ("step", "incarnation"))
 
 
 def read_status(path: Path) -> dict:
@@ -255,8 +252,7 @@ def read_status(path: Path) -> dict:
         stored = read_json(path / "STATUS.json")
     except (RuntimeError, OSError):
         return {}
-    numbers = {key for key, each in stored.items() if isinstance(each, int | float)}
-    return {key: each for key, each in stored.items() if key in numbers or key not in _COUNTED}
+    return {k: v for k, v in stored.items() if k not in _COUNTED or isinstance(v, int | float)}
 
 
 def number(row: Row, column: str) -> float:
