@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -30,10 +31,27 @@ LINKER_FLAGS = ("-fopenmp",)
 
 def cache_folder() -> pathlib.Path:
     """The folder for compiled files of this environment, torch and Python."""
-    prefix = pathlib.Path(sys.prefix)
-    root = prefix if os.access(prefix, os.W_OK) else pathlib.Path.home() / ".cache"
+    places = (pathlib.Path(sys.prefix), pathlib.Path(os.path.expanduser("~")) / ".cache")  # noqa: PTH111
+    root = next((place for place in places if _can_hold(place)), None) or _own_temporary()
     version = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
     return root / "crossladder_cache" / version
+
+
+def _can_hold(place: pathlib.Path) -> bool:
+    """Whether a folder can be written to, or created."""
+    there = next(each for each in (place, *place.parents) if each.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
+@functools.cache
+def _own_temporary() -> pathlib.Path:
+    """A temporary folder that no other user can write to: what it holds is loaded as code."""
+    folder = pathlib.Path(tempfile.gettempdir()) / f"crossladder-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    if status.st_uid == os.getuid() and status.st_mode == stat.S_IFDIR | 0o700:
+        return folder
+    return pathlib.Path(tempfile.mkdtemp(prefix="crossladder-"))
 
 
 @functools.cache

@@ -48,7 +48,7 @@ def write_baselines(
         }
         for run in longest.values()
     ]
-    if not orders or read_json(folder / FILE).get("asked") == asked:
+    if not orders or _written(folder / FILE).get("asked") == asked:
         return
     console.print(
         f"fitting n-gram baselines of orders {', '.join(map(str, orders))}", highlight=False
@@ -57,6 +57,14 @@ def write_baselines(
         plain = [(dump(run), dump(evaluation), list(orders), str(root)) for run in longest.values()]
         rows = [row for part in pool.starmap(_count, plain) for row in part]
     write_json(folder / FILE, {"asked": asked, "rows": rows})
+
+
+def _written(file: Path) -> dict:
+    """What was fitted before; a damaged file is fitted anew."""
+    try:
+        return read_json(file)
+    except RuntimeError:
+        return {}
 
 
 def _count(run_plain: dict, evaluation_plain: dict, orders: list[int], root: str) -> list[dict]:

@@ -19,9 +19,10 @@ from analysis.tables.capsule import Capsule, pack, unpack
 from analysis.tables.frames import keep, where
 from launch.data import build_data
 from launch.job import TrainJob, Unit
-from launch.run_status import RunStatus, require_same_data, status_of
+from launch.run_status import RunStatus, require_same_data, require_same_run, status_of
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.ids import evaluation_id
 from trainer.record import StoredRun, number, read_run
 from trainer.schema import ConfigError
@@ -54,8 +55,9 @@ def main(words: list[str]) -> int:
             return int(ExitCode.DONE)
         return _retrain(arguments, console)
     except (ConfigError, ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+        reason, code = failure_of(error, ExitCode.BAD_CONFIG)
+        console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
+        return int(code)
 
 
 def _retrain(arguments: argparse.Namespace, console: Console) -> int:
@@ -116,6 +118,7 @@ def retrain(
         RuntimeError: it did not finish, or the data differ.
     """
     before = capsule.folder / "runs" / experiment.folder_name
+    require_same_run(experiment, before, ("evaluations.jsonl",))
     data_root = Path(experiment.execution.data_root)
     require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
     runs.mkdir(parents=True)

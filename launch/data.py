@@ -18,6 +18,7 @@ from data_pipelines.notes import notes_of, repeat_notes
 from data_pipelines.verify import verify_dataset
 from data_pipelines.workers import how_it_ended
 from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.schema import dump, load
 
 
@@ -133,7 +134,7 @@ def _build(plain: Mapping, root: Path, pipe: Connection) -> None:
         except BrokenPipeError:
             raise
         except (RuntimeError, ValueError, OSError) as error:
-            pipe.send(("error", str(error)))
+            pipe.send(("error", failure_of(error, ExitCode.BAD_DATA).reason))
         except KeyboardInterrupt:
             sys.exit(int(ExitCode.INTERRUPTED))
         # Panics of libraries written in Rust are no Exception.

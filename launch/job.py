@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING
 import submitit
 
 from launch.journal import Journal
-from launch.run_status import status_of
+from launch.run_status import survey
 from sweeps.grammar import Experiment
+from trainer.exit_codes import ExitCode
+from trainer.failures import Failure, failure_of
+from trainer.record import write_atomically
 
 if TYPE_CHECKING:
     from trainer.session import Lineage
@@ -60,13 +64,20 @@ class TrainJob:
         units: longest first; every local worker gets all of them and claims the next free one.
         launcher: process id of a local launcher, after whose death the job stops too; None on a
             cluster.
-        begun: when the launcher made the job; a run that failed since is not retried.
+        begun: the journal's end when the launcher made the job; a run that failed since is not
+            retried. None for now.
+        failed: by run, why it failed in this process.
     """
 
     sweep: Path
     units: tuple[Unit, ...]
     launcher: int | None
-    begun: float = field(default_factory=time.time)
+    begun: int | None = None
+    failed: dict[str, Failure] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.begun is None:
+            self.begun = Journal(self.sweep).mark()
 
     def __call__(self) -> None:
         """Train the missing runs; called on every rank."""
@@ -75,6 +86,9 @@ class TrainJob:
         environment.export(set_cuda_visible_devices=False)
         os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
         self.run()
+        # A worker of single runs goes on after a failure; the ranks of a failed run say so.
+        if self.failed and environment.world_size > 1:
+            sys.exit(int(next(iter(self.failed.values())).code))
 
     def run(self) -> None:
         """Train the missing runs, in this process and its peers."""
@@ -100,7 +114,7 @@ class TrainJob:
         trunk_folder = None
         if unit.trunk is not None:
             trunk_folder = self.sweep / unit.trunk.trunk_id
-            missing = [e for e in unit.branches if not self._is_done(e)]
+            missing = [e for e in unit.branches if self._is_open(e)]
             if not missing:
                 return
             if not _has_forks(trunk_folder, missing):
@@ -108,7 +122,7 @@ class TrainJob:
                 if not self._train_one(unit.trunk, trunk_folder, lineage):
                     return
         for experiment in unit.branches:
-            if not self._is_done(experiment):
+            if self._is_open(experiment):
                 folder = self.sweep / experiment.folder_name
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
@@ -117,7 +131,7 @@ class TrainJob:
         from trainer.train import train
 
         journal, first = Journal(self.sweep), os.environ.get("RANK", "0") == "0"
-        if folder.name in journal.failures(self.begun):
+        if folder.name in self.failed | journal.failures(self.begun or 0):
             return False
         begin = time.monotonic()
         try:
@@ -125,9 +139,7 @@ class TrainJob:
                 experiment.run, experiment.execution, experiment.evaluation, folder, lineage
             )
         except Exception as error:  # noqa: BLE001
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(traceback.format_exc())
-            journal.write("failed", run=folder.name, error=f"{type(error).__name__}: {error}")
+            self._record_failure(error, folder, journal)
             return False
         seconds = time.monotonic() - begin
         if first:
@@ -136,9 +148,21 @@ class TrainJob:
             _leave(journal, first)
         return True
 
-    def _is_done(self, experiment: Experiment) -> bool:
-        folder = self.sweep / experiment.folder_name
-        return status_of(experiment, folder).ended
+    def _record_failure(self, error: Exception, folder: Path, journal: Journal) -> None:
+        """Write down why a run failed, as far as the disk allows; the terminal has all of it."""
+        otherwise = ExitCode.BAD_CONFIG if isinstance(error, ValueError) else ExitCode.FAILED
+        reason, code = self.failed[folder.name] = failure_of(error, otherwise)
+        trace = traceback.format_exc()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            journal.write("failed", run=folder.name, error=reason, code=int(code))
+            write_atomically(folder / "error.txt", trace)
+        except OSError as second:
+            sys.stderr.write(f"{trace}{folder.name}: its failure cannot be recorded: {second}\n")
+
+    def _is_open(self, experiment: Experiment) -> bool:
+        statuses, _ = survey([experiment], self.sweep)
+        return statuses[experiment.folder_name].open
 
     @contextlib.contextmanager
     def _claim(self, unit: Unit, *, wait: bool) -> Iterator[bool]:

@@ -218,6 +218,10 @@ def _seconds(unit: Unit, runs: Sequence[PlannedRun], folder: Path) -> float:
 
 
 def _measured_rate(folder: Path) -> float | None:
-    rows = read_rows(folder / "metrics.jsonl")[-50:]
-    rates = sorted(number(row, "tokens_per_second") for row in rows)
+    try:
+        rows = read_rows(folder / "metrics.jsonl")[-50:]
+        rates = sorted(number(row, "tokens_per_second") for row in rows)
+    except RuntimeError:
+        # A damaged record is named where its run is opened; an estimate can do without it.
+        return None
     return rates[len(rates) // 2] if rates else None

@@ -21,6 +21,7 @@ from launch.trained_run import TrainedRun, load_run, only_run
 from models.backbone import Backbone
 from models.mixers.softmax.hip import HipConfig
 from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.record import write_json
 from trainer.schema import ConfigError
 from trainer.swap import Measured, measure, swapped
@@ -47,15 +48,16 @@ def main(words: list[str]) -> int:
     try:
         folder = only_run(arguments.run)
         report = evaluate(folder, arguments)
+        out = arguments.out or folder / "swaps"
+        plate = draw(report)
+        plate.save(out)
+        write_json(out / f"{plate.name}.json", report)
     except (ValueError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return int(ExitCode.BAD_CONFIG)
+        reason, code = failure_of(error, ExitCode.BAD_CONFIG)
+        console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
+        return int(code)
     except KeyboardInterrupt:
         return int(ExitCode.INTERRUPTED)
-    out = arguments.out or folder / "swaps"
-    plate = draw(report)
-    plate.save(out)
-    write_json(out / f"{plate.name}.json", report)
     console.print(_table(report), highlight=False)
     console.print(f"{plate.title}\n{plate.caption}", highlight=False)
     console.print(f"Figure: {out / plate.name}.png, data beside it", highlight=False)
@@ -80,6 +82,7 @@ def evaluate(folder: Path, arguments: argparse.Namespace) -> dict:
         for selection, k in itertools.product(arguments.selection, arguments.k)
     ]
     backbones = [(selection, k, run.backbone(model)) for selection, k, model in settings]
+    run.require_same_data(arguments.data)
     name, batch = long_documents(run, arguments.data, arguments.set, arguments.sequences)
     dense = _measure(run.backbone(), batch)
     rows = [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -24,11 +25,12 @@ from launch.journal import Journal
 from launch.keys import keys_page
 from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
 from launch.progress import Progress
-from launch.run_status import RunStatus, require_same_data, status_of
+from launch.run_status import RunStatus, require_same_data, survey
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
-from trainer.record import number, write_atomically
+from trainer.failures import Failure, failure_of
+from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump
 
 REDRAW_SECONDS = 45.0
@@ -56,8 +58,9 @@ def main(words: list[str]) -> int:
         sweep = read_sweep_file(arguments.sweep, arguments.override)
         return _run(sweep, arguments, console)
     except (ConfigError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+        reason, code = failure_of(error, ExitCode.BAD_CONFIG)
+        console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
+        return int(code)
     except KeyboardInterrupt:
         console.print("\nstopped; rerun the same command to resume")
         return int(ExitCode.INTERRUPTED)
@@ -66,7 +69,11 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = Path(arguments.runs) / sweep.folder_name
     plan = make_plan(sweep, folder)
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
+    statuses, damage = survey(sweep.experiments, folder)
+    for name, reason in damage.items():
+        console.print(
+            f"[red]damaged:[/red] {name}: {escape(reason)}", highlight=False, soft_wrap=True
+        )
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
     _print_plan(plan, todo, statuses, console)
     if arguments.plan:
@@ -97,7 +104,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         (folder, data_root, root_hash),
         console,
     )
-    begin = time.time()
+    begin = Journal(folder).mark()
     if todo:
         _train(plan, todo, folder, console)
     report = refresh(folder)
@@ -106,7 +113,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None:
-    redraw, begin = _Redraw(folder), time.time()
+    redraw, begin = _Redraw(folder), Journal(folder).mark()
     with Progress(plan, folder, todo, console) as show:
 
         def tick() -> None:
@@ -125,28 +132,31 @@ def _train(plan: Plan, todo: list[Unit], folder: Path, console: Console) -> None
     redraw.wait()
 
 
-def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int:
+def _conclude(sweep: Sweep, folder: Path, begin: int, console: Console) -> int:
     journal = Journal(folder)
     same: dict[str, list[str]] = {}
-    for name, error in journal.failures(begin).items():
-        same.setdefault(error, []).append(name)
+    failures = journal.failures(begin)
+    for name, failure in failures.items():
+        same.setdefault(failure.reason, []).append(name)
     for error, names in same.items():
         more = f" and {len(names) - 1} more runs" if len(names) > 1 else ""
         line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
         console.print(line, highlight=False, soft_wrap=True)
-    for row in journal.rows():
-        if row["event"] == "job failed" and number(row, "written") >= begin:
+    for row in journal.rows(begin):
+        if row["event"] == "job failed":
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
-    statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
-    finished = sum(status.ended for status in statuses)
+    statuses, damage = survey(sweep.experiments, folder)
+    finished = sum(status.ended for status in statuses.values())
     if finished < len(statuses):
         console.print(
             f"{finished} of {len(statuses)} runs are complete; rerun the same command to resume. "
             f"Job logs are in {folder / 'jobs'}",
             highlight=False,
         )
-        return 1
+        codes = {failure.code for failure in failures.values()}
+        codes |= {ExitCode.BAD_DATA} if damage else set()
+        return int(codes.pop() if len(codes) == 1 else ExitCode.FAILED)
     return int(ExitCode.DONE)
 
 
@@ -204,13 +214,13 @@ def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
 
 
 def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
-    return any(not statuses[e.folder_name].ended for e in unit.branches)
+    return any(statuses[e.folder_name].open for e in unit.branches)
 
 
-def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
+def _is_lost(unit: Unit, folder: Path, failed: Mapping[str, Failure]) -> bool:
     """Whether a unit is incomplete although none of its runs failed: its job ended early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
+    statuses, _ = survey(unit.branches, folder)
     return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 

@@ -22,7 +22,8 @@ from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
 from trainer.exit_codes import ExitCode
-from trainer.record import number, read_json, read_run
+from trainer.failures import Failure, failure_of
+from trainer.record import number, read_json, read_run, read_status
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
 
 LINE_SECONDS = 2.0
@@ -44,8 +45,9 @@ def main(words: list[str]) -> int:
     try:
         return _train(arguments, console)
     except (ConfigError, RuntimeError, OSError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
+        reason, code = failure_of(error, ExitCode.BAD_CONFIG)
+        console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
+        return int(code)
     except KeyboardInterrupt:
         console.print("\nstopped; rerun the same command to resume")
         return int(ExitCode.INTERRUPTED)
@@ -65,12 +67,13 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     print_repeats(reads, Path(experiment.execution.data_root), console)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
+    job = TrainJob(runs, (unit,), None)
     with _Ticker(folder, console):
         if experiment.execution.ranks == 1:
-            TrainJob(runs, (unit,), None).run()
+            job.run()
         else:
             run_units([unit], launcher, runs, lambda: None)
-    return _conclude(experiment, folder, console)
+    return _conclude(experiment, folder, job, console)
 
 
 def read_experiment(path: Path, overrides: list[str]) -> Experiment:
@@ -99,14 +102,14 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
-    if status_of(experiment, folder) is not RunStatus.DONE:
-        failures = Journal(folder.parent).failures(0.0)
-        reason = failures.get(folder.name) or read_json(folder / "STATUS.json").get("message")
-        console.print(
-            f"[red]not complete:[/red] {escape(str(reason))}", highlight=False, soft_wrap=True
-        )
-        return 1
+def _conclude(experiment: Experiment, folder: Path, job: TrainJob, console: Console) -> int:
+    failures = Journal(folder.parent).failures(job.begun or 0) | job.failed
+    status = status_of(experiment, folder)
+    if folder.name in failures or status is not RunStatus.DONE:
+        found = failures.get(folder.name) or _ended(folder, status)
+        word = "diverged" if status is RunStatus.DIVERGED else "not complete"
+        console.print(f"[red]{word}:[/red] {escape(found.reason)}", highlight=False, soft_wrap=True)
+        return int(found.code)
     stored = read_run(folder)
     changed = (
         "" if experiment.run.corpus.tokenizer.lossless else " of text changed by the tokenizer"
@@ -122,6 +125,19 @@ def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:
             highlight=False,
         )
     return int(ExitCode.DONE)
+
+
+def _ended(folder: Path, status: RunStatus) -> Failure:
+    """Why a run that raised no error is not done."""
+    if status is RunStatus.DIVERGED:
+        return Failure(str(read_json(folder / "summary.json")["message"]), ExitCode.NUMERIC_HALT)
+    if status is RunStatus.UNEVALUATED:
+        errors = [row["error"] for row in read_run(folder).evaluations if row.get("error")]
+        reason = f"its last evaluation failed: {errors[-1]}" if errors else "it was not evaluated"
+    else:
+        stored = read_status(folder)
+        reason = stored.get("message") or f"a process ended at step {stored.get('step', 0)}"
+    return Failure(f"{reason}; rerun the same command to resume", ExitCode.FAILED)
 
 
 class _Ticker:
@@ -141,8 +157,10 @@ class _Ticker:
 
     def _tick(self) -> None:
         while not self._ended.wait(LINE_SECONDS):
-            status = read_json(self._folder / "STATUS.json")
-            if status.get("state") == "running":
+            status = read_status(self._folder)
+            shown = {"step", "steps", "loss_nats", "tokens_per_second"}
+            # A loss that is not finite is stored as none.
+            if status.get("state") == "running" and shown <= status.keys():
                 self._console.print(
                     f"step {status['step']}/{status['steps']}  loss {status['loss_nats']:.3f}  "
                     f"{status['tokens_per_second'] / 1e3:.0f} k tokens/s",

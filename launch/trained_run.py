@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from models.backbone import Backbone, BackboneConfig
 from trainer.config import RunConfig
-from trainer.manifest import MODEL_FILE, CheckpointError, inspect, verified_file
+from trainer.identity import require_same
+from trainer.ids import dataset_ids, weights_ids
+from trainer.manifest import MODEL_FILE, CheckpointError, hash_weights, inspect, verified_file
+from trainer.record_checks import read_whole_run, recorded_ids
 from trainer.schema import ConfigError, load, read_yaml
 
 
@@ -19,12 +22,19 @@ class TrainedRun:
     """A run's configuration, and the weights of one of its checkpoints.
 
     Attributes:
-        step: of the checkpoint.
+        checkpoint: whose weights these are.
+        facts: its manifest.
     """
 
     config: RunConfig
-    step: int
+    checkpoint: Path
+    facts: dict
     weights: dict[str, torch.Tensor]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.facts["step"]
 
     def backbone(self, model: BackboneConfig | None = None) -> Backbone:
         """The model with its weights; another configuration must have the same parameters.
@@ -39,8 +49,32 @@ class TrainedRun:
         return backbone.eval()
 
     def tokenizer(self, data_root: Path) -> Tokenizer:
-        """The tokenizer that it was trained with."""
-        return load_tokenizer(self.config.corpus.tokenizer, data_root / self.config.corpus.dataset)
+        """The tokenizer that it was trained with.
+
+        Raises:
+            IdentityError: the dataset has another one now.
+        """
+        corpus = self.config.corpus
+        tokenizer = load_tokenizer(corpus.tokenizer, data_root / corpus.dataset)
+        self._require_data({"tokenizer_fingerprint": tokenizer.fingerprint}, data_root)
+        return tokenizer
+
+    def require_same_data(self, data_root: Path) -> None:
+        """Check that the dataset is the one that it was trained on.
+
+        Raises:
+            IdentityError: it is another one.
+        """
+        self._require_data(dataset_ids(self.config.corpus, data_root), data_root)
+
+    def _require_data(self, ids: dict[str, str], data_root: Path) -> None:
+        require_same(
+            str(self.checkpoint),
+            self.facts,
+            ids,
+            of=str(data_root / self.config.corpus.dataset),
+            remedy="give --data the folder of the dataset that the run was trained on",
+        )
 
 
 def only_run(folder: Path) -> Path:
@@ -69,9 +103,11 @@ def load_run(folder: Path) -> TrainedRun:
 
     Raises:
         ConfigError: the folder holds no run, or a config that today's schema rejects.
+        IdentityError: its config, its record and the checkpoint are not of one run.
         CheckpointError: it has no complete checkpoint.
     """
-    config = load(RunConfig, read_yaml(folder / "config.yaml"))
+    stored = read_yaml(folder / "config.yaml")
+    config, record = load(RunConfig, stored), read_whole_run(folder)
     found = inspect(folder / "checkpoints", None)
     if found is None:
         raise CheckpointError("none", f"{folder} has no checkpoint yet; train it first")
@@ -80,4 +116,12 @@ def load_run(folder: Path) -> TrainedRun:
         weights = load_file(file)
     except SafetensorError as error:
         raise CheckpointError("unreadable", f"{file} cannot be read: {error}") from error
-    return TrainedRun(config, found.manifest["step"], weights)
+    step = found.manifest["step"]
+    require_same(
+        str(found.path),
+        {**found.manifest, "parameters_sha256": hash_weights(weights)},
+        {**weights_ids(config, stored, step), **recorded_ids(record, step)},
+        of=f"the record in {folder}",
+        remedy=f"move {found.path.name} away, or restore the files of that folder",
+    )
+    return TrainedRun(config, found.path, found.manifest, weights)

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 
 from data_pipelines.durable import sync
 from data_pipelines.fault_points import fault_point
+from trainer.exit_codes import ExitCode
 from trainer.manifest import (
     FORMAT,
     MANIFEST,
     RESERVED,
-    CheckpointError,
     FileHash,
     Found,
     Rejected,
@@ -107,8 +107,17 @@ class SaveFailure:
             f"{'disk full' if full else 'save failed'}: step {self.step}, rank {self.rank}, "
             f"{self.path}: {self.cause}; {self.need_bytes} bytes needed, {self.free_bytes} free; "
             f"{'free some disk space' if full else 'check that path'}: "
-            "earlier checkpoints are intact, and the next save tries again"
+            "earlier checkpoints are intact"
         )
+
+
+class SaveError(RuntimeError):
+    """A checkpoint that the finished run or its branches need could not be saved."""
+
+    exit_code = ExitCode.DISK
+
+    def __init__(self, failure: SaveFailure) -> None:
+        super().__init__(f"{failure}; rerun the same command to resume from them")
 
 
 def publish(
@@ -152,7 +161,7 @@ def newest(folder: Path, group: RankGroup, accept: Callable[[dict], bool] | None
             outcome = inspect(folder, accept)
             for rejected in outcome.rejected if outcome else ():
                 _quarantine(rejected)
-        except (CheckpointError, OSError) as error:
+        except (RuntimeError, OSError) as error:
             outcome = error
     outcome = group.gather(outcome)[0]
     if isinstance(outcome, Exception):

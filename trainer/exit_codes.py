@@ -1,4 +1,4 @@
-"""The exit codes of jobs and commands."""
+"""The exit codes of jobs and commands; trainer.failures chooses one for an error."""
 
 import enum
 
@@ -7,6 +7,7 @@ class ExitCode(enum.IntEnum):
     """Why a process ended."""
 
     DONE = 0
+    FAILED = 1
     BAD_CONFIG = 64
     BAD_DATA = 65
     BAD_CHECKPOINT = 66

@@ -1,34 +1,74 @@
 """The hashes that name a run, its trunk and its evaluations."""
 
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
+from data_pipelines.config import DataConfig
+from data_pipelines.manifest import read_manifest
+from data_pipelines.tokenizers import load_tokenizer
 from trainer.config import EvaluationConfig, RunConfig
+from trainer.identity import config_hash, require_same
+from trainer.schedule import decay_begins
 from trainer.schema import dump
+
+ID_LENGTH = 12
 
 
 def run_id(config: RunConfig) -> str:
     """The name of a run's folder: a hash of all its choices."""
-    return _digest(dump(config))
+    return _run_id(dump(config))
 
 
 def trunk_id(config: RunConfig) -> str:
     """The id that the horizons of one trunk share: a hash of all choices but budget and decay."""
-    choices = dump(config)
-    del choices["budget"]
-    del choices["schedule"]["decay_fraction"], choices["schedule"]["final_share"]
-    return "trunk-" + _digest(choices)
+    return _trunk_id(dump(config))
+
+
+def weights_ids(config: RunConfig, stored: Mapping, step: int) -> dict[str, str | None]:
+    """The ids of the weights after a step: all horizons of a trunk share those before its decay.
+
+    Args:
+        config: of the run.
+        stored: the same as plain data, as its folder has it: a later schema may know more keys.
+        step: optimizer steps done.
+    """
+    run = _run_id(stored) if step > decay_begins(config) else None
+    return {"trunk": _trunk_id(stored), "run": run}
+
+
+def dataset_ids(corpus: DataConfig, root: Path) -> dict[str, str]:
+    """The hashes of a corpus's dataset, whose tokenizer must be the one that it was built with.
+
+    Raises:
+        IdentityError: the tokenizer was replaced.
+        RuntimeError: there is no finished dataset, or its manifest was altered.
+    """
+    folder = root / corpus.dataset
+    manifest = read_manifest(folder)
+    tokenizer = {"tokenizer_fingerprint": load_tokenizer(corpus.tokenizer, folder).fingerprint}
+    require_same(
+        f"the tokenizer in {folder}",
+        tokenizer,
+        {"tokenizer_fingerprint": manifest.tokenizer_fingerprint},
+        of="the dataset's manifest",
+        remedy=f"restore the tokenizer, or delete {folder} and build the dataset again",
+    )
+    return {"dataset_root_hash": manifest.root_hash, **tokenizer}
 
 
 def evaluation_id(config: EvaluationConfig) -> str:
     """The id of comparable evaluations: a hash of what is read, not of when or in which batches."""
     choices = dump(config)
     del choices["milestones"], choices["batch_sequences"]
-    return _digest(choices)
+    return config_hash(choices)[:ID_LENGTH]
 
 
-def _digest(choices: Mapping[str, Any]) -> str:
-    text = json.dumps(choices, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def _run_id(choices: Mapping) -> str:
+    return config_hash(choices)[:ID_LENGTH]
+
+
+def _trunk_id(choices: Mapping) -> str:
+    own = {"decay_fraction", "final_share"}
+    schedule = {key: value for key, value in choices["schedule"].items() if key not in own}
+    shared = {key: value for key, value in choices.items() if key != "budget"}
+    return "trunk-" + config_hash({**shared, "schedule": schedule})[:ID_LENGTH]

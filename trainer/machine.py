@@ -20,15 +20,18 @@ from kernels.dispatch import describe as describe_kernels
 # (M_MMAP_THRESHOLD), and free memory at its end is not returned (M_TRIM_THRESHOLD).
 _KEEPING = {-3: 2**25, -1: -1}
 
+UNKNOWN = "unknown"
+GIT_SECONDS = 20.0
 PACKAGES = ("torch", "deepspeed", "mosaicml-streaming", "triton", "numpy", "submitit")
 
 
 def provenance() -> dict[str, object]:
-    """Code, packages, machine and command line of this process."""
+    """Code, packages, machine and command line of this process; what cannot be found is unknown."""
+    changes = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "uncommitted": changes if changes == UNKNOWN else bool(changes),
+        "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "host": socket.gethostname(),
         "processor": _processor(),
@@ -83,10 +86,24 @@ def keep_freed_memory() -> bool:
 
 def _git(*words: str) -> str:
     root = Path(__file__).parent.parent
-    asked = subprocess.run(
-        ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-    )
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=GIT_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return UNKNOWN
     return asked.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return UNKNOWN
 
 
 def _processor() -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from trainer.exit_codes import ExitCode
 
@@ -87,7 +88,8 @@ def inspect(folder: Path, accept: Callable[[dict], bool] | None) -> Found | None
     Args:
         folder: of the checkpoints.
         accept: whether a checkpoint is wanted, by its manifest; others are skipped, but not called
-            damaged. None accepts all.
+            damaged unless it raises a CheckpointError. Any other error of it ends the search.
+            None accepts all.
 
     Raises:
         CheckpointError: there are checkpoints but none is whole. Training from scratch would
@@ -254,6 +256,15 @@ def hash_file(file: Path) -> FileHash:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256")
         return FileHash(opened.tell(), digest.hexdigest())
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """The hash of a model's weights, as a run's summary states it."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].numpy().tobytes())
+    return digest.hexdigest()
 
 
 def step_name(step: int) -> str:

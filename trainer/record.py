@@ -7,10 +7,11 @@ Layout of one run, `runs/<sweep>/<id>/`:
     metrics.jsonl       one row a step
     evaluations.jsonl   one row an evaluated set, its subset, and milestone
     documents.json      losses of each document of the evaluation sets at the end of the run
-    summary.json        appears only when the run has reached its budget or diverged
+    summary.json        of a run that reached its budget or diverged; seals the row files
     STATUS.json         the current step and speed
-    OWNER.json run.lock the process that writes it, and how many times it was started (incarnation)
+    OWNER.json run.lock the process that writes it, its number (incarnation), if it ever saved
     checkpoints/        see trainer.checkpoint
+    *.torn              ends of lines that a crash left in a file of lines
 
 Rows are flat; a key names its unit. A column is *exact* (bit-identical after any interruption) or
 *measured* (times, memory). This file imports no torch: a laptop reads records with it.
@@ -23,15 +24,18 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
 import yaml
 
+from trainer.append_file import AppendFile, named_errors
+
 Scalar = bool | int | float | str | None
 Row = dict[str, Scalar]
 
+ROW_FILES = ("metrics.jsonl", "evaluations.jsonl")
 EXACT_COLUMNS = frozenset(
     [
         "step",
@@ -68,6 +72,9 @@ MEASURED_COLUMNS = frozenset(
 )
 
 
+_COUNTED = frozenset(["step", "steps", "loss_nats", "tokens_per_second", "incarnation"])
+
+
 class RunOwnedError(RuntimeError):
     """Another live process is writing this run."""
 
@@ -96,15 +103,31 @@ class RunRecord:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock_or_refuse(path)
-        self.incarnation = _claim(path)
-        self._files = {
-            name: _open_for_append(path / name) for name in ("metrics.jsonl", "evaluations.jsonl")
-        }
+        self._owner = _claim(path)
+        self.incarnation = int(self._owner["incarnation"])
+        self._step: Scalar = None
+        self._files = {name: AppendFile(path / name) for name in ROW_FILES}
 
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints of this run lie."""
         return self.path / "checkpoints"
+
+    @property
+    def seals(self) -> dict[str, dict]:
+        """Length and hash of all rows so far, by file; rows that follow do not change them."""
+        return {name: asdict(file.seal) for name, file in self._files.items()}
+
+    @property
+    def saved(self) -> bool:
+        """Whether a checkpoint of the run was ever published."""
+        return bool(self._owner["saved"])
+
+    def note_saved(self) -> None:
+        """Remember that a checkpoint was published: a run without one has then lost it."""
+        if not self.saved:
+            self._owner = {**self._owner, "saved": True}
+            write_json(self.path / "OWNER.json", self._owner)
 
     def still_owned(self) -> bool:
         """Whether no later incarnation has taken the run over."""
@@ -125,6 +148,7 @@ class RunRecord:
 
     def append_metrics(self, row: Row) -> None:
         """Add the row of one step."""
+        self._step = row["step"]
         self._append("metrics.jsonl", [row])
 
     def append_evaluations(self, rows: Sequence[Row]) -> None:
@@ -137,11 +161,23 @@ class RunRecord:
         write_atomically(self.path / "documents.json", json.dumps(facts, allow_nan=False) + "\n")
 
     def write_status(self, state: str, **facts: Scalar) -> None:
-        """Replace the status; `state` is running, stopped, extended, diverged or done."""
+        """Replace the status; `state` is running, stopped, extended, failed, diverged or done."""
         write_json(
             self.path / "STATUS.json",
             {"state": state, **facts, "incarnation": self.incarnation, "written": _now()},
         )
+
+    def write_failure(self, reason: str) -> None:
+        """Set the status to failed, even where no new file fits on the disk."""
+        step = {} if self._step is None else {"step": self._step}
+        failed = {"state": "failed", **step, "error": reason, "message": reason}
+        try:
+            self.write_status(**failed)
+        except OSError:
+            # The old file's own blocks are there to be written over.
+            with (self.path / "STATUS.json").open("r+") as file:
+                file.write(json.dumps({**failed, "incarnation": self.incarnation}) + "\n")
+                file.truncate()
 
     def write_summary(self, summary: Mapping) -> None:
         """Write the summary; nothing is added to the run after it."""
@@ -151,8 +187,7 @@ class RunRecord:
     def sync(self) -> None:
         """Fsync every appended row."""
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
 
     def close(self) -> None:
         """Close the files and release the lock."""
@@ -168,18 +203,20 @@ class RunRecord:
             assert not unknown, f"undeclared columns in {name}: {sorted(unknown)}"
             stored = {key: _finite(value) for key, value in row.items()}
             text += json.dumps({**stored, "incarnation": self.incarnation}, allow_nan=False) + "\n"
-        self._files[name].write(text)
-        self._files[name].flush()
+        self._files[name].append(text)
 
 
 def read_run(path: Path) -> StoredRun:
-    """Read a run folder: for each step (and evaluation set) the row of the latest incarnation."""
-    config_file = path / "config.yaml"
+    """Read a run folder: for each step (and evaluation set) the row of the latest incarnation.
+
+    Raises:
+        RuntimeError: a file cannot be read; its name and what to do.
+    """
     return StoredRun(
         path=path,
-        config=yaml.safe_load(config_file.read_text()) if config_file.exists() else {},
+        config=_read_config(path / "config.yaml"),
         provenance=read_json(path / "provenance.json"),
-        status=read_json(path / "STATUS.json"),
+        status=read_status(path),
         summary=read_json(path / "summary.json"),
         metrics=_latest(read_rows(path / "metrics.jsonl"), ("step",)),
         evaluations=_latest(
@@ -201,12 +238,31 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise RuntimeError(
                 f"{path} line {number} is not valid JSON: {error}; repair it, or move the file away"
             ) from error
+        if not _is_row(row):
+            raise RuntimeError(f"{path} line {number} is not a row; restore it from a backup")
+        rows.append(row)
     return rows
+
+
+def _is_row(row: object) -> bool:
+    """Whether a line holds named scalars; those of a run are counted by step and incarnation."""
+    if not isinstance(row, dict) or not all(isinstance(each, Scalar) for each in row.values()):
+        return False
+    return all(isinstance(row.get(key, 0), int) for key in ("step", "incarnation"))
+
+
+def read_status(path: Path) -> dict:
+    """The status of a run folder without what is damaged in it, since nothing rests on it."""
+    try:
+        stored = read_json(path / "STATUS.json")
+    except (RuntimeError, OSError):
+        return {}
+    return {k: v for k, v in stored.items() if k not in _COUNTED or isinstance(v, int | float)}
 
 
 def number(row: Row, column: str) -> float:
@@ -231,7 +287,7 @@ def read_json(path: Path) -> dict:
     """
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RuntimeError(
             f"{path} is not valid JSON: {error}; restore it or move it away"
         ) from error
@@ -253,7 +309,7 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace a text file in one step: a reader sees the old one or the new one, whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
+        with named_errors(path), partial.open("w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -263,6 +319,19 @@ def write_atomically(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _read_config(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise RuntimeError(f"{path} cannot be read: {line}; restore it from a backup") from error
+    if not isinstance(config, dict) or not config:
+        raise RuntimeError(f"{path} holds no configuration; restore it from a backup")
+    return config
 
 
 def _lock_or_refuse(path: Path) -> IO[str]:
@@ -279,19 +348,20 @@ def _lock_or_refuse(path: Path) -> IO[str]:
     return lock
 
 
-def _claim(path: Path) -> int:
-    incarnation = int(read_json(path / "OWNER.json").get("incarnation", 0)) + 1
+def _claim(path: Path) -> dict:
+    before = read_json(path / "OWNER.json")
     owner = {
-        "incarnation": incarnation,
+        "incarnation": int(before.get("incarnation", 0)) + 1,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "boot": _boot_id(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restarts": os.environ.get("SLURM_RESTART_COUNT"),
+        "saved": bool(before.get("saved")),
         "claimed": _now(),
     }
     write_json(path / "OWNER.json", owner)
-    return incarnation
+    return owner
 
 
 def _boot_id() -> str:
@@ -299,24 +369,15 @@ def _boot_id() -> str:
     return file.read_text().strip() if file.exists() else ""
 
 
-def _open_for_append(path: Path) -> IO[str]:
-    """Open a row file after cutting off the line a crash left unfinished."""
-    with path.open("ab+") as file:
-        file.seek(0)
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
-    return path.open("a")
-
-
 def _latest(rows: list[Row], key: tuple[str, ...]) -> list[Row]:
     newest: dict[tuple[Scalar, ...], tuple[int, Row]] = {}
     for row in rows:
         place = tuple(row.get(name) for name in key)
-        incarnation = int(row["incarnation"] or 0)
+        incarnation = int(row.get("incarnation") or 0)
         if place not in newest or incarnation >= newest[place][0]:
             newest[place] = (incarnation, row)
     # An evaluation that failed may lack its set or id, and None has no order.
-    ordered = sorted(newest, key=lambda place: (place[0], *map(str, place[1:])))
+    ordered = sorted(newest, key=lambda place: (place[0] or 0, *map(str, place[1:])))
     return [newest[place][1] for place in ordered]
 
 

@@ -1,18 +1,21 @@
 """What a run writes down while it is trained: its record, its tracker and its warnings."""
 
-import hashlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from torch import Tensor
 
 from models.accounting import account
+from trainer.append_file import append_line_shared
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine, StepResult
+from trainer.identity import config_hash
 from trainer.ids import evaluation_id, run_id, trunk_id
 from trainer.machine import gemm_peak_flops, memory_bytes, provenance
+from trainer.manifest import hash_weights
 from trainer.record import Row, RunRecord, Scalar
 from trainer.schedule import decay_begins
 from trainer.schema import dump
@@ -37,8 +40,16 @@ class RunLog:
         self.record = RunRecord(folder) if engine.ranks.rank == 0 else None
         folder.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def seals(self) -> dict[str, dict]:
+        """Length and hash of all rows so far; empty on ranks above 0."""
+        return {} if self.record is None else self.record.seals
+
     def open(
-        self, execution: ExecutionConfig, evaluation: EvaluationConfig, root_hash: str
+        self,
+        execution: ExecutionConfig,
+        evaluation: EvaluationConfig,
+        dataset: Mapping[str, str],
     ) -> None:
         """Write down what the run is and what it is made with, and start the tracker."""
         if self.record is None:
@@ -49,20 +60,18 @@ class RunLog:
             {
                 "run_id": run_id(self._config),
                 "trunk_id": trunk_id(self._config),
+                "config_sha256": config_hash(dump(self._config)),
                 "decay_begins": decay_begins(self._config),
                 "evaluation_id": evaluation_id(evaluation),
                 "accounting": asdict(self._account),
-                "dataset_root_hash": root_hash,
+                **dataset,
                 "execution": dump(execution),
                 "gemm_peak_flops": self._peak,
                 **provenance(),
             }
         )
         if execution.tracker == "wandb":
-            # Imported here, since it takes a second to load and few runs use it.
-            from trainer.tracker import Tracker
-
-            self._tracker = Tracker(self._folder.name, self._folder, dump(self._config))
+            self._beside(self._start_tracker)
 
     def write_step(
         self, state: TrainState, result: StepResult, rate: float, seconds: tuple[float, float]
@@ -96,7 +105,8 @@ class RunLog:
         }
         self.record.append_metrics(row)
         if self._tracker is not None:
-            self._tracker.log(row)
+            tracker = self._tracker
+            self._beside(lambda: tracker.log(row))
         now = time.monotonic()
         # The status file is replaced with an fsync, which small steps must not wait for each time.
         if now - self._shown > STATUS_SECONDS:
@@ -130,16 +140,13 @@ class RunLog:
         """Record the end of the run, with a hash of its final weights."""
         if self.record is None:
             return
-        digest = hashlib.sha256()
-        for name in sorted(weights):
-            digest.update(name.encode())
-            digest.update(weights[name].numpy().tobytes())
         summary: Mapping[str, object] = {
             "state": status,
             "step": state.step,
             "tokens": state.step * self._batch,
             "certificate": state.certificate_hex,
-            "parameters_sha256": digest.hexdigest(),
+            "parameters_sha256": hash_weights(weights),
+            "rows": self.record.seals,
             **facts,
         }
         self.record.write_summary(summary)
@@ -150,14 +157,41 @@ class RunLog:
         if self.record is not None:
             self.record.sync()
 
+    def write_failure(self, reason: str) -> None:
+        """Set the status to failed; what the disk refuses is a warning, since the run ends."""
+        if self.record is not None:
+            try:
+                self.record.write_failure(reason)
+            except OSError as error:
+                self.warn(f"the status cannot be set to failed: {error}")
+
     def warn(self, message: str) -> None:
-        """Add a line to the run's warnings; any rank may."""
-        with (self._folder / "warnings.txt").open("a") as file:
-            file.write(message + "\n")
+        """Add a line to the run's warnings and to the terminal or job log; any rank may."""
+        text = f"warning: {self._folder.name}: {message}\n"
+        sys.stderr.write(text)
+        try:
+            append_line_shared(self._folder / "warnings.txt", message + "\n")
+        except OSError as error:
+            sys.stderr.write(f"warning: it is not in warnings.txt either: {error}\n")
 
     def close(self) -> None:
         """Flush everything and give the run back."""
         if self._tracker is not None:
-            self._tracker.close()
+            self._beside(self._tracker.close)
         if self.record is not None:
             self.record.close()
+
+    def _start_tracker(self) -> None:
+        # Imported here, since it takes a second to load and few runs use it.
+        from trainer.tracker import Tracker
+
+        self._tracker = Tracker(self._folder.name, self._folder, dump(self._config))
+
+    def _beside(self, act: Callable[[], None]) -> None:
+        """Do something with the tracker; whatever it raises, training goes on without it."""
+        try:
+            act()
+        except Exception as error:  # noqa: BLE001
+            self._tracker = None
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            self.warn(f"wandb has failed ({text}); the run goes on, and its record has every row")

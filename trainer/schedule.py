@@ -30,11 +30,13 @@ class Events:
     Attributes:
         save: whether a checkpoint is published.
         pin: whether that checkpoint is kept for branches.
+        required: whether branches or the finished run need it.
         evaluate: whether all sets are evaluated.
     """
 
     save: bool
     pin: bool
+    required: bool
     evaluate: bool
 
 
@@ -58,8 +60,9 @@ class Milestones:
         """What happens when `step` steps are done."""
         evaluate = step in self.milestones
         periodic = self.save_every is not None and step % self.save_every == 0
-        save = step in self.forks or step == self.last or periodic
-        return Events(save=save, pin=step in self.forks, evaluate=evaluate)
+        pin = step in self.forks
+        required = pin or step == self.last
+        return Events(save=required or periodic, pin=pin, required=required, evaluate=evaluate)
 
 
 def run_milestones(

@@ -1,29 +1,34 @@
 """One run while it is trained: its engine, stream, checkpoints and evaluations."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from data_pipelines.batch import Batch
 from data_pipelines.fault_points import fault_point
-from data_pipelines.manifest import read_manifest as read_dataset
 from data_pipelines.stream import TokenStream
 from models.backbone import build_backbone
-from trainer.checkpoint import Draft, SaveFailure, collect, newest, publish
+from trainer.checkpoint import Draft, SaveError, SaveFailure, collect, newest, publish
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine
 from trainer.evaluate import Evaluator
+from trainer.exit_codes import ExitCode
+from trainer.failures import failure_of
 from trainer.heartbeat import Heartbeat
-from trainer.ids import evaluation_id, trunk_id
-from trainer.manifest import CheckpointError, Found, inspect
-from trainer.record import Row, number, read_run
+from trainer.identity import require_same
+from trainer.ids import dataset_ids, evaluation_id, run_id, trunk_id, weights_ids
+from trainer.manifest import CheckpointError, Found, inspect, step_name
+from trainer.peers import Peers, own_place
+from trainer.record import Row, read_run
+from trainer.record_checks import broken_seal, read_whole_run
 from trainer.run_log import RunLog
 from trainer.schedule import decay_begins
-from trainer.schema import ConfigError
+from trainer.schema import ConfigError, dump, load
 from trainer.shared_stream import shared_batches
 from trainer.train_state import TrainState
 
+T = TypeVar("T")
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
 """Seconds that a phase may last before the stall report."""
 
@@ -64,24 +69,34 @@ class Session:
         self.config, self.execution, self.evaluation = config, execution, evaluation
         self.folder, self.lineage = folder, lineage
         self._data_root = Path(execution.data_root)
-        self.root_hash = read_dataset(self._data_root / config.corpus.dataset).root_hash
+        self._dataset = dataset_ids(config.corpus, self._data_root)
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
+        own = own_place(self._group.rank)
+        self._peers = Peers(own, self._group.gather(own))
         self._evaluator = Evaluator(config, evaluation, self._data_root)
         self._stream: TokenStream | None = None
         self.log = RunLog(folder, config, self.engine)
-        self.log.open(execution, evaluation, self.root_hash)
         self.heartbeat = Heartbeat(folder, self.engine.ranks.rank, DEADLINES, self.log.warn)
 
     def resume(self) -> TrainState:
-        """Load the newest checkpoint: the run's own, else the trunk's at or before the fork."""
-        found = newest(self.folder / "checkpoints", self._group, None)
+        """Load the newest checkpoint: the run's own, else the trunk's at or before the fork.
+
+        The record is opened last: what a refused start was made of must not enter it.
+        """
+        self._on_first_rank(self._refuse_another_run)
+        state = self._load_newest()
+        self.log.open(self.execution, self.evaluation, self._dataset)
+        return state
+
+    def _load_newest(self) -> TrainState:
+        found = newest(self.folder / "checkpoints", self._group, self._check(self.folder))
         if found is None and self.lineage.trunk is not None:
             found = self._find_fork(self.lineage.trunk)
         if found is None:
-            self._refuse_rows_without_checkpoint()
+            self._on_first_rank(self._refuse_lost_checkpoints)
             return TrainState()
-        self._refuse_changes(found)
+        self._refuse_other_layout(found)
         self.engine.load(found.path)
         for rejected in found.rejected:
             self.log.warn(rejected.message)
@@ -108,16 +123,24 @@ class Session:
         sequences = self.config.batch_sequences // ranks.data_ranks
         return shared_batches(self._stream, ranks, (sequences, self.config.corpus.seq_len))
 
-    def save(self, state: TrainState, *, pinned: bool) -> None:
-        """Publish a checkpoint; after a failure there is a warning and training goes on."""
+    def save(self, state: TrainState, *, pinned: bool, required: bool) -> None:
+        """Publish a checkpoint; if it is not required, a failure is a warning.
+
+        Raises:
+            SaveError: one that is required could not be saved; the same on every rank.
+        """
         self.heartbeat.beat(state.step, "save")
         # Rows first: a checkpoint must never be ahead of the metrics that led to it.
         self.log.sync()
         draft = Draft(state.step, self._facts(state), pinned, self.engine.save)
         saved = publish(self.folder / "checkpoints", draft, self._group, self.log.record)
         if isinstance(saved, SaveFailure):
-            self.log.warn(str(saved))
+            if required:
+                raise SaveError(saved)
+            self.log.warn(f"{saved}; training goes on, and the next save tries again")
             return
+        if self.log.record is not None:
+            self.log.record.note_saved()
         keep = self.execution.keep_checkpoints
         failure = collect(self.folder / "checkpoints", keep, self._group, self.log.record)
         if failure is not None:
@@ -154,6 +177,12 @@ class Session:
         self.log.write_status("stopped", state, message=message)
         return Outcome("stopped", state.step, message)
 
+    def fail(self, error: Exception) -> Exception:
+        """Record why the run ends early, where the disk still allows it; returns the cause."""
+        cause = self._peers.explain(error)
+        self.log.write_failure(failure_of(cause, ExitCode.FAILED).reason)
+        return cause
+
     def diverge(self, state: TrainState) -> Outcome:
         """End with a result: the loss or the gradient is not finite."""
         message = (
@@ -189,37 +218,92 @@ class Session:
             "tokens": state.step * self.config.optimizer.batch_tokens,
             "certificate": state.certificate_hex,
             "skipped_in_row": state.skipped_in_row,
-            "trunk": trunk_id(self.config),
-            "dataset_root_hash": self.root_hash,
+            **weights_ids(self.config, dump(self.config), state.step),
+            **self._dataset,
             "layout": self.layout(),
+            "rows": self.log.seals,
         }
 
     def _find_fork(self, trunk: Path) -> Found | None:
         """Rank 0 searches for all ranks: a trunk that is still training may delete checkpoints."""
-        fork = decay_begins(self.config)
-        found = None
-        if self._group.rank == 0:
-            found = inspect(trunk / "checkpoints", lambda facts: facts["step"] <= fork)
-        return self._group.gather(found)[0]
+        fork, whole = decay_begins(self.config), self._check(trunk)
+        return self._on_first_rank(
+            lambda: inspect(
+                trunk / "checkpoints", lambda facts: facts["step"] <= fork and whole(facts)
+            )
+        )
 
-    def _refuse_rows_without_checkpoint(self) -> None:
-        rows = read_run(self.folder).metrics if self.log.record is not None else []
-        every = self.execution.save_every_tokens
-        if rows and every and number(rows[-1], "tokens") > 2 * every:
-            raise CheckpointError(
-                "missing",
-                f"run {self.folder.name} has metrics to step {rows[-1]['step']} but no checkpoint; "
-                f"delete {self.folder} to train it from scratch",
+    def _on_first_rank(self, act: Callable[[], T]) -> T | None:
+        """What rank 0 finds, on every rank; an error of its is raised on all of them."""
+        found: T | Exception | None = None
+        if self._group.rank == 0:
+            try:
+                found = act()
+            except (ValueError, RuntimeError, OSError) as error:
+                found = error
+        found = self._group.gather(found)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _refuse_another_run(self) -> None:
+        """Check that the folder is new, or of this run; of a trunk the budget may have grown."""
+        stored = read_whole_run(self.folder).config
+        if stored:
+            require_same(
+                str(self.folder / "config.yaml"),
+                self._run_ids(load(RunConfig, stored)),
+                self._run_ids(self.config),
+                of="the run that was asked for",
+                remedy=f"restore that file, or move {self.folder} away",
             )
 
-    def _refuse_changes(self, found: Found) -> None:
-        for key, now in (("layout", self.layout()), ("dataset_root_hash", self.root_hash)):
-            then = found.manifest[key]
-            if then != now:
-                raise ConfigError(
-                    f"{found.path} was made with {key} {then}, but the run now has {now}; "
-                    "go back to that, or move the run folder away to train from scratch"
-                )
+    def _run_ids(self, config: RunConfig) -> dict[str, str]:
+        """What the folder's config must state; a trunk's budget grows with its horizons."""
+        ids = {"trunk": trunk_id(config)}
+        return ids if self.lineage.forks else {**ids, "run": run_id(config)}
+
+    def _refuse_lost_checkpoints(self) -> None:
+        """Check that checkpoints were not removed; where no save succeeded, rows are made anew."""
+        record = self.log.record
+        if record is not None and record.saved:
+            raise CheckpointError(
+                "missing",
+                f"run {self.folder.name} has saved checkpoints, but none is there; restore them, "
+                f"or delete {self.folder} to train it from scratch",
+            )
+
+    def _check(self, folder: Path) -> Callable[[dict], bool]:
+        """A check of the checkpoints in a folder: they are of this run, and its rows are there.
+
+        One whose rows were lost counts as damaged: an earlier one, whose rows are there, makes
+        them anew.
+        """
+
+        def check(manifest: dict) -> bool:
+            name = step_name(manifest["step"])
+            ids = weights_ids(self.config, dump(self.config), manifest["step"])
+            require_same(
+                str(folder / "checkpoints" / name),
+                manifest,
+                {**ids, **self._dataset},
+                of=f"run {self.folder.name}",
+                remedy=f"move {name} away, or restore what was there",
+            )
+            damage = broken_seal(folder, manifest.get("rows") or {})
+            if damage:
+                raise CheckpointError("rows", f"{name}: {damage}")
+            return True
+
+        return check
+
+    def _refuse_other_layout(self, found: Found) -> None:
+        then, now = found.manifest["layout"], self.layout()
+        if then != now:
+            raise ConfigError(
+                f"{found.path} was made with layout {then}, but the run now has {now}; "
+                "go back to that, or move the run folder away to train from scratch"
+            )
 
     def _evaluations(self, measured: str, step: int) -> list[Row]:
         rows = (r for r in read_run(self.folder).evaluations if r["step"] == step)

@@ -1,10 +1,13 @@
 """Copies metrics to wandb; the run record remains the source of truth."""
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import wandb
+
+FINISH_SECONDS = 60.0
 
 
 class Tracker:
@@ -32,5 +35,24 @@ class Tracker:
         self._run.log(dict(row))
 
     def close(self) -> None:
-        """Flush what was copied."""
-        self._run.finish()
+        """Flush what was copied, as far as the network takes it in time.
+
+        Raises:
+            TimeoutError: it does not; wandb keeps the rest in its folder.
+        """
+        failed: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish()
+            except Exception as error:  # noqa: BLE001
+                failed.append(error)
+
+        # wandb tries again for days without a network, and would hold the run's processes.
+        thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)
+        thread.start()
+        thread.join(FINISH_SECONDS)
+        if failed:
+            raise failed[0]
+        if thread.is_alive():
+            raise TimeoutError(f"not uploaded within {FINISH_SECONDS:g} s; use wandb sync later")

@@ -34,6 +34,11 @@ def train(
     session = Session(config, execution, evaluation, folder, lineage)
     try:
         return _loop(session)
+    except Exception as error:
+        cause = session.fail(error)
+        if cause is error:
+            raise
+        raise cause from error
     finally:
         session.close()
 
@@ -68,7 +73,7 @@ def _loop(session: Session) -> Outcome:
                 return session.diverge(state)
             events = plan.events(state.step)
             if events.save or stops:
-                session.save(state, pinned=events.pin)
+                session.save(state, pinned=events.pin, required=events.required)
             if events.evaluate:
                 session.evaluate(state)
             if stops:

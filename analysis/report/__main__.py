@@ -20,7 +20,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("sweep", type=Path, help="a folder, such as runs/scaling")
     try:
         report = redraw(parser.parse_args(words).sweep)
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 64
     sys.stdout.write(report.text() + "\n")

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from analysis.report.sparkline import curve_words, loss_scale, sparkline
 from analysis.tables.frames import floats, where
+from analysis.tables.quarantine import DAMAGED
 from analysis.tables.run_table import Table, final
 from analysis.words.numbers import seeds_text, with_unit
 
@@ -18,7 +19,7 @@ HEADS = {
     "time": True,
 }  # fmt: skip
 """Heads of the columns between a run's folder and its curve, and whether they sort by numbers."""
-FAULTS = ("diverged", "failed", "other-data")
+FAULTS = ("diverged", "failed", DAMAGED, "other-data")
 
 
 @dataclass(frozen=True)

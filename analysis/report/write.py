@@ -53,7 +53,7 @@ def write_report(sweep: Path, *, plan: Mapping | None = None) -> Report:
 def refresh(sweep: Path) -> Report:
     """The report as `write_report` would write it, written only if it is not there as such."""
     table = load(sweep)
-    stored = read_json(sweep / "report" / "report.json")
+    stored = _written(sweep / "report")
     whole = stored.get("settings") == plain(FULL)
     if whole and stored.get("fingerprint") == fingerprint(table):
         return Report(sweep / "report" / "index.html", stored, tuple(stored["text"]))
@@ -64,10 +64,21 @@ def redraw(sweep: Path, *, plan: Mapping | None = None) -> Report:
     """Write the report if points or states changed since, with a quarter of the replicates."""
     table = load(sweep)
     folder = sweep / "report"
-    stored = read_json(folder / "report.json")
+    stored = _written(folder)
     if stored.get("fingerprint") == fingerprint(table):
         return Report(folder / "index.html", stored, tuple(stored["text"]))
     return _write(table, sweep, dict(plan or {}), QUICK)
+
+
+def _written(folder: Path) -> dict:
+    """The numbers of the report that is there; empty if it is missing or damaged."""
+    try:
+        stored = read_json(folder / "report.json")
+    except (RuntimeError, OSError):
+        return {}
+    text = stored.get("text")
+    whole = isinstance(text, list) and all(isinstance(line, str) for line in text)
+    return stored if whole and (folder / "index.html").exists() else {}
 
 
 def fingerprint(table: Table) -> str:

@@ -10,13 +10,14 @@ import yaml
 
 from analysis.tables.document_losses import DocumentLosses, read_document_losses
 from analysis.tables.frames import keep
+from analysis.tables.quarantine import DAMAGED, open_runs
 from analysis.tables.training_curves import training_curves
-from trainer.record import Row, StoredRun, read_json, read_run
+from trainer.record import Row, StoredRun, read_json
 
 COLUMNS = {
     "run_id": "hash of the resolved run configuration; of a trunk, its trunk_id",
     "trunk_id": "the cluster: runs of one trunk share all training before their decay",
-    "status": "done, diverged, trunk, running, stopped, failed or other-data",
+    "status": "done, diverged, trunk, running, stopped, failed, damaged or other-data",
     "architecture": "name of the model's arm",
     "corpus": "name of the training mixture",
     "rung": "named size",
@@ -134,11 +135,14 @@ def load(root: Path) -> Table:
         ValueError: the folder is not a sweep.
     """
     sweep = _read_sweep(root)
-    stored = [read_run(root / str(run_id)) for run_id in sweep["runs"]]
-    trunks = [read_run(root / str(run_id)) for run_id in sweep.get("trunks", [])]
+    stored, damage = open_runs([root / str(run_id) for run_id in sweep["runs"]], _probe)
+    trunks, lost = open_runs([root / str(run_id) for run_id in sweep.get("trunks", [])], _probe)
+    damage |= lost
     statuses = {run.path.name: _status(run) for run in stored}
     statuses |= {run.path.name: "trunk" for run in trunks}
+    statuses |= dict.fromkeys(damage, DAMAGED)
     exclusions = _other_data(stored + trunks, statuses)
+    exclusions += [Exclusion(name, reason, DAMAGED) for name, reason in damage.items()]
     exclusions += [_unused(run, statuses[run.path.name]) for run in stored]
     exclusions += _not_in_sweep(root, set(statuses))
     wanted, other_evaluations = _one_evaluation(stored)
@@ -168,6 +172,15 @@ def load(root: Path) -> Table:
     )
 
 
+def _probe(run: StoredRun) -> None:
+    """Compute everything that the table takes from a run."""
+    _frame([_summary_row(run, "")], RUN_COLUMNS)
+    _frame(_points(run, "", None, []), list(COLUMNS))
+    _unused(run, "running")
+    training_curves([run], [])
+    _dataset(run)
+
+
 def final(table: Table) -> Table:
     """The table with nothing but the decayed points of finished runs, on whole evaluation sets."""
     decayed = table.rows["decayed"].astype(bool) & (table.rows["status"] == "done")
@@ -190,7 +203,10 @@ def _read_sweep(root: Path) -> dict:
     file = root / "sweep.yaml"
     if not file.exists():
         raise ValueError(f"{root} holds no sweep.yaml; name a folder runs/<sweep>")
-    sweep = yaml.safe_load(file.read_text())
+    try:
+        sweep = yaml.safe_load(file.read_text())
+    except (ValueError, RecursionError, yaml.YAMLError):
+        sweep = None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
         raise ValueError(f"{file} lists no runs; expand the sweep again to rewrite it")
     return sweep
@@ -204,7 +220,12 @@ def _rate_factors(config: dict) -> tuple[float, ...]:
 def _ladder(file: Path) -> pd.DataFrame:
     if not file.exists():
         return pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
-    return pd.read_parquet(file, columns=LADDER_COLUMNS)
+    try:
+        return pd.read_parquet(file, columns=LADDER_COLUMNS)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read: {error}; delete it, and launch/sweep.py writes it anew"
+        ) from error
 
 
 def _status(run: StoredRun) -> str:
@@ -223,7 +244,10 @@ def _unused(run: StoredRun, status: str) -> Exclusion | None:
         "diverged": f"diverged at step {run.summary.get('step', step)}",
         "failed": f"failed at step {step}: {run.status.get('error', 'no error stored')}",
     }
-    if status in ("done", "other-data"):
+    if status == "done" and not run.evaluations:
+        reason = f"{run.path / 'evaluations.jsonl'} has no rows; rerun the sweep to evaluate it"
+        return Exclusion(run.path.name, reason, "evaluation")
+    if status in ("done", "other-data", DAMAGED):
         return None
     kind = status if status in reasons else "unfinished"
     return Exclusion(run.path.name, reasons.get(status, f"{status}, at step {step}"), kind)

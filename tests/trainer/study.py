@@ -12,7 +12,7 @@ from typing import Any
 
 import data_pipelines.fault_points
 from data_pipelines.build import build_dataset
-from data_pipelines.config import DatasetConfig, SourceConfig
+from data_pipelines.config import DatasetConfig, SourceConfig, TokenizerConfig
 from sweeps.grammar import Experiment
 from tests.trainer.conftest import PLAIN
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
@@ -33,9 +33,9 @@ MAMBA = {
 }
 
 
-def build_tiny(root: Path) -> Path:
+def build_tiny(root: Path, seed: int = 5, tokenizer: TokenizerConfig | None = None) -> Path:
     """A dataset of two domains of made-up text; returns the root."""
-    draw = random.Random(5)
+    draw = random.Random(seed)
     words = {"python": ["def", "return", "self", "(x)", ":"], "prose": ["the", "of", "state", "."]}
     shard = root / "tiny.jsonl"
     root.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,13 @@ def build_tiny(root: Path) -> Path:
                 text = f"{i} " + " ".join(draw.choices(choices, k=draw.randint(20, 200)))
                 file.write(json.dumps({"text": text, "meta": {"pile_set_name": domain}}) + "\n")
     source = SourceConfig("jsonl", (str(shard),))
-    config = DatasetConfig("tiny", source, block_tokens=128, validation_fraction=0.1)
+    config = DatasetConfig(
+        "tiny",
+        source,
+        tokenizer=tokenizer or TokenizerConfig(),
+        block_tokens=128,
+        validation_fraction=0.1,
+    )
     build_dataset(config, root, processes=1, report=lambda *_: None)
     return root
 
@@ -70,6 +76,13 @@ def at_budget(experiment: Experiment, tokens: int) -> Experiment:
         experiment,
         run=replace(experiment.run, budget=replace(experiment.run.budget, tokens=tokens)),
     )
+
+
+def trunk_of(experiment: Experiment, steps: int) -> Experiment:
+    """The trunk of a run, as a sweep trains it: without a decay, to a number of steps."""
+    schedule = replace(experiment.run.schedule, decay_fraction=0.0)
+    trunk = replace(experiment, run=replace(experiment.run, schedule=schedule))
+    return at_budget(trunk, steps * trunk.run.optimizer.batch_tokens)
 
 
 def run(experiment: Experiment, folder: Path, lineage: Lineage | None = None) -> Outcome:

@@ -298,6 +298,7 @@ def test_a_heartbeat_that_cannot_be_written_is_reported_and_does_not_end_the_wat
 def test_exit_codes_keep_their_numbers():
     assert {code.name: int(code) for code in ExitCode} == {
         "DONE": 0,
+        "FAILED": 1,
         "BAD_CONFIG": 64,
         "BAD_DATA": 65,
         "BAD_CHECKPOINT": 66,
