@@ -11,7 +11,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -24,7 +23,8 @@ from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.ids import evaluation_id
 from trainer.record import StoredRun, number, read_run
-from trainer.schema import ConfigError
+from trainer.schema import ConfigError, read_yaml
+from untrusted.yaml_text import dump_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,8 +78,8 @@ def _retrain(arguments: argparse.Namespace, console: Console) -> int:
 
 def sweep_of(capsule: Capsule, scratch: Path) -> Sweep:
     """The study's sweep, expanded from its stored configuration."""
-    stored = yaml.safe_load((capsule.folder / "sweep.yaml").read_text())
-    scratch.write_text(yaml.safe_dump(stored["config"]))
+    stored = read_yaml(capsule.folder / "sweep.yaml")
+    scratch.write_text(dump_yaml(stored["config"]))
     return read_sweep_file(scratch, [])
 
 

@@ -10,7 +10,6 @@ import threading
 import time
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement as RichMeasurement
@@ -30,6 +29,7 @@ from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.record import number, write_atomically
 from trainer.schema import ConfigError, dump
+from untrusted.yaml_text import dump_yaml
 
 REDRAW_SECONDS = 45.0
 RESUBMISSIONS = 2
@@ -183,7 +183,7 @@ def _write_sweep(plan: Plan, folder: Path) -> None:
         "tuning": _tuning(sweep),
         "config": dump(sweep.config),
     }
-    write_atomically(folder / "sweep.yaml", yaml.safe_dump(stored, sort_keys=False))
+    write_atomically(folder / "sweep.yaml", dump_yaml(stored))
     ladder_table(plan.runs).to_parquet(folder / "ladder.parquet")
 
 

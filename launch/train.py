@@ -19,6 +19,7 @@ from launch.journal import Journal
 from launch.run_status import RunStatus, status_of
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
+from sweeps.overrides import refuse_unused_launcher
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
 from trainer.exit_codes import ExitCode
 from trainer.record import number, read_json, read_run
@@ -53,10 +54,11 @@ def main(words: list[str]) -> int:
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     experiment = read_experiment(arguments.run, arguments.override)
     runs = Path(arguments.runs)
-    runs.mkdir(parents=True, exist_ok=True)
     folder = runs / experiment.folder_name
     plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
     launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
+    _refuse_unused(arguments.override, experiment.execution, launcher)
+    runs.mkdir(parents=True, exist_ok=True)
     if "dataset" in plain:
         dataset = load(DatasetConfig, plain["dataset"], "dataset")
         build_data(dataset, Path(experiment.execution.data_root), console)
@@ -93,6 +95,19 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
         return experiment
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _refuse_unused(
+    overrides: list[str], execution: ExecutionConfig, launcher: LauncherConfig
+) -> None:
+    """Check that overrides of the launcher have a part in the run."""
+    given = read_overrides(overrides).get("launcher") or {}
+    if given and execution.ranks == 1:
+        raise ConfigError(
+            f"launcher.{next(iter(given))} is for runs of several ranks, but execution.ranks is 1, "
+            "which trains in this process; remove it or raise execution.ranks"
+        )
+    refuse_unused_launcher(given, launcher.cluster)
 
 
 def _conclude(experiment: Experiment, folder: Path, console: Console) -> int:

@@ -1,18 +1,19 @@
 """Expand a sweep file into experiments: ladders x architectures x corpora x ..."""
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
+from sweeps.cells import Cell, cells, matches, read_rules
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
+from sweeps.overrides import refuse_unused
 from sweeps.rungs import find_rung
 from sweeps.sizing import ADMITTED_ERROR, Shape, Sized, size_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
@@ -98,11 +99,13 @@ def read_sweep_file(path: Path, overrides: Sequence[str]) -> Sweep:
         ConfigError: lists every problem of the file and the overrides.
     """
     try:
-        plain = merge(read_yaml(path), read_overrides(overrides))
-        config = load(SweepConfig, plain)
+        over = read_overrides(overrides)
+        config = load(SweepConfig, merge(read_yaml(path), over))
         _choose("ladder", config.ladder, config.ladders)
         _choose("corpus", config.corpus, config.corpora)
-        return Sweep(config, tuple(_expand(config)))
+        experiments = tuple(_expand(config))
+        refuse_unused(config, over, [e.run.corpus.name for e in experiments])
+        return Sweep(config, experiments)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -127,12 +130,36 @@ def _trunk(group: list[Experiment]) -> Trunk:
     return Trunk(replace(first, run=run), forks)
 
 
-def _expand(config: SweepConfig) -> Iterator[Experiment]:
+def _expand(config: SweepConfig) -> Sequence[Experiment]:
+    problems: list[str] = []
+    seen: dict[str, Experiment] = {}
+    for experiment in _kept(config, problems):
+        name = experiment.folder_name
+        if seen.setdefault(name, experiment) != experiment:
+            problems.append(
+                f"also repeats run {name} with another execution; give the entry a label of its own"
+            )
+    if problems:
+        raise ConfigError("\n  ".join(dict.fromkeys(problems)))
+    if not seen:
+        raise ConfigError("the sweep has no runs; check architectures, rungs and exclude")
+    return list(seen.values())
+
+
+def _kept(config: SweepConfig, problems: list[str]) -> Iterator[Experiment]:
+    """The experiments of every cell that no rule excludes; what is wrong goes to `problems`."""
     architectures = read_architectures()
-    problems, experiments = [], []
-    seen: set[str] = set()
-    for cell in _cells(config):
-        if any(_matches(cell, rule) for rule in config.exclude):
+    rules = read_rules("exclude", config.exclude)
+    unmatched = dict(enumerate(rules))
+
+    def excluded(cell: Cell) -> bool:
+        found = [i for i, rule in enumerate(rules) if matches(cell, rule)]
+        for i in found:
+            unmatched.pop(i, None)
+        return bool(found)
+
+    for cell in cells(config):
+        if excluded(cell):
             continue
         try:
             made = list(_experiments(config, architectures, cell))
@@ -140,44 +167,16 @@ def _expand(config: SweepConfig) -> Iterator[Experiment]:
             problems.append(str(error))
             continue
         for experiment in made:
-            if experiment.folder_name not in seen:
-                seen.add(experiment.folder_name)
-                experiments.append(experiment)
-    if problems:
-        raise ConfigError("\n  ".join(dict.fromkeys(problems)))
-    if not experiments:
-        raise ConfigError("the sweep has no runs; check architectures, rungs and exclude")
-    yield from experiments
-
-
-def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
-    """The product of the axes, then the replicates, then the further products of `also`."""
-    ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
-    axes = {
-        "architecture": config.architectures,
-        "corpus": (*corpora.default, *ladder.more_corpora),
-        "rung": ladder.rungs,
-        "seed": ladder.seeds,
-        "learning_rate_factor": ladder.learning_rate_factors,
-    }
-    for rule in (*config.also, *config.exclude):
-        for key in rule:
-            _choose("axis", key, dict.fromkeys((*axes, "horizon", "label", "execution")))
-    products: list[Mapping[str, Sequence]] = [axes]
-    if ladder.replicates:
-        more = {"rung": ladder.replicates.rungs, "seed": ladder.replicates.seeds}
-        products.append({**axes, **more})
-    for further in config.also:
-        products.append(
-            {**axes, **{k: v if isinstance(v, list) else [v] for k, v in further.items()}}
+            if not excluded({**cell, "horizon": experiment.run.budget.tokens}):
+                yield experiment
+    for i in unmatched if not problems else ():
+        problems.append(
+            f"exclude[{i}] {config.exclude[i]} matches no run; correct it, or give exclude=[]"
         )
-    for product in products:
-        for values in itertools.product(*product.values()):
-            yield dict(zip(product, values, strict=True))
 
 
 def _experiments(
-    config: SweepConfig, architectures: Mapping[str, ArchitectureConfig], cell: Mapping[str, Any]
+    config: SweepConfig, architectures: Mapping[str, ArchitectureConfig], cell: Cell
 ) -> Iterator[Experiment]:
     name = cell["architecture"]
     _choose("architecture", name, architectures)
@@ -273,8 +272,14 @@ def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConf
 
 def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
     budgets = ladder.horizons or tuple(r * nominal for r in ladder.tokens_per_parameter)
-    for tokens in budgets:
-        yield max(1, round(tokens / batch)) * batch
+    rounded = [max(1, round(tokens / batch)) * batch for tokens in budgets]
+    for tokens, budget in zip(rounded, budgets, strict=True):
+        if rounded.count(tokens) > 1:
+            raise ConfigError(
+                f"the horizon {budget:.12g} and another are the same number of batches of {batch} "
+                f"tokens, {tokens // batch}; leave one out"
+            )
+        yield tokens
 
 
 def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
@@ -282,14 +287,6 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32",
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() else "fp32"
-
-
-def _as_axes(values: Mapping[str, Any]) -> dict[str, list]:
-    return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
-
-
-def _matches(cell: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
-    return all(cell.get(key) in values for key, values in _as_axes(rule).items())
 
 
 def _choose(what: str, name: str, known: Mapping[str, object]) -> None:

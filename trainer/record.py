@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-import yaml
+from untrusted.json_text import parse_json
+from untrusted.yaml_text import dump_yaml, parse_yaml
 
 Scalar = bool | int | float | str | None
 Row = dict[str, Scalar]
@@ -110,8 +111,7 @@ class RunRecord:
     def write_config(self, config: Mapping) -> None:
         """Store the resolved RunConfig, once; a later start leaves the text as it is."""
         if not (self.path / "config.yaml").exists():
-            text = yaml.safe_dump(dict(config), sort_keys=False)
-            write_atomically(self.path / "config.yaml", text)
+            write_atomically(self.path / "config.yaml", dump_yaml(dict(config)))
 
     def write_provenance(self, start: Mapping) -> None:
         """Append the facts of this start; top-level keys show the latest start."""
@@ -168,7 +168,7 @@ def read_run(path: Path) -> StoredRun:
     config_file = path / "config.yaml"
     return StoredRun(
         path=path,
-        config=yaml.safe_load(config_file.read_text()) if config_file.exists() else {},
+        config=parse_yaml(config_file.read_text()) if config_file.exists() else {},
         provenance=read_json(path / "provenance.json"),
         status=read_json(path / "STATUS.json"),
         summary=read_json(path / "summary.json"),
@@ -220,7 +220,7 @@ def read_json(path: Path) -> dict:
         RuntimeError: the file is there but holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text()) if path.exists() else {}
+        value = parse_json(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise RuntimeError(
             f"{path} is not valid JSON: {error}; restore it or move it away"

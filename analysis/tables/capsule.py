@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.tables.run_table import load
+from untrusted.json_text import parse_json
 
 INDEX = "CAPSULE.json"
 FORMAT = 1
@@ -97,7 +98,7 @@ def unpack(file: Path, folder: Path) -> Capsule:
 
 def _index(file: Path, folder: Path) -> dict:
     path = folder / INDEX
-    index = json.loads(path.read_text()) if path.is_file() else {}
+    index = parse_json(path.read_text()) if path.is_file() else {}
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{file} is not a capsule of format {FORMAT}; pack it with this version")
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}

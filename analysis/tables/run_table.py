@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from analysis.tables.training_curves import training_curves
 from trainer.record import Row, StoredRun, read_json, read_run
+from untrusted.yaml_text import parse_yaml
 
 COLUMNS = {
     "run_id": "hash of the resolved run configuration; of a trunk, its trunk_id",
@@ -169,7 +169,7 @@ def _read_sweep(root: Path) -> dict:
     file = root / "sweep.yaml"
     if not file.exists():
         raise ValueError(f"{root} holds no sweep.yaml; name a folder runs/<sweep>")
-    sweep = yaml.safe_load(file.read_text())
+    sweep = parse_yaml(file.read_text())
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
         raise ValueError(f"{file} lists no runs; expand the sweep again to rewrite it")
     return sweep
