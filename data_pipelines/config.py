@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from untrusted.paths import MAX_NAME_BYTES
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Names of datasets and domains, which become folder names."""
 
@@ -195,7 +197,7 @@ class DataConfig:
 
 
 def _require_name(key: str, name: str) -> None:
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
         raise ValueError(
             f"{key} {name!r} cannot be a folder name; use letters, digits, dot, dash and underscore"
         )

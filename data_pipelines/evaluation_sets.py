@@ -12,11 +12,12 @@ from data_pipelines.config import DataConfig
 from data_pipelines.manifest import read_manifest
 from data_pipelines.shards import batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.verify import verify_streams
+from untrusted.paths import inside
 
 
 def evaluation_sets(root: Path, dataset: str) -> list[str]:
     """Names of the evaluation sets of a dataset: its domains."""
-    return read_manifest(root / dataset).domains
+    return read_manifest(inside(root, dataset)).domains
 
 
 def evaluation_batches(
@@ -54,7 +55,7 @@ def check_evaluation(config: DataConfig, root: Path, max_blocks: int) -> None:
     Raises:
         ValueError: those of one set do not.
     """
-    manifest = read_manifest(root / config.dataset)
+    manifest = read_manifest(inside(root, config.dataset))
     for domain in manifest.domains:
         _whole_groups(config, manifest.stream(domain, "validation"), max_blocks)
 

@@ -20,6 +20,7 @@ from data_pipelines.fault_points import fault_point
 from data_pipelines.format import token_dtype
 from data_pipelines.sources import Input, read_input
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from untrusted.paths import inside
 
 SPLITS = ("train", "validation")
 SCATTERED, PACKED = ".scattered", ".packed"
@@ -166,7 +167,7 @@ def pack(task: Pack) -> DomainFacts:
     """Write the token stream and the document lengths of both splits of a domain."""
     folder = Path(task.folder)
     tokenizer = load_tokenizer(task.config.tokenizer, folder)
-    with open_stage(folder / PACKED / task.domain) as partial:
+    with open_stage(inside(folder / PACKED, task.domain)) as partial:
         assert partial is not None
         facts = _pack_into(partial, task, tokenizer)
         (partial / FACTS).write_text(json.dumps(asdict(facts)))
@@ -209,7 +210,7 @@ def iterate_blocks(
 
 
 def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:
-    scattered = Path(task.folder) / SCATTERED / task.domain
+    scattered = inside(Path(task.folder) / SCATTERED, task.domain)
     left_out = {"duplicate": 0, "beyond cap": 0}
     writers = {split: _Writer(partial, split, tokenizer) for split in SPLITS}
     for keyed, reason in read_in_order(scattered, task.config.domain_bytes):
@@ -263,7 +264,7 @@ class _Writer:
 
 
 def _flush(task: Scatter, domain: str, bucket: int, buffer: bytearray) -> None:
-    folder = Path(task.folder) / domain
+    folder = inside(Path(task.folder), domain)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{bucket:05d}.{task.index:06d}").open("ab") as file:
         file.write(buffer)

@@ -22,6 +22,7 @@ from data_pipelines.durable import hold_lock, sync
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
 from data_pipelines.manifest import INDEX, Manifest, Shard, Stream, read_manifest, rebuild
+from untrusted.paths import refuse_links
 
 CHUNK_BYTES = 1 << 20
 MAX_INDEX_BYTES_PER_SHARD = 4096
@@ -33,6 +34,7 @@ def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) 
     Raises:
         RuntimeError: an index or a shard does not match the manifest.
     """
+    refuse_links(folder)
     for stream in streams:
         _verify_index(folder, manifest, stream)
     shards = [shard for stream in streams for shard in stream.shards]
@@ -152,6 +154,8 @@ def _make_sure(folder: Path, shard: Shard) -> None:
     path = folder / shard.name
     partial = path.with_name(path.name + ".tmp")
     try:
+        # It may be a link, which a write would follow.
+        partial.unlink(missing_ok=True)
         partial.write_bytes(content)
         sync(partial)
         fault_point("verify.decompressed")
@@ -240,6 +244,7 @@ def _write_stamps(folder: Path, stamps: dict[str, list | None]) -> None:
     # Stamps only save work: on a read-only disk a dataset is verified at each start instead.
     with contextlib.suppress(OSError):
         partial = _stamp_file(folder).with_suffix(".tmp")
+        partial.unlink(missing_ok=True)
         partial.write_text(json.dumps(stamps))
         partial.replace(_stamp_file(folder))
 

@@ -24,6 +24,7 @@ from trainer.exit_codes import ExitCode
 from trainer.ids import evaluation_id
 from trainer.record import StoredRun, number, read_run
 from trainer.schema import ConfigError, read_yaml
+from untrusted.paths import inside
 from untrusted.yaml_text import dump_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +116,7 @@ def retrain(
     Raises:
         RuntimeError: it did not finish, or the data differ.
     """
-    before = capsule.folder / "runs" / experiment.folder_name
+    before = inside(capsule.folder, "runs", experiment.folder_name)
     data_root = Path(experiment.execution.data_root)
     require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
     runs.mkdir(parents=True)
@@ -125,7 +126,7 @@ def retrain(
         highlight=False,
     )
     TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
-    folder = runs / experiment.folder_name
+    folder = inside(runs, experiment.folder_name)
     if status_of(experiment, folder) is not RunStatus.DONE:
         raise RuntimeError(
             f"run {experiment.run_id} did not finish; run it with launch/train.py to see why"

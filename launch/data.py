@@ -12,6 +12,7 @@ from data_pipelines.manifest import MANIFEST, read_manifest
 from data_pipelines.verify import verify_dataset
 from trainer.exit_codes import ExitCode
 from trainer.schema import dump, load
+from untrusted.paths import inside
 
 
 class DataError(RuntimeError):
@@ -26,7 +27,7 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
     Raises:
         DataError: it cannot be built, or the existing one was built from another config.
     """
-    folder = root / config.name
+    folder = inside(root, config.name)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         if manifest.config == dump(config):
@@ -51,7 +52,7 @@ def verify_data(config: DatasetConfig, root: Path) -> None:
         DataError: a file is missing or damaged.
     """
     try:
-        verify_dataset(root / config.name)
+        verify_dataset(inside(root, config.name))
     except RuntimeError as error:
         raise DataError(str(error)) from error
 

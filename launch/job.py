@@ -18,6 +18,7 @@ import submitit
 from launch.journal import Journal
 from launch.run_status import status_of
 from sweeps.grammar import Experiment
+from untrusted.paths import inside
 
 if TYPE_CHECKING:
     from trainer.session import Lineage
@@ -99,7 +100,7 @@ class TrainJob:
 
         trunk_folder = None
         if unit.trunk is not None:
-            trunk_folder = self.sweep / unit.trunk.trunk_id
+            trunk_folder = inside(self.sweep, unit.trunk.trunk_id)
             missing = [e for e in unit.branches if not self._is_done(e)]
             if not missing:
                 return
@@ -109,7 +110,7 @@ class TrainJob:
                     return
         for experiment in unit.branches:
             if not self._is_done(experiment):
-                folder = self.sweep / experiment.folder_name
+                folder = inside(self.sweep, experiment.folder_name)
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
     def _train_one(self, experiment: Experiment, folder: Path, lineage: "Lineage") -> bool:
@@ -137,7 +138,7 @@ class TrainJob:
         return True
 
     def _is_done(self, experiment: Experiment) -> bool:
-        folder = self.sweep / experiment.folder_name
+        folder = inside(self.sweep, experiment.folder_name)
         return status_of(experiment, folder).ended
 
     @contextlib.contextmanager
@@ -148,7 +149,7 @@ class TrainJob:
             return
         claims = self.sweep / "claims"
         claims.mkdir(exist_ok=True)
-        with (claims / f"{unit.name}.lock").open("w") as lock:
+        with inside(claims, f"{unit.name}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:

@@ -24,6 +24,7 @@ from trainer.exit_codes import ExitCode
 from trainer.record import write_json
 from trainer.schema import ConfigError, read_yaml
 from trainer.swap import Measured, measure, swapped
+from untrusted.paths import inside
 
 AT_ONCE = 4
 SEARCHED_BLOCKS = 4096
@@ -72,10 +73,11 @@ def only_run(folder: Path) -> Path:
         return folder
     runs = read_yaml(folder / "sweep.yaml")["runs"]
     if len(runs) != 1:
+        one = inside(folder, runs[0])
         raise ConfigError(
-            f"{folder} is a sweep of {len(runs)} runs; give one of them, such as {folder / runs[0]}"
+            f"{folder} is a sweep of {len(runs)} runs; give one of them, such as {one}"
         )
-    return folder / runs[0]
+    return inside(folder, runs[0])
 
 
 def evaluate(folder: Path, arguments: argparse.Namespace) -> dict:

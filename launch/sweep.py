@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -25,10 +26,11 @@ from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan,
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, status_of
 from sweeps.architecture import read_architectures
-from sweeps.grammar import Sweep, read_sweep_file
+from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.record import number, write_atomically
 from trainer.schema import ConfigError, dump
+from untrusted.paths import PathError, inside, refuse_links
 from untrusted.yaml_text import dump_yaml
 
 REDRAW_SECONDS = 45.0
@@ -55,7 +57,7 @@ def main(words: list[str]) -> int:
     try:
         sweep = read_sweep_file(arguments.sweep, arguments.override)
         return _run(sweep, arguments, console)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ConfigError, PathError, RuntimeError, OSError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
@@ -64,9 +66,10 @@ def main(words: list[str]) -> int:
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
-    folder = Path(arguments.runs) / sweep.folder_name
+    folder = inside(Path(arguments.runs), sweep.folder_name)
+    refuse_links(folder)
     plan = make_plan(sweep, folder)
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in sweep.experiments}
+    statuses = _statuses(sweep.experiments, folder)
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
     _print_plan(plan, todo, statuses, console)
     if arguments.plan:
@@ -78,13 +81,15 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     root_hash = build_data(sweep.corpora.dataset, data_root, console)
     if arguments.verify:
         verify_data(sweep.corpora.dataset, data_root)
-        console.print(f"{data_root / sweep.corpora.dataset.name}: every file matches its hash")
+        console.print(
+            f"dataset {sweep.corpora.dataset.name} in {data_root}: every file matches its hash"
+        )
         return int(ExitCode.DONE)
     if arguments.data:
         return int(ExitCode.DONE)
     for name, status in statuses.items():
         if status.ended:
-            require_same_data(folder / name, root_hash)
+            require_same_data(inside(folder, name), root_hash)
     _write_sweep(plan, folder)
     write_baselines(
         [experiment.run for experiment in sweep.experiments],
@@ -128,14 +133,14 @@ def _conclude(sweep: Sweep, folder: Path, begin: float, console: Console) -> int
         same.setdefault(error, []).append(name)
     for error, names in same.items():
         more = f" and {len(names) - 1} more runs" if len(names) > 1 else ""
-        line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
+        line = f"[red]failed:[/red] {inside(folder, names[0])}{more}: {escape(error)}"
         console.print(line, highlight=False, soft_wrap=True)
     for row in journal.rows():
         if row["event"] == "job failed" and number(row, "written") >= begin:
             error = escape(str(row["error"]))
             console.print(f"[red]job {row['job']} failed:[/red] {error}", highlight=False)
-    statuses = [status_of(e, folder / e.folder_name) for e in sweep.experiments]
-    finished = sum(status.ended for status in statuses)
+    statuses = _statuses(sweep.experiments, folder)
+    finished = sum(status.ended for status in statuses.values())
     if finished < len(statuses):
         console.print(
             f"{finished} of {len(statuses)} runs are complete; rerun the same command to resume. "
@@ -203,10 +208,15 @@ def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
     return any(not statuses[e.folder_name].ended for e in unit.branches)
 
 
+def _statuses(experiments: Sequence[Experiment], folder: Path) -> dict[str, RunStatus]:
+    """How far each run is, by its folder's name."""
+    return {e.folder_name: status_of(e, inside(folder, e.folder_name)) for e in experiments}
+
+
 def _is_lost(unit: Unit, folder: Path, failed: dict[str, str]) -> bool:
     """Whether a unit is incomplete although none of its runs failed: its job ended early."""
     names = [e.folder_name for e in unit.branches] + [unit.name]
-    statuses = {e.folder_name: status_of(e, folder / e.folder_name) for e in unit.branches}
+    statuses = _statuses(unit.branches, folder)
     return _is_open(unit, statuses) and not any(name in failed for name in names)
 
 

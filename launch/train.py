@@ -24,6 +24,7 @@ from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequenc
 from trainer.exit_codes import ExitCode
 from trainer.record import number, read_json, read_run
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
+from untrusted.paths import PathError, inside
 
 LINE_SECONDS = 2.0
 EXAMPLES = """
@@ -43,7 +44,7 @@ def main(words: list[str]) -> int:
     console = Console()
     try:
         return _train(arguments, console)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ConfigError, PathError, RuntimeError, OSError) as error:
         console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return int(getattr(error, "exit_code", ExitCode.BAD_CONFIG))
     except KeyboardInterrupt:
@@ -54,7 +55,7 @@ def main(words: list[str]) -> int:
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     experiment = read_experiment(arguments.run, arguments.override)
     runs = Path(arguments.runs)
-    folder = runs / experiment.folder_name
+    folder = inside(runs, experiment.folder_name)
     plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
     launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
     _refuse_unused(arguments.override, experiment.execution, launcher)

@@ -12,6 +12,7 @@ from models.backbone import Backbone, BackboneConfig
 from trainer.config import RunConfig
 from trainer.manifest import MODEL_FILE, CheckpointError, inspect, verified_file
 from trainer.schema import load, read_yaml
+from untrusted.paths import inside
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class TrainedRun:
 
     def tokenizer(self, data_root: Path) -> Tokenizer:
         """The tokenizer that it was trained with."""
-        return load_tokenizer(self.config.corpus.tokenizer, data_root / self.config.corpus.dataset)
+        corpus = self.config.corpus
+        return load_tokenizer(corpus.tokenizer, inside(data_root, corpus.dataset))
 
 
 def load_run(folder: Path) -> TrainedRun:

@@ -29,6 +29,7 @@ from trainer.config import (
 from trainer.ids import run_id, trunk_id
 from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
+from untrusted.paths import plain_name
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Experiment:
     execution: ExecutionConfig
     evaluation: EvaluationConfig
     label: str = ""
+
+    def __post_init__(self) -> None:
+        if self.label:
+            plain_name("label", self.label)
 
     @property
     def run_id(self) -> str:

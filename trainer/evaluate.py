@@ -15,6 +15,7 @@ from data_pipelines.tokenizers import load_tokenizer
 from trainer.config import EvaluationConfig, RunConfig
 from trainer.engine import Engine
 from trainer.objective import IGNORED, prepare, token_nats
+from untrusted.paths import inside
 
 MASK_SEED = 0
 """What is hidden of a held-out sequence is the same for all runs."""
@@ -44,7 +45,9 @@ class Evaluator:
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
         self.sets = evaluation_sets(root, corpus.dataset)
-        self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
+        self._byte_lengths = load_tokenizer(
+            corpus.tokenizer, inside(root, corpus.dataset)
+        ).byte_lengths
 
     def evaluate(self, engine: Engine) -> Iterator[Evaluated]:
         """The loss of each set, summed over the ranks."""

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from untrusted.json_text import parse_json
+from untrusted.paths import refuse_links
 from untrusted.yaml_text import dump_yaml, parse_yaml
 
 Scalar = bool | int | float | str | None
@@ -92,6 +93,7 @@ class RunRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        refuse_links(path)
         self._lock = _lock_or_refuse(path)
         self.incarnation = _claim(path)
         self._files = {

@@ -23,6 +23,7 @@ from trainer.schedule import decay_begins
 from trainer.schema import ConfigError
 from trainer.shared_stream import shared_batches
 from trainer.train_state import TrainState
+from untrusted.paths import inside
 
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
 """Seconds that a phase may last before the stall report."""
@@ -64,7 +65,7 @@ class Session:
         self.config, self.execution, self.evaluation = config, execution, evaluation
         self.folder, self.lineage = folder, lineage
         self._data_root = Path(execution.data_root)
-        self.root_hash = read_dataset(self._data_root / config.corpus.dataset).root_hash
+        self.root_hash = read_dataset(inside(self._data_root, config.corpus.dataset)).root_hash
         self.engine = Engine(build_backbone(config.model, config.seed), config, execution)
         self._group = self.engine.ranks.group()
         self._evaluator = Evaluator(config, evaluation, self._data_root)

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.tables.training_curves import training_curves
 from trainer.record import Row, StoredRun, read_json, read_run
+from untrusted.paths import inside
 from untrusted.yaml_text import parse_yaml
 
 COLUMNS = {
@@ -121,8 +122,8 @@ def load(root: Path) -> Table:
         ValueError: the folder is not a sweep.
     """
     sweep = _read_sweep(root)
-    stored = [read_run(root / str(run_id)) for run_id in sweep["runs"]]
-    trunks = [read_run(root / str(run_id)) for run_id in sweep.get("trunks", [])]
+    stored = [read_run(inside(root, str(run_id))) for run_id in sweep["runs"]]
+    trunks = [read_run(inside(root, str(name))) for name in sweep.get("trunks", [])]
     statuses = {run.path.name: _status(run) for run in stored}
     statuses |= {run.path.name: "trunk" for run in trunks}
     exclusions = _other_data(stored + trunks, statuses)
