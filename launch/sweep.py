@@ -22,16 +22,15 @@ from launch.data import build_data, verify_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
-from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
+from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, status_of
-from sweeps.architecture import read_architectures
+from launch.study_folder import describe, earlier_study, hold, write_study
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
-from trainer.record import number, write_atomically
-from trainer.schema import ConfigError, dump
+from trainer.record import number
+from trainer.schema import ConfigError
 from untrusted.paths import PathError, inside, refuse_links
-from untrusted.yaml_text import dump_yaml
 
 REDRAW_SECONDS = 45.0
 RESUBMISSIONS = 2
@@ -72,30 +71,49 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     statuses = _statuses(sweep.experiments, folder)
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
     _print_plan(plan, todo, statuses, console)
+    study = describe(plan)
+    if change := earlier_study(folder, study):
+        console.print(
+            f"{escape(change)}; the first one's report is kept in {folder / 'earlier'}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if arguments.plan:
         for line in expected_lines(plan, folder):
             console.print(line, highlight=False, soft_wrap=True)
     if arguments.plan or arguments.status:
         return int(ExitCode.DONE)
+    if arguments.data or arguments.verify:
+        return _make_data(sweep, console, verify=arguments.verify)
     data_root = Path(sweep.experiments[0].execution.data_root)
-    root_hash = build_data(sweep.corpora.dataset, data_root, console)
-    if arguments.verify:
-        verify_data(sweep.corpora.dataset, data_root)
-        console.print(
-            f"dataset {sweep.corpora.dataset.name} in {data_root}: every file matches its hash"
-        )
-        return int(ExitCode.DONE)
-    if arguments.data:
-        return int(ExitCode.DONE)
-    for name, status in statuses.items():
-        if status.ended:
-            require_same_data(inside(folder, name), root_hash)
-    _write_sweep(plan, folder)
+    with hold(folder, study["id"]):
+        root_hash = build_data(sweep.corpora.dataset, data_root, console)
+        for name, status in statuses.items():
+            if status.ended:
+                require_same_data(inside(folder, name), root_hash)
+        write_study(folder, plan, study)
+        return _train_study(plan, todo, (folder, data_root, root_hash), console)
+
+
+def _make_data(sweep: Sweep, console: Console, *, verify: bool) -> int:
+    dataset, data_root = sweep.corpora.dataset, Path(sweep.experiments[0].execution.data_root)
+    build_data(dataset, data_root, console)
+    if verify:
+        verify_data(dataset, data_root)
+        console.print(f"dataset {dataset.name} in {data_root}: every file matches its hash")
+    return int(ExitCode.DONE)
+
+
+def _train_study(
+    plan: Plan, todo: list[Unit], places: tuple[Path, Path, str], console: Console
+) -> int:
+    """Train what is missing, and draw the report; `places` are as `write_baselines` takes them."""
+    sweep, folder = plan.sweep, places[0]
     write_baselines(
         [experiment.run for experiment in sweep.experiments],
         sweep.experiments[0].evaluation,
         sweep.config.baselines,
-        (folder, data_root, root_hash),
+        places,
         console,
     )
     begin = time.time()
@@ -174,34 +192,6 @@ def _print_plan(
         f"about {duration(seconds / workers)} on {workers} workers",
         highlight=False,
     )
-
-
-def _write_sweep(plan: Plan, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep = plan.sweep
-    stored = {
-        "name": sweep.folder_name,
-        "runs": [e.folder_name for e in sweep.experiments if not e.label],
-        "repeats": [e.folder_name for e in sweep.experiments if e.label],
-        "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
-        "neutral_set": sweep.corpora.neutral_set,
-        "tuning": _tuning(sweep),
-        "config": dump(sweep.config),
-    }
-    write_atomically(folder / "sweep.yaml", dump_yaml(stored))
-    ladder_table(plan.runs).to_parquet(folder / "ladder.parquet")
-
-
-def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
-    """Each architecture's learning-rate factor, and the search that it comes from."""
-    known = read_architectures()
-    return {
-        name: {
-            "learning_rate_scale": known[name].learning_rate_scale,
-            "evidence": known[name].learning_rate_evidence,
-        }
-        for name in sweep.config.architectures
-    }
 
 
 def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:
