@@ -125,7 +125,7 @@ def retrain(
         f"{experiment.run.corpus.name} again, {experiment.run.budget.tokens / 1e6:.2f} M tokens",
         highlight=False,
     )
-    TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
+    TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run_here()
     folder = inside(runs, experiment.folder_name)
     if status_of(experiment, folder) is not RunStatus.DONE:
         raise RuntimeError(

@@ -18,6 +18,8 @@ from sweeps.config import LauncherConfig
 from trainer.schema import ConfigError
 
 POLL_SECONDS = 0.5
+NO_LIMIT_MINUTES = 60 * 24 * 3650
+"""launcher.minutes is SLURM's --time; a run on this machine takes as long as it takes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run_units(
         ConfigError: a run needs more slots than there are.
     """
     if launcher.cluster == "inline":
-        TrainJob(sweep, tuple(units), None).run()
+        TrainJob(sweep, tuple(units), None).run_here()
         return
     pool = _slurm_pool(units, launcher, sweep) if launcher.cluster == "slurm" else None
     pool = pool or _local_pool(units, launcher, sweep)
@@ -133,7 +135,7 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             tasks_per_node=resources.ranks,
             cpus_per_task=resources.threads,
             gpus_per_node=launcher.gpus_per_node,
-            timeout_min=launcher.minutes,
+            timeout_min=NO_LIMIT_MINUTES,
         )
         return _submit(executor, TrainJob(sweep, units, os.getpid()), resources, None)
 
@@ -172,7 +174,7 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             signal_delay_s=120,
             **{key: value for key, value in optional.items() if value is not None},
         )
-        return _submit(executor, TrainJob(sweep, units, None), resources, intent)
+        return _submit(executor, TrainJob(sweep, units, None, requeued=True), resources, intent)
 
     pool = Pool(10**9, _noter(sweep), start, queue)
     # A job of several units is adopted once.

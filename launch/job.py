@@ -18,12 +18,17 @@ import submitit
 from launch.journal import Journal
 from launch.run_status import status_of
 from sweeps.grammar import Experiment
+from trainer.exit_codes import ExitCode
 from untrusted.paths import inside
 
 if TYPE_CHECKING:
     from trainer.session import Lineage
 
 WATCH_SECONDS = 0.5
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""Which process of which run this is; in a shell of the user they are those of something else."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,15 @@ class TrainJob:
         units: longest first; every local worker gets all of them and claims the next free one.
         launcher: process id of a local launcher, after whose death the job stops too; None on a
             cluster.
+        requeued: whether the launcher submitted it to SLURM, where a job that is stopped is
+            requeued. That a SLURM job surrounds the process says nothing: it may be the user's own.
         begun: when the launcher made the job; a run that failed since is not retried.
     """
 
     sweep: Path
     units: tuple[Unit, ...]
     launcher: int | None
+    requeued: bool = False
     begun: float = field(default_factory=time.time)
 
     def __call__(self) -> None:
@@ -75,6 +83,12 @@ class TrainJob:
         # Ranks pick their device by LOCAL_RANK among those that SLURM or submitit gave to the job.
         environment.export(set_cuda_visible_devices=False)
         os.environ["LOCAL_WORLD_SIZE"] = str(environment.local_world_size)
+        self.run()
+
+    def run_here(self) -> None:
+        """Train the missing runs in this process alone, whatever job surrounds it."""
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
         self.run()
 
     def run(self) -> None:
@@ -134,7 +148,7 @@ class TrainJob:
         if first:
             journal.write("ended", run=folder.name, state=outcome.state, seconds=seconds)
         if outcome.state == "stopped":
-            _leave(journal, first)
+            _leave(journal, first=first, requeued=self.requeued)
         return True
 
     def _is_done(self, experiment: Experiment) -> bool:
@@ -172,11 +186,11 @@ def _has_forks(trunk: Path, branches: list[Experiment]) -> bool:
     return all((checkpoints / step_name(_fork_of(e)) / "MANIFEST.json").exists() for e in branches)
 
 
-def _leave(journal: Journal, first: bool) -> None:
-    """End a stopped job; on SLURM rank 0 requeues it first."""
+def _leave(journal: Journal, *, first: bool, requeued: bool) -> None:
+    """End a stopped job; of one that the launcher submitted to SLURM, rank 0 requeues it first."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        os._exit(75)
+    if job is None or not requeued:
+        os._exit(ExitCode.REQUEUE)
     if first:
         asked = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False
@@ -185,7 +199,7 @@ def _leave(journal: Journal, first: bool) -> None:
     # SLURM now kills all ranks. A rank that returned instead would write submitit's result file,
     # and the launcher would take the job for finished.
     time.sleep(120)
-    os._exit(75)
+    os._exit(ExitCode.REQUEUE)
 
 
 def _end_with(launcher: int) -> None:
@@ -196,6 +210,6 @@ def _end_with(launcher: int) -> None:
             time.sleep(WATCH_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-        os._exit(75)
+        os._exit(ExitCode.REQUEUE)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

@@ -67,7 +67,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
     with _Ticker(folder, console):
         if experiment.execution.ranks == 1:
-            TrainJob(runs, (unit,), None).run()
+            TrainJob(runs, (unit,), None).run_here()
         else:
             run_units([unit], launcher, runs, lambda: None)
     return _conclude(experiment, folder, console)

@@ -28,7 +28,8 @@ class LauncherConfig:
     account: str | None = None
     """SLURM's --account; null for the user's default."""
     minutes: int = 240
-    """Time limit of a job, in minutes (SLURM's --time); longer runs are requeued and resume."""
+    """Time limit of a SLURM job, in minutes (SLURM's --time); longer runs are requeued and resume.
+    Local runs have none."""
     memory_gb: int | None = None
     """Memory per node in GB (SLURM's --mem); null for the cluster's default."""
     gpus_per_node: int = 0

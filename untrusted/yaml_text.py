@@ -166,7 +166,7 @@ def _merged(event: yaml.Event, value: object) -> dict[str, object]:
     parts = value if isinstance(value, list) else [value]
     if not all(isinstance(part, dict) for part in parts):
         raise _error(event, "<< merges mappings only")
-    return {key: part[key] for part in reversed(parts) for key in part}
+    return {key: part[key] for part in reversed(parts) for key in part}  # type: ignore[union-attr]
 
 
 def _error(event: yaml.Event, problem: str) -> YAMLTextError:
