@@ -137,6 +137,10 @@ class DataConfig:
     the number of machines."""
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or not self.name.isprintable() or len(self.name) > 200:
+            raise ValueError(
+                f"corpus.name {self.name[:80]!r} is no name; write 1 to 200 printable characters"
+            )
         _require_name("corpus.dataset", self.dataset)
         self._require_shares()
         if self.seq_len < 1 or min(

@@ -14,8 +14,8 @@ from data_pipelines.fault_points import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.slurm import QueuedJob, QueueExecutor, held_jobs
+from sweeps.checks import available_slots
 from sweeps.config import LauncherConfig
-from trainer.schema import ConfigError
 
 POLL_SECONDS = 0.5
 NO_LIMIT_MINUTES = 60 * 24 * 3650
@@ -84,8 +84,7 @@ def run_units(
 ) -> None:
     """Train units where the launcher config says, calling `tick` twice a second, until all end.
 
-    Raises:
-        ConfigError: a run needs more slots than there are.
+    They fit there, which `sweeps.checks.check_machine` has checked.
     """
     if launcher.cluster == "inline":
         TrainJob(sweep, tuple(units), None).run_here()
@@ -105,11 +104,6 @@ def run_units(
         raise
 
 
-def available_slots(launcher: LauncherConfig) -> int:
-    """CPU threads that local runs may hold together."""
-    return launcher.slots or len(os.sched_getaffinity(0))
-
-
 def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
     slots = available_slots(launcher)
     queue: list[tuple[Resources, tuple[Unit, ...]]] = []
@@ -117,11 +111,6 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
     for unit in units:
         groups.setdefault(resources_of(unit), []).append(unit)
     for resources in sorted(groups, key=lambda s: -s.slots):
-        if resources.slots > slots:
-            raise ConfigError(
-                f"execution.ranks {resources.ranks} x execution.threads {resources.threads} need "
-                f"{resources.slots} slots, but there are {slots}; lower one or raise launcher.slots"
-            )
         mine = tuple(groups[resources])
         if resources.ranks > 1:
             queue += [(resources, (unit,)) for unit in mine]

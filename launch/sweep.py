@@ -17,7 +17,7 @@ from rich.measure import Measurement as RichMeasurement
 
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
-from launch.cluster import available_slots, run_units
+from launch.cluster import run_units
 from launch.data import build_data, verify_data
 from launch.job import Unit
 from launch.journal import Journal
@@ -26,6 +26,7 @@ from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, status_of
 from launch.study_folder import describe, earlier_study, hold, write_study
+from sweeps.checks import available_slots, check_domains, check_machine
 from sweeps.grammar import Experiment, Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.record import number
@@ -67,6 +68,7 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = inside(Path(arguments.runs), sweep.folder_name)
     refuse_links(folder)
+    _check(sweep)
     plan = make_plan(sweep, folder)
     statuses = _statuses(sweep.experiments, folder)
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
@@ -88,11 +90,26 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     data_root = Path(sweep.experiments[0].execution.data_root)
     with hold(folder, study["id"]):
         root_hash = build_data(sweep.corpora.dataset, data_root, console)
+        # Of some sources the domains are known only now.
+        _check(sweep)
         for name, status in statuses.items():
             if status.ended:
                 require_same_data(inside(folder, name), root_hash)
         write_study(folder, plan, study)
         return _train_study(plan, todo, (folder, data_root, root_hash), console)
+
+
+def _check(sweep: Sweep) -> None:
+    """Check all that can be known before anything is spent.
+
+    Raises:
+        ConfigError: names the key that does not fit this machine or the data.
+    """
+    executions = dict.fromkeys(experiment.execution for experiment in sweep.experiments)
+    check_machine(executions, sweep.config.launcher)
+    corpora = {e.run.corpus.name: e.run.corpus.domains for e in sweep.experiments}
+    chosen, root = sweep.corpora, Path(sweep.experiments[0].execution.data_root)
+    check_domains(corpora, chosen.neutral_set, chosen.dataset, root)
 
 
 def _make_data(sweep: Sweep, console: Console, *, verify: bool) -> int:

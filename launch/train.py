@@ -17,10 +17,11 @@ from launch.data import build_data
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.run_status import RunStatus, status_of
+from sweeps.checks import check_domains, check_machine, check_run
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
 from sweeps.overrides import refuse_unused_launcher
-from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.exit_codes import ExitCode
 from trainer.record import number, read_json, read_run
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
@@ -59,10 +60,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
     launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
     _refuse_unused(arguments.override, experiment.execution, launcher)
-    runs.mkdir(parents=True, exist_ok=True)
+    check_machine([experiment.execution], launcher)
     if "dataset" in plain:
-        dataset = load(DatasetConfig, plain["dataset"], "dataset")
-        build_data(dataset, Path(experiment.execution.data_root), console)
+        _make_data(load(DatasetConfig, plain["dataset"], "dataset"), experiment, console)
+    runs.mkdir(parents=True, exist_ok=True)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
     with _Ticker(folder, console):
@@ -92,10 +93,28 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
             load(ExecutionConfig, execution, "execution"),
             load(EvaluationConfig, evaluation, "evaluation"),
         )
-        sequences_at_once(experiment.run, experiment.execution)
+        check_run(experiment.run, experiment.execution)
         return experiment
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _make_data(dataset: DatasetConfig, experiment: Experiment, console: Console) -> None:
+    """Build the dataset that the run's file describes, which must be the one that it reads."""
+    corpus, root = experiment.run.corpus, Path(experiment.execution.data_root)
+    for key, built, read in (
+        ("name", dataset.name, corpus.dataset),
+        ("tokenizer", dataset.tokenizer, corpus.tokenizer),
+        ("block_tokens", dataset.block_tokens, corpus.block_tokens),
+    ):
+        if built != read:
+            where = "dataset" if key == "name" else key
+            raise ConfigError(
+                f"dataset.{key} is {built}, but corpus.{where} is {read}; make them equal"
+            )
+    check_domains({corpus.name: corpus.domains}, None, dataset, root)
+    build_data(dataset, root, console)
+    check_domains({corpus.name: corpus.domains}, None, dataset, root)
 
 
 def _refuse_unused(
@@ -103,9 +122,10 @@ def _refuse_unused(
 ) -> None:
     """Check that overrides of the launcher have a part in the run."""
     given = read_overrides(overrides).get("launcher") or {}
-    if given and execution.ranks == 1:
+    unused = [key for key in given if key != "slots"]
+    if unused and execution.ranks == 1:
         raise ConfigError(
-            f"launcher.{next(iter(given))} is for runs of several ranks, but execution.ranks is 1, "
+            f"launcher.{unused[0]} is for runs of several ranks, but execution.ranks is 1, "
             "which trains in this process; remove it or raise execution.ranks"
         )
     refuse_unused_launcher(given, launcher.cluster)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from models.backbone import BackboneConfig
+from trainer.config import require_positive
 from trainer.schema import load, read_yaml
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -40,6 +41,10 @@ class ArchitectureConfig:
     """The search that the factor was read off, and its rungs."""
     model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
     """Other keys of the model, such as form or tied."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "layers_ratio", "hidden_ratio", "d_model_step")
+        require_positive(self, "learning_rate_scale")
 
 
 def read_architectures() -> dict[str, ArchitectureConfig]:

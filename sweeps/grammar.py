@@ -1,6 +1,5 @@
 """Expand a sweep file into experiments: ladders x architectures x corpora x ..."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.cells import Cell, cells, matches, read_rules
+from sweeps.checks import check_run
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
 from sweeps.overrides import refuse_unused
 from sweeps.rungs import find_rung
-from sweeps.sizing import ADMITTED_ERROR, Shape, Sized, size_architecture
+from sweeps.sizing import ADMITTED_ERROR, OVERRIDDEN_ERROR, Shape, Sized, size_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
 from trainer.config import (
     FORMS,
@@ -127,6 +127,11 @@ def _trunk(group: list[Experiment]) -> Trunk:
     first = group[0]
     forks = frozenset(decay_begins(experiment.run) for experiment in group)
     last = max(forks)
+    if min(forks) == 0:
+        raise ConfigError(
+            f"schedule.decay_fraction {first.run.schedule.decay_fraction} leaves no step before "
+            "the decay, from which horizons could branch; lower it"
+        )
     run = replace(
         first.run,
         schedule=replace(first.run.schedule, decay_fraction=0.0),
@@ -191,8 +196,8 @@ def _experiments(
     # Objectives that hide tokens have an id for what is hidden, after the tokenizer's.
     vocab_size = vocabulary_size(corpora.dataset.tokenizer) + (config.objective != "causal_lm")
     rung = find_rung(cell["rung"])
-    # With an overridden model the closest shape is accepted; the plan shows how far off it is.
-    tolerance = math.inf if config.model else ADMITTED_ERROR
+    # An overridden model may miss its rung by more; the plan shows by how much.
+    tolerance = OVERRIDDEN_ERROR if config.model or ladder.model else ADMITTED_ERROR
     fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
@@ -225,9 +230,11 @@ def _experiments(
         )
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
         evaluation = merge(ladder.evaluation, config.evaluation)
+        execution = load(ExecutionConfig, execution, "execution")
+        check_run(run, execution)
         yield Experiment(
             run,
-            load(ExecutionConfig, execution, "execution"),
+            execution,
             load(EvaluationConfig, evaluation, "evaluation"),
             cell.get("label", ""),
         )
@@ -256,9 +263,10 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
     form, _ = FORMS[config.objective]
     model = merge({"form": form, **architecture.model}, over)
+    pattern = model.pop("pattern", architecture.pattern)
     # Overrides also win over the architecture's keys for narrow widths.
     blocks, narrow = (merge(part, mine) for part in (architecture.blocks, architecture.narrow))
-    return replace(architecture, blocks=blocks, narrow=narrow, model=model)
+    return replace(architecture, blocks=blocks, narrow=narrow, model=model, pattern=str(pattern))
 
 
 def _corpus(name: str, corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:

@@ -12,7 +12,7 @@ SINGLE = "sweeps/single.yaml"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["launcher.slots=2"], "launcher.slots is for runs of several ranks"),
+        (["launcher.minutes=2"], "launcher.minutes is for runs of several ranks"),
         (["launcher.cluster=slurm"], "launcher.cluster is for runs of several ranks"),
         (
             ["launcher.partition=gpu", "execution.ranks=2", "execution.threads=1"],
