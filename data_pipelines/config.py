@@ -143,7 +143,7 @@ class DataConfig:
             )
         _require_name("corpus.dataset", self.dataset)
         self._require_shares()
-        if self.seq_len < 1 or min(
+        if min(self.seq_len, self.block_tokens) < 1 or min(
             self.block_tokens % self.seq_len, self.seq_len % self.block_tokens
         ):
             raise ValueError(

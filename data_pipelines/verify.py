@@ -6,6 +6,7 @@ machine; a stamp then records the file's identity, so that later starts need not
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -162,11 +163,22 @@ def _make_sure(folder: Path, shard: Shard) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
-        raise RuntimeError(
-            f"shard {path} cannot be decompressed: {error.strerror}; it needs {len(content)} "
-            f"bytes and {free} are free; free some disk space and rerun"
-        ) from error
+        raise RuntimeError(_cannot_decompress(error, path, len(content))) from error
+
+
+def _cannot_decompress(error: OSError, path: Path, size: int) -> str:
+    """Why a shard cannot be written, with the remedy of that reason."""
+    begin = f"shard {path} cannot be decompressed: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return f"{begin}; it needs {size} bytes and {free} are free; free some disk space and rerun"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{begin}; {path.parent} belongs to user id {path.parent.stat().st_uid}, and you are "
+            f"{os.geteuid()}; ask its owner to let you write there or to read the dataset once, or "
+            "copy it and give the copy's folder as execution.data_root"
+        )
+    return f"{begin}; check that disk and rerun"
 
 
 def _raw_is_right(folder: Path, shard: Shard) -> bool:

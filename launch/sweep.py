@@ -68,7 +68,7 @@ def main(words: list[str]) -> int:
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     folder = inside(Path(arguments.runs), sweep.folder_name)
     refuse_links(folder)
-    _check(sweep)
+    check_sweep(sweep)
     plan = make_plan(sweep, folder)
     statuses = _statuses(sweep.experiments, folder)
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
@@ -91,7 +91,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
     with hold(folder, study["id"]):
         root_hash = build_data(sweep.corpora.dataset, data_root, console)
         # Of some sources the domains are known only now.
-        _check(sweep)
+        check_sweep(sweep)
         for name, status in statuses.items():
             if status.ended:
                 require_same_data(inside(folder, name), root_hash)
@@ -99,7 +99,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         return _train_study(plan, todo, (folder, data_root, root_hash), console)
 
 
-def _check(sweep: Sweep) -> None:
+def check_sweep(sweep: Sweep) -> None:
     """Check all that can be known before anything is spent.
 
     Raises:

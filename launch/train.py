@@ -54,15 +54,13 @@ def main(words: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
-    experiment = read_experiment(arguments.run, arguments.override)
+    experiment, launcher, dataset = read_run_file(arguments.run, arguments.override)
     runs = Path(arguments.runs)
     folder = inside(runs, experiment.folder_name)
-    plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
-    launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
-    _refuse_unused(arguments.override, experiment.execution, launcher)
-    check_machine([experiment.execution], launcher)
-    if "dataset" in plain:
-        _make_data(load(DatasetConfig, plain["dataset"], "dataset"), experiment, console)
+    if dataset is not None:
+        build_data(dataset, Path(experiment.execution.data_root), console)
+        # Of some sources the domains are known only now.
+        _check_data(experiment, dataset)
     runs.mkdir(parents=True, exist_ok=True)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
@@ -72,6 +70,27 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         else:
             run_units([unit], launcher, runs, lambda: None)
     return _conclude(experiment, folder, console)
+
+
+def read_run_file(
+    path: Path, overrides: list[str]
+) -> tuple[Experiment, LauncherConfig, DatasetConfig | None]:
+    """The run that a YAML file and overrides describe, how it is launched, and its dataset.
+
+    Raises:
+        ConfigError: a key is unknown, missing or out of range, or the run fits neither this
+            machine nor the data, as far as that is known before anything is spent.
+    """
+    experiment = read_experiment(path, overrides)
+    plain = merge(read_yaml(path), read_overrides(overrides))
+    launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
+    _refuse_unused(overrides, experiment.execution, launcher)
+    check_machine([experiment.execution], launcher)
+    if "dataset" not in plain:
+        return experiment, launcher, None
+    dataset = load(DatasetConfig, plain["dataset"], "dataset")
+    _check_data(experiment, dataset)
+    return experiment, launcher, dataset
 
 
 def read_experiment(path: Path, overrides: list[str]) -> Experiment:
@@ -99,8 +118,8 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def _make_data(dataset: DatasetConfig, experiment: Experiment, console: Console) -> None:
-    """Build the dataset that the run's file describes, which must be the one that it reads."""
+def _check_data(experiment: Experiment, dataset: DatasetConfig) -> None:
+    """Check that the dataset of the run's file is the one that the run reads."""
     corpus, root = experiment.run.corpus, Path(experiment.execution.data_root)
     for key, built, read in (
         ("name", dataset.name, corpus.dataset),
@@ -112,8 +131,6 @@ def _make_data(dataset: DatasetConfig, experiment: Experiment, console: Console)
             raise ConfigError(
                 f"dataset.{key} is {built}, but corpus.{where} is {read}; make them equal"
             )
-    check_domains({corpus.name: corpus.domains}, None, dataset, root)
-    build_data(dataset, root, console)
     check_domains({corpus.name: corpus.domains}, None, dataset, root)
 
 

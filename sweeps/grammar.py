@@ -208,7 +208,8 @@ def _experiments(
         },
         config.optimizer,
     )
-    batch = int(optimizer["batch_tokens"])
+    optimizer = load(OptimizerConfig, optimizer, "optimizer")
+    batch = optimizer.batch_tokens
     for tokens in [cell["horizon"]] if "horizon" in cell else _horizons(ladder, nominal, batch):
         run = RunConfig(
             architecture=name,
@@ -216,7 +217,7 @@ def _experiments(
             nominal_parameters=nominal,
             model=fitted.model,
             corpus=_corpus(cell["corpus"], corpora, ladder),
-            optimizer=load(OptimizerConfig, optimizer, "optimizer"),
+            optimizer=optimizer,
             schedule=load(
                 ScheduleConfig,
                 merge({"warmup_tokens": ladder.warmup_tokens}, config.schedule),

@@ -10,6 +10,7 @@ from models.accounting import total_parameters
 from models.backbone import BackboneConfig
 from models.channel import channel_kinds
 from models.mixer import mixer_kinds
+from models.ranges import check_range
 from sweeps.architecture import ArchitectureConfig
 from sweeps.rungs import Rung
 from trainer.schema import ConfigError, load, merge
@@ -210,7 +211,14 @@ class _Sizing:
     def _given(self, key: str) -> list[int]:
         """What the architecture's or the sweep's model keys say of a size; empty if nothing."""
         value = self._architecture.model.get(key)
-        return [value] if isinstance(value, int) and value > 0 else []
+        if value is None:
+            return []
+        size = int(value)
+        try:
+            check_range(f"model.{key}", size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return [size]
 
     def _may_be_wide(self, d_model: int) -> bool:
         return d_model in (self._given("d_model") or [d_model])

@@ -34,8 +34,17 @@ _PART = re.compile(r"[^\s.\[\]{}=](?:[^.\[\]{}=\n]*[^\s.\[\]{}=])?")
 """A word between the dots of an override's key."""
 
 
+_LONG_WORD = re.compile(r"\S{300,}")
+
+
 class ConfigError(ValueError):
-    """A config or argument is invalid; the message names the key, the problem and the fix."""
+    """A config or argument is invalid; the message names the key, the problem and the fix.
+
+    A word that would fill the screen is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LONG_WORD.sub(lambda found: f"{found[0][:80]}...", message))
 
 
 def dump(config: object) -> dict[str, Any]:
@@ -143,6 +152,9 @@ def kinds_of(config: type) -> Mapping[str, type] | None:
 
 def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        _check_section(arguments[1], data, path)
+        return data
     if origin in (types.UnionType, typing.Union):
         (inner,) = [a for a in arguments if a is not type(None)]
         return None if data is None else _load(inner, data, path)
@@ -163,12 +175,39 @@ def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     return _load_scalar(kind, data, path)
 
 
+def _check_section(kind: Any, data: object, path: str) -> None:  # noqa: ANN401
+    """Check keys that go over those of a class: each is one of its own, and of its type.
+
+    Parts of blocks are checked when they are complete.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for key, value in _mapping(data, path).items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {path}.{key}; {suggest(str(key), list(hints))}")
+        if typing.get_origin(hints[key]) is dict:
+            check_blocks(value, f"{path}.{key}")
+        else:
+            _load(hints[key], value, f"{path}.{key}")
+
+
+def check_blocks(data: object, path: str) -> None:
+    """Check that data is a mapping of blocks, each a mapping of parts, each a mapping of keys.
+
+    Raises:
+        ConfigError: it is not; a part may be null.
+    """
+    for name, block in _mapping(data, path).items():
+        for slot, part in _mapping(block, f"{path}.{name}").items():
+            if part is not None:
+                _mapping(part, f"{path}.{name}.{slot}")
+
+
 def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     given = dict(_renamed(_mapping(data, path), path))
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if "kind" not in fields and hasattr(kind, "kind"):
         given.pop("kind", None)
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     where = f"{path}." if path else ""
     for key in given:
         if key not in fields:
@@ -193,7 +232,7 @@ def _resolve_kind(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     name = _mapping(data, path).get("kind")
     if name is None:
         raise ConfigError(f"{path}.kind is missing; choose from {', '.join(known)}")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"{path}.kind {name!r} is unknown; {suggest(str(name), list(known))}")
     return known[name]
 
