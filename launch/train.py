@@ -31,7 +31,7 @@ LINE_SECONDS = 2.0
 EXAMPLES = """
 examples:
   python launch/train.py sweeps/single.yaml
-  python launch/train.py sweeps/single.yaml budget.tokens=40960 optimizer.learning_rate=0.02
+  python launch/train.py sweeps/single.yaml budget.tokens=81920 optimizer.learning_rate=0.02
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.threads=1
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.sequence_parallel=2 \\
       execution.threads=1                                      2 ranks share each sequence
