@@ -130,7 +130,10 @@ class _Builder:
             raise _error(event, f"it has more than {MAX_NODES} values, too many for a config")
 
 
-class _Dumper(yaml.SafeDumper):
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+class _Dumper(_SafeDumper):
     """Quotes every text that `parse_yaml` or a YAML 1.1 reader would take for something else."""
 
     def ignore_aliases(self, _data: object) -> bool:

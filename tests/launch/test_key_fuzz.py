@@ -82,6 +82,7 @@ def run_tree(group: Group) -> dict[str, Any]:
     tree |= {"dataset": copy.deepcopy(DATASET), "execution": {"data_root": "nowhere"}}
     tree["evaluation"] = {"milestones": [1024]}
     tree["launcher"] = {}
+    tree["model"]["n_layers"] = 1
     if group.path.startswith("model.encoder"):
         tree["objective"] = "seq2seq"
         block = tree["model"]["blocks"]["a"]
