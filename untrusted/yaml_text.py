@@ -19,7 +19,13 @@ MAX_DIGITS = 64
 
 _WHOLE = r"(?:0|[1-9](?:_?[0-9])*)"
 _INT = re.compile(rf"[-+]?{_WHOLE}")
-_FLOAT = re.compile(rf"[-+]?(?:{_WHOLE}(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+_EXPONENT = r"[eE][-+]?[0-9]{1,3}"
+# Without a point or a sign, as in 2e5, both sides are short: 1234e5678901 is the id of a run, which
+# other writers of YAML leave unquoted.
+_SHORT = r"[0-9]{1,6}[eE](?:[0-9]{1,2}|[-+][0-9]{1,3})"
+_FLOAT = re.compile(
+    rf"[-+]?(?:{_WHOLE}\.[0-9]*(?:{_EXPONENT})?|\.[0-9]+(?:{_EXPONENT})?|{_SHORT}|{_WHOLE})"
+)
 _WORDS = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
