@@ -57,6 +57,7 @@ from data_pipelines.tokenizers import (
 )
 from data_pipelines.verify import missing_file
 from data_pipelines.workers import Workers, open_workers
+from untrusted.paths import inside
 
 BUCKET_BYTES = 256 << 20
 BPE_BYTES = 8_000_000
@@ -89,7 +90,7 @@ def build_dataset(
         RuntimeError: a document or file is malformed, or the disk is full.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / config.name, root / f"{config.name}.partial"
+    final, partial = inside(root, config.name), inside(root, f"{config.name}.partial")
     with hold_lock(root / f".{config.name}.lock"):
         if not final.exists():
             try:
@@ -215,7 +216,7 @@ class _Build:
 
     def _training_texts(self, domain: str) -> Iterator[str]:
         taken = 0
-        folder = self.folder / SCATTERED / domain
+        folder = inside(self.folder / SCATTERED, domain)
         for keyed, _ in read_in_order(folder, self.config.domain_bytes):
             if keyed and keyed.split(self.config.validation_fraction) == "train":
                 taken += len(keyed.data)
@@ -225,12 +226,12 @@ class _Build:
 
     def _pack(self, domains: list[str]) -> Places:
         target = self.folder / PACKED
-        missing = [domain for domain in domains if not (target / domain).is_dir()]
+        missing = [domain for domain in domains if not inside(target, domain).is_dir()]
         tasks = [Pack(self.config, domain, str(self.folder)) for domain in missing]
         for done, _ in enumerate(self.workers.map(pack, tasks), start=1):
             self.report("tokenize", done / len(tasks))
         fault_point("build.after_pack")
-        return {domain: read_facts(target / domain) for domain in domains}
+        return {domain: read_facts(inside(target, domain)) for domain in domains}
 
     def _check_blocks(self, facts: Places) -> None:
         length = self.config.block_tokens
@@ -246,7 +247,7 @@ class _Build:
     def _write_stream(
         self, domain: str, split: str, facts: DomainFacts, tokenizer: Tokenizer
     ) -> Stream:
-        final = self.folder / domain / split
+        final = inside(self.folder, domain, split)
         with open_stage(final) as partial:
             if partial:
                 counted = self._write_blocks(partial, domain, split, tokenizer)
@@ -272,7 +273,7 @@ class _Build:
         self, target: Path, domain: str, split: str, tokenizer: Tokenizer
     ) -> dict[str, int]:
         """Write one stream, and count the bytes and documents of its targets."""
-        packed, length = self.folder / PACKED / domain, self.config.block_tokens
+        packed, length = inside(self.folder / PACKED, domain), self.config.block_tokens
         shape = columns(length, tokenizer.size)
         types = {key: shape[key].split(":")[1] for key in ("tokens", "documents")}
         done = utf8_bytes = borders = 0

@@ -154,9 +154,13 @@ class DataConfig:
     the number of machines."""
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or not self.name.isprintable() or len(self.name) > 200:
+            raise ValueError(
+                f"corpus.name {self.name[:80]!r} is no name; write 1 to 200 printable characters"
+            )
         _require_name("corpus.dataset", self.dataset)
         self._require_shares()
-        if self.seq_len < 1 or min(
+        if min(self.seq_len, self.block_tokens) < 1 or min(
             self.block_tokens % self.seq_len, self.seq_len % self.block_tokens
         ):
             raise ValueError(
@@ -239,7 +243,7 @@ def _require_domain(name: str) -> None:
 
 
 def _require_name(key: str, name: str) -> None:
-    if not NAME.fullmatch(name):
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES:
         raise ValueError(
             f"{key} {name!r} cannot be a folder name; use letters, digits, dot, dash and underscore"
         )

@@ -36,6 +36,8 @@ def open_stage(final: Path) -> Iterator[Path | None]:
 def write_durably(path: Path, text: str) -> None:
     """Replace a text file atomically, and fsync it."""
     partial = path.with_name(path.name + ".tmp")
+    # It may be a link, which a write would follow.
+    partial.unlink(missing_ok=True)
     with partial.open("w") as file:
         file.write(text)
         file.flush()

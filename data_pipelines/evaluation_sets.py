@@ -12,6 +12,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.manifest import read_manifest
 from data_pipelines.shards import CheckedShard, batch_of, located_errors, open_dataset, open_shards
 from data_pipelines.verify import verify_streams
+from untrusted.paths import inside
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class HeldOut:
 
 def evaluation_sets(root: Path, dataset: str) -> list[str]:
     """Names of the evaluation sets of a dataset: its domains."""
-    return read_manifest(root / dataset).domains
+    return read_manifest(inside(root, dataset)).domains
 
 
 def evaluation_batches(
@@ -55,7 +56,7 @@ def evaluation_batches(
         ValueError: the config does not fit the dataset, or the blocks make no whole sequence.
         RuntimeError: the dataset is damaged or does not match its manifest.
     """
-    described = read_manifest(root / config.dataset).stream(domain, split)
+    described = read_manifest(inside(root, config.dataset)).stream(domain, split)
     groups = spread_groups(config, described, max_blocks)
     for each in held_out(config, root, described, groups, batch_sequences):
         yield each.batch
@@ -136,7 +137,7 @@ def check_evaluation(config: DataConfig, root: Path, max_blocks: int | None) -> 
     Raises:
         ValueError: those of one set do not.
     """
-    manifest = read_manifest(root / config.dataset)
+    manifest = read_manifest(inside(root, config.dataset))
     for domain in manifest.domains:
         spread_groups(config, manifest.stream(domain, "validation"), max_blocks)
 

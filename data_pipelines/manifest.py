@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipelines.durable import write_durably
+from untrusted.json_text import parse_json
+from untrusted.paths import inside, plain_name
 
 MANIFEST = "MANIFEST.json"
 INDEX = "index.json"
@@ -127,12 +129,14 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} does not exist, so {folder} holds no finished dataset; build it first"
         )
     try:
-        plain = json.loads(file.read_text())
+        plain = parse_json(file.read_text())
         streams = tuple(
             Stream(**{**s, "shards": tuple(Shard(**shard) for shard in s["shards"])})
             for s in plain.pop("streams")
         )
         manifest = Manifest(**plain, streams=streams)
+        for stream in streams:
+            _require_inside(folder, stream)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RuntimeError(
             f"{file} cannot be read ({type(error).__name__}: {error}); {rebuild(folder)}"
@@ -142,6 +146,16 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} does not match its own root hash, so it was altered; {rebuild(folder)}"
         )
     return manifest
+
+
+def _require_inside(folder: Path, stream: Stream) -> None:
+    """Check that a stream's files lie where its name says, and nowhere else."""
+    inside(folder, stream.domain, stream.split)
+    for name in (name for shard in stream.shards for name in (shard.name, shard.zip_name)):
+        at, _, last = name.rpartition("/")
+        # A link in a shard's place is found, and replaced, when shards are verified.
+        if at != stream.folder or not plain_name("a shard", last):
+            raise ValueError(f"shard {name!r} does not lie in {stream.folder}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ from data_pipelines.inputs import Reading, add_name, digest_of
 from data_pipelines.lossless import require_same_text
 from data_pipelines.sources import Input, folder_name, read_input
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
+from untrusted.paths import inside
 
 SPLITS = ("train", "validation")
 SCATTERED, PACKED = ".scattered", ".packed"
@@ -182,7 +183,7 @@ def pack(task: Pack) -> DomainFacts:
     """Write the token stream and the document lengths of both splits of a domain."""
     folder = Path(task.folder)
     tokenizer = load_tokenizer(task.config.tokenizer, folder)
-    with open_stage(folder / PACKED / task.domain) as partial:
+    with open_stage(inside(folder / PACKED, task.domain)) as partial:
         assert partial is not None
         facts = _pack_into(partial, task, tokenizer)
         (partial / FACTS).write_text(json.dumps(asdict(facts)))
@@ -230,7 +231,7 @@ def _cut(data: bytes, size: int) -> bytes:
 
 
 def _pack_into(partial: Path, task: Pack, tokenizer: Tokenizer) -> DomainFacts:
-    scattered = Path(task.folder) / SCATTERED / task.domain
+    scattered = inside(Path(task.folder) / SCATTERED, task.domain)
     left_out = {"duplicate": 0, "beyond cap": 0}
     checked = task.domain if task.config.tokenizer.lossless else None
     with contextlib.ExitStack() as files:
@@ -303,7 +304,7 @@ class _Writer:
 
 
 def _flush(task: Scatter, domain: str, bucket: int, buffer: bytearray) -> None:
-    folder = Path(task.folder) / domain
+    folder = inside(Path(task.folder), domain)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{bucket:05d}.{task.index:06d}").open("ab") as file:
         file.write(buffer)

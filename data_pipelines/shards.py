@@ -15,6 +15,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.manifest import Manifest, read_manifest, rebuild
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.verify import make_sure
+from untrusted.paths import inside
 
 
 def certificate(samples: np.ndarray) -> int:
@@ -24,7 +25,7 @@ def certificate(samples: np.ndarray) -> int:
 
 def open_dataset(config: DataConfig, root: Path, expected: str | None) -> tuple[Path, Manifest]:
     """The folder and manifest of a corpus's dataset, checked against the config."""
-    folder = root / config.dataset
+    folder = inside(root, config.dataset)
     manifest = read_manifest(folder)
     if expected is not None and manifest.root_hash != expected:
         raise RuntimeError(

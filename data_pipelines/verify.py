@@ -6,6 +6,7 @@ first block is read, training and evaluation alike.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from data_pipelines.durable import hold_lock, sync
 from data_pipelines.fault_points import fault_point
 from data_pipelines.format import COMPRESSION, HASHES, SHARD_BYTES, columns
 from data_pipelines.manifest import INDEX, Manifest, Shard, Stream, read_manifest, rebuild
+from untrusted.paths import refuse_links
 
 MAX_INDEX_BYTES_PER_SHARD = 4096
 
@@ -33,6 +35,7 @@ def verify_streams(folder: Path, manifest: Manifest, streams: Sequence[Stream]) 
     Raises:
         RuntimeError: an index or a shard does not match the manifest.
     """
+    refuse_links(folder)
     for stream in streams:
         _verify_index(folder, manifest, stream)
     shards = [shard for stream in streams for shard in stream.shards]
@@ -155,17 +158,30 @@ def _decompress(folder: Path, shard: Shard) -> None:
     path = folder / shard.name
     partial = path.with_name(path.name + ".tmp")
     try:
+        # It may be a link, which a write would follow.
+        partial.unlink(missing_ok=True)
         partial.write_bytes(content)
         sync(partial)
         fault_point("verify.decompressed")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
-        raise RuntimeError(
-            f"shard {path} cannot be decompressed: {error.strerror}; it needs {len(content)} "
-            f"bytes and {free} are free; free some disk space and rerun"
-        ) from error
+        raise RuntimeError(_cannot_decompress(error, path, len(content))) from error
+
+
+def _cannot_decompress(error: OSError, path: Path, size: int) -> str:
+    """Why a shard cannot be written, with the remedy of that reason."""
+    begin = f"shard {path} cannot be decompressed: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        return f"{begin}; it needs {size} bytes and {free} are free; free some disk space and rerun"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return (
+            f"{begin}; {path.parent} belongs to user id {path.parent.stat().st_uid}, and you are "
+            f"{os.geteuid()}; ask its owner to let you write there or to read the dataset once, or "
+            "copy it and give the copy's folder as execution.data_root"
+        )
+    return f"{begin}; check that disk and rerun"
 
 
 def _has_its_size(folder: Path, shard: Shard) -> bool:

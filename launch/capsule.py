@@ -11,7 +11,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,7 +24,9 @@ from trainer.exit_codes import ExitCode
 from trainer.failures import failure_of
 from trainer.ids import evaluation_id
 from trainer.record import StoredRun, number, read_run
-from trainer.schema import ConfigError
+from trainer.schema import ConfigError, read_yaml
+from untrusted.paths import inside
+from untrusted.yaml_text import dump_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,8 +81,8 @@ def _retrain(arguments: argparse.Namespace, console: Console) -> int:
 
 def sweep_of(capsule: Capsule, scratch: Path) -> Sweep:
     """The study's sweep, expanded from its stored configuration."""
-    stored = yaml.safe_load((capsule.folder / "sweep.yaml").read_text())
-    scratch.write_text(yaml.safe_dump(stored["config"]))
+    stored = read_yaml(capsule.folder / "sweep.yaml")
+    scratch.write_text(dump_yaml(stored["config"]))
     return read_sweep_file(scratch, [])
 
 
@@ -117,7 +118,7 @@ def retrain(
     Raises:
         RuntimeError: it did not finish, or the data differ.
     """
-    before = capsule.folder / "runs" / experiment.folder_name
+    before = inside(capsule.folder, "runs", experiment.folder_name)
     require_same_run(experiment, before, ("evaluations.jsonl",))
     data_root = Path(experiment.execution.data_root)
     require_same_data(before, build_data(sweep.corpora.dataset, data_root, console))
@@ -127,8 +128,8 @@ def retrain(
         f"{experiment.run.corpus.name} again, {experiment.run.budget.tokens / 1e6:.2f} M tokens",
         highlight=False,
     )
-    TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run()
-    folder = runs / experiment.folder_name
+    TrainJob(runs, (Unit(experiment.folder_name, (experiment,)),), None).run_here()
+    folder = inside(runs, experiment.folder_name)
     if status_of(experiment, folder) is not RunStatus.DONE:
         raise RuntimeError(
             f"run {experiment.run_id} did not finish; run it with launch/train.py to see why"

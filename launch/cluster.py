@@ -14,10 +14,12 @@ from data_pipelines.fault_points import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.slurm import QueuedJob, QueueExecutor, held_jobs
+from sweeps.checks import available_slots
 from sweeps.config import LauncherConfig
-from trainer.schema import ConfigError
 
 POLL_SECONDS = 0.5
+NO_LIMIT_MINUTES = 60 * 24 * 3650
+"""launcher.minutes is SLURM's --time; a run on this machine takes as long as it takes."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,10 @@ def run_units(
 ) -> None:
     """Train units where the launcher config says, calling `tick` twice a second, until all end.
 
-    Raises:
-        ConfigError: a run needs more slots than there are.
+    They fit there, which `sweeps.checks.check_machine` has checked.
     """
     if launcher.cluster == "inline":
-        TrainJob(sweep, tuple(units), None).run()
+        TrainJob(sweep, tuple(units), None).run_here()
         return
     pool = _slurm_pool(units, launcher, sweep) if launcher.cluster == "slurm" else None
     pool = pool or _local_pool(units, launcher, sweep)
@@ -103,11 +104,6 @@ def run_units(
         raise
 
 
-def available_slots(launcher: LauncherConfig) -> int:
-    """CPU threads that local runs may hold together."""
-    return launcher.slots or len(os.sched_getaffinity(0))
-
-
 def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) -> Pool:
     slots = available_slots(launcher)
     queue: list[tuple[Resources, tuple[Unit, ...]]] = []
@@ -115,11 +111,6 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
     for unit in units:
         groups.setdefault(resources_of(unit), []).append(unit)
     for resources in sorted(groups, key=lambda s: -s.slots):
-        if resources.slots > slots:
-            raise ConfigError(
-                f"execution.ranks {resources.ranks} x execution.threads {resources.threads} need "
-                f"{resources.slots} slots, but there are {slots}; lower one or raise launcher.slots"
-            )
         mine = tuple(groups[resources])
         if resources.ranks > 1:
             queue += [(resources, (unit,)) for unit in mine]
@@ -133,7 +124,7 @@ def _local_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             tasks_per_node=resources.ranks,
             cpus_per_task=resources.threads,
             gpus_per_node=launcher.gpus_per_node,
-            timeout_min=launcher.minutes,
+            timeout_min=NO_LIMIT_MINUTES,
         )
         return _submit(executor, TrainJob(sweep, units, os.getpid()), resources, None)
 
@@ -172,7 +163,7 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
             signal_delay_s=120,
             **{key: value for key, value in optional.items() if value is not None},
         )
-        return _submit(executor, TrainJob(sweep, units, None), resources, intent)
+        return _submit(executor, TrainJob(sweep, units, None, requeued=True), resources, intent)
 
     pool = Pool(10**9, _noter(sweep), start, queue)
     # A job of several units is adopted once.

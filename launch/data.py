@@ -20,6 +20,7 @@ from data_pipelines.workers import how_it_ended
 from trainer.exit_codes import ExitCode
 from trainer.failures import failure_of
 from trainer.schema import dump, load
+from untrusted.paths import inside
 
 
 class DataError(RuntimeError):
@@ -34,7 +35,7 @@ def build_data(config: DatasetConfig, root: Path, console: Console) -> str:
     Raises:
         DataError: it cannot be built, or the existing one was built from another config.
     """
-    folder = root / config.name
+    folder = inside(root, config.name)
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
         if manifest.config == dump(config):
@@ -75,12 +76,13 @@ def print_repeats(runs: Sequence[tuple[DataConfig, int]], root: Path, console: C
         if corpus.name not in longest or tokens > longest[corpus.name][1]:
             longest[corpus.name] = (corpus, tokens)
     for corpus, tokens in longest.values():
-        if not (root / corpus.dataset / MANIFEST).exists():
+        folder = inside(root, corpus.dataset)
+        if not (folder / MANIFEST).exists():
             line = f"note: repeats are known once dataset {corpus.dataset} is built (--data)"
             console.print(line, highlight=False, soft_wrap=True)
             return
         try:
-            notes = repeat_notes(corpus, read_manifest(root / corpus.dataset), tokens)
+            notes = repeat_notes(corpus, read_manifest(folder), tokens)
         except ValueError as error:
             raise DataError(str(error)) from error
         for note in notes:
@@ -94,7 +96,7 @@ def verify_data(config: DatasetConfig, root: Path) -> None:
         DataError: a file is missing or damaged.
     """
     try:
-        verify_dataset(root / config.name)
+        verify_dataset(inside(root, config.name))
     except RuntimeError as error:
         raise DataError(str(error)) from error
 

@@ -22,11 +22,16 @@ from sweeps.grammar import Experiment
 from trainer.exit_codes import ExitCode
 from trainer.failures import Failure, failure_of
 from trainer.record import write_atomically
+from untrusted.paths import inside
 
 if TYPE_CHECKING:
     from trainer.session import Lineage
 
 WATCH_SECONDS = 0.5
+RANK_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+"""Which process of which run this is; in a shell of the user they are those of something else."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class TrainJob:
         units: longest first; every local worker gets all of them and claims the next free one.
         launcher: process id of a local launcher, after whose death the job stops too; None on a
             cluster.
+        requeued: whether the launcher submitted it to SLURM, where a job that is stopped is
+            requeued. That a SLURM job surrounds the process says nothing: it may be the user's own.
         begun: the journal's end when the launcher made the job; a run that failed since is not
             retried. None for now.
         failed: by run, why it failed in this process.
@@ -72,6 +79,7 @@ class TrainJob:
     sweep: Path
     units: tuple[Unit, ...]
     launcher: int | None
+    requeued: bool = False
     begun: int | None = None
     failed: dict[str, Failure] = field(default_factory=dict)
 
@@ -89,6 +97,12 @@ class TrainJob:
         # A worker of single runs goes on after a failure; the ranks of a failed run say so.
         if self.failed and environment.world_size > 1:
             sys.exit(int(next(iter(self.failed.values())).code))
+
+    def run_here(self) -> None:
+        """Train the missing runs in this process alone, whatever job surrounds it."""
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
+        self.run()
 
     def run(self) -> None:
         """Train the missing runs, in this process and its peers."""
@@ -113,7 +127,7 @@ class TrainJob:
 
         trunk_folder = None
         if unit.trunk is not None:
-            trunk_folder = self.sweep / unit.trunk.trunk_id
+            trunk_folder = inside(self.sweep, unit.trunk.trunk_id)
             missing = [e for e in unit.branches if self._is_open(e)]
             if not missing:
                 return
@@ -123,7 +137,7 @@ class TrainJob:
                     return
         for experiment in unit.branches:
             if self._is_open(experiment):
-                folder = self.sweep / experiment.folder_name
+                folder = inside(self.sweep, experiment.folder_name)
                 self._train_one(experiment, folder, Lineage(trunk=trunk_folder))
 
     def _train_one(self, experiment: Experiment, folder: Path, lineage: "Lineage") -> bool:
@@ -145,7 +159,7 @@ class TrainJob:
         if first:
             journal.write("ended", run=folder.name, state=outcome.state, seconds=seconds)
         if outcome.state == "stopped":
-            _leave(journal, first)
+            _leave(journal, first=first, requeued=self.requeued)
         return True
 
     def _record_failure(self, error: Exception, folder: Path, journal: Journal) -> None:
@@ -172,7 +186,7 @@ class TrainJob:
             return
         claims = self.sweep / "claims"
         claims.mkdir(exist_ok=True)
-        with (claims / f"{unit.name}.lock").open("w") as lock:
+        with inside(claims, f"{unit.name}.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -195,11 +209,11 @@ def _has_forks(trunk: Path, branches: list[Experiment]) -> bool:
     return all((checkpoints / step_name(_fork_of(e)) / "MANIFEST.json").exists() for e in branches)
 
 
-def _leave(journal: Journal, first: bool) -> None:
-    """End a stopped job; on SLURM rank 0 requeues it first."""
+def _leave(journal: Journal, *, first: bool, requeued: bool) -> None:
+    """End a stopped job; of one that the launcher submitted to SLURM, rank 0 requeues it first."""
     job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        os._exit(75)
+    if job is None or not requeued:
+        os._exit(ExitCode.REQUEUE)
     if first:
         asked = subprocess.run(
             ["scontrol", "requeue", job], capture_output=True, text=True, check=False
@@ -208,7 +222,7 @@ def _leave(journal: Journal, first: bool) -> None:
     # SLURM now kills all ranks. A rank that returned instead would write submitit's result file,
     # and the launcher would take the job for finished.
     time.sleep(120)
-    os._exit(75)
+    os._exit(ExitCode.REQUEUE)
 
 
 def _end_with(launcher: int) -> None:
@@ -219,6 +233,6 @@ def _end_with(launcher: int) -> None:
             time.sleep(WATCH_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
-        os._exit(75)
+        os._exit(ExitCode.REQUEUE)
 
     threading.Thread(target=watch, name="launcher-watch", daemon=True).start()

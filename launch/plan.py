@@ -18,6 +18,7 @@ from sweeps.grammar import Experiment, Sweep, trunks_of
 from trainer.machine import gemm_peak_flops
 from trainer.record import number, read_rows
 from trainer.schedule import decay_begins
+from untrusted.paths import inside
 
 STEP_OVERHEAD_SECONDS = 0.02
 """Fixed cost of a step of a tiny model: launching small operations, the optimizer."""
@@ -207,7 +208,7 @@ def _units(sweep: Sweep) -> list[Unit]:
 def _seconds(unit: Unit, runs: Sequence[PlannedRun], folder: Path) -> float:
     planned = next(p for p in runs if p.unit is unit)
     run, execution = planned.experiment.run, planned.experiment.execution
-    measured = _measured_rate(folder / unit.name) or _measured_rate(folder / run.rung)
+    measured = _measured_rate(inside(folder, unit.name)) or _measured_rate(inside(folder, run.rung))
     if measured is not None:
         return unit.tokens / measured
     steps = unit.tokens / run.optimizer.batch_tokens

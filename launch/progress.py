@@ -14,6 +14,7 @@ from launch.job import Unit
 from launch.plan import Plan, duration
 from sweeps.grammar import Experiment
 from trainer.record import read_status
+from untrusted.paths import inside
 
 LINE_SECONDS = 15.0
 
@@ -67,7 +68,7 @@ class Progress:
         return int(self._status(folder).get("step", 0))
 
     def _status(self, folder: str) -> dict:
-        return read_status(self._sweep / folder)
+        return read_status(inside(self._sweep, folder))
 
     def _seconds_left(self, trained: int) -> float | None:
         new = trained - self._trained_before

@@ -11,6 +11,7 @@ from trainer.ids import evaluation_id, run_id
 from trainer.record import ROW_FILES, StoredRun, read_json
 from trainer.record_checks import read_whole_run
 from trainer.schema import ConfigError, load
+from untrusted.paths import inside
 
 
 class RunStatus(Enum):
@@ -42,7 +43,7 @@ def survey(
     for experiment in experiments:
         name = experiment.folder_name
         try:
-            statuses[name] = status_of(experiment, sweep / name)
+            statuses[name] = status_of(experiment, inside(sweep, name))
         except (ConfigError, RuntimeError) as error:
             statuses[name], damage[name] = RunStatus.DAMAGED, str(error)
     return statuses, damage

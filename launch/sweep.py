@@ -11,27 +11,27 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement as RichMeasurement
 
 from analysis.report.write import refresh
 from launch.baselines import write_baselines
-from launch.cluster import available_slots, run_units
+from launch.cluster import run_units
 from launch.data import build_data, print_repeats, verify_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
-from launch.plan import Plan, duration, expected_lines, ladder_table, make_plan, plan_table
+from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
 from launch.progress import Progress
 from launch.run_status import RunStatus, require_same_data, survey
-from sweeps.architecture import read_architectures
+from launch.study_folder import describe, earlier_study, hold, write_study
+from sweeps.checks import available_slots, check_domains, check_machine
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
 from trainer.failures import Failure, failure_of
-from trainer.record import write_atomically
-from trainer.schema import ConfigError, dump
+from trainer.schema import ConfigError
+from untrusted.paths import PathError, inside, refuse_links
 
 REDRAW_SECONDS = 45.0
 RESUBMISSIONS = 2
@@ -57,7 +57,7 @@ def main(words: list[str]) -> int:
     try:
         sweep = read_sweep_file(arguments.sweep, arguments.override)
         return _run(sweep, arguments, console)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ConfigError, PathError, RuntimeError, OSError) as error:
         reason, code = failure_of(error, ExitCode.BAD_CONFIG)
         console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
         return int(code)
@@ -67,7 +67,9 @@ def main(words: list[str]) -> int:
 
 
 def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
-    folder = Path(arguments.runs) / sweep.folder_name
+    folder = inside(Path(arguments.runs), sweep.folder_name)
+    refuse_links(folder)
+    check_sweep(sweep)
     plan = make_plan(sweep, folder)
     statuses, damage = survey(sweep.experiments, folder)
     for name, reason in damage.items():
@@ -76,6 +78,13 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         )
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
     _print_plan(plan, todo, statuses, console)
+    study = describe(plan)
+    if change := earlier_study(folder, study):
+        console.print(
+            f"{escape(change)}; the first one's report is kept in {folder / 'earlier'}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if arguments.plan:
         for line in expected_lines(plan, folder):
             console.print(line, highlight=False, soft_wrap=True)
@@ -85,23 +94,52 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
         print_repeats(reads, data_root, console)
     if arguments.plan or arguments.status:
         return int(ExitCode.DONE)
-    root_hash = build_data(sweep.corpora.dataset, data_root, console)
-    print_repeats(reads, data_root, console)
-    if arguments.verify:
-        verify_data(sweep.corpora.dataset, data_root)
-        console.print(f"{data_root / sweep.corpora.dataset.name}: every file matches its hash")
-        return int(ExitCode.DONE)
-    if arguments.data:
-        return int(ExitCode.DONE)
-    for name, status in statuses.items():
-        if status.ended:
-            require_same_data(folder / name, root_hash)
-    _write_sweep(plan, folder)
+    if arguments.data or arguments.verify:
+        return _make_data(sweep, console, verify=arguments.verify)
+    with hold(folder, study["id"]):
+        root_hash = build_data(sweep.corpora.dataset, data_root, console)
+        print_repeats(reads, data_root, console)
+        # Of some sources the domains are known only now.
+        check_sweep(sweep)
+        for name, status in statuses.items():
+            if status.ended:
+                require_same_data(inside(folder, name), root_hash)
+        write_study(folder, plan, study)
+        return _train_study(plan, todo, (folder, data_root, root_hash), console)
+
+
+def check_sweep(sweep: Sweep) -> None:
+    """Check all that can be known before anything is spent.
+
+    Raises:
+        ConfigError: names the key that does not fit this machine or the data.
+    """
+    executions = dict.fromkeys(experiment.execution for experiment in sweep.experiments)
+    check_machine(executions, sweep.config.launcher)
+    corpora = {e.run.corpus.name: e.run.corpus.domains for e in sweep.experiments}
+    chosen, root = sweep.corpora, Path(sweep.experiments[0].execution.data_root)
+    check_domains(corpora, chosen.neutral_set, chosen.dataset, root)
+
+
+def _make_data(sweep: Sweep, console: Console, *, verify: bool) -> int:
+    dataset, data_root = sweep.corpora.dataset, Path(sweep.experiments[0].execution.data_root)
+    build_data(dataset, data_root, console)
+    if verify:
+        verify_data(dataset, data_root)
+        console.print(f"dataset {dataset.name} in {data_root}: every file matches its hash")
+    return int(ExitCode.DONE)
+
+
+def _train_study(
+    plan: Plan, todo: list[Unit], places: tuple[Path, Path, str], console: Console
+) -> int:
+    """Train what is missing, and draw the report; `places` are as `write_baselines` takes them."""
+    sweep, folder = plan.sweep, places[0]
     write_baselines(
         [experiment.run for experiment in sweep.experiments],
         sweep.experiments[0].evaluation,
         sweep.config.baselines,
-        (folder, data_root, root_hash),
+        places,
         console,
     )
     begin = Journal(folder).mark()
@@ -140,7 +178,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: int, console: Console) -> int:
         same.setdefault(failure.reason, []).append(name)
     for error, names in same.items():
         more = f" and {len(names) - 1} more runs" if len(names) > 1 else ""
-        line = f"[red]failed:[/red] {folder / names[0]}{more}: {escape(error)}"
+        line = f"[red]failed:[/red] {inside(folder, names[0])}{more}: {escape(error)}"
         console.print(line, highlight=False, soft_wrap=True)
     for row in journal.rows(begin):
         if row["event"] == "job failed":
@@ -183,34 +221,6 @@ def _print_plan(
         f"about {duration(seconds / workers)} on {workers} workers",
         highlight=False,
     )
-
-
-def _write_sweep(plan: Plan, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep = plan.sweep
-    stored = {
-        "name": sweep.folder_name,
-        "runs": [e.folder_name for e in sweep.experiments if not e.label],
-        "repeats": [e.folder_name for e in sweep.experiments if e.label],
-        "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
-        "neutral_set": sweep.corpora.neutral_set,
-        "tuning": _tuning(sweep),
-        "config": dump(sweep.config),
-    }
-    write_atomically(folder / "sweep.yaml", yaml.safe_dump(stored, sort_keys=False))
-    ladder_table(plan.runs).to_parquet(folder / "ladder.parquet")
-
-
-def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
-    """Each architecture's learning-rate factor, and the search that it comes from."""
-    known = read_architectures()
-    return {
-        name: {
-            "learning_rate_scale": known[name].learning_rate_scale,
-            "evidence": known[name].learning_rate_evidence,
-        }
-        for name in sweep.config.architectures
-    }
 
 
 def _is_open(unit: Unit, statuses: dict[str, RunStatus]) -> bool:

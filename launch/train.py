@@ -18,19 +18,22 @@ from launch.data import build_data, print_repeats
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.run_status import RunStatus, status_of
+from sweeps.checks import check_domains, check_machine, check_run
 from sweeps.config import LauncherConfig
 from sweeps.grammar import Experiment, resolve_precision
-from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig, sequences_at_once
+from sweeps.overrides import refuse_unused_launcher
+from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 from trainer.exit_codes import ExitCode
 from trainer.failures import Failure, failure_of
 from trainer.record import number, read_json, read_run, read_status
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml
+from untrusted.paths import PathError, inside
 
 LINE_SECONDS = 2.0
 EXAMPLES = """
 examples:
   python launch/train.py sweeps/single.yaml
-  python launch/train.py sweeps/single.yaml budget.tokens=40960 optimizer.learning_rate=0.02
+  python launch/train.py sweeps/single.yaml budget.tokens=81920 optimizer.learning_rate=0.02
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.threads=1
   python launch/train.py sweeps/single.yaml execution.ranks=2 execution.sequence_parallel=2 \\
       execution.threads=1                                      2 ranks share each sequence
@@ -44,7 +47,7 @@ def main(words: list[str]) -> int:
     console = Console()
     try:
         return _train(arguments, console)
-    except (ConfigError, RuntimeError, OSError) as error:
+    except (ConfigError, PathError, RuntimeError, OSError) as error:
         reason, code = failure_of(error, ExitCode.BAD_CONFIG)
         console.print(f"[red]error:[/red] {escape(reason)}", highlight=False, soft_wrap=True)
         return int(code)
@@ -54,26 +57,46 @@ def main(words: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
-    experiment = read_experiment(arguments.run, arguments.override)
+    experiment, launcher, dataset = read_run_file(arguments.run, arguments.override)
     runs = Path(arguments.runs)
-    runs.mkdir(parents=True, exist_ok=True)
-    folder = runs / experiment.folder_name
-    plain = merge(read_yaml(arguments.run), read_overrides(arguments.override))
-    launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
-    if "dataset" in plain:
-        dataset = load(DatasetConfig, plain["dataset"], "dataset")
+    folder = inside(runs, experiment.folder_name)
+    if dataset is not None:
         build_data(dataset, Path(experiment.execution.data_root), console)
+        # Of some sources the domains are known only now.
+        _check_data(experiment, dataset)
     reads = [(experiment.run.corpus, experiment.run.budget.tokens)]
     print_repeats(reads, Path(experiment.execution.data_root), console)
+    runs.mkdir(parents=True, exist_ok=True)
     unit = Unit(experiment.folder_name, (experiment,))
     console.print(f"{experiment.run.architecture} {experiment.run.rung}, records in {folder}")
     job = TrainJob(runs, (unit,), None)
     with _Ticker(folder, console):
         if experiment.execution.ranks == 1:
-            job.run()
+            job.run_here()
         else:
             run_units([unit], launcher, runs, lambda: None)
     return _conclude(experiment, folder, job, console)
+
+
+def read_run_file(
+    path: Path, overrides: list[str]
+) -> tuple[Experiment, LauncherConfig, DatasetConfig | None]:
+    """The run that a YAML file and overrides describe, how it is launched, and its dataset.
+
+    Raises:
+        ConfigError: a key is unknown, missing or out of range, or the run fits neither this
+            machine nor the data, as far as that is known before anything is spent.
+    """
+    experiment = read_experiment(path, overrides)
+    plain = merge(read_yaml(path), read_overrides(overrides))
+    launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
+    _refuse_unused(overrides, experiment.execution, launcher)
+    check_machine([experiment.execution], launcher)
+    if "dataset" not in plain:
+        return experiment, launcher, None
+    dataset = load(DatasetConfig, plain["dataset"], "dataset")
+    _check_data(experiment, dataset)
+    return experiment, launcher, dataset
 
 
 def read_experiment(path: Path, overrides: list[str]) -> Experiment:
@@ -95,11 +118,41 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
             load(ExecutionConfig, execution, "execution"),
             load(EvaluationConfig, evaluation, "evaluation"),
         )
-        sequences_at_once(experiment.run, experiment.execution)
+        check_run(experiment.run, experiment.execution)
         require_amounts(experiment.run.corpus, experiment.run.budget.tokens)
         return experiment
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def _check_data(experiment: Experiment, dataset: DatasetConfig) -> None:
+    """Check that the dataset of the run's file is the one that the run reads."""
+    corpus, root = experiment.run.corpus, Path(experiment.execution.data_root)
+    for key, built, read in (
+        ("name", dataset.name, corpus.dataset),
+        ("tokenizer", dataset.tokenizer, corpus.tokenizer),
+        ("block_tokens", dataset.block_tokens, corpus.block_tokens),
+    ):
+        if built != read:
+            where = "dataset" if key == "name" else key
+            raise ConfigError(
+                f"dataset.{key} is {built}, but corpus.{where} is {read}; make them equal"
+            )
+    check_domains({corpus.name: corpus.domains}, None, dataset, root)
+
+
+def _refuse_unused(
+    overrides: list[str], execution: ExecutionConfig, launcher: LauncherConfig
+) -> None:
+    """Check that overrides of the launcher have a part in the run."""
+    given = read_overrides(overrides).get("launcher") or {}
+    unused = [key for key in given if key != "slots"]
+    if unused and execution.ranks == 1:
+        raise ConfigError(
+            f"launcher.{unused[0]} is for runs of several ranks, but execution.ranks is 1, "
+            "which trains in this process; remove it or raise execution.ranks"
+        )
+    refuse_unused_launcher(given, launcher.cluster)
 
 
 def _conclude(experiment: Experiment, folder: Path, job: TrainJob, console: Console) -> int:

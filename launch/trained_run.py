@@ -15,6 +15,7 @@ from trainer.ids import dataset_ids, weights_ids
 from trainer.manifest import MODEL_FILE, CheckpointError, hash_weights, inspect, verified_file
 from trainer.record_checks import read_whole_run, recorded_ids
 from trainer.schema import ConfigError, load, read_yaml
+from untrusted.paths import inside
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TrainedRun:
             IdentityError: the dataset has another one now.
         """
         corpus = self.config.corpus
-        tokenizer = load_tokenizer(corpus.tokenizer, data_root / corpus.dataset)
+        tokenizer = load_tokenizer(corpus.tokenizer, inside(data_root, corpus.dataset))
         self._require_data({"tokenizer_fingerprint": tokenizer.fingerprint}, data_root)
         return tokenizer
 
@@ -72,7 +73,7 @@ class TrainedRun:
             str(self.checkpoint),
             self.facts,
             ids,
-            of=str(data_root / self.config.corpus.dataset),
+            of=str(inside(data_root, self.config.corpus.dataset)),
             remedy="give --data the folder of the dataset that the run was trained on",
         )
 
@@ -86,16 +87,16 @@ def only_run(folder: Path) -> Path:
     if (folder / "config.yaml").exists():
         return folder
     if not (folder / "sweep.yaml").exists():
-        inside = sorted(path.parent for path in folder.glob("*/config.yaml"))
-        which = f"give the folder of a run, such as {inside[0]}" if inside else "train one first"
+        found = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        which = f"give the folder of a run, such as {found[0]}" if found else "train one first"
         raise ConfigError(
             f"{folder / 'config.yaml'} does not exist, so {folder} is no run's folder; {which}"
         )
     runs = [str(run) for run in read_yaml(folder / "sweep.yaml").get("runs") or []]
     if len(runs) != 1:
-        which = f"give one of them, such as {folder / runs[0]}" if runs else "train it first"
+        which = f"give one of them, such as {inside(folder, runs[0])}" if runs else "train it first"
         raise ConfigError(f"{folder} is a sweep of {len(runs)} runs; {which}")
-    return folder / runs[0]
+    return inside(folder, runs[0])
 
 
 def load_run(folder: Path) -> TrainedRun:

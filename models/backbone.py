@@ -13,11 +13,15 @@ from torch.utils.checkpoint import checkpoint
 from models.channel import ChannelConfig
 from models.mixer import MixerConfig, Pattern, Slot
 from models.parts.layers import Drawn, Embedding, Linear, RMSNorm
+from models.ranges import check_range, check_ranges
 from models.sequences.continued import ContinuedSequence, DecodingState, Memory
 from models.sequences.whole import WholeSequence
 
 Form = Literal["decoder", "encoder"]
 SELF = {"decoder": Pattern.CAUSAL_SELF, "encoder": Pattern.NONCAUSAL_SELF}
+SIZES = (
+    "n_layers", "d_model", "vocab_size", "norm_eps", "embedding_std", "learned_positions",
+)  # fmt: skip
 CROSS = {"decoder": Pattern.CAUSAL_CROSS, "encoder": Pattern.NONCAUSAL_CROSS}
 
 
@@ -32,6 +36,12 @@ class BlockConfig:
     mixer: MixerConfig
     channel: ChannelConfig
     cross: MixerConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self.mixer, "mixer.")
+        check_ranges(self.channel, "channel.")
+        if self.cross is not None:
+            check_ranges(self.cross, "cross.")
 
     @property
     def residuals(self) -> int:
@@ -90,9 +100,10 @@ class BackboneConfig:
     learned_positions: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_layers", "d_model", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive; take 1 or more")
+        for name in SIZES:
+            check_range(name, getattr(self, name))
+        if self.encoder is not None:
+            check_range("encoder.n_layers", self.encoder.n_layers)
         self._check_pattern(self.pattern)
         if self.encoder is not None:
             self._check_pattern(self.encoder.pattern)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 from models.backbone import BackboneConfig
-from trainer.schema import load, read_yaml
+from trainer.config import require_positive, require_within
+from trainer.schema import check_blocks, load, read_yaml
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -40,6 +41,17 @@ class ArchitectureConfig:
     """The search that the factor was read off, and its rungs."""
     model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
     """Other keys of the model, such as form or tied."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "learning_rate_scale")
+        for name in ("layers_ratio", "hidden_ratio"):
+            require_within(self, 1e-3, 1e3, name)
+        require_within(self, 1, 4096, "d_model_step")
+        if not self.pattern.split():
+            raise ValueError("pattern names no block; name those of the layers, such as 'a a b'")
+        check_blocks(self.blocks, "blocks")
+        for i, part in enumerate((self.narrow, *self.narrow_options)):
+            check_blocks(part, f"narrow_options[{i - 1}]" if i else "narrow")
 
 
 def read_architectures() -> dict[str, ArchitectureConfig]:

@@ -1,5 +1,6 @@
 """The config classes of a sweep file: ladders, corpora, architectures, and the launcher."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -11,7 +12,13 @@ from trainer.config import (
     Objective,
     OptimizerConfig,
     ScheduleConfig,
+    require_names,
+    require_positive,
+    require_within,
 )
+from untrusted.paths import plain_name
+
+MOST_ORDER = 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,8 @@ class LauncherConfig:
     account: str | None = None
     """SLURM's --account; null for the user's default."""
     minutes: int = 240
-    """Time limit of a job, in minutes (SLURM's --time); longer runs are requeued and resume."""
+    """Time limit of a SLURM job, in minutes (SLURM's --time); longer runs are requeued and resume.
+    Local runs have none."""
     memory_gb: int | None = None
     """Memory per node in GB (SLURM's --mem); null for the cluster's default."""
     gpus_per_node: int = 0
@@ -39,6 +47,16 @@ class LauncherConfig:
     """Single-rank runs that one SLURM job trains one after the other, so that small runs do not
     wait in the queue one by one."""
 
+    def __post_init__(self) -> None:
+        require_positive(self, "minutes", "runs_per_job")
+        require_within(self, 0, math.inf, "gpus_per_node")
+        for name in ("slots", "memory_gb", "ranks_per_node"):
+            if getattr(self, name) is not None:
+                require_positive(self, name)
+        for name in ("partition", "account"):
+            if getattr(self, name) is not None:
+                require_names(self, name)
+
 
 @dataclass(frozen=True)
 class PowerRule:
@@ -47,7 +65,11 @@ class PowerRule:
     coefficient: float
     """The rule's value at 1 M parameters."""
     exponent: float
-    """Power of the size; below 0 the value falls with size."""
+    """Power of the size, -10 to 10; below 0 the value falls with size."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "coefficient")
+        require_within(self, -10, 10, "exponent")
 
     def at(self, parameters: int) -> float:
         """The rule's value."""
@@ -64,6 +86,9 @@ class ExtraSeeds:
     """The additional seeds."""
     order_seeds: tuple[int, ...] | None = None
     """Seeds of the order of samples to cross them with; null for each seed's own order."""
+
+    def __post_init__(self) -> None:
+        require_distinct(self, "rungs", "seeds")
 
 
 @dataclass(frozen=True)
@@ -113,6 +138,16 @@ class LadderConfig:
     def __post_init__(self) -> None:
         if bool(self.horizons) == bool(self.tokens_per_parameter):
             raise ValueError("horizons and tokens_per_parameter: give exactly one of the two")
+        require_positive(self, "seq_len", "batch_tokens")
+        require_within(self, 0, math.inf, "warmup_tokens")
+        if self.epoch_blocks is not None:
+            require_positive(self, "epoch_blocks")
+        require_distinct(self, "rungs", "seeds", "learning_rate_factors")
+        require_distinct(self, *(("horizons",) if self.horizons else ("tokens_per_parameter",)))
+        for name in ("horizons", "tokens_per_parameter", "learning_rate_factors"):
+            for value in getattr(self, name):
+                if not 0 < value < 1e18:
+                    raise ValueError(f"{name} {value} is outside 0 to 1e18; choose within it")
 
 
 @dataclass(frozen=True)
@@ -139,6 +174,10 @@ class CorporaConfig:
     """Domain with the same share in all mixtures, whose validation loss the headline compares."""
     epoch_blocks: int
     """Blocks per epoch, after which they are shuffled anew; the same for the whole study."""
+
+    def __post_init__(self) -> None:
+        require_distinct(self, "default")
+        require_positive(self, "epoch_blocks")
 
 
 @dataclass(frozen=True)
@@ -183,3 +222,28 @@ class SweepConfig:
     ladder's. A list of values makes a run of each."""
     exclude: tuple[dict, ...] = ()
     """Runs to leave out: those that match all values of an entry."""
+
+    def __post_init__(self) -> None:
+        plain_name("name", self.name)
+        plain_name("ladder", self.ladder)
+        require_distinct(self, "architectures")
+        for order in self.baselines:
+            if not 1 <= order <= MOST_ORDER:
+                raise ValueError(
+                    f"baselines {list(self.baselines)}: the order {order} of an n-gram model is "
+                    f"outside 1 to {MOST_ORDER}; choose within it"
+                )
+
+
+def require_distinct(config: object, *names: str) -> None:
+    """Check that lists have entries, each once.
+
+    Raises:
+        ValueError: one is empty, or names something twice.
+    """
+    for name in names:
+        values = getattr(config, name)
+        twice = [value for value in values if values.count(value) > 1]
+        if twice or not values:
+            problem = f"names {twice[0]!r} twice" if twice else "is empty"
+            raise ValueError(f"{name} {list(values)} {problem}; give each value once")

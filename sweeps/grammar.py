@@ -1,11 +1,9 @@
 """Expand a sweep file into experiments: ladders x architectures x corpora x ..."""
 
-import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,9 +11,12 @@ from data_pipelines.config import DataConfig
 from data_pipelines.shares import require_amounts
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
+from sweeps.cells import Cell, cells, matches, read_rules
+from sweeps.checks import check_run
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
+from sweeps.overrides import refuse_unused
 from sweeps.rungs import find_rung
-from sweeps.sizing import ADMITTED_ERROR, Shape, Sized, size_architecture
+from sweeps.sizing import ADMITTED_ERROR, OVERRIDDEN_ERROR, Shape, Sized, size_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
 from trainer.config import (
     FORMS,
@@ -30,6 +31,7 @@ from trainer.config import (
 from trainer.ids import run_id, trunk_id
 from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
+from untrusted.paths import plain_name
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_hiding(self.run, self.evaluation.mask_rate, "evaluation.mask_rate")
+        if self.label:
+            plain_name("label", self.label)
 
     @property
     def run_id(self) -> str:
@@ -103,11 +107,13 @@ def read_sweep_file(path: Path, overrides: Sequence[str]) -> Sweep:
         ConfigError: lists every problem of the file and the overrides.
     """
     try:
-        plain = merge(read_yaml(path), read_overrides(overrides))
-        config = load(SweepConfig, plain)
+        over = read_overrides(overrides)
+        config = load(SweepConfig, merge(read_yaml(path), over))
         _choose("ladder", config.ladder, config.ladders)
         _choose("corpus", config.corpus, config.corpora)
-        return Sweep(config, tuple(_expand(config)))
+        experiments = tuple(_expand(config))
+        refuse_unused(config, over, [e.run.corpus.name for e in experiments])
+        return Sweep(config, experiments)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
@@ -124,6 +130,11 @@ def _trunk(group: list[Experiment]) -> Trunk:
     first = group[0]
     forks = frozenset(decay_begins(experiment.run) for experiment in group)
     last = max(forks)
+    if min(forks) == 0:
+        raise ConfigError(
+            f"schedule.decay_fraction {first.run.schedule.decay_fraction} leaves no step before "
+            "the decay, from which horizons could branch; lower it"
+        )
     run = replace(
         first.run,
         schedule=replace(first.run.schedule, decay_fraction=0.0),
@@ -132,12 +143,36 @@ def _trunk(group: list[Experiment]) -> Trunk:
     return Trunk(replace(first, run=run), forks)
 
 
-def _expand(config: SweepConfig) -> Iterator[Experiment]:
+def _expand(config: SweepConfig) -> Sequence[Experiment]:
+    problems: list[str] = []
+    seen: dict[str, Experiment] = {}
+    for experiment in _kept(config, problems):
+        name = experiment.folder_name
+        if seen.setdefault(name, experiment) != experiment:
+            problems.append(
+                f"also repeats run {name} with another execution; give the entry a label of its own"
+            )
+    if problems:
+        raise ConfigError("\n  ".join(dict.fromkeys(problems)))
+    if not seen:
+        raise ConfigError("the sweep has no runs; check architectures, rungs and exclude")
+    return list(seen.values())
+
+
+def _kept(config: SweepConfig, problems: list[str]) -> Iterator[Experiment]:
+    """The experiments of every cell that no rule excludes; what is wrong goes to `problems`."""
     architectures = read_architectures()
-    problems, experiments = [], []
-    seen: set[str] = set()
-    for cell in _cells(config):
-        if any(_matches(cell, rule) for rule in config.exclude):
+    rules = read_rules("exclude", config.exclude)
+    unmatched = dict(enumerate(rules))
+
+    def excluded(cell: Cell) -> bool:
+        found = [i for i, rule in enumerate(rules) if matches(cell, rule)]
+        for i in found:
+            unmatched.pop(i, None)
+        return bool(found)
+
+    for cell in cells(config):
+        if excluded(cell):
             continue
         try:
             made = list(_experiments(config, architectures, cell))
@@ -145,52 +180,16 @@ def _expand(config: SweepConfig) -> Iterator[Experiment]:
             problems.append(str(error))
             continue
         for experiment in made:
-            if experiment.folder_name not in seen:
-                seen.add(experiment.folder_name)
-                experiments.append(experiment)
-    if problems:
-        raise ConfigError("\n  ".join(dict.fromkeys(problems)))
-    if not experiments:
-        raise ConfigError("the sweep has no runs; check architectures, rungs and exclude")
-    yield from experiments
-
-
-def _cells(config: SweepConfig) -> Iterator[dict[str, Any]]:
-    """The product of the axes, then the replicates, then the further products of `also`."""
-    ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
-    axes = {
-        "architecture": config.architectures,
-        "corpus": (*corpora.default, *ladder.more_corpora),
-        "rung": ladder.rungs,
-        "seed": ladder.seeds,
-        "order_seed": ladder.order_seeds or (None,),
-        "learning_rate_factor": ladder.learning_rate_factors,
-    }
-    for rule in (*config.also, *config.exclude):
-        for key in rule:
-            _choose("axis", key, dict.fromkeys((*axes, "horizon", "label", "execution")))
-    products: list[Mapping[str, Sequence]] = [axes]
-    if ladder.replicates:
-        more = ladder.replicates
-        seeds = {"seed": more.seeds, "order_seed": more.order_seeds or (None,)}
-        products.append({**axes, "rung": more.rungs, **seeds})
-    for further in config.also:
-        products.append(
-            {**axes, **{k: v if isinstance(v, list) else [v] for k, v in further.items()}}
+            if not excluded({**cell, "horizon": experiment.run.budget.tokens}):
+                yield experiment
+    for i in unmatched if not problems else ():
+        problems.append(
+            f"exclude[{i}] {config.exclude[i]} matches no run; correct it, or give exclude=[]"
         )
-    for product in products:
-        for values in itertools.product(*product.values()):
-            cell = dict(zip(product, values, strict=True))
-            yield {**cell, "order_seed": _order_seed(cell)}
-
-
-def _order_seed(cell: Mapping[str, Any]) -> int:
-    """The seed of the order of samples: runs that share it share their samples."""
-    return cell["seed"] if cell["order_seed"] is None else cell["order_seed"]
 
 
 def _experiments(
-    config: SweepConfig, architectures: Mapping[str, ArchitectureConfig], cell: Mapping[str, Any]
+    config: SweepConfig, architectures: Mapping[str, ArchitectureConfig], cell: Cell
 ) -> Iterator[Experiment]:
     name = cell["architecture"]
     _choose("architecture", name, architectures)
@@ -200,8 +199,8 @@ def _experiments(
     # Objectives that hide tokens have an id for what is hidden, after the tokenizer's.
     vocab_size = vocabulary_size(corpora.dataset.tokenizer) + (config.objective != "causal_lm")
     rung = find_rung(cell["rung"])
-    # With an overridden model the closest shape is accepted; the plan shows how far off it is.
-    tolerance = math.inf if config.model else ADMITTED_ERROR
+    # An overridden model may miss its rung by more; the plan shows by how much.
+    tolerance = OVERRIDDEN_ERROR if config.model or ladder.model else ADMITTED_ERROR
     fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
     optimizer = merge(
@@ -212,7 +211,8 @@ def _experiments(
         },
         config.optimizer,
     )
-    batch = int(optimizer["batch_tokens"])
+    optimizer = load(OptimizerConfig, optimizer, "optimizer")
+    batch = optimizer.batch_tokens
     for tokens in [cell["horizon"]] if "horizon" in cell else _horizons(ladder, nominal, batch):
         run = RunConfig(
             architecture=name,
@@ -220,7 +220,7 @@ def _experiments(
             nominal_parameters=nominal,
             model=fitted.model,
             corpus=_corpus(cell, corpora, ladder),
-            optimizer=load(OptimizerConfig, optimizer, "optimizer"),
+            optimizer=optimizer,
             schedule=load(
                 ScheduleConfig,
                 merge({"warmup_tokens": ladder.warmup_tokens}, config.schedule),
@@ -235,9 +235,11 @@ def _experiments(
         require_amounts(run.corpus, tokens)
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))
         evaluation = merge(ladder.evaluation, config.evaluation)
+        execution = load(ExecutionConfig, execution, "execution")
+        check_run(run, execution)
         yield Experiment(
             run,
-            load(ExecutionConfig, execution, "execution"),
+            execution,
             load(EvaluationConfig, evaluation, "evaluation"),
             cell.get("label", ""),
         )
@@ -266,12 +268,13 @@ def _overridden(architecture: ArchitectureConfig, config: SweepConfig) -> Archit
     mine = {key: value for key, value in blocks.items() if key in architecture.blocks}
     form, _ = FORMS[config.objective]
     model = merge({"form": form, **architecture.model}, over)
+    pattern = model.pop("pattern", architecture.pattern)
     # Overrides also win over the architecture's keys for narrow widths.
     blocks, narrow = (merge(part, mine) for part in (architecture.blocks, architecture.narrow))
-    return replace(architecture, blocks=blocks, narrow=narrow, model=model)
+    return replace(architecture, blocks=blocks, narrow=narrow, model=model, pattern=str(pattern))
 
 
-def _corpus(cell: Mapping[str, Any], corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
+def _corpus(cell: Cell, corpora: CorporaConfig, ladder: LadderConfig) -> DataConfig:
     mixture, dataset = corpora.mixtures[cell["corpus"]], corpora.dataset
     return DataConfig(
         name=cell["corpus"],
@@ -288,8 +291,14 @@ def _corpus(cell: Mapping[str, Any], corpora: CorporaConfig, ladder: LadderConfi
 
 def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
     budgets = ladder.horizons or tuple(r * nominal for r in ladder.tokens_per_parameter)
-    for tokens in budgets:
-        yield max(1, round(tokens / batch)) * batch
+    rounded = [max(1, round(tokens / batch)) * batch for tokens in budgets]
+    for tokens, budget in zip(rounded, budgets, strict=True):
+        if rounded.count(tokens) > 1:
+            raise ConfigError(
+                f"the horizon {budget:.12g} and another are the same number of batches of {batch} "
+                f"tokens, {tokens // batch}; leave one out"
+            )
+        yield tokens
 
 
 def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
@@ -297,14 +306,6 @@ def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32",
     if asked != "auto":
         return asked
     return "bf16" if torch.cuda.is_available() else "fp32"
-
-
-def _as_axes(values: Mapping[str, Any]) -> dict[str, list]:
-    return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
-
-
-def _matches(cell: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
-    return all(cell.get(key) in values for key, values in _as_axes(rule).items())
 
 
 def _choose(what: str, name: str, known: Mapping[str, object]) -> None:

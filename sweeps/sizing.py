@@ -10,12 +10,15 @@ from models.accounting import total_parameters
 from models.backbone import BackboneConfig
 from models.channel import channel_kinds
 from models.mixer import mixer_kinds
+from models.ranges import check_range
 from sweeps.architecture import ArchitectureConfig
 from sweeps.rungs import Rung
 from trainer.schema import ConfigError, load, merge
 
 ADMITTED_ERROR = 0.01
 """A rung is admitted only if every architecture comes this close to its parameters."""
+OVERRIDDEN_ERROR = 0.5
+"""The same where the sweep replaces keys of the model; an untied head alone may add a third."""
 NARROW = 512
 """Below this width steps are fine, and an architecture's `narrow` keys apply."""
 
@@ -135,7 +138,7 @@ class _Sizing:
     def published_shapes(self, target: int) -> Iterator[_Shape]:
         """The published width and depth, with the inner widths on both sides of the target."""
         d_model = self._place.rung.d_model
-        if self._has_hidden and self._legal(d_model):
+        if self._has_hidden and self._may_be_wide(d_model) and self._legal(d_model):
             depth = min(self._depths(), key=lambda n: abs(n - self._deep))
             yield from self._with_hidden(d_model, depth, target)
 
@@ -145,7 +148,8 @@ class _Sizing:
         step = 4 if wide < NARROW else self._architecture.d_model_step
         reach = max(step, int(0.35 * wide) // step * step)
         first = _round_up(max(step, wide - reach), step)
-        for d_model in filter(self._legal, range(first, wide + reach + 1, step)):
+        widths = filter(self._may_be_wide, range(first, wide + reach + 1, step))
+        for d_model in filter(self._legal, list(widths) or self._given("d_model")):
             for n_layers in self._depths():
                 if self._has_hidden:
                     yield from self._with_hidden(d_model, n_layers, target)
@@ -204,8 +208,25 @@ class _Sizing:
         for k in {math.floor(steps), math.ceil(steps)}:
             yield _Shape(d_model, n_layers, step * (1 + k))
 
+    def _given(self, key: str) -> list[int]:
+        """What the architecture's or the sweep's model keys say of a size; empty if nothing."""
+        value = self._architecture.model.get(key)
+        if value is None:
+            return []
+        size = int(value)
+        try:
+            check_range(f"model.{key}", size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return [size]
+
+    def _may_be_wide(self, d_model: int) -> bool:
+        return d_model in (self._given("d_model") or [d_model])
+
     def _depths(self) -> list[int]:
         """Numbers of layers within 15 % or one of the published; whole patterns if there are."""
+        if given := self._given("n_layers"):
+            return given
         slack = max(1, int(0.15 * self._deep))
         near = range(max(1, self._deep - slack), self._deep + slack + 1)
         return [n for n in near if n % len(self._names) == 0] or list(near)

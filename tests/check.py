@@ -1,4 +1,4 @@
-"""The linters, one after the other: format, lint, types, import rules.
+"""The linters, one after the other: format, lint, types, import rules, written paths.
 
 python -m tests.check            all of them; what `make check` runs
 python -m tests.check --floors   a table and a drawing of what stands on what in each folder

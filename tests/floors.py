@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("analysis", "models", "kernels", "trainer", "data_pipelines", "sweeps", "launch")
+PACKAGES = (
+    "analysis", "models", "kernels", "trainer", "data_pipelines", "sweeps", "launch", "untrusted",
+)  # fmt: skip
 Edges = Mapping[str, frozenset[str]]
 """For each entry the others that it imports."""
 

@@ -42,6 +42,7 @@ LINTERS = (
     Group("ruff check", 1, (tool("ruff"), "check", "--no-cache", ".")),
     Group("pyright", 45, (tool("pyright"), "--pythonpath", sys.executable)),
     Group("import rules", 15, (tool("lint-imports"), "--no-cache")),
+    Group("written paths", 1, (sys.executable, "-m", "tests.written_paths")),
 )
 TESTS = (
     of_tests("launch", 290, "tests/launch"),

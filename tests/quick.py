@@ -26,6 +26,7 @@ SECONDS = 75.0
 """After which no test begins; what has begun then ends."""
 PACKAGES = (
     "analysis", "data_pipelines", "kernels", "launch", "models", "sweeps", "tests", "trainer",
+    "untrusted",
 )  # fmt: skip
 SMOKE = (
     "tests/test_groups.py",

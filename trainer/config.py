@@ -13,6 +13,9 @@ from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from models.backbone import BackboneConfig
 
+LARGEST_SEED = 2**63 - 1
+LONGEST_NAME = 1_000
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -43,10 +46,14 @@ class OptimizerConfig:
     as diverged."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
-        _require_positive(self, "gradient_clip")
-        _require_within(self, 0, 1, "beta1", "beta2")
-        _require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
+        require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
+        require_positive(self, "gradient_clip")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is outside 0 to 1, 1 left out; choose within it"
+                )
+        require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ class ScheduleConfig:
     """Learning rate at the end of the decay as a share of the peak, 0 to 1."""
 
     def __post_init__(self) -> None:
-        _require_within(self, 0, math.inf, "warmup_tokens")
-        _require_within(self, 0, 1, "decay_fraction", "final_share")
+        require_within(self, 0, math.inf, "warmup_tokens")
+        require_within(self, 0, 1, "decay_fraction", "final_share")
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class BudgetConfig:
     """Training tokens, the run's horizon; a whole number of batches."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "tokens")
+        require_positive(self, "tokens")
 
 
 Objective = Literal["causal_lm", "masked_lm", "seq2seq"]
@@ -122,7 +129,14 @@ class RunConfig:
     sequence; causal_lm ignores it. 0.3 as in M2-BERT (Fu et al. 2023)."""
 
     def __post_init__(self) -> None:
-        _require_within(self, 0, 1, "mask_rate")
+        require_names(self, "architecture", "rung")
+        require_positive(self, "nominal_parameters")
+        require_within(self, 0, LARGEST_SEED, "seed")
+        require_within(self, 0, 1, "mask_rate")
+        if self.objective == "causal_lm" and self.mask_rate != type(self).mask_rate:
+            raise ValueError(
+                f"mask_rate is {self.mask_rate}, but objective causal_lm hides nothing; remove it"
+            )
         self._check_form()
         self._check_vocabulary()
         check_hiding(self, self.mask_rate, "mask_rate")
@@ -139,6 +153,23 @@ class RunConfig:
                 f"budget.tokens {self.budget.tokens} is not a whole number of batches of "
                 f"{self.optimizer.batch_tokens} tokens; the nearest is "
                 f"{max(below, 1) * self.optimizer.batch_tokens}"
+            )
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Whether the learning rate reaches its peak before it falls."""
+        decay = round(self.schedule.decay_fraction * self.steps)
+        constant = (self.steps - decay) * self.optimizer.batch_tokens
+        if decay == self.steps:
+            raise ValueError(
+                f"schedule.decay_fraction {self.schedule.decay_fraction} decays from the first of "
+                f"the run's {self.steps} steps; choose a smaller one, such as 0.2"
+            )
+        if self.schedule.warmup_tokens > constant:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} is more than the {constant} "
+                f"tokens before the decay, so the learning rate never reaches its peak; lower it "
+                f"to at most that, or raise budget.tokens {self.budget.tokens}"
             )
 
     def _check_form(self) -> None:
@@ -227,7 +258,8 @@ class ExecutionConfig:
     """Where the model is trained; auto takes a GPU if there is one."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "ranks", "sequence_parallel", "threads", "keep_checkpoints")
+        require_positive(self, "ranks", "sequence_parallel", "threads", "keep_checkpoints")
+        require_names(self, "data_root")
         if self.ranks % self.sequence_parallel:
             raise ValueError(
                 f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}; "
@@ -235,7 +267,7 @@ class ExecutionConfig:
             )
         for name in ("micro_batch_sequences", "save_every_tokens"):
             if getattr(self, name) is not None:
-                _require_positive(self, name)
+                require_positive(self, name)
         if self.zero_stage == 3 and self.ranks > 1:
             raise ValueError(
                 f"zero_stage is 3 on {self.ranks} ranks, but the output head reads the embedding "
@@ -273,10 +305,14 @@ class EvaluationConfig:
     in training, at least one of a sequence; 0.15 as in BERT (Devlin et al. 2019)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "blocks_per_set", "batch_sequences")
+        require_positive(self, "blocks_per_set", "batch_sequences")
         if self.final_blocks_per_set is not None:
-            _require_within(self, self.blocks_per_set, math.inf, "final_blocks_per_set")
-        _require_within(self, 0, 1, "mask_rate")
+            require_within(self, self.blocks_per_set, math.inf, "final_blocks_per_set")
+        if any(tokens < 1 for tokens in self.milestones):
+            raise ValueError(
+                f"milestones {list(self.milestones)} are not all above 0; choose token counts"
+            )
+        require_within(self, 0, 1, "mask_rate")
 
 
 def check_hiding(run: RunConfig, rate: float, key: str) -> None:
@@ -339,7 +375,26 @@ def _describe(form: str, encoder: bool) -> str:
     return f"encoder-{form}" if encoder else f"{form}-only"
 
 
-def _require_positive(config: object, *names: str) -> None:
+def require_names(config: object, *names: str) -> None:
+    """Check that fields of a config are words that a report can print.
+
+    Raises:
+        ValueError: one is empty, too long, or holds a line break or another control character.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not value.strip() or not value.isprintable() or len(value) > LONGEST_NAME:
+            raise ValueError(
+                f"{name} {value[:80]!r} is no name; write 1 to {LONGEST_NAME} printable characters"
+            )
+
+
+def require_positive(config: object, *names: str) -> None:
+    """Check that fields of a config are above 0.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name in names:
         if not getattr(config, name) > 0:
             raise ValueError(
@@ -347,7 +402,12 @@ def _require_positive(config: object, *names: str) -> None:
             )
 
 
-def _require_within(config: object, low: float, high: float, *names: str) -> None:
+def require_within(config: object, low: float, high: float, *names: str) -> None:
+    """Check that fields of a config are within a range.
+
+    Raises:
+        ValueError: one is not.
+    """
     for name in names:
         if not low <= getattr(config, name) <= high:
             raise ValueError(

@@ -25,6 +25,7 @@ from trainer.config import EvaluationConfig, RunConfig, check_hiding
 from trainer.engine import Engine
 from trainer.objective import IGNORED, prepare, token_nats
 from trainer.record import Row
+from untrusted.paths import inside
 
 MASK_SEED = 0
 """What is hidden of a held-out sequence is the same for all runs."""
@@ -89,7 +90,9 @@ class Evaluator:
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
         self.sets = evaluation_sets(root, corpus.dataset)
-        self._byte_lengths = load_tokenizer(corpus.tokenizer, root / corpus.dataset).byte_lengths
+        self._byte_lengths = load_tokenizer(
+            corpus.tokenizer, inside(root, corpus.dataset)
+        ).byte_lengths
 
     def evaluate(self, engine: Engine, *, final: bool) -> Iterator[Evaluated]:
         """The loss of each set, summed over the ranks.
@@ -106,7 +109,9 @@ class Evaluator:
         engine.backbone.eval()
         for name in self.sets:
             begin = time.perf_counter()
-            described = read_manifest(self._root / self._corpus.dataset).stream(name, "validation")
+            described = read_manifest(inside(self._root, self._corpus.dataset)).stream(
+                name, "validation"
+            )
             every, subset = self._groups(described)
             sums = [_Sums(subset), *([_Sums(every)] if final else [])]
             batches = self._whole(described, every) if final else self._milestone(described, subset)

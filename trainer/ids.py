@@ -10,6 +10,7 @@ from trainer.config import EvaluationConfig, RunConfig
 from trainer.identity import config_hash, require_same
 from trainer.schedule import decay_begins
 from trainer.schema import dump
+from untrusted.paths import inside
 
 ID_LENGTH = 12
 
@@ -43,7 +44,7 @@ def dataset_ids(corpus: DataConfig, root: Path) -> dict[str, str]:
         IdentityError: the tokenizer was replaced.
         RuntimeError: there is no finished dataset, or its manifest was altered.
     """
-    folder = root / corpus.dataset
+    folder = inside(root, corpus.dataset)
     manifest = read_manifest(folder)
     tokenizer = {"tokenizer_fingerprint": load_tokenizer(corpus.tokenizer, folder).fingerprint}
     require_same(

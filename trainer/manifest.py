@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trainer.exit_codes import ExitCode
+from untrusted.paths import PathError, plain_name
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -208,8 +209,13 @@ def read_manifest(folder: Path) -> dict:
     if step_name(manifest["step"]) != folder.name:
         raise CheckpointError("manifest", f"{file}: belongs to step {manifest['step']}")
     for name in manifest["files"]:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise CheckpointError("path", f"{file}: lists {name!r}, which leaves the folder")
+        try:
+            for part in name.split("/"):
+                plain_name("a part of it", part)
+        except PathError as error:
+            raise CheckpointError(
+                "path", f"{file}: lists {name!r}, which leaves the folder: {error}"
+            ) from error
     return manifest
 
 

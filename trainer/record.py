@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-import yaml
-
 from trainer.append_file import AppendFile, named_errors
+from untrusted.json_text import parse_json
+from untrusted.paths import refuse_links
+from untrusted.yaml_text import dump_yaml, parse_yaml
 
 Scalar = bool | int | float | str | None
 Row = dict[str, Scalar]
@@ -102,6 +103,7 @@ class RunRecord:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        refuse_links(path)
         self._lock = _lock_or_refuse(path)
         self._owner = _claim(path)
         self.incarnation = int(self._owner["incarnation"])
@@ -137,8 +139,7 @@ class RunRecord:
     def write_config(self, config: Mapping) -> None:
         """Store the resolved RunConfig, once; a later start leaves the text as it is."""
         if not (self.path / "config.yaml").exists():
-            text = yaml.safe_dump(dict(config), sort_keys=False)
-            write_atomically(self.path / "config.yaml", text)
+            write_atomically(self.path / "config.yaml", dump_yaml(dict(config)))
 
     def write_provenance(self, start: Mapping) -> None:
         """Append the facts of this start; top-level keys show the latest start."""
@@ -286,7 +287,7 @@ def read_json(path: Path) -> dict:
         RuntimeError: the file is there but holds no JSON object.
     """
     try:
-        value = json.loads(path.read_text()) if path.exists() else {}
+        value = parse_json(path.read_text()) if path.exists() else {}
     except (ValueError, RecursionError) as error:
         raise RuntimeError(
             f"{path} is not valid JSON: {error}; restore it or move it away"
@@ -325,8 +326,8 @@ def _read_config(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        config = yaml.safe_load(path.read_text())
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        config = parse_yaml(path.read_text())
+    except ValueError as error:
         line = " ".join(str(error).split())
         raise RuntimeError(f"{path} cannot be read: {line}; restore it from a backup") from error
     if not isinstance(config, dict) or not config:

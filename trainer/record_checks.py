@@ -8,6 +8,7 @@ from trainer.append_file import Seal
 from trainer.exit_codes import ExitCode
 from trainer.identity import config_hash, require_same
 from trainer.record import ROW_FILES, Row, StoredRun, read_run
+from untrusted.paths import inside
 
 DATASET_IDS = ("dataset_root_hash", "tokenizer_fingerprint")
 END_IDS = ("certificate", "parameters_sha256")
@@ -59,7 +60,7 @@ def recorded_ids(stored: StoredRun, step: int) -> dict[str, object]:
 def broken_seal(path: Path, sealed: Mapping[str, Mapping]) -> str:
     """Which rows are not those that were sealed; empty if all are."""
     for name, seal in sealed.items():
-        file = path / name
+        file = inside(path, name)
         if not Seal(**seal).holds(file):
             there = file.stat().st_size if file.exists() else 0
             return (

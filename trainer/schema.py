@@ -3,29 +3,48 @@
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from models.channel import ChannelConfig, channel_kinds
 from models.mixer import MixerConfig, mixer_kinds
+from untrusted.yaml_text import MAX_BYTES, parse_yaml
 
-MAX_YAML_BYTES = 1_000_000
+LARGEST_INT = 2**63 - 1
 
 Config = TypeVar("Config")
+
+_WANTED = {
+    bool: "true or false",
+    int: "a whole number, such as 10",
+    float: "a number, such as 0.5",
+    str: 'text, in quotes if it looks like a number or true, false or null, such as "1e6"',
+    dict: "a mapping of keys to values",
+}
 
 RENAMED: Mapping[str, str] = {}
 """Old key path -> new key path, or "" for a key that is gone: the only shim for stored configs."""
 
 
+_PART = re.compile(r"[^\s.\[\]{}=](?:[^.\[\]{}=\n]*[^\s.\[\]{}=])?")
+"""A word between the dots of an override's key."""
+
+
+_LONG_WORD = re.compile(r"\S{300,}")
+
+
 class ConfigError(ValueError):
-    """A config or argument is invalid; the message names the key, the problem and the fix."""
+    """A config or argument is invalid; the message names the key, the problem and the fix.
+
+    A word that would fill the screen is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_LONG_WORD.sub(lambda found: f"{found[0][:80]}...", message))
 
 
 def dump(config: object) -> dict[str, Any]:
@@ -36,10 +55,10 @@ def dump(config: object) -> dict[str, Any]:
 
 
 def load(kind: type[Config], data: object, path: str = "") -> Config:
-    """Build a config from plain data.
+    """Build a config, or check a value, from plain data.
 
     Args:
-        kind: the dataclass to build.
+        kind: the dataclass to build, or a plain type.
         data: plain data, as from YAML.
         path: of the data within the file, for messages.
 
@@ -57,35 +76,49 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; give the path of a YAML file")
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_YAML_BYTES} bytes, too large for a config")
+    if path.stat().st_size > MAX_BYTES:
+        raise ConfigError(f"{path} is larger than {MAX_BYTES} bytes, too large for a config")
     try:
-        loaded = OmegaConf.load(path)
-        if not isinstance(loaded, DictConfig):
-            raise ConfigError(f"{path} is not a mapping at its top level; write key: value lines")
-        plain = OmegaConf.to_container(loaded, resolve=False)
-    except (YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+        plain = parse_yaml(path.read_text("utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    assert isinstance(plain, dict)
-    return typing.cast("dict[str, Any]", plain)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{path} is not a mapping at its top level; write key: value lines")
+    return plain
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     """Read `a.b=value` arguments into nested data.
 
     Raises:
-        ConfigError: an argument has no `=`.
+        ConfigError: an argument is not of this form, or two give the same key.
     """
+    tree: dict[str, Any] = {}
     for word in words:
-        if "=" not in word or word.startswith("="):
+        key, equals, text = word.partition("=")
+        if not equals or not all(map(_PART.fullmatch, key.split("."))):
             raise ConfigError(
-                f"{word!r} is not an override; write key=value, such as ladder=evening"
+                f"{word[:200]!r} is not an override; write key=value, such as ladder=evening or "
+                "optimizer.weight_decay=0.1"
             )
-    plain = OmegaConf.to_container(OmegaConf.from_dotlist(list(words)), resolve=False)
-    assert isinstance(plain, dict)
-    return typing.cast("dict[str, Any]", plain)
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{word[:200]!r} cannot be read: {error}") from error
+        _place(tree, key, value)
+    return tree
+
+
+def _place(tree: dict[str, Any], key: str, value: object) -> None:
+    """Put a value at a dotted key; what an earlier override gave is never replaced."""
+    *above, last = key.split(".")
+    for part in above:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            break
+    if not isinstance(tree, dict) or last in tree:
+        raise ConfigError(f"{key} is overridden twice, as a whole or in part; give it once")
+    tree[last] = value
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,11 +152,15 @@ def kinds_of(config: type) -> Mapping[str, type] | None:
 
 def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        _check_section(arguments[1], data, path)
+        return data
     if origin in (types.UnionType, typing.Union):
         (inner,) = [a for a in arguments if a is not type(None)]
         return None if data is None else _load(inner, data, path)
     if origin is Literal:
-        if data not in arguments:
+        # True equals 1, and 1.0 does.
+        if not any(type(data) is type(each) and data == each for each in arguments):
             raise ConfigError(f"{path} is {data!r}; choose from {', '.join(map(str, arguments))}")
         return data
     if origin is dict:
@@ -138,12 +175,39 @@ def _load(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     return _load_scalar(kind, data, path)
 
 
+def _check_section(kind: Any, data: object, path: str) -> None:  # noqa: ANN401
+    """Check keys that go over those of a class: each is one of its own, and of its type.
+
+    Parts of blocks are checked when they are complete.
+    """
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for key, value in _mapping(data, path).items():
+        if key not in hints:
+            raise ConfigError(f"unknown key {path}.{key}; {suggest(str(key), list(hints))}")
+        if typing.get_origin(hints[key]) is dict:
+            check_blocks(value, f"{path}.{key}")
+        else:
+            _load(hints[key], value, f"{path}.{key}")
+
+
+def check_blocks(data: object, path: str) -> None:
+    """Check that data is a mapping of blocks, each a mapping of parts, each a mapping of keys.
+
+    Raises:
+        ConfigError: it is not; a part may be null.
+    """
+    for name, block in _mapping(data, path).items():
+        for slot, part in _mapping(block, f"{path}.{name}").items():
+            if part is not None:
+                _mapping(part, f"{path}.{name}.{slot}")
+
+
 def _load_fields(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     given = dict(_renamed(_mapping(data, path), path))
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if "kind" not in fields and hasattr(kind, "kind"):
         given.pop("kind", None)
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     where = f"{path}." if path else ""
     for key in given:
         if key not in fields:
@@ -168,7 +232,7 @@ def _resolve_kind(kind: Any, data: object, path: str) -> Any:  # noqa: ANN401
     name = _mapping(data, path).get("kind")
     if name is None:
         raise ConfigError(f"{path}.kind is missing; choose from {', '.join(known)}")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"{path}.kind {name!r} is unknown; {suggest(str(name), list(known))}")
     return known[name]
 
@@ -179,9 +243,12 @@ def _load_scalar(kind: type, data: object, path: str) -> object:
             raise ConfigError(f"{path} is {data!r}; write a finite number")
         return float(data)
     if kind is int and isinstance(data, float) and data.is_integer():
-        return int(data)
+        data = int(data)
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise ConfigError(f"{path} is {data!r}, a {type(data).__name__}; write a {kind.__name__}")
+        wanted = _WANTED.get(kind, f"a {kind.__name__}")
+        raise ConfigError(f"{path} is {data!r}, a {type(data).__name__}; write {wanted}")
+    if isinstance(data, int) and abs(data) > LARGEST_INT:
+        raise ConfigError(f"{path} is {data}, beyond 2^63 - 1; write a smaller number")
     return data
 
 

@@ -27,6 +27,7 @@ from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, dump, load
 from trainer.shared_stream import shared_batches
 from trainer.train_state import TrainState
+from untrusted.paths import inside
 
 T = TypeVar("T")
 DEADLINES = {"start": 600.0, "data": 300.0, "step": 900.0, "save": 900.0, "evaluate": 1800.0}
@@ -284,7 +285,7 @@ class Session:
             name = step_name(manifest["step"])
             ids = weights_ids(self.config, dump(self.config), manifest["step"])
             require_same(
-                str(folder / "checkpoints" / name),
+                str(inside(folder, "checkpoints", name)),
                 manifest,
                 {**ids, **self._dataset},
                 of=f"run {self.folder.name}",

@@ -8,7 +8,9 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,14 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.tables.run_table import load
+from untrusted.json_text import parse_json
+from untrusted.paths import PathError, inside
 
 INDEX = "CAPSULE.json"
 FORMAT = 1
 OF_A_RUN = ("config.yaml", "summary.json", "provenance.json", "evaluations.jsonl", "documents.json")
 OF_A_SWEEP = ("sweep.yaml", "ladder.parquet", "baselines.json")
-LARGEST_ENTRY = 2**29
+LARGEST_CAPSULE = 2**29
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,10 @@ def unpack(file: Path, folder: Path) -> Capsule:
         raise ValueError(f"{folder} is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tarfile.open(file, mode="r:gz") as archive:
-            if any(entry.size > LARGEST_ENTRY for entry in archive.getmembers()):
-                raise ValueError(
-                    f"{file} has an entry of more than 512 MiB, so it is not a capsule"
-                )
-            archive.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError, EOFError) as error:
+        with tarfile.open(fileobj=_decompressed(file)) as archive:
+            for entry in _checked(archive, file, folder):
+                _extract(archive, entry, inside(folder, *entry.name.split("/")))
+    except (tarfile.TarError, PathError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is not a capsule: {error}") from error
     index = _index(file, folder)
     for name, digest in index["files"].items():
@@ -95,10 +96,44 @@ def unpack(file: Path, folder: Path) -> Capsule:
     return Capsule(folder, index)
 
 
+def _decompressed(file: Path) -> io.BytesIO:
+    """The archive, unless it is larger than any capsule."""
+    with gzip.open(file) as body:
+        content = body.read(LARGEST_CAPSULE + 1)
+    if len(content) > LARGEST_CAPSULE:
+        raise ValueError(f"{file} holds more than {LARGEST_CAPSULE >> 20} MiB; it is no capsule")
+    return io.BytesIO(content)
+
+
+def _checked(archive: tarfile.TarFile, file: Path, folder: Path) -> list[tarfile.TarInfo]:
+    """The members of an archive, every one of them checked before the first is written."""
+    found: dict[str, tarfile.TarInfo] = {}
+    for entry in archive:
+        if not entry.isreg() or entry.issparse():
+            raise ValueError(f"{entry.name!r} in {file} is no regular file, so it is no capsule")
+        inside(folder, *entry.name.split("/"))
+        if entry.name in found:
+            raise ValueError(f"{file} holds {entry.name!r} twice, so it is not a capsule")
+        found[entry.name] = entry
+    return list(found.values())
+
+
+def _extract(archive: tarfile.TarFile, entry: tarfile.TarInfo, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = archive.extractfile(entry)
+    assert content is not None
+    with content, path.open("xb") as written:
+        shutil.copyfileobj(content, written)
+
+
 def _index(file: Path, folder: Path) -> dict:
     path = folder / INDEX
-    index = json.loads(path.read_text()) if path.is_file() else {}
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    index = parse_json(path.read_text()) if path.is_file() else {}
+    if (
+        not isinstance(index, dict)
+        or index.get("format") != FORMAT
+        or not isinstance(index.get("files"), dict)
+    ):
         raise ValueError(f"{file} is not a capsule of format {FORMAT}; pack it with this version")
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {INDEX}
     if found != set(index["files"]):

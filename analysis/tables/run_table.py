@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from analysis.tables.document_losses import DocumentLosses, read_document_losses
 from analysis.tables.frames import keep
 from analysis.tables.quarantine import DAMAGED, open_runs
 from analysis.tables.training_curves import training_curves
 from trainer.record import Row, StoredRun, read_json
+from untrusted.paths import inside
+from untrusted.yaml_text import parse_yaml
 
 COLUMNS = {
     "run_id": "hash of the resolved run configuration; of a trunk, its trunk_id",
@@ -135,8 +136,8 @@ def load(root: Path) -> Table:
         ValueError: the folder is not a sweep.
     """
     sweep = _read_sweep(root)
-    stored, damage = open_runs([root / str(run_id) for run_id in sweep["runs"]], _probe)
-    trunks, lost = open_runs([root / str(run_id) for run_id in sweep.get("trunks", [])], _probe)
+    stored, damage = open_runs([inside(root, str(name)) for name in sweep["runs"]], _probe)
+    trunks, lost = open_runs([inside(root, str(name)) for name in sweep.get("trunks", [])], _probe)
     damage |= lost
     statuses = {run.path.name: _status(run) for run in stored}
     statuses |= {run.path.name: "trunk" for run in trunks}
@@ -204,8 +205,8 @@ def _read_sweep(root: Path) -> dict:
     if not file.exists():
         raise ValueError(f"{root} holds no sweep.yaml; name a folder runs/<sweep>")
     try:
-        sweep = yaml.safe_load(file.read_text())
-    except (ValueError, RecursionError, yaml.YAMLError):
+        sweep = parse_yaml(file.read_text())
+    except ValueError:
         sweep = None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), list):
         raise ValueError(f"{file} lists no runs; expand the sweep again to rewrite it")

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ from data_pipelines import shards
 from data_pipelines.evaluation_sets import evaluation_batches
 from data_pipelines.manifest import read_manifest
 from data_pipelines.stream import TokenStream
-from data_pipelines.verify import verify_dataset
+from data_pipelines.verify import _cannot_decompress, verify_dataset
 from tests.data_pipelines.conftest import DOMAINS, corpus, die_at
 
 ZIPPED = "tiny/alpha/train/shard.00000.mds.zstd"
@@ -233,3 +234,24 @@ def test_a_manifest_that_is_no_manifest_is_refused(copied_root, content):
 
 def test_a_whole_dataset_passes_its_verification(built_root):
     assert verify_dataset(built_root / "tiny") == read_manifest(built_root / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("number", "said", "unsaid"),
+    [
+        (errno.ENOSPC, "12345 bytes", "owner"),
+        (errno.EDQUOT, "12345 bytes", "owner"),
+        (errno.EACCES, "ask its owner", "free"),
+        (errno.EPERM, "ask its owner", "free"),
+        (errno.EROFS, "execution.data_root", "free"),
+        (errno.EIO, "check that disk", "free"),
+    ],
+)
+def test_a_shard_that_cannot_be_written_tells_the_remedy_of_its_reason(
+    tmp_path, number, said, unsaid
+):
+    error = OSError(number, os.strerror(number))
+    message = _cannot_decompress(error, tmp_path / "shard", 12345)
+    assert os.strerror(number) in message
+    assert said in message
+    assert unsaid not in message

@@ -115,3 +115,59 @@ def test_the_smoke_sweep_repeats_one_run_on_two_processes() -> None:
     assert {(e.execution.ranks, e.execution.zero_stage) for e in repeats} == {(1, 0), (2, 2)}
     two = next(e for e in repeats if e.execution.ranks == 2)
     assert two.run.batch_sequences > 2 * (two.execution.micro_batch_sequences or 0)
+
+
+MORE = "optimizer.weight_decay=0.2"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["ladders.evening.seeds=[1]"], "ladder=evening"),
+        (["corpora.pile.epoch_blocks=8"], "corpus=pile"),
+        (["launcher.partition=gpu"], "launcher.cluster=slurm"),
+        (["launcher.cluster=slurm", "launcher.slots=2"], "launcher.cluster=local"),
+        (["launcher.cluster=inline", "launcher.slots=2"], "launcher.cluster=local"),
+        (["optimizer.batch_tokens=4096", "ladders.default.batch_tokens=2048"], "gives way"),
+        (["schedule.warmup_tokens=0", "ladders.default.warmup_tokens=2048"], "gives way"),
+        (
+            ["optimizer.learning_rate=0.1", "ladders.default.learning_rate.coefficient=0.1"],
+            "optimizer.learning_rate",
+        ),
+        (
+            ["optimizer.learning_rate=0.1", "ladders.default.learning_rate_factors=[1.0,2.0]"],
+            "optimizer.learning_rate",
+        ),
+        (["execution.ranks=2", "ladders.default.execution.ranks=1"], "execution.ranks"),
+        (["model.tied=false", "ladders.default.model={tied: true}"], "model.tied"),
+        (["corpora.embedded.mixtures.mostly_python_repeated.unique_bytes=1"], "not trained on"),
+        (["ladder=evening", "corpora.embedded.epoch_blocks=8192"], "gives way"),
+        (["exclude=[{rung: 98k}]"], "matches no run"),
+        (["exclude=[{rung: 97k}, {horizon: 5}]"], "matches no run"),
+        (["exclude=[{}]"], "is empty"),
+        (["exclude=[{rung: []}]"], "empty list"),
+        (["also=[{}]"], "is empty"),
+        (["also=[{rung: 10k, execution: {threads: 2}}]"], "a label of its own"),
+        (["ladders.default.horizons=[450560,450561]"], "the same number of batches"),
+    ],
+)
+def test_an_override_that_would_change_nothing_is_refused(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweeps/scaling\.yaml") as raised:
+        read_sweep_file(SCALING, [MORE, *words])
+    assert key in str(raised.value)
+
+
+def test_a_horizon_that_is_excluded_is_left_out() -> None:
+    kept = read_sweep_file(SCALING, ["ladder=nano", "exclude=[{horizon: 450560, rung: 10k}]"])
+    left = {(e.run.rung, e.run.budget.tokens) for e in kept.experiments}
+    assert left == {("10k", 225_280), ("20k", 225_280), ("20k", 450_560)}
+
+
+@pytest.mark.parametrize(
+    "entry", ["text", "3", "{seed: text}", "{horizon: x}", "{rung: 3}", "{execution: 3}", "[a]"]
+)
+def test_an_entry_of_also_of_another_type_is_refused_by_its_key(entry: str) -> None:
+    with pytest.raises(ConfigError, match="also"):
+        read_sweep_file(SCALING, ["ladder=nano", f"also=[{entry}]"])
+    with pytest.raises(ConfigError, match="also"):
+        read_sweep_file(SCALING, ["ladder=nano", f"also={entry}"])

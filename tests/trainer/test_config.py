@@ -1,6 +1,7 @@
 """Run configs: loading, ids, and every misspelt key."""
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,15 +123,92 @@ def test_yaml_that_no_config_needs_is_refused(tmp_path: Any, text: str, why: str
         read_yaml(file)
 
 
-def test_environment_variables_are_not_read_from_yaml(tmp_path: Any) -> None:
+@pytest.mark.parametrize("key", ["name", "execution.data_root"])
+def test_an_interpolation_is_refused_and_its_variable_not_read(tmp_path: Any, key: str) -> None:
     file = tmp_path / "leak.yaml"
-    file.write_text("a: ${oc.env:HOME}\n")
-    assert read_yaml(file) == {"a": "${oc.env:HOME}"}
+    file.write_text(f"'{key}': ${{oc.env:HOME}}/data\n")
+    with pytest.raises(ConfigError, match="interpolation") as raised:
+        read_yaml(file)
+    assert os.environ["HOME"] not in str(raised.value).replace(str(tmp_path), "")
+    with pytest.raises(ConfigError, match="interpolation"):
+        read_overrides([f"{key}=${{oc.env:HOME}}"])
 
 
 def test_an_override_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="'ladder' is not an override"):
         read_overrides(["ladder"])
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optimizer..learning_rate=0.5",
+        ".optimizer.learning_rate=0.5",
+        "optimizer.learning_rate.=0.5",
+        "optimizer[learning_rate]=0.5",
+        "optimizer.[learning_rate]=0.5",
+        "{optimizer}=0.5",
+        " optimizer=0.5",
+        "optimizer .learning_rate=0.5",
+        "optimizer.\nlearning_rate=0.5",
+        "=0.5",
+        ".=0.5",
+    ],
+)
+def test_an_override_whose_key_is_no_path_is_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match="is not an override"):
+        read_overrides([word])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("seed=1", "seed=2"),
+        ("a.b=1", "a.b=1"),
+        ("a=1", "a.b=1"),
+        ("a.b=1", "a=1"),
+        ("a={b: 1}", "a.b=2"),
+        ("a.b=1", "a={c: 2}"),
+        ("a.b=1", "a.b.c=1"),
+    ],
+)
+def test_an_override_that_another_would_hide_is_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="overridden twice"):
+        read_overrides(words)
+
+
+@pytest.mark.parametrize("value", ["[", "[1,", "{a", "'", "!!python/none x", "*a", "[" * 100_000])
+def test_an_override_that_is_no_yaml_is_refused_in_one_line(value: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read") as raised:
+        read_overrides([f"budget.tokens={value}"])
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("seed",), "010"),
+        (("seed",), True),
+        (("seed",), 2**63),
+        (("corpus", "name"), 1e6),
+        (("corpus", "name"), None),
+        (("model", "tied"), "no"),
+        (("model", "tied"), 1),
+        (("precision",), True),
+        (("optimizer", "beta1"), True),
+        (("budget", "tokens"), 1e300),
+    ],
+)
+def test_a_value_is_never_turned_into_another_type(path: tuple[str, ...], value: object) -> None:
+    with pytest.raises(ConfigError, match=".".join(path)):
+        load(RunConfig, changed(path, lambda below, key: below.update({key: value})))
+
+
+@pytest.mark.parametrize("stage", [True, False, 1.0, "1", None])
+def test_a_choice_among_numbers_takes_numbers_alone(stage: object) -> None:
+    with pytest.raises(ConfigError, match="zero_stage"):
+        load(ExecutionConfig, {"zero_stage": stage})
 
 
 def test_zero_3_is_refused_on_several_ranks():
