@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from data_pipelines.config import DatasetConfig
 from data_pipelines.shares import require_amounts
+from data_pipelines.tokenizers import vocabulary_size
 from launch.cluster import run_units
 from launch.data import build_data, print_repeats
 from launch.job import TrainJob, Unit
@@ -60,6 +61,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     launcher = load(LauncherConfig, plain.get("launcher", {}), "launcher")
     if "dataset" in plain:
         dataset = load(DatasetConfig, plain["dataset"], "dataset")
+        require_fit(experiment.run, dataset)
         build_data(dataset, Path(experiment.execution.data_root), console)
     reads = [(experiment.run.corpus, experiment.run.budget.tokens)]
     print_repeats(reads, Path(experiment.execution.data_root), console)
@@ -71,6 +73,25 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         else:
             run_units([unit], launcher, runs, lambda: None)
     return _conclude(experiment, folder, console)
+
+
+def require_fit(run: RunConfig, dataset: DatasetConfig) -> None:
+    """Check that a run can read a dataset, before the dataset is built.
+
+    Raises:
+        ConfigError: it names another dataset, other blocks or another tokenizer.
+    """
+    corpus = run.corpus
+    for key, asked, built in (
+        ("dataset", corpus.dataset, dataset.name),
+        ("block_tokens", corpus.block_tokens, dataset.block_tokens),
+        ("tokenizer", corpus.tokenizer, dataset.tokenizer),
+    ):
+        if asked != built:
+            raise ConfigError(
+                f"corpus.{key} is {asked}, but the dataset of the same file has {built}; "
+                "make them equal"
+            )
 
 
 def read_experiment(path: Path, overrides: list[str]) -> Experiment:
@@ -93,6 +114,12 @@ def read_experiment(path: Path, overrides: list[str]) -> Experiment:
             load(EvaluationConfig, evaluation, "evaluation"),
         )
         sequences_at_once(experiment.run, experiment.execution)
+        ids, known = vocabulary_size(experiment.run.corpus.tokenizer), experiment.run.model
+        if known.vocab_size < ids:
+            raise ConfigError(
+                f"model.vocab_size {known.vocab_size} is less than the {ids} ids of "
+                f"corpus.tokenizer; set it to at least {ids}"
+            )
         require_amounts(experiment.run.corpus, experiment.run.budget.tokens)
         return experiment
     except ValueError as error:
