@@ -145,12 +145,14 @@ def read_manifest(folder: Path) -> Manifest:
             for s in plain.pop("streams")
         )
         manifest = Manifest(**plain, streams=streams)
-        _check(manifest)
+        altered = root_hash(manifest) != manifest.root_hash
+        if not altered:
+            _check(manifest)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RuntimeError(
             f"{file} cannot be read ({type(error).__name__}: {error}); {rebuild(folder)}"
         ) from error
-    if root_hash(manifest) != manifest.root_hash:
+    if altered:
         raise RuntimeError(
             f"{file} does not match its own root hash, so it was altered; {rebuild(folder)}"
         )
