@@ -5,12 +5,18 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data_pipelines.config import NAME, domain_folder
 from data_pipelines.durable import write_durably
+from data_pipelines.format import SHARD_BYTES, columns
 from untrusted.json_text import parse_json
-from untrusted.paths import inside, plain_name
+from untrusted.paths import inside
 
 MANIFEST = "MANIFEST.json"
 INDEX = "index.json"
+MAX_MANIFEST_BYTES = 256 << 20
+"""Some 500,000 shards of 8 MB."""
+MAX_HEADER_BYTES = 1 << 16
+MAX_BLOCK_TOKENS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise RuntimeError(
             f"{file} does not exist, so {folder} holds no finished dataset; build it first"
         )
+    size = file.stat().st_size
+    if size > MAX_MANIFEST_BYTES:
+        raise RuntimeError(
+            f"{file} has {size} bytes, more than the {MAX_MANIFEST_BYTES} of a manifest; "
+            f"{rebuild(folder)}"
+        )
     try:
         plain = parse_json(file.read_text())
         streams = tuple(
@@ -135,27 +147,73 @@ def read_manifest(folder: Path) -> Manifest:
             for s in plain.pop("streams")
         )
         manifest = Manifest(**plain, streams=streams)
-        for stream in streams:
-            _require_inside(folder, stream)
+        altered = root_hash(manifest) != manifest.root_hash
+        if not altered:
+            _check(manifest)
+            for stream in streams:
+                # Neither folder may be a link to elsewhere.
+                inside(folder, stream.domain, stream.split)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise RuntimeError(
             f"{file} cannot be read ({type(error).__name__}: {error}); {rebuild(folder)}"
         ) from error
-    if root_hash(manifest) != manifest.root_hash:
+    if altered:
         raise RuntimeError(
             f"{file} does not match its own root hash, so it was altered; {rebuild(folder)}"
         )
     return manifest
 
 
-def _require_inside(folder: Path, stream: Stream) -> None:
-    """Check that a stream's files lie where its name says, and nowhere else."""
-    inside(folder, stream.domain, stream.split)
-    for name in (name for shard in stream.shards for name in (shard.name, shard.zip_name)):
-        at, _, last = name.rpartition("/")
-        # A link in a shard's place is found, and replaced, when shards are verified.
-        if at != stream.folder or not plain_name("a shard", last):
-            raise ValueError(f"shard {name!r} does not lie in {stream.folder}")
+def _check(manifest: Manifest) -> None:
+    """Check what sizes memory or names files, before anything else is opened.
+
+    Raises:
+        ValueError: a value is of a wrong type, out of range, or names a file elsewhere.
+    """
+    _require(isinstance(manifest.config, dict), "config", manifest.config)
+    _require(isinstance(manifest.source, dict), "source", manifest.source)
+    _require(NAME.fullmatch(str(manifest.config.get("name"))), "config.name", manifest.config)
+    tokenizer = manifest.config.get("tokenizer")
+    _require(isinstance(tokenizer, dict) and {"kind", "vocab_size"} <= set(tokenizer),
+             "config.tokenizer", tokenizer)  # fmt: skip
+    _require_count("vocab_size", manifest.vocab_size, 1 << 32)
+    _require_count("block_tokens", manifest.block_tokens, MAX_BLOCK_TOKENS)
+    for stream in manifest.streams:
+        _require(domain_folder(stream.domain) == stream.domain, "domain", stream.domain)
+        _require(stream.split in ("train", "validation"), "split", stream.split)
+        for key in ("blocks", "tokens", "utf8_bytes", "documents", "document_bytes"):
+            _require_count(f"{stream.folder} {key}", getattr(stream, key), 1 << 62)
+        _require(sum(shard.samples for shard in stream.shards) == stream.blocks,
+                 f"{stream.folder} blocks", stream.blocks)  # fmt: skip
+        for shard in stream.shards:
+            _check_shard(manifest, stream, shard)
+
+
+def _check_shard(manifest: Manifest, stream: Stream, shard: Shard) -> None:
+    """A shard lies in its stream's folder and has the bytes of its blocks."""
+    for name in (shard.name, shard.zip_name):
+        place, _, base = str(name).rpartition("/")
+        _require(place == stream.folder and NAME.fullmatch(base), "shard", name)
+    _require_count(f"{shard.name} samples", shard.samples, SHARD_BYTES)
+    expected = columns(manifest.block_tokens, manifest.vocab_size)
+    row = 8 + sum(
+        (manifest.block_tokens + 1) * {"uint16": 2, "uint32": 4}[expected[key].split(":")[1]]
+        for key in ("tokens", "documents")
+    )
+    # Beside the blocks: an offset of each, and a description of the columns.
+    beside = shard.raw_bytes - shard.samples * row - 4 * shard.samples
+    _require(0 <= beside <= MAX_HEADER_BYTES, f"{shard.name} raw_bytes", shard.raw_bytes)
+    _require_count(f"{shard.name} zip_bytes", shard.zip_bytes, 2 * shard.raw_bytes)
+
+
+def _require_count(key: str, value: object, most: int) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+    _require(fits, key, value)
+
+
+def _require(fits: object, key: str, value: object) -> None:
+    if not fits:
+        raise ValueError(f"{key} cannot be {str(value)[:80]!r}")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

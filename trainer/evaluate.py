@@ -90,9 +90,9 @@ class Evaluator:
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
         self.sets = evaluation_sets(root, corpus.dataset)
-        self._byte_lengths = load_tokenizer(
-            corpus.tokenizer, inside(root, corpus.dataset)
-        ).byte_lengths
+        folder = inside(root, corpus.dataset)
+        self._dataset = read_manifest(folder)
+        self._byte_lengths = load_tokenizer(corpus.tokenizer, folder).byte_lengths
 
     def evaluate(self, engine: Engine, *, final: bool) -> Iterator[Evaluated]:
         """The loss of each set, summed over the ranks.

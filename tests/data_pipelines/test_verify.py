@@ -232,6 +232,52 @@ def test_a_manifest_that_is_no_manifest_is_refused(copied_root, content):
         read_manifest(copied_root / "tiny")
 
 
+def test_a_manifest_too_large_to_be_one_is_not_read(copied_root, monkeypatch):
+    monkeypatch.setattr("data_pipelines.manifest.MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(RuntimeError, match=r"MANIFEST\.json has \d+ bytes, more than the 100"):
+        read_manifest(copied_root / "tiny")
+
+
+STREAM = ("streams", 0)
+FORGED = {
+    "shard elsewhere": ((*STREAM, "shards", 0, "name"), "../../evil/shard.00000.mds"),
+    "shard of another stream": ((*STREAM, "shards", 0, "name"), "beta/train/shard.00000.mds"),
+    "absolute shard": ((*STREAM, "shards", 0, "zip_name"), "/etc/passwd"),
+    "hidden shard": ((*STREAM, "shards", 0, "name"), "alpha/train/..mds"),
+    "domain elsewhere": ((*STREAM, "domain"), "../x"),
+    "domain as a number": ((*STREAM, "domain"), 3),
+    "another split": ((*STREAM, "split"), "test"),
+    "huge shard": ((*STREAM, "shards", 0, "raw_bytes"), 1 << 50),
+    "small shard": ((*STREAM, "shards", 0, "raw_bytes"), 10),
+    "huge compressed shard": ((*STREAM, "shards", 0, "zip_bytes"), 1 << 50),
+    "many samples": ((*STREAM, "shards", 0, "samples"), 1 << 40),
+    "negative samples": ((*STREAM, "shards", 0, "samples"), -1),
+    "samples as text": ((*STREAM, "shards", 0, "samples"), "9"),
+    "other blocks": ((*STREAM, "blocks"), 7),
+    "bytes as a truth": ((*STREAM, "utf8_bytes"), True),
+    "long blocks": (("block_tokens",), 1 << 40),
+    "blocks as a fraction": (("block_tokens",), 64.5),
+    "negative vocabulary": (("vocab_size",), -1),
+    "config as a list": (("config",), []),
+    "no tokenizer": (("config", "tokenizer"), None),
+    "tokenizer without kind": (("config", "tokenizer"), {}),
+    "dataset elsewhere": (("config", "name"), "../x"),
+    "source as text": (("source",), "x"),
+}
+
+
+@pytest.mark.parametrize("name", list(FORGED))
+def test_a_forged_manifest_with_a_fitting_hash_is_refused(copied_root, monkeypatch, name):
+    file = copied_root / "tiny/MANIFEST.json"
+    plain = json.loads(file.read_text())
+    set_in(plain, *FORGED[name])
+    file.write_text(json.dumps(plain))
+    # Whoever writes a manifest can write its hash as well.
+    monkeypatch.setattr("data_pipelines.manifest.root_hash", lambda _: plain["root_hash"])
+    with pytest.raises(RuntimeError, match=r"MANIFEST\.json cannot be read"):
+        read_manifest(copied_root / "tiny")
+
+
 def test_a_whole_dataset_passes_its_verification(built_root):
     assert verify_dataset(built_root / "tiny") == read_manifest(built_root / "tiny")
 

@@ -1,6 +1,7 @@
 """Checking a dataset from the command line."""
 
 import multiprocessing
+import re
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from data_pipelines.config import DatasetConfig, SourceConfig, TokenizerConfig
 from data_pipelines.manifest import read_manifest
 from launch.data import DataError, _build, _follow, build_data, verify_data
+from launch.train import main
 from tests.trainer.study import build_tiny
 from trainer.exit_codes import ExitCode
 from trainer.schema import dump
@@ -118,3 +120,26 @@ def test_a_dataset_is_compared_with_its_files_at_every_start(tmp_path: Path) -> 
         file.write("\n")
     with pytest.raises(DataError, match=r"built from other files: .*tiny\.jsonl had \d+ bytes"):
         build_tokens(tmp_path, TokenizerConfig())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.vocab_size=256", r"model\.vocab_size 256 is less than the 257 ids"),
+        ("dataset.block_tokens=256", r"corpus\.block_tokens is 512, but the dataset .* has 256"),
+        ("dataset.name=other", r"corpus\.dataset is embedded, but the dataset .* has other"),
+        (
+            "dataset.tokenizer={kind: bpe, vocab_size: 300}",
+            r"corpus\.tokenizer is .*bytes.*, but the dataset .* has .*bpe",
+        ),
+        ("budget.tokens=2048", r"domains\.cpp is 0\.15 of the 4 blocks .* less than one"),
+    ],
+)
+def test_what_does_not_fit_its_data_is_refused_before_they_are_built(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    root = tmp_path / "data"
+    words = ["sweeps/single.yaml", override, f"execution.data_root={root}"]
+    assert main([*words, "--runs", str(tmp_path / "runs")]) == ExitCode.BAD_CONFIG
+    assert re.search(message, capsys.readouterr().out)
+    assert not root.exists()
