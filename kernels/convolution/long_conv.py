@@ -52,7 +52,8 @@ def long_conv(
     L = values.shape[1]
     taps = filter[:, :L].float()
     reverse = None if reverse_filter is None else reverse_filter[:, : L - 1].float()
-    if L <= DIRECT and path_of(values) is Path.NATIVE:
+    # The FFT takes no batch of no rows.
+    if (L <= DIRECT or not len(values)) and path_of(values) is Path.NATIVE:
         return _sum_directly(values, taps, reverse, documents)
     if documents is not None and not documents.is_meta:
         return _convolve_documents(values, taps, reverse, documents)

@@ -17,8 +17,9 @@ inline const float* read(const at::Tensor& x, const char* kernel) {
   return x.const_data_ptr<float>();
 }
 
-// Sum over the first dimension, slice after slice.
+// Sum over the first dimension, slice after slice; of no slices it is zero.
 inline at::Tensor sum_slices(const at::Tensor& slices) {
+  if (slices.size(0) == 0) return at::zeros(slices.sizes().slice(1), slices.options());
   if (slices.size(0) == 1) return slices[0];
   at::Tensor total = at::empty_like(slices[0]);
   const int64_t size = total.numel(), count = slices.size(0);

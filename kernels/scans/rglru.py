@@ -43,7 +43,8 @@ def rglru(
         return rglru_reference(wide[0], wide[1], rate, begins, *wide[2:])
     recurrence, inputs, *rest = (x.contiguous() for x in wide)
     marks = begins.expand(recurrence.shape[:2]).contiguous()
-    return Steps(*_RGLRU.apply(recurrence, inputs, rate.contiguous(), marks, *rest))
+    rates = rate.float().contiguous()
+    return Steps(*_RGLRU.apply(recurrence, inputs, rates, marks, *rest))
 
 
 def rglru_reference(

@@ -4,6 +4,7 @@ A bucket's documents are padded to the longest, at most to twice their length: w
 linear in the tokens however rows are packed, and no sum runs across documents.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,7 +87,7 @@ def put_back(
     """Scatter features of documents (N, T, *rest) to their rows, with zeros in padding."""
     if buckets[0].index is None:
         return parts[0]
-    shape = sequence.documents.shape
+    shape, parts = sequence.documents.shape, _of_one_dtype(parts)
     out = parts[0].new_zeros((shape.numel(), *parts[0].shape[2:]))
     for part, bucket in zip(parts, buckets, strict=True):
         assert bucket.index is not None
@@ -101,7 +102,7 @@ def tabulate(
     """Arrange one entry per document (N, *rest) in a table indexed by row and document id."""
     if buckets[0].rows is None:
         return parts[0][:, None]
-    ids = sequence.own_documents()
+    ids, parts = sequence.own_documents(), _of_one_dtype(parts)
     table = parts[0].new_zeros((ids.shape[0], int(ids.max()) + 1, *parts[0].shape[1:]))
     for part, bucket in zip(parts, buckets, strict=True):
         assert bucket.rows is not None
@@ -144,6 +145,12 @@ def landmarks_of(x: Float[Tensor, "N T H P"], bucket: DocumentRows, count: int) 
     taken = taken.masked_fill(~inside[..., None, None], 0.0)
     means = taken.sum(dim=2) / size.clamp(min=1)[:, :, None, None]
     return Landmarks(means, None if bucket.present is None else place < segments)
+
+
+def _of_one_dtype(parts: list[Tensor]) -> list[Tensor]:
+    """The parts in the widest of their dtypes: under autocast it can depend on the length."""
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return [part.to(widest) for part in parts]
 
 
 def _places(ids: Int[Tensor, "B L"]) -> Int[Tensor, "N 4"]:

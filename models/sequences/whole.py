@@ -6,6 +6,7 @@ sequence (`ContinuedSequence`, for prefill and decoding) or the shards of earlie
 (`models.sequences.sharded.ShardedSequence`). What these calls store is the decoding state.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,6 +54,9 @@ class WholeSequence:
 
     def __init__(self, documents: Int[Tensor, "B L"]) -> None:
         check_documents(documents)
+        if documents.is_inference():
+            with torch.inference_mode(False):
+                documents = documents.clone()
         self.documents = documents
         # Meta tensors have no values: count them as one document a row.
         self.packed = not documents.is_meta and bool(documents[:, -1].any())
@@ -150,7 +154,10 @@ class WholeSequence:
     def memo(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that all layers share, computed at its first use."""
         if key not in self._memo:
-            self._memo[key] = make()
+            # What inference mode makes cannot be saved for a backward pass, if training comes next.
+            inference = torch.is_inference_mode_enabled()
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
+                self._memo[key] = make()
         return self._memo[key]
 
     def _collect_ends(self, x: Float[Tensor, "B L *rest"], every: int) -> Collected:

@@ -11,6 +11,7 @@ from models.sequences.whole import WholeSequence
 from tests.conformance.case import (
     CAUSAL,
     EVERY,
+    ONE,
     ROWS,
     Batch,
     Case,
@@ -71,6 +72,13 @@ def bfloat16(case: Case) -> None:
         dtype = (there.x + outputs).dtype
         assert dtype == residual, f"a residual of {residual} becomes {dtype}"
         _assert_mostly_near(outputs, expected, f"outputs for a residual of {residual}")
+    for rows in (ROWS, ONE, ((9, 1, 7), (11,))):
+        for residual in (torch.float32, torch.bfloat16):
+            there = case.batch(rows).to(residual)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = case.mixer(there.x, WholeSequence(there.documents), there.memory())
+            what = f"outputs of {rows} for a residual of {residual}"
+            assert outputs[there.real].isfinite().all(), f"{what}: not finite"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for name, gradient in gradients(case.mixer, batch).items():
             assert gradient.isfinite().all(), f"the gradient of {name} is not finite"
