@@ -11,6 +11,8 @@ MAX_NAME_BYTES = 100
 RESERVED = re.compile(r"MANIFEST\.json|STATE\.json|tokenizer\.json|.*\.tmp")
 """Names of files of a dataset, and of stages that are not finished."""
 
+LONGEST_LABEL = 200
+LABEL_RULE = f"write 1 to {LONGEST_LABEL} printable characters without $ and \\"
 SHARE_TOLERANCE = 1e-6
 
 TokenizerKind = Literal["bytes", "bpe", "file", "lossy_file"]
@@ -154,10 +156,8 @@ class DataConfig:
     the number of machines."""
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or not self.name.isprintable() or len(self.name) > 200:
-            raise ValueError(
-                f"corpus.name {self.name[:80]!r} is no name; write 1 to 200 printable characters"
-            )
+        if not is_label(self.name):
+            raise ValueError(f"corpus.name {self.name[:80]!r} is no name; {LABEL_RULE}")
         _require_name("corpus.dataset", self.dataset)
         self._require_shares()
         if min(self.seq_len, self.block_tokens) < 1 or min(
@@ -240,6 +240,12 @@ def _require_domain(name: str) -> None:
             f"a key of corpus.domains {name!r} cannot be a folder name; in a dataset this domain "
             f"is called {domain_folder(name)!r}, write that"
         )
+
+
+def is_label(name: str) -> bool:
+    """Whether a name can stand in tables and figures, without characters of formulas."""
+    whole = name.strip() and name.isprintable() and len(name) <= LONGEST_LABEL
+    return bool(whole) and not set(name) & set("$\\")
 
 
 def _require_name(key: str, name: str) -> None:

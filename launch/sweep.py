@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement as RichMeasurement
 
 from analysis.report.write import refresh
+from analysis.words.terminal import print_whole
 from launch.baselines import write_baselines
 from launch.cluster import run_units
 from launch.data import build_data, print_repeats, verify_data
@@ -35,7 +35,6 @@ from untrusted.paths import PathError, inside, refuse_links
 
 REDRAW_SECONDS = 45.0
 RESUBMISSIONS = 2
-MOST_COLUMNS = 400
 EXAMPLES = """
 examples:
   python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
@@ -205,11 +204,7 @@ def _print_plan(
         unit.name: " ".join(dict.fromkeys(statuses[e.folder_name].value for e in unit.branches))
         for unit in plan.units
     }
-    # As wide as its values: on a narrow terminal whole lines wrap, and no id is ever cut.
-    table = plan_table(plan, shown)
-    needed = RichMeasurement.get(console, console.options.update(width=MOST_COLUMNS), table).maximum
-    wide = Console(width=max(console.width, needed), file=console.file)
-    wide.print(table, highlight=False)
+    print_whole(console, plan_table(plan, shown))
     slots = available_slots(plan.sweep.config.launcher)
     seconds = sum(plan.seconds[unit.name] for unit in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import LABEL_RULE, DataConfig, is_label
 from data_pipelines.tokenizers import vocabulary_size
 from models.backbone import BackboneConfig
 
 LARGEST_SEED = 2**63 - 1
-LONGEST_NAME = 1_000
 
 
 @dataclass(frozen=True)
@@ -379,14 +378,12 @@ def require_names(config: object, *names: str) -> None:
     """Check that fields of a config are words that a report can print.
 
     Raises:
-        ValueError: one is empty, too long, or holds a line break or another control character.
+        ValueError: one is empty, too long, or holds a character that a report cannot show.
     """
     for name in names:
         value = getattr(config, name)
-        if not value.strip() or not value.isprintable() or len(value) > LONGEST_NAME:
-            raise ValueError(
-                f"{name} {value[:80]!r} is no name; write 1 to {LONGEST_NAME} printable characters"
-            )
+        if not is_label(value):
+            raise ValueError(f"{name} {value[:80]!r} is no name; {LABEL_RULE}")
 
 
 def require_positive(config: object, *names: str) -> None:

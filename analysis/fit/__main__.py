@@ -32,6 +32,7 @@ from analysis.tables.frames import floats, strings, where
 from analysis.validity.checks import check, evaluation
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import number
+from analysis.words.terminal import print_whole
 
 
 def main(words: list[str]) -> int:
@@ -41,6 +42,7 @@ def main(words: list[str]) -> int:
     try:
         external = read_external(options.table, parse_columns(options.columns))
         sets = list(dict.fromkeys(strings(external.rows, "evaluation_set").tolist()))
+        options.by = [_arm_column(external, name) for name in options.by]
         law = ScalingLaw(options.law, tuple(options.by), _names(options.varies), options.delta)
         for line in _reading(external):
             console.print(line, markup=False)
@@ -104,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _arm_column(external: ExternalTable, name: str) -> str:
+    """The column that `--by` names, by its own name in the file or by that of the schema.
+
+    Raises:
+        ValueError: the table has no such column.
+    """
+    named = {source.column: target for target, source in external.sources.items()}
+    column = name if name in external.rows else named.get(name, name)
+    if column not in external.rows:
+        known = ", ".join(sorted({*named, *external.sources}))
+        raise ValueError(f"--by {name!r} is no column that was read; there are {known}")
+    return column
+
+
 def _names(text: str) -> frozenset[str] | None:
     names = frozenset(filter(None, (part.strip() for part in text.split(","))))
     return names or None
@@ -126,12 +142,12 @@ def _answer(
     if isinstance(learnt, Refusal):
         console.print(str(learnt), markup=False)
         return False
-    console.print(_parameters(learnt))
+    print_whole(console, _parameters(learnt))
     for line in _quality(learnt):
         console.print(line, markup=False)
     arms = {str(arm) for by in options.by for arm in rows[by]}
     if len(options.by) == 1 and options.law == "chinchilla" and len(arms) > 1:
-        console.print(_family(rows, tuple(options.by)))
+        print_whole(console, _family(rows, tuple(options.by)))
         console.print(_omnibus_words(omnibus_test(learnt.fit, learnt.covariance)), markup=False)
     if options.at:
         console.print(_prediction(law, rows, options), markup=False)

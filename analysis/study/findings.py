@@ -28,7 +28,7 @@ from analysis.planning.next_runs import Advice, Belief, Terms, advise, design_ma
 from analysis.study.headline import Headline, headline
 from analysis.study.study import FittedLaw, Settings, Study
 from analysis.tables.frames import floats, strings, where
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import Table, has_evidence
 from analysis.validity.checks import check
 from analysis.validity.extrapolation import LARGEST_EXTRAPOLATION
 from analysis.validity.refusal import Refusal
@@ -110,7 +110,7 @@ def reservations(table: Table, points: Table) -> tuple[Caveat, ...]:
     rows = points.rows
     if not len(rows):
         return ()
-    tuned = {name: float(bool(each.get("evidence"))) for name, each in table.tuning.items()}
+    tuned = {name: float(has_evidence(each)) for name, each in table.tuning.items()}
     if tuned:
         known = [tuned.get(name, np.nan) for name in strings(rows, "architecture").tolist()]
         rows = rows.assign(learning_rate_tuned=known)

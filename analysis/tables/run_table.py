@@ -60,6 +60,8 @@ COLUMNS = {
 }
 SEEDS = ["seed", "order_seed"]
 """What a run draws from: its initial weights, and the order of its samples."""
+NO_EVIDENCE = ("", "none", "no", "n/a", "na", "nothing", "unknown", "todo", "tbd", "null")
+"""How people write that there is none."""
 FLOP_CONVENTIONS = {
     "flops": "headline (causal attention as needed, head included)",
     "flops_full_attention": "full-square attention",
@@ -180,6 +182,12 @@ def _probe(run: StoredRun) -> None:
     _unused(run, "running")
     training_curves([run], [])
     _dataset(run)
+
+
+def has_evidence(tuning: dict) -> bool:
+    """Whether the entry of an architecture states a search that its learning rate comes from."""
+    stated = str(tuning.get("evidence") or "").strip(" .-?").lower()
+    return stated not in NO_EVIDENCE
 
 
 def final(table: Table) -> Table:

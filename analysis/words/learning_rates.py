@@ -7,7 +7,7 @@ import pandas as pd
 
 from analysis.effects.learning_rates import CELL, search_table
 from analysis.tables.frames import columns_of, floats, groups, strings
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import Table, has_evidence
 from analysis.words.numbers import with_unit
 
 
@@ -70,7 +70,7 @@ def tuning_table(tuning: dict) -> pd.DataFrame:
         {
             "architecture": name,
             "learning rate scale": f"{float(entry.get('learning_rate_scale', 1.0)):g}",
-            "evidence": str(entry.get("evidence") or "") or "none stated",
+            "evidence": str(entry["evidence"]) if has_evidence(entry) else "none stated",
         }
         for name, entry in tuning.items()
     ]
@@ -79,7 +79,7 @@ def tuning_table(tuning: dict) -> pd.DataFrame:
 
 def tuning_sentence(tuning: dict) -> str:
     """Whether all arms are equally tuned; a warning where only some are."""
-    bare = [name for name, entry in tuning.items() if not entry.get("evidence")]
+    bare = [name for name, entry in tuning.items() if not has_evidence(entry)]
     scales = {float(entry.get("learning_rate_scale", 1.0)) for entry in tuning.values()}
     if not tuning:
         return ""

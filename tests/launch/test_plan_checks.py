@@ -91,6 +91,8 @@ def test_what_can_be_known_is_refused_by_the_plan(
         (["execution.zero_stage=true"], "zero_stage is True"),
         (["execution=null"], "execution is None"),
         (["corpus.name="], "corpus.name"),
+        (["corpus.name=$\\bad{$"], "without $"),
+        (["architecture=$x$"], "without $"),
     ],
 )
 def test_what_can_be_known_is_refused_before_a_run_starts(

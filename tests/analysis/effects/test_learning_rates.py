@@ -10,7 +10,7 @@ import yaml
 from analysis.effects.learning_rates import rate_search, search_table, trials
 from analysis.report.write import redraw
 from analysis.study.study import Settings, analyse
-from analysis.tables.run_table import load
+from analysis.tables.run_table import has_evidence, load
 from analysis.validity.refusal import Refusal
 from analysis.words.learning_rates import tuning_sentence
 from tests.analysis.synthetic_study import Study, write
@@ -168,3 +168,13 @@ def test_the_ledger_warns_of_unequal_tuning(scales, evidence, words):
     entries = zip("ab", scales, evidence, strict=True)
     tuning = {name: {"learning_rate_scale": s, "evidence": e} for name, s, e in entries}
     assert tuning_sentence(tuning).startswith(words)
+
+
+@pytest.mark.parametrize("stated", ["", "none", "None.", " n/a", "-", "?", "TODO", None])
+def test_words_for_nothing_are_no_evidence(stated):
+    assert not has_evidence({"evidence": stated})
+    assert "No arm was tuned" in tuning_sentence({"a": {"evidence": stated}})
+
+
+def test_a_search_is_evidence():
+    assert has_evidence({"evidence": "sweeps/learning_rate.yaml, rungs 10k and 31k"})

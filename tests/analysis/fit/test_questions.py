@@ -118,3 +118,30 @@ def test_the_command_answers_in_one_call(tmp_path, capsys):
     assert "times the tokens of b" in output
     assert main([*words, "--law", "gamma"]) == 2
     assert "need --law chinchilla" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["arch", "architecture"])
+def test_arms_are_named_by_the_files_own_column_or_the_schemas(tmp_path, capsys, name):
+    file = tmp_path / "runs.csv"
+    arms().rename(columns={"architecture": "arch"}).to_csv(file, index=False)
+    assert main([str(file), "--by", name]) == 0
+    assert "A [a]" in capsys.readouterr().out
+
+
+def test_an_unknown_column_of_arms_is_one_line(tmp_path, capsys):
+    file = tmp_path / "runs.csv"
+    arms().to_csv(file, index=False)
+    assert main([str(file), "--by", "flavour"]) == 2
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "flavour" in each]
+    assert "is no column that was read; there are architecture" in line
+
+
+def test_no_value_is_cut_where_the_output_is_no_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    file = tmp_path / "runs.csv"
+    rows = arms().assign(architecture=lambda t: "an architecture of a long name " + t.architecture)
+    rows.to_csv(file, index=False)
+    assert main([str(file), "--by", "architecture"]) == 0
+    output = capsys.readouterr().out
+    assert "\u2026" not in output
+    assert "A [an architecture of a long name a]" in output
