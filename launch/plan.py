@@ -9,7 +9,8 @@ import torch
 from rich.table import Table
 
 from analysis.planning.expected_precision import USUAL, expectation_lines, measured_noise
-from analysis.tables.run_table import final, load
+from analysis.tables.run_table import final
+from analysis.tables.sweep_folder import load
 from analysis.words.numbers import seeds_text
 from launch.job import Unit
 from models.accounting import Account, account

@@ -16,7 +16,8 @@ from analysis.report.sections import Section, sections
 from analysis.report.strict_json import plain
 from analysis.study.findings import Findings, find
 from analysis.study.study import Settings, Study, analyse
-from analysis.tables.run_table import Table, load
+from analysis.tables.run_table import Table
+from analysis.tables.sweep_folder import load
 from analysis.words.sentences import exponent_words
 from trainer.record import read_json, write_atomically, write_json
 

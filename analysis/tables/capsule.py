@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from untrusted.json_text import parse_json
 from untrusted.paths import PathError, inside
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.tables.run_table import Table, load
+from analysis.tables.run_table import Table
+from analysis.tables.sweep_folder import load
 from tests.analysis.synthetic_study import Study, write
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from launch.plan import Plan, make_plan
 from launch.study_folder import describe, earlier_study, hold, write_study
 from launch.sweep import main

@@ -8,7 +8,8 @@ import pytest
 from analysis.effects.answer import answer
 from analysis.effects.contrasts import Contrast, contrasts
 from analysis.effects.seed_noise import Detectable, seed_noise
-from analysis.tables.run_table import final, load
+from analysis.tables.run_table import final
+from analysis.tables.sweep_folder import load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write
 

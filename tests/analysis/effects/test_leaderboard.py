@@ -14,7 +14,7 @@ from analysis.effects.leaderboard import compare_arms, pooled_sd, verdict
 from analysis.inference.intervals import Interval
 from analysis.report.sections import sections
 from analysis.report.write import redraw
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from analysis.words.leaderboard import arm_lines, caption
 from tests.analysis.synthetic_study import Study, write
 

@@ -10,7 +10,8 @@ import yaml
 from analysis.effects.learning_rates import rate_search, search_table, trials
 from analysis.report.write import redraw
 from analysis.study.study import Settings, analyse
-from analysis.tables.run_table import has_evidence, load
+from analysis.tables.run_table import has_evidence
+from analysis.tables.sweep_folder import load
 from analysis.validity.refusal import Refusal
 from analysis.words.learning_rates import tuning_sentence
 from tests.analysis.synthetic_study import Study, write

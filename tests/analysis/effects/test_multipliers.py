@@ -8,7 +8,8 @@ from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
 from analysis.laws.catalog import nested_family
 from analysis.tables.run_region import run_region
-from analysis.tables.run_table import final, load
+from analysis.tables.run_table import final
+from analysis.tables.sweep_folder import load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write
 from tests.oracles import fits as oracle

@@ -13,7 +13,8 @@ from analysis.effects.resources import (
 from analysis.fitting.estimator import Estimator
 from analysis.inference.bootstrap import replicate
 from analysis.laws.catalog import nested_family
-from analysis.tables.run_table import final, load
+from analysis.tables.run_table import final
+from analysis.tables.sweep_folder import load
 from analysis.validity.refusal import Refusal
 
 LAW = nested_family(("architecture", "corpus"))["Meab"]

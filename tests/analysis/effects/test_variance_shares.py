@@ -15,7 +15,8 @@ from analysis.effects.variance_shares import (
     matched_cells,
 )
 from analysis.tables.frames import where
-from analysis.tables.run_table import final, load
+from analysis.tables.run_table import final
+from analysis.tables.sweep_folder import load
 from analysis.validity.refusal import Refusal
 from tests.analysis.synthetic_study import Study, write
 from tests.oracles import decomposition as oracle

@@ -6,7 +6,7 @@ from analysis.figures.all_figures import draw
 from analysis.figures.narrow import WIDTH
 from analysis.study.findings import find
 from analysis.study.study import Settings, analyse
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from tests.analysis.figures.inside import assert_text_inside
 
 

@@ -17,7 +17,7 @@ from analysis.figures.law_figures import device_speed
 from analysis.inference.backtest import BackTest
 from analysis.study.findings import find
 from analysis.study.study import Settings, analyse
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from tests.analysis.figures.inside import assert_text_inside
 from tests.analysis.synthetic_study import Study, write
 from tests.analysis.validity.test_checks import curve

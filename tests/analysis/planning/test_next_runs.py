@@ -28,7 +28,8 @@ from analysis.planning.next_runs import (
     loss_at,
 )
 from analysis.tables.document_losses import DocumentLosses
-from analysis.tables.run_table import Table, final, load
+from analysis.tables.run_table import Table, final
+from analysis.tables.sweep_folder import load
 from tests.analysis.parameters import theta_of
 from tests.benchmarks.statistics import design as demonstration
 

@@ -10,7 +10,7 @@ import pytest
 from analysis.report.run_rows import HEADS, run_rows
 from analysis.report.sparkline import HEIGHT, MARGIN, WIDTH, coordinates, loss_scale, sparkline
 from analysis.report.write import redraw
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from analysis.tables.training_curves import MOST_POINTS
 from tests.analysis.synthetic_study import Study, write
 from trainer.record import RunRecord, read_run

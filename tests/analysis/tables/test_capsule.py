@@ -10,7 +10,7 @@ import pytest
 
 from analysis.report.write import redraw
 from analysis.tables.capsule import pack, unpack
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from tests.analysis.synthetic_study import Study, write
 
 ROOT = Path(__file__).parents[3]

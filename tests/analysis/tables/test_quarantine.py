@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from analysis.report.write import redraw, refresh
-from analysis.tables.run_table import load
+from analysis.tables.sweep_folder import load
 from tests.analysis.synthetic_study import Study, write
 from trainer.record import RunRecord, read_json
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from analysis.tables.run_table import COLUMNS, final, load
+from analysis.tables.run_table import COLUMNS, final
+from analysis.tables.sweep_folder import load
 from analysis.validity.checks import repetition, tokenizers
 from tests.analysis.synthetic_study import Study, write
 from trainer.record import RunRecord, read_json
