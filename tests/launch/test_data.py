@@ -123,23 +123,29 @@ def test_a_dataset_is_compared_with_its_files_at_every_start(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("overrides", "message"),
     [
-        ("model.vocab_size=256", r"model\.vocab_size 256 is less than the 257 ids"),
-        ("dataset.block_tokens=256", r"corpus\.block_tokens is 512, but the dataset .* has 256"),
-        ("dataset.name=other", r"corpus\.dataset is embedded, but the dataset .* has other"),
+        (["model.vocab_size=256"], r"model\.vocab_size is 256, but corpus\.tokenizer has 257"),
         (
-            "dataset.tokenizer={kind: bpe, vocab_size: 300}",
-            r"corpus\.tokenizer is .*bytes.*, but the dataset .* has .*bpe",
+            ["dataset.block_tokens=256"],
+            r"dataset\.block_tokens is 256, but corpus\.block_tokens is 512",
         ),
-        ("budget.tokens=2048", r"domains\.cpp is 0\.15 of the 4 blocks .* less than one"),
+        (["dataset.name=other"], r"dataset\.name is other, but corpus\.dataset is embedded"),
+        (
+            ["dataset.tokenizer={kind: bpe, vocab_size: 300}"],
+            r"dataset\.tokenizer is .*bpe.*, but corpus\.tokenizer is .*bytes",
+        ),
+        (
+            ["budget.tokens=2048", "schedule.warmup_tokens=0"],
+            r"domains\.cpp is 0\.15 of the 4 blocks .* less than one",
+        ),
     ],
 )
 def test_what_does_not_fit_its_data_is_refused_before_they_are_built(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     root = tmp_path / "data"
-    words = ["sweeps/single.yaml", override, f"execution.data_root={root}"]
+    words = ["sweeps/single.yaml", *overrides, f"execution.data_root={root}"]
     assert main([*words, "--runs", str(tmp_path / "runs")]) == ExitCode.BAD_CONFIG
     assert re.search(message, capsys.readouterr().out)
     assert not root.exists()
