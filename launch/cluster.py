@@ -14,7 +14,7 @@ from data_pipelines.fault_points import fault_point
 from launch.job import TrainJob, Unit
 from launch.journal import Journal
 from launch.slurm import QueuedJob, QueueExecutor, held_jobs
-from sweeps.checks import available_slots
+from sweeps.checks import available_slots, nodes_of
 from sweeps.config import LauncherConfig
 
 POLL_SECONDS = 0.5
@@ -144,19 +144,19 @@ def _slurm_pool(units: Sequence[Unit], launcher: LauncherConfig, sweep: Path) ->
         queue += [(resources, tuple(mine[i : i + size])) for i in range(0, len(mine), size)]
 
     def start(resources: Resources, units: tuple[Unit, ...]) -> Submission:
-        per_node = min(launcher.ranks_per_node or resources.ranks, resources.ranks)
+        nodes, per_node = nodes_of(resources.ranks, launcher)
         executor = QueueExecutor(folder=sweep / "jobs", max_num_timeout=100)
         intent = uuid.uuid4().hex
         optional = {
             "partition": launcher.partition,
             "account": launcher.account,
             "mem": None if launcher.memory_gb is None else f"{launcher.memory_gb}GB",
-            "gpus_per_node": launcher.gpus_per_node or None,
+            "gpus_per_node": min(launcher.gpus_per_node, per_node) or None,
         }
         executor.update_parameters(
             job_name=f"crossladder-{sweep.name}"[:60],
             comment=intent,
-            nodes=resources.ranks // per_node,
+            nodes=nodes,
             ntasks_per_node=per_node,
             cpus_per_task=resources.threads,
             time=launcher.minutes,

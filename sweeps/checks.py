@@ -38,6 +38,8 @@ def check_machine(executions: Iterable[ExecutionConfig], launcher: LauncherConfi
         ConfigError: they need more threads or another device than there is.
     """
     if launcher.cluster == "slurm":
+        for execution in executions:
+            nodes_of(execution.ranks, launcher)
         return
     slots = available_slots(launcher)
     for execution in executions:
@@ -56,6 +58,24 @@ def check_machine(executions: Iterable[ExecutionConfig], launcher: LauncherConfi
             raise ConfigError(
                 "execution.device is cuda, but there is no GPU here; choose auto or cpu"
             )
+
+
+def nodes_of(ranks: int, launcher: LauncherConfig) -> tuple[int, int]:
+    """Nodes of a run on SLURM, and ranks on each: one rank a GPU where nodes have GPUs.
+
+    Raises:
+        ConfigError: the ranks do not fill whole nodes.
+    """
+    most = launcher.ranks_per_node or launcher.gpus_per_node or ranks
+    if ranks <= most:
+        return 1, ranks
+    if ranks % most:
+        key = "ranks_per_node" if launcher.ranks_per_node else "gpus_per_node"
+        raise ConfigError(
+            f"execution.ranks {ranks} does not fill nodes of launcher.{key} {most}; choose a "
+            "divisor of the ranks, or other ranks"
+        )
+    return ranks // most, most
 
 
 def available_slots(launcher: LauncherConfig) -> int:

@@ -42,7 +42,8 @@ class LauncherConfig:
     gpus_per_node: int = 0
     """GPUs per node (SLURM's --gpus-per-node)."""
     ranks_per_node: int | None = None
-    """Ranks per node on SLURM; null for all ranks of a run on one node."""
+    """Ranks per node on SLURM, a divisor of a run's ranks; null for one per GPU, or without GPUs
+    for all ranks of a run on one node."""
     runs_per_job: int = 8
     """Single-rank runs that one SLURM job trains one after the other, so that small runs do not
     wait in the queue one by one."""

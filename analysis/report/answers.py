@@ -14,6 +14,7 @@ from analysis.words.sentences import (
     contrast_sentence,
     counting_sentence,
     detectable_sentence,
+    evaluation_sentence,
     exponent_words,
     headline_sentence,
     interaction_sentence,
@@ -42,6 +43,7 @@ def answers(study: Study, findings: Findings | None) -> list[tuple[str, str, str
     rows.append(("Smallest difference this study can detect", detectable_sentence(answer), ""))
     for arm in answer.arms:
         rows += _arm_answers(arm, len(answer.arms) > 1)
+    rows.append(("Evaluation set", evaluation_sentence(study.points), ""))
     return [each for each in dict.fromkeys(rows) if each[1]]
 
 

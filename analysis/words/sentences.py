@@ -10,6 +10,8 @@ from analysis.effects.seed_noise import Detectable
 from analysis.inference.intervals import Interval
 from analysis.laws.bound import AnyLaw
 from analysis.study.headline import Headline
+from analysis.tables.frames import where
+from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import bracketed, capital, decimals_of, with_unit
 
@@ -64,6 +66,20 @@ def contrast_note(contrast: Contrast | Refusal) -> str:
     return (
         f"{bracketed(contrast.nats)} nats per token; {len(contrast.pairs)} pairs, "
         f"{contrast.matching}; {contrast.effect.method}{known}."
+    )
+
+
+def evaluation_sentence(points: Table) -> str:
+    """What the losses of finished runs were measured on, and how many documents that is."""
+    rows = where(points.rows, "evaluation_set", points.neutral_set)
+    sizes = rows[["blocks", "documents", "targets"]].dropna().drop_duplicates()
+    if len(sizes) != 1:
+        return ""
+    blocks, documents, targets = (float(value) for value in sizes.iloc[0])
+    return (
+        f"{capital(points.neutral_set)}: {with_unit(targets)} tokens of {documents:.0f} documents "
+        f"({blocks:.0f} blocks), the same for every run. Intervals of effects take the documents "
+        "as a sample of their domain."
     )
 
 

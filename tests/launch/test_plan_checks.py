@@ -6,9 +6,12 @@ import pytest
 
 from launch.sweep import main
 from launch.train import main as train
+from sweeps.checks import nodes_of
+from sweeps.config import LauncherConfig
 
 SCALING = "sweeps/scaling.yaml"
 MIXTURE = "corpora.embedded.mixtures.mostly_python.domains"
+SIXTEEN_RANKS = ("launcher.cluster=slurm", "execution.ranks=16", "ladders.nano.batch_tokens=4096")
 SHARDED = ["execution.ranks=2", "execution.sequence_parallel=2"]
 NYSTROM = ["objective=masked_lm", "model.blocks.a.mixer={kind: nystrom, n_heads: 2}"]
 
@@ -51,6 +54,8 @@ LATE = [
     (["launcher.slots=-3"], "slots -3"),
     (["launcher.slots=0"], "slots 0"),
     (["launcher.cluster=slurm", "launcher.minutes=0"], "minutes 0"),
+    ([*SIXTEEN_RANKS, "launcher.ranks_per_node=6"], "launcher.ranks_per_node 6"),
+    ([*SIXTEEN_RANKS, "launcher.gpus_per_node=3"], "launcher.gpus_per_node 3"),
     (["baselines=[0]"], "baselines [0]"),
     (["schedule.warmup_tokens=10000000"], "never reaches its peak"),
     (["schedule.warmup_tokens=200000"], "never reaches its peak"),
@@ -116,3 +121,20 @@ def test_a_given_depth_takes_part_in_the_search_for_a_size(
     off = [abs(float(word[:-1])) for line in rows for word in line.split() if word[-1] == "%"]
     assert off
     assert max(off) < 10
+
+
+@pytest.mark.parametrize(
+    ("ranks", "launcher", "nodes"),
+    [
+        (16, {"gpus_per_node": 8}, (2, 8)),
+        (4, {"gpus_per_node": 8}, (1, 4)),
+        (16, {}, (1, 16)),
+        (16, {"ranks_per_node": 4}, (4, 4)),
+        (16, {"ranks_per_node": 4, "gpus_per_node": 8}, (4, 4)),
+        (1, {"ranks_per_node": 4}, (1, 1)),
+    ],
+)
+def test_nodes_are_computed_from_ranks_and_gpus(
+    ranks: int, launcher: dict[str, int], nodes: tuple[int, int]
+) -> None:
+    assert nodes_of(ranks, LauncherConfig(cluster="slurm", **launcher)) == nodes

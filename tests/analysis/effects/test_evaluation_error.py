@@ -11,6 +11,7 @@ from analysis.inference.intervals import Interval, SharedError, ratio_interval, 
 from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
+from analysis.words.sentences import evaluation_sentence
 
 DOCUMENTS, SIZES = 300, ("s", "m", "l")
 ARMS = {"transformer": 0.0, "mamba": -0.1}
@@ -166,3 +167,16 @@ def test_contrasts_and_what_can_be_detected_know_the_documents() -> None:
     assert isinstance(less, Detectable)
     assert more.value > less.value
     assert "documents of the evaluation set" in more.basis
+
+
+@pytest.mark.parametrize("other", [608, 64])
+def test_the_size_of_the_set_is_told_if_it_is_one(other: int) -> None:
+    rows = pd.DataFrame(
+        {
+            "evaluation_set": "prose", "blocks": [608, other], "documents": [142, 142],
+            "targets": [311_000, 311_000],
+        }
+    )  # fmt: skip
+    text = evaluation_sentence(Table("t", "prose", rows, rows, (), {}))
+    expected = "Prose: 311 k tokens of 142 documents (608 blocks), the same for every run."
+    assert text.startswith(expected) if other == 608 else text == ""
