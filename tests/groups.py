@@ -9,6 +9,7 @@ PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--dur
 SHAPES = "--jaxtyping-packages=models,kernels,beartype.beartype"
 """Checks the shapes of everything that models and kernels are handed."""
 SHAPED = ("tests/models", "tests/kernels")
+OVER_RANKS = "tests/trainer/test_sequence_parallel.py"
 TRITON = "tests/benchmarks/kernels"
 """Compiles Triton's source, which the shape checks would rewrite."""
 
@@ -45,11 +46,13 @@ LINTERS = (
     Group("written paths", 1, (sys.executable, "-m", "tests.written_paths")),
 )
 TESTS = (
-    of_tests("launch", 290, "tests/launch"),
+    of_tests("launch", 330, "tests/launch"),
     of_tests("models", 115, "tests/models"),
     of_tests("kernels", 60, "tests/kernels"),
     of_tests("kernels, compiled for GPUs", 30, TRITON),
-    of_tests("trainer, over ranks", 90, "tests/trainer/test_sequence_parallel.py"),
+    of_tests("trainer", 200, "tests/trainer", f"--ignore={OVER_RANKS}"),
+    of_tests("trainer, over ranks", 90, OVER_RANKS),
+    of_tests("cluster", 250, "tests/cluster"),
     of_tests("sequence parallelism", 110, "tests/sequence_parallel"),
     of_tests("faults", 60, "tests/faults"),
     of_tests("README", 130, "tests/test_readme.py"),
@@ -69,7 +72,7 @@ def rest() -> Group:
     """Every test that no group names, so that a new file needs no entry."""
     named = [word for group in TESTS for word in group.command if word.startswith("tests/")]
     ignored = (f"--ignore={path}" for path in named)
-    return Group("everything else", 220, (*PYTEST, "tests", *ignored))
+    return Group("everything else", 180, (*PYTEST, "tests", *ignored))
 
 
 def groups() -> list[Group]:

@@ -225,7 +225,7 @@ def test_an_evaluation_that_failed_is_not_done_and_is_measured_again(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("trainer.evaluate.Evaluator._evaluate", broken)
+        patched.setattr("trainer.evaluate.Evaluator._measure", broken)
         job_of(asked, tmp_path).run()
     assert status_of(asked, folder) is RunStatus.UNEVALUATED
     job_of(asked, tmp_path).run()

@@ -104,7 +104,7 @@ EDITS = {
     "seed": ("seed",),
     "budget": ("budget", "tokens"),
     "learning rate": ("optimizer", "learning_rate"),
-    "mask rate": ("mask_rate",),
+    "weight decay": ("optimizer", "weight_decay"),
 }
 
 

@@ -14,6 +14,8 @@ from trainer.exit_codes import ExitCode
 from trainer.heartbeat import Heartbeat
 from trainer.preemption import STOP_SIGNALS, StopSignal
 
+PATIENCE_SECONDS = 60.0
+"""How long an end may take on a busy machine before it counts as a hang."""
 PREAMBLE = """
 import ctypes, os, sys, time
 from pathlib import Path
@@ -137,7 +139,7 @@ def test_two_blocks_in_turn_are_independent(tmp_path):
 def test_a_loop_that_stops_in_time_is_not_forced(start, tmp_path):
     process = start(LOOPING, 0.3)
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     assert process.stdout.read() == "SIGUSR2\n"
     assert not (tmp_path / "forced.txt").exists()
 
@@ -147,7 +149,7 @@ def test_a_call_that_never_returns_is_ended_when_the_grace_has_passed(start, num
     process = start(STUCK, 0.4)
     begun = time.monotonic()
     process.send_signal(number)
-    assert process.wait(10) == ExitCode.REQUEUE
+    assert process.wait(PATIENCE_SECONDS) == ExitCode.REQUEUE
     assert 0.4 <= time.monotonic() - begun < 3.0
 
 
@@ -164,7 +166,7 @@ def test_more_signals_do_not_lengthen_the_grace(start):
 def test_a_forced_end_leaves_the_stacks_and_says_why(start, tmp_path):
     process = start(STUCK, 0.2)
     process.send_signal(signal.SIGUSR2)
-    process.wait(10)
+    process.wait(PATIENCE_SECONDS)
     assert "waits_for_a_peer" in (tmp_path / "stacks.txt").read_text()
     assert (tmp_path / "forced.txt").read_text().startswith("SIGUSR2 was received 0.2 s ago")
 
@@ -173,7 +175,7 @@ def test_a_forced_end_comes_even_if_the_stacks_cannot_be_written(start, tmp_path
     process = start(STUCK, 0.2)
     (tmp_path / "stacks.txt").mkdir()
     process.send_signal(signal.SIGUSR2)
-    assert process.wait(10) == ExitCode.REQUEUE
+    assert process.wait(PATIENCE_SECONDS) == ExitCode.REQUEUE
 
 
 def test_one_interrupt_waits_and_a_second_ends_at_once(start):
@@ -188,7 +190,7 @@ def test_one_interrupt_waits_and_a_second_ends_at_once(start):
 def test_an_interrupt_of_the_whole_group_counts_once_for_the_parent(start):
     process = start(WITH_CHILD, 60)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     assert process.stdout.read().splitlines()[-1] == "True"
 
 
@@ -198,7 +200,7 @@ def test_a_signal_to_a_forked_child_stops_the_child_and_not_the_run(start):
         ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
     )
     os.kill(int(children.stdout), signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     assert process.stdout.read().splitlines() == [str(-signal.SIGTERM), "False"]
 
 
