@@ -60,8 +60,9 @@ def differentiated_once(
     def mark(backward: Callable[Given, Gradients]) -> Callable[Given, Gradients]:
         @functools.wraps(backward)
         def checked(*given: Given.args, **named: Given.kwargs) -> Gradients:
-            # Autograd records the backward pass only under create_graph=True.
-            if torch.is_grad_enabled():
+            # Autograd records the backward pass only under create_graph=True. A compiler traces it
+            # while gradients are on, and refuses second derivatives of what it compiles itself.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 raise RuntimeError(
                     f"create_graph=True asks for a gradient of {operator} that can be "
                     f"differentiated again, but its backward pass can not; {instead}"

@@ -54,9 +54,11 @@ def test_sweep_commands_plan(line: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("line", TRAINS)
 def test_train_commands_train(line: str, tmp_path: Path) -> None:
-    small = ("budget.tokens=8192", "dataset.name=small", "corpus.dataset=small")
+    small = ["budget.tokens=8192", "schedule.warmup_tokens=2048"]
+    small += ["dataset.name=small", "corpus.dataset=small"]
     data = ("dataset.domain_bytes=1000000", f"execution.data_root={tmp_path}")
-    words = [*shlex.split(line)[1:], *small, *data, "evaluation.milestones=[]"]
+    given = [w for w in shlex.split(line)[1:] if not w.startswith("budget.tokens=")]
+    words = [*given, *small, *data, "evaluation.milestones=[]"]
     ended = command(*words, "--runs", str(tmp_path / "runs"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "bits per byte" in ended.stdout

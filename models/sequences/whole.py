@@ -155,7 +155,9 @@ class WholeSequence:
         """A tensor that all layers share, computed at its first use."""
         if key not in self._memo:
             # What inference mode makes cannot be saved for a backward pass, if training comes next.
-            inference = torch.is_inference_mode_enabled()
+            # A compiler cannot trace the question; compiled blocks are for training.
+            compiling = torch.compiler.is_compiling()
+            inference = not compiling and torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 self._memo[key] = make()
         return self._memo[key]
