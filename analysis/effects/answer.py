@@ -78,7 +78,7 @@ def _arm(
     return Arm(
         contrast=contrast,
         interaction=_interaction(table, contrast),
-        ratio=_ratio(corpus, contrast),
+        ratio=effect_ratio(corpus, contrast),
         flops=flops,
         sign_changes=_sign_changes([contrast, *flops.values()]),
     )
@@ -106,7 +106,8 @@ def _interaction(table: Table, contrast: Contrast) -> Interval | Refusal:
     return t_interval(by_size, "sizes", shared_error(second.logs - first.logs))
 
 
-def _ratio(corpus: Contrast | Refusal, architecture: Contrast) -> Interval | Refusal:
+def effect_ratio(corpus: Contrast | Refusal, architecture: Contrast) -> Interval | Refusal:
+    """The corpus effect over the architecture effect, without sign, at the sizes of both."""
     if isinstance(corpus, Refusal):
         return corpus
     both = pd.concat([corpus.by_size, architecture.by_size], axis=1, join="inner").to_numpy()

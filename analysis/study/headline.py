@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from analysis.effects.answer import Arm
+from analysis.effects.answer import Arm, effect_ratio
 from analysis.effects.contrasts import Contrast
 from analysis.effects.multipliers import Multiplier
 from analysis.effects.seed_noise import Detectable
-from analysis.inference.intervals import Interval, ratio_interval
+from analysis.inference.intervals import Interval
 from analysis.study.study import Study
 from analysis.validity.refusal import Refusal
 
@@ -88,11 +88,7 @@ def ratio_of(
             f"the effect of {architecture.other} differs between corpora by more than half of it",
             "quote it per corpus",
         )
-    both = corpus.by_size.index.intersection(architecture.by_size.index)
-    return ratio_interval(
-        corpus.by_size.loc[both].to_numpy(dtype=float),
-        architecture.by_size.loc[both].to_numpy(dtype=float),
-    )
+    return effect_ratio(corpus, architecture)
 
 
 def _multiplier(study: Study, contrast: Contrast | Refusal) -> Multiplier | Refusal:
