@@ -19,13 +19,30 @@ from untrusted.paths import inside
 LINE_SECONDS = 15.0
 
 
+def trained_tokens(plan: Plan, unit: Unit, sweep: Path) -> int:
+    """Tokens of a unit that are trained, in this command and before it; its trunk counts once."""
+
+    def step(folder: str) -> int:
+        return int(read_status(inside(sweep, folder)).get("step", 0))
+
+    batch = unit.branches[0].run.optimizer.batch_tokens
+    done = 0
+    if unit.trunk is not None:
+        done += min(step(unit.trunk.trunk_id), max(unit.forks)) * batch
+    for planned in plan.runs:
+        if planned.unit is unit:
+            start = planned.experiment.run.budget.tokens - planned.new_tokens
+            done += max(0, step(planned.experiment.folder_name) * batch - start)
+    return done
+
+
 class Progress:
     """A live table on a terminal; elsewhere, such as in a log file, a line every 15 seconds."""
 
     def __init__(self, plan: Plan, sweep: Path, todo: list[Unit], console: Console) -> None:
         self._plan, self._sweep, self._todo, self._console = plan, sweep, todo, console
         self._begin = time.monotonic()
-        self._trained_before = self._trained()
+        self._before = {unit.name: trained_tokens(plan, unit, sweep) for unit in todo}
         self._total = sum(unit.tokens for unit in todo)
         self._spoke = self._begin
         self._live = Live(console=console, refresh_per_second=4, transient=True)
@@ -50,38 +67,24 @@ class Progress:
 
     def _trained(self) -> int:
         """Tokens trained so far, each trunk counted once."""
-        return sum(self._unit_tokens(unit) for unit in self._todo)
-
-    def _unit_tokens(self, unit: Unit) -> int:
-        batch = unit.branches[0].run.optimizer.batch_tokens
-        done = 0
-        if unit.trunk is not None:
-            done += min(self._step(unit.trunk.trunk_id), max(unit.forks)) * batch
-        for planned in self._plan.runs:
-            if planned.unit is unit:
-                start = planned.experiment.run.budget.tokens - planned.new_tokens
-                here = self._step(planned.experiment.folder_name) * batch
-                done += max(0, here - start)
-        return done
-
-    def _step(self, folder: str) -> int:
-        return int(self._status(folder).get("step", 0))
+        return sum(trained_tokens(self._plan, unit, self._sweep) for unit in self._todo)
 
     def _status(self, folder: str) -> dict:
         return read_status(inside(self._sweep, folder))
 
     def _seconds_left(self, trained: int) -> float | None:
-        new = trained - self._trained_before
+        new = trained - sum(self._before.values())
         elapsed = time.monotonic() - self._begin
         if new <= 0 or elapsed < 5:
             return None
         # Tokens of larger models take longer: weigh what is left by the plan's estimates.
-        weight = self._plan.seconds
-        total = sum(weight[unit.name] for unit in self._todo)
-        done = sum(
-            weight[unit.name] * self._unit_tokens(unit) / max(unit.tokens, 1) for unit in self._todo
-        )
-        return elapsed * max(total - done, 0) / max(done, 1e-9)
+        done = left = 0.0
+        for unit in self._todo:
+            weight = self._plan.seconds[unit.name] / max(unit.tokens, 1)
+            now = trained_tokens(self._plan, unit, self._sweep)
+            done += weight * (now - self._before[unit.name])
+            left += weight * (unit.tokens - now)
+        return elapsed * max(left, 0) / max(done, 1e-9)
 
     def _line(self, trained: int) -> str:
         left = self._seconds_left(trained)

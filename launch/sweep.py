@@ -23,7 +23,7 @@ from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
 from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
-from launch.progress import Progress
+from launch.progress import Progress, trained_tokens
 from launch.run_status import RunStatus, require_same_data, survey
 from launch.study_folder import describe, earlier_study, hold, write_study
 from sweeps.checks import available_slots, check_domains, check_machine
@@ -76,7 +76,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
             f"[red]damaged:[/red] {name}: {escape(reason)}", highlight=False, soft_wrap=True
         )
     todo = [unit for unit in plan.units if _is_open(unit, statuses)]
-    _print_plan(plan, todo, statuses, console)
+    _print_plan(plan, todo, statuses, folder, console)
     study = describe(plan)
     if change := earlier_study(folder, study):
         console.print(
@@ -198,7 +198,7 @@ def _conclude(sweep: Sweep, folder: Path, begin: int, console: Console) -> int:
 
 
 def _print_plan(
-    plan: Plan, todo: list[Unit], statuses: dict[str, RunStatus], console: Console
+    plan: Plan, todo: list[Unit], statuses: dict[str, RunStatus], folder: Path, console: Console
 ) -> None:
     shown = {
         unit.name: " ".join(dict.fromkeys(statuses[e.folder_name].value for e in unit.branches))
@@ -206,13 +206,14 @@ def _print_plan(
     }
     print_whole(console, plan_table(plan, shown))
     slots = available_slots(plan.sweep.config.launcher)
-    seconds = sum(plan.seconds[unit.name] for unit in todo)
+    left = {unit.name: unit.tokens - trained_tokens(plan, unit, folder) for unit in todo}
+    seconds = sum(plan.seconds[u.name] * left[u.name] / max(u.tokens, 1) for u in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
     complete = sum(status.ended for status in statuses.values())
     console.print(
         f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
-        f"{sum(unit.tokens for unit in todo) / 1e6:.1f} M tokens to train, "
+        f"{sum(left.values()) / 1e6:.1f} M tokens to train, "
         f"about {duration(seconds / workers)} on {workers} workers",
         highlight=False,
     )
