@@ -288,7 +288,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sweep", type=Path, help="sweep file, such as sweeps/scaling.yaml")
-    parser.add_argument("override", nargs="*", help="key=value, replaces a key of the sweep file")
+    parser.add_argument(
+        "override", nargs="*", default=[], help="key=value, replaces a key of the sweep file"
+    )
     parser.add_argument(
         "--plan", action="store_true", help="print the runs and their cost, and stop"
     )

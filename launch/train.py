@@ -209,11 +209,15 @@ class _Ticker:
         self._thread.join()
 
     def _tick(self) -> None:
+        last = None
         while not self._ended.wait(LINE_SECONDS):
             status = read_status(self._folder)
             shown = {"step", "steps", "loss_nats", "tokens_per_second"}
             # A loss that is not finite is stored as none.
-            if status.get("state") == "running" and shown <= status.keys():
+            running = status.get("state") == "running" and shown <= status.keys()
+            # The step stands still while a run is evaluated or saved.
+            if running and status["step"] != last:
+                last = status["step"]
                 self._console.print(
                     f"step {status['step']}/{status['steps']}  loss {status['loss_nats']:.3f}  "
                     f"{status['tokens_per_second'] / 1e3:.0f} k tokens/s",
@@ -229,7 +233,9 @@ def _parse(words: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="YAML file of the run, such as sweeps/single.yaml")
-    parser.add_argument("override", nargs="*", help="key=value, replaces a key of the YAML file")
+    parser.add_argument(
+        "override", nargs="*", default=[], help="key=value, replaces a key of the YAML file"
+    )
     parser.add_argument(
         "--runs", default="runs/single", help="folder of the run record (default: runs/single)"
     )

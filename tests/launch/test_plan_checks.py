@@ -1,5 +1,6 @@
 """What can be known before anything is spent is refused by --plan: one line, exit 64, no file."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,12 @@ def test_nodes_are_computed_from_ranks_and_gpus(
     ranks: int, launcher: dict[str, int], nodes: tuple[int, int]
 ) -> None:
     assert nodes_of(ranks, LauncherConfig(cluster="slurm", **launcher)) == nodes
+
+
+@pytest.mark.parametrize(("command", "missing"), [(main, "sweep"), (train, "run")])
+def test_without_a_file_only_the_file_is_missed(
+    command: Callable[[list[str]], int], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command([])
+    assert capsys.readouterr().err.rstrip().endswith(f"arguments are required: {missing}")
