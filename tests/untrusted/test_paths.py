@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from analysis.tables.capsule import INDEX, unpack
-from analysis.tables.run_table import load as load_table
+from analysis.tables.sweep_folder import load as load_table
 from data_pipelines.config import DataConfig, DatasetConfig, SourceConfig, TokenizerConfig
 from data_pipelines.durable import write_durably
 from data_pipelines.evaluation_sets import evaluation_sets
