@@ -15,6 +15,7 @@ from analysis.words.numbers import seeds_text
 from launch.job import Unit
 from models.accounting import Account, account
 from models.backbone import BackboneConfig
+from sweeps.config import LadderConfig
 from sweeps.grammar import Experiment, Sweep, trunks_of
 from trainer.machine import gemm_peak_flops
 from trainer.record import number, read_rows
@@ -123,7 +124,7 @@ def planned_points(runs: Sequence[PlannedRun]) -> pd.DataFrame:
             "flops": float(planned.flops),
         }
         for planned in runs
-        if not planned.experiment.label
+        if not planned.experiment.label and not planned.experiment.probe
     )
 
 
@@ -134,10 +135,15 @@ def expected_lines(plan: Plan, folder: Path) -> list[str]:
     """
     ladder = plan.sweep.config.ladders[plan.sweep.config.ladder]
     points = planned_points(plan.runs)
-    if len(ladder.learning_rate_factors) > 1 or len(points["rung"].unique()) < 2:
+    if is_search(ladder) or len(points["rung"].unique()) < 2:
         return []
     noise = measured_noise(final(load(folder))) if (folder / "sweep.yaml").exists() else None
     return expectation_lines(points, replace(USUAL, noise=noise) if noise else USUAL)
+
+
+def is_search(ladder: LadderConfig) -> bool:
+    """Whether a ladder searches over learning rates or batches."""
+    return len(ladder.learning_rate_factors) > 1 or len(ladder.batch_factors) > 1
 
 
 def at_context(model: BackboneConfig, seq_len: int) -> BackboneConfig:
@@ -166,7 +172,7 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
         off = mine[0].account.total_parameters / run.nominal_parameters - 1
         table.add_row(
             unit.name.removeprefix("trunk-")[:8],
-            " ".join([run.architecture, unit.branches[0].label]).strip(),
+            " ".join([run.architecture, _marked(unit.branches[0])]).strip(),
             run.corpus.name,
             run.rung,
             seeds_text(run.seed, run.corpus.shuffle_seed),
@@ -178,6 +184,16 @@ def plan_table(plan: Plan, statuses: dict[str, str]) -> Table:
             statuses[unit.name],
         )
     return table
+
+
+def _marked(experiment: Experiment) -> str:
+    """What sets a run apart from those of the study itself."""
+    if experiment.probe is None:
+        return experiment.label
+    probe = experiment.probe
+    if probe.batch_factor != 1:
+        return f"(batch x {probe.batch_factor:g})"
+    return f"(rate x {probe.learning_rate_factor:g})"
 
 
 def duration(seconds: float) -> str:

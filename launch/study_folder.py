@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ def describe(plan: Plan) -> dict[str, Any]:
     sweep = plan.sweep
     stored = {
         "name": sweep.folder_name,
-        "runs": [e.folder_name for e in sweep.experiments if not e.label],
+        "runs": [e.folder_name for e in sweep.experiments if not e.label and not e.probe],
         "repeats": [e.folder_name for e in sweep.experiments if e.label],
+        "probes": {e.folder_name: asdict(e.probe) for e in sweep.experiments if e.probe},
         "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
         "neutral_set": sweep.corpora.neutral_set,
         "tuning": _tuning(sweep),
@@ -50,6 +52,7 @@ def study_id(stored: Mapping[str, Any]) -> str:
     choices = {
         **parts,
         **{key: stored.get(key) for key in ("neutral_set", "tuning")},
+        **({"probes": stored["probes"]} if stored.get("probes") else {}),
         "baselines": config.get("baselines"),
         "evaluation": _measured(config),
         "of the ladder": _measured(config["ladders"][config["ladder"]]),
@@ -156,12 +159,16 @@ def _changed(old: object, new: object, path: str) -> Iterator[str]:
 
 
 def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
-    """Each architecture's learning-rate factor, and the search that it comes from."""
+    """Where each architecture's learning rate comes from: its rule, or its factor."""
     known = read_architectures()
-    return {
-        name: {
-            "learning_rate_scale": known[name].learning_rate_scale,
+    by_rule = sweep.config.ladders[sweep.config.ladder].learning_rate is None
+    found: dict[str, dict[str, object]] = {}
+    for name in sweep.config.architectures:
+        rule = known[name].tuning
+        found[name] = {
+            "learning_rate_scale": 1.0 if by_rule else known[name].learning_rate_scale,
             "evidence": known[name].learning_rate_evidence,
         }
-        for name in sweep.config.architectures
-    }
+        if by_rule and rule is not None:
+            found[name] = {"learning_rate_scale": 1.0, "evidence": rule.search, "rule": dump(rule)}
+    return found

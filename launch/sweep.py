@@ -26,6 +26,7 @@ from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
 from launch.progress import Progress, trained_tokens
 from launch.run_status import RunStatus, require_same_data, survey
 from launch.study_folder import describe, earlier_study, hold, write_study
+from launch.tuning_plan import tuning_lines
 from sweeps.checks import available_slots, check_domains, check_machine
 from sweeps.grammar import Sweep, read_sweep_file
 from trainer.exit_codes import ExitCode
@@ -85,7 +86,7 @@ def _run(sweep: Sweep, arguments: argparse.Namespace, console: Console) -> int:
             soft_wrap=True,
         )
     if arguments.plan:
-        for line in expected_lines(plan, folder):
+        for line in (*tuning_lines(plan), *expected_lines(plan, folder)):
             console.print(line, highlight=False, soft_wrap=True)
     data_root = Path(sweep.experiments[0].execution.data_root)
     reads = [(e.run.corpus, e.run.budget.tokens) for e in sweep.experiments]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from models.backbone import BackboneConfig
+from sweeps.tuning_rule import TuningRule
 from trainer.config import require_positive, require_within
 from trainer.schema import check_blocks, load, read_yaml
 
@@ -39,6 +40,9 @@ class ArchitectureConfig:
     """The architecture's factor on the rung's learning rate, above 0."""
     learning_rate_evidence: str = ""
     """The search that the factor was read off, and its rungs."""
+    tuning: TuningRule | None = None
+    """The architecture's own rule for the learning rate, from a search over rate and batch; ladders
+    without a learning_rate use it."""
     model: Annotated[dict, BackboneConfig] = field(default_factory=dict)
     """Other keys of the model, such as form or tied."""
 

@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sweeps.config import SweepConfig
+from sweeps.config import SweepConfig, TuningProbes
 from trainer.schema import ConfigError, load, suggest
 
 AXES: Mapping[str, type] = {
@@ -14,6 +15,7 @@ AXES: Mapping[str, type] = {
     "seed": int,
     "order_seed": int,
     "learning_rate_factor": float,
+    "batch_factor": float,
     "horizon": int,
     "label": str,
     "execution": dict,
@@ -23,8 +25,16 @@ AXES: Mapping[str, type] = {
 Cell = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Probe:
+    """Factors on the learning rate and the batch of the run that a probe is compared with."""
+
+    learning_rate_factor: float
+    batch_factor: float
+
+
 def cells(config: SweepConfig) -> Iterator[Cell]:
-    """The product of the axes, then the replicates, then the further products of `also`.
+    """The product of the axes, the replicates, the further products of `also`, then the probes.
 
     Raises:
         ConfigError: an entry of `also` names no axis, or a value of another type.
@@ -37,6 +47,7 @@ def cells(config: SweepConfig) -> Iterator[Cell]:
         "seed": ladder.seeds,
         "order_seed": ladder.order_seeds or (None,),
         "learning_rate_factor": ladder.learning_rate_factors,
+        "batch_factor": ladder.batch_factors,
     }
     products: list[Mapping[str, Sequence]] = [axes]
     if ladder.replicates:
@@ -44,10 +55,33 @@ def cells(config: SweepConfig) -> Iterator[Cell]:
         seeds = {"seed": more.seeds, "order_seed": more.order_seeds or (None,)}
         products.append({**axes, "rung": more.rungs, **seeds})
     products += [{**axes, **rule} for rule in read_rules("also", config.also)]
+    if ladder.tuning_probes:
+        products += _probes(axes, ladder.tuning_probes)
     for product in products:
         for values in itertools.product(*product.values()):
             cell = dict(zip(product, values, strict=True))
             yield {**cell, "order_seed": _order_seed(cell)}
+
+
+def is_probe(cell: Cell) -> bool:
+    """Whether a cell is one of the runs that check the study's tuning."""
+    return cell.get("probe") is not None
+
+
+def _probes(axes: Mapping[str, Sequence], probes: TuningProbes) -> Iterator[Mapping[str, Sequence]]:
+    """Each factor by itself, on the first corpus and the first seeds."""
+    first = {name: axes[name][:1] for name in ("corpus", "seed", "order_seed")}
+    factors = [Probe(factor, 1.0) for factor in probes.learning_rate_factors]
+    factors += [Probe(1.0, factor) for factor in probes.batch_factors]
+    for probe in factors:
+        yield {
+            **axes,
+            **first,
+            "rung": probes.rungs,
+            "learning_rate_factor": [probe.learning_rate_factor],
+            "batch_factor": [probe.batch_factor],
+            "probe": [probe],
+        }
 
 
 def _order_seed(cell: Cell) -> int:

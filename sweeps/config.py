@@ -93,6 +93,34 @@ class ExtraSeeds:
 
 
 @dataclass(frozen=True)
+class TuningProbes:
+    """Runs that check a study's own learning rates and batch, on its first corpus and seed.
+
+    They train to the longest horizon, and the report compares each with the study's own run.
+    """
+
+    rungs: tuple[str, ...]
+    """Sizes at which every architecture is probed."""
+    learning_rate_factors: tuple[float, ...] = (0.5, 2.0)
+    """Factors on the learning rate, each a run of its own at the study's batch."""
+    batch_factors: tuple[float, ...] = (0.5, 2.0)
+    """Factors on the batch, each a run of its own; the learning rate follows the architecture's
+    rule where that knows the batch, and stays otherwise."""
+
+    def __post_init__(self) -> None:
+        require_distinct(self, "rungs")
+        if not self.learning_rate_factors and not self.batch_factors:
+            raise ValueError(
+                "learning_rate_factors and batch_factors are both empty; give factors, or "
+                "tuning_probes=null"
+            )
+        for name in ("learning_rate_factors", "batch_factors"):
+            require_factors(self, name)
+            if 1.0 in getattr(self, name):
+                raise ValueError(f"{name} has 1, which is the study's own run; remove it")
+
+
+@dataclass(frozen=True)
 class LadderConfig:
     """Sizes, horizons and the rules that all architectures and corpora share."""
 
@@ -102,10 +130,11 @@ class LadderConfig:
     """Tokens of a training sequence."""
     batch_tokens: int
     """Tokens per optimizer step, the same at all sizes."""
-    learning_rate: PowerRule
-    """Peak learning rate as a power of the size."""
     warmup_tokens: int
     """Tokens of linear warm-up, the same at all sizes."""
+    learning_rate: PowerRule | None = None
+    """Peak learning rate as a power of the size, the same for all architectures; null for each
+    architecture's own rule (the key tuning of its file)."""
     seeds: tuple[int, ...] = (17,)
     """Seeds that every run is trained with: of its initial weights, of what is masked, and, unless
     order_seeds is given, of the order of its training samples."""
@@ -125,6 +154,10 @@ class LadderConfig:
     learning_rate_factors: tuple[float, ...] = (1.0,)
     """Factors on the rule's learning rate, each a run of its own; several make the sweep a search
     over learning rates."""
+    batch_factors: tuple[float, ...] = (1.0,)
+    """Factors on batch_tokens, each a run of its own."""
+    tuning_probes: TuningProbes | None = None
+    """Runs that check the study's own learning rates and batch; null for none."""
     epoch_blocks: int | None = None
     """Blocks per epoch, for horizons that would repeat the corpora's own; null for those."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -143,12 +176,31 @@ class LadderConfig:
         require_within(self, 0, math.inf, "warmup_tokens")
         if self.epoch_blocks is not None:
             require_positive(self, "epoch_blocks")
-        require_distinct(self, "rungs", "seeds", "learning_rate_factors")
+        require_distinct(self, "rungs", "seeds", "learning_rate_factors", "batch_factors")
         require_distinct(self, *(("horizons",) if self.horizons else ("tokens_per_parameter",)))
-        for name in ("horizons", "tokens_per_parameter", "learning_rate_factors"):
-            for value in getattr(self, name):
-                if not 0 < value < 1e18:
-                    raise ValueError(f"{name} {value} is outside 0 to 1e18; choose within it")
+        for name in (
+            "horizons",
+            "tokens_per_parameter",
+            "learning_rate_factors",
+            "batch_factors",
+        ):
+            require_factors(self, name)
+        self._check_probes()
+
+    def _check_probes(self) -> None:
+        if self.tuning_probes is None:
+            return
+        unknown = [rung for rung in self.tuning_probes.rungs if rung not in self.rungs]
+        if unknown:
+            raise ValueError(
+                f"tuning_probes.rungs has {unknown[0]!r}, which the ladder does not train; choose "
+                f"among {list(self.rungs)}"
+            )
+        if len(self.learning_rate_factors) > 1 or len(self.batch_factors) > 1:
+            raise ValueError(
+                "tuning_probes are for a study, but several learning_rate_factors or "
+                "batch_factors make the sweep a search; remove one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -219,8 +271,8 @@ class SweepConfig:
     """Where runs are executed."""
     also: tuple[dict, ...] = ()
     """More runs: each entry sets some of architecture, corpus, rung, seed, learning_rate_factor,
-    horizon (a token budget), label (a name for a repeat of a run) and execution; the rest is the
-    ladder's. A list of values makes a run of each."""
+    batch_factor, horizon (a token budget), label (a name for a repeat of a run) and execution; the
+    rest is the ladder's. A list of values makes a run of each."""
     exclude: tuple[dict, ...] = ()
     """Runs to leave out: those that match all values of an entry."""
 
@@ -234,6 +286,17 @@ class SweepConfig:
                     f"baselines {list(self.baselines)}: the order {order} of an n-gram model is "
                     f"outside 1 to {MOST_ORDER}; choose within it"
                 )
+
+
+def require_factors(config: object, name: str) -> None:
+    """Check that a list's values are positive numbers within reason.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for value in getattr(config, name):
+        if not 0 < value < 1e18:
+            raise ValueError(f"{name} {value} is outside 0 to 1e18; choose within it")
 
 
 def require_distinct(config: object, *names: str) -> None:

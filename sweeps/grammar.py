@@ -11,9 +11,10 @@ from data_pipelines.config import DataConfig
 from data_pipelines.shares import require_amounts
 from data_pipelines.tokenizers import vocabulary_size
 from sweeps.architecture import ArchitectureConfig, read_architectures
-from sweeps.cells import Cell, cells, matches, read_rules
+from sweeps.cells import Cell, Probe, cells, is_probe, matches, read_rules
 from sweeps.checks import check_run
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
+from sweeps.optimizer_of import horizons_of, optimizer_of
 from sweeps.overrides import refuse_unused
 from sweeps.rungs import find_rung
 from sweeps.sizing import ADMITTED_ERROR, OVERRIDDEN_ERROR, Shape, Sized, size_architecture
@@ -23,7 +24,6 @@ from trainer.config import (
     BudgetConfig,
     EvaluationConfig,
     ExecutionConfig,
-    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     check_hiding,
@@ -40,12 +40,14 @@ class Experiment:
 
     Attributes:
         label: set where a run repeats another one under another execution; part of its folder.
+        probe: set where a run checks the tuning of another; None for a run of the study itself.
     """
 
     run: RunConfig
     execution: ExecutionConfig
     evaluation: EvaluationConfig
     label: str = ""
+    probe: Probe | None = None
 
     def __post_init__(self) -> None:
         check_hiding(self.run, self.evaluation.mask_rate, "evaluation.mask_rate")
@@ -148,7 +150,9 @@ def _expand(config: SweepConfig) -> Sequence[Experiment]:
     seen: dict[str, Experiment] = {}
     for experiment in _kept(config, problems):
         name = experiment.folder_name
-        if seen.setdefault(name, experiment) != experiment:
+        # The study's own runs come first, and a probe that is one of them adds nothing.
+        known = seen.setdefault(name, experiment)
+        if known != replace(experiment, probe=known.probe):
             problems.append(
                 f"also repeats run {name} with another execution; give the entry a label of its own"
             )
@@ -203,17 +207,8 @@ def _experiments(
     tolerance = OVERRIDDEN_ERROR if config.model or ladder.model else ADMITTED_ERROR
     fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
-    optimizer = merge(
-        {
-            "learning_rate": ladder.learning_rate.at(nominal) * cell["learning_rate_factor"],
-            "learning_rate_scale": architecture.learning_rate_scale,
-            "batch_tokens": ladder.batch_tokens,
-        },
-        config.optimizer,
-    )
-    optimizer = load(OptimizerConfig, optimizer, "optimizer")
-    batch = optimizer.batch_tokens
-    for tokens in [cell["horizon"]] if "horizon" in cell else _horizons(ladder, nominal, batch):
+    optimizer = optimizer_of(config, architecture, cell, nominal)
+    for tokens in _horizons(cell, ladder, nominal, optimizer.batch_tokens):
         run = RunConfig(
             architecture=name,
             rung=rung.name,
@@ -242,6 +237,7 @@ def _experiments(
             execution,
             load(EvaluationConfig, evaluation, "evaluation"),
             cell.get("label", ""),
+            cell.get("probe"),
         )
 
 
@@ -289,16 +285,11 @@ def _corpus(cell: Cell, corpora: CorporaConfig, ladder: LadderConfig) -> DataCon
     )
 
 
-def _horizons(ladder: LadderConfig, nominal: int, batch: int) -> Iterator[int]:
-    budgets = ladder.horizons or tuple(r * nominal for r in ladder.tokens_per_parameter)
-    rounded = [max(1, round(tokens / batch)) * batch for tokens in budgets]
-    for tokens, budget in zip(rounded, budgets, strict=True):
-        if rounded.count(tokens) > 1:
-            raise ConfigError(
-                f"the horizon {budget:.12g} and another are the same number of batches of {batch} "
-                f"tokens, {tokens // batch}; leave one out"
-            )
-        yield tokens
+def _horizons(cell: Cell, ladder: LadderConfig, nominal: int, batch: int) -> Sequence[int]:
+    if "horizon" in cell:
+        return [cell["horizon"]]
+    horizons = horizons_of(ladder, nominal, batch)
+    return [max(horizons)] if is_probe(cell) else horizons
 
 
 def resolve_precision(asked: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:

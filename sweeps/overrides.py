@@ -12,6 +12,7 @@ OUTRANKED = {
     "learning_rate": "optimizer.learning_rate",
     "learning_rate_factors": "optimizer.learning_rate",
     "batch_tokens": "optimizer.batch_tokens",
+    "batch_factors": "optimizer.batch_tokens",
     "warmup_tokens": "schedule.warmup_tokens",
 }
 """Keys of a ladder, and the keys of the sweep that replace them."""
@@ -82,8 +83,9 @@ def _outranked(config: SweepConfig, ladder: Mapping[str, Any]) -> Iterator[str]:
         for path in _common(ladder.get(section) or {}, getattr(config, section)):
             key = f"{section}.{path}"
             yield f"{where}.{key} gives way to {key}, which the sweep sets; override that one"
-    if "learning_rate" in config.optimizer and len(_factors(config)) > 1:
-        yield "optimizer.learning_rate leaves no place for learning_rate_factors; give one of them"
+    for name, factors in _varied(config).items():
+        if name in config.optimizer and factors:
+            yield f"optimizer.{name} leaves no place for {factors}; give one of them"
 
 
 def _untrained(
@@ -100,8 +102,16 @@ def _untrained(
         )
 
 
-def _factors(config: SweepConfig) -> Sequence[float]:
-    return config.ladders[config.ladder].learning_rate_factors
+def _varied(config: SweepConfig) -> Mapping[str, str]:
+    """The key by which the ladder varies the learning rate, and the batch; empty for none."""
+    ladder = config.ladders[config.ladder]
+    probes = ladder.tuning_probes
+    rates = "learning_rate_factors" if len(ladder.learning_rate_factors) > 1 else ""
+    batches = "batch_factors" if len(ladder.batch_factors) > 1 else ""
+    if probes is not None:
+        rates = rates or ("tuning_probes" if probes.learning_rate_factors else "")
+        batches = batches or ("tuning_probes" if probes.batch_factors else "")
+    return {"learning_rate": rates, "batch_tokens": batches}
 
 
 def _common(below: Mapping[str, Any], above: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,66 @@
+"""What a plan says about learning rates: where they come from, their range, and their probes."""
+
+from collections.abc import Iterator, Sequence
+
+from launch.plan import Plan, PlannedRun, duration, is_search
+from sweeps.architecture import read_architectures
+from sweeps.optimizer_of import place_of
+from trainer.config import RunConfig
+
+
+def tuning_lines(plan: Plan) -> list[str]:
+    """How the rates of a study were found, and what checks them; nothing for a search."""
+    config = plan.sweep.config
+    ladder = config.ladders[config.ladder]
+    if is_search(ladder):
+        return []
+    own = [each for each in plan.runs if not each.experiment.probe]
+    lines = ["Learning rates:"]
+    lines += [f"  {line}" for name in config.architectures for line in _of(name, plan, own)]
+    return [*lines, f"  {_probe_line(plan)}"]
+
+
+def _of(name: str, plan: Plan, own: Sequence[PlannedRun]) -> Iterator[str]:
+    """The rates of an architecture from its smallest rung to its largest, and their source."""
+    config = plan.sweep.config
+    ladder, architecture = config.ladders[config.ladder], read_architectures()[name]
+    runs = [each.experiment.run for each in own if each.experiment.run.architecture == name]
+    if not runs:
+        return
+    runs.sort(key=lambda run: run.nominal_parameters)
+    rates = f"{peak(runs[0]):.2g} at {runs[0].rung}"
+    if runs[-1].rung != runs[0].rung:
+        rates += f" to {peak(runs[-1]):.2g} at {runs[-1].rung}"
+    rule = architecture.tuning
+    if "learning_rate" in config.optimizer:
+        yield f"{name}: {rates}, as optimizer.learning_rate says; no search stands behind it"
+    elif ladder.learning_rate is not None:
+        yield f"{name}: {rates}, by the ladder's rule ({architecture.learning_rate_evidence})"
+    elif rule is not None:
+        yield f"{name}: {rates}, by its own rule (search {rule.search})"
+        for run in {run.rung: run for run in runs}.values():
+            batch = run.optimizer.batch_tokens
+            found = rule.outside(place_of(ladder, run.nominal_parameters, batch))
+            if found:
+                yield f"  outside the search at {run.rung}: {', '.join(found)}"
+
+
+def peak(run: RunConfig) -> float:
+    """The peak learning rate, the architecture's factor included."""
+    return run.optimizer.learning_rate * run.optimizer.learning_rate_scale
+
+
+def _probe_line(plan: Plan) -> str:
+    units = {each.unit.name for each in plan.runs if each.experiment.probe}
+    config = plan.sweep.config
+    if units:
+        seconds = sum(plan.seconds[name] for name in units)
+        return (
+            f"tuning probes: {len(units)} runs at half and twice the rate or batch, "
+            f"{duration(seconds)} of {duration(sum(plan.seconds.values()))} on one worker"
+        )
+    rung = config.ladders[config.ladder].rungs[0]
+    return (
+        "no tuning probes: the report cannot say what rate and batch cost each arm; ask for them "
+        f"with ladders.{config.ladder}.tuning_probes={{rungs: [{rung}]}}"
+    )
