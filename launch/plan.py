@@ -8,7 +8,12 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from analysis.planning.expected_precision import USUAL, expectation_lines, measured_noise
+from analysis.planning.expected_precision import (
+    USUAL,
+    evaluation_error,
+    expectation_lines,
+    measured_noise,
+)
 from analysis.tables.run_table import final
 from analysis.tables.sweep_folder import load
 from analysis.words.numbers import seeds_text
@@ -26,6 +31,9 @@ STEP_OVERHEAD_SECONDS = 0.02
 """Fixed cost of a step of a tiny model: launching small operations, the optimizer."""
 PEAK_SHARE = 0.3
 """Share of the GEMM peak that small models reach, until speeds of finished runs are known."""
+GPU_FLOPS, GPU_SHARE = 989e12, 0.4
+"""Dense bf16 peak of an H100 SXM (NVIDIA's data sheet), and the share of it that a plan counts on
+where no GPU is at hand to measure."""
 STATE_CONTEXTS = (1_024, 8_192, 65_536)
 
 
@@ -138,7 +146,16 @@ def expected_lines(plan: Plan, folder: Path) -> list[str]:
     if is_search(ladder) or len(points["rung"].unique()) < 2:
         return []
     noise = measured_noise(final(load(folder))) if (folder / "sweep.yaml").exists() else None
-    return expectation_lines(points, replace(USUAL, noise=noise) if noise else USUAL)
+    if noise is None:
+        noise = replace(USUAL.noise, evaluation=evaluation_error(_evaluation_tokens(plan)))
+    return expectation_lines(points, replace(USUAL, noise=noise))
+
+
+def _evaluation_tokens(plan: Plan) -> int | None:
+    """Tokens of the neutral set that runs read at their end; None while nothing limits them."""
+    first = plan.sweep.experiments[0]
+    blocks = first.evaluation.final_blocks_per_set
+    return None if blocks is None else blocks * first.run.corpus.block_tokens
 
 
 def is_search(ladder: LadderConfig) -> bool:
@@ -228,11 +245,19 @@ def _seconds(unit: Unit, runs: Sequence[PlannedRun], folder: Path) -> float:
     measured = _measured_rate(inside(folder, unit.name)) or _measured_rate(inside(folder, run.rung))
     if measured is not None:
         return unit.tokens / measured
+    if on_absent_gpu(planned.experiment):
+        work = planned.account.training_flops_per_token * unit.tokens
+        return work / (GPU_SHARE * GPU_FLOPS * execution.ranks)
     steps = unit.tokens / run.optimizer.batch_tokens
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peak = gemm_peak_flops(device, torch.float32) * execution.ranks
     work = planned.account.training_flops_per_token + planned.account.scan_flops_per_token
     return steps * STEP_OVERHEAD_SECONDS + work * unit.tokens / (PEAK_SHARE * peak)
+
+
+def on_absent_gpu(experiment: Experiment) -> bool:
+    """Whether a run is for GPUs and this machine has none: bf16 products are not for CPUs."""
+    return experiment.run.precision == "bf16" and not torch.cuda.is_available()
 
 
 def _measured_rate(folder: Path) -> float | None:

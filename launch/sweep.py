@@ -22,7 +22,16 @@ from launch.data import build_data, print_repeats, verify_data
 from launch.job import Unit
 from launch.journal import Journal
 from launch.keys import keys_page
-from launch.plan import Plan, duration, expected_lines, make_plan, plan_table
+from launch.plan import (
+    GPU_FLOPS,
+    GPU_SHARE,
+    Plan,
+    duration,
+    expected_lines,
+    make_plan,
+    on_absent_gpu,
+    plan_table,
+)
 from launch.progress import Progress, trained_tokens
 from launch.run_status import RunStatus, require_same_data, survey
 from launch.study_folder import describe, earlier_study, hold, write_study
@@ -212,10 +221,16 @@ def _print_plan(
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
     complete = sum(status.ended for status in statuses.values())
+    time_left = f"about {duration(seconds / workers)} on {workers} workers"
+    if on_absent_gpu(plan.sweep.experiments[0]):
+        ranks = plan.sweep.experiments[0].execution.ranks
+        time_left = (
+            f"about {ranks * seconds / 3600:,.0f} GPU hours, if an H100 reaches {GPU_SHARE:.0%} of "
+            f"{GPU_FLOPS / 1e12:.0f} TFLOP/s; times are those of a run on {ranks} GPUs"
+        )
     console.print(
         f"{len(plan.sweep.experiments)} runs on {len(plan.units)} trunks, {complete} complete; "
-        f"{sum(left.values()) / 1e6:.1f} M tokens to train, "
-        f"about {duration(seconds / workers)} on {workers} workers",
+        f"{sum(left.values()) / 1e6:.1f} M tokens to train, {time_left}",
         highlight=False,
     )
 

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from launch.plan import Plan, PlannedRun, duration, is_search
-from sweeps.architecture import read_architectures
+from sweeps.architecture import ArchitectureConfig, read_architectures
+from sweeps.config import PowerRule
 from sweeps.optimizer_of import place_of
 from trainer.config import RunConfig
 
@@ -35,7 +36,8 @@ def _of(name: str, plan: Plan, own: Sequence[PlannedRun]) -> Iterator[str]:
     if "learning_rate" in config.optimizer:
         yield f"{name}: {rates}, as optimizer.learning_rate says; no search stands behind it"
     elif ladder.learning_rate is not None:
-        yield f"{name}: {rates}, by the ladder's rule ({architecture.learning_rate_evidence})"
+        rule_of = f"the ladder's rule ({_source(ladder.learning_rate)})"
+        yield f"{name}: {rates}, by {rule_of}{_scaled(architecture)}"
     elif rule is not None:
         yield f"{name}: {rates}, by its own rule (search {rule.search})"
         for run in {run.rung: run for run in runs}.values():
@@ -43,6 +45,17 @@ def _of(name: str, plan: Plan, own: Sequence[PlannedRun]) -> Iterator[str]:
             found = rule.outside(place_of(ladder, run.nominal_parameters, batch))
             if found:
                 yield f"  outside the search at {run.rung}: {', '.join(found)}"
+
+
+def _source(rule: PowerRule) -> str:
+    return rule.source or "no source stated"
+
+
+def _scaled(architecture: ArchitectureConfig) -> str:
+    scale = architecture.learning_rate_scale
+    if scale == 1:
+        return ""
+    return f" x {scale:g} ({architecture.learning_rate_evidence or 'no evidence stated'})"
 
 
 def peak(run: RunConfig) -> float:

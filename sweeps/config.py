@@ -67,6 +67,8 @@ class PowerRule:
     """The rule's value at 1 M parameters."""
     exponent: float
     """Power of the size, -10 to 10; below 0 the value falls with size."""
+    source: str = ""
+    """Where the rule comes from, for the plan."""
 
     def __post_init__(self) -> None:
         require_positive(self, "coefficient")

@@ -7,7 +7,7 @@ the noise model and the assumed values.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,9 @@ CELL = ("architecture", "corpus")
 TYPICAL = {"corpus": (4.0, 9.0), "architecture": (0.2, 4.0)}
 """Effects seen in public runs [% of loss]: between web corpora; recurrence against attention."""
 POWER = 0.8
+MEASURED_TOKENS = 311_000
+"""Tokens of the evaluation set whose documents left the error that `PlannedNoise` assumes: that of
+the default study, 39 documents."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,16 @@ class Expected:
         elif self.detectable > low:
             verdict = f"too little for the small ones in public runs ({low:g} %)"
         return f"{text}, detects {self.detectable:.2g} % with 80 % power: {verdict}"
+
+
+def evaluation_error(tokens: int | None) -> float:
+    """The standard error of an effect from the documents of a set of so many tokens.
+
+    The error falls as the root of the number of documents, here of tokens: sets of shorter
+    documents have less. None, for a set of unknown size, leaves the measured error.
+    """
+    measured = USUAL.noise.evaluation
+    return measured if tokens is None else measured * float(np.sqrt(MEASURED_TOKENS / tokens))
 
 
 def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
@@ -235,7 +248,8 @@ def expectation_lines(grid: pd.DataFrame, assumed: Assumed) -> list[str]:
     """What to expect of a planned grid, for a terminal."""
     noise = assumed.noise
     changes = " and ".join(f"{100 * sd:.2g} % of the {x}'s" for x, sd in noise.by_size.items())
-    source = "assumed" if noise == USUAL.noise else "from finished runs, law assumed"
+    assumes = noise == replace(USUAL.noise, evaluation=noise.evaluation)
+    source = "assumed" if assumes else "from finished runs, law assumed"
     lines = ["Expected precision, from assumptions (not a measurement):"]
     lines += [f"  {each.sentence}" for each in expect(grid, assumed)]
     lines.append(
