@@ -12,7 +12,12 @@ from typing import Literal
 from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from models.backbone import BackboneConfig
-from trainer.field_checks import require_names, require_positive, require_within
+from trainer.field_checks import (
+    require_default,
+    require_names,
+    require_positive,
+    require_within,
+)
 from trainer.recipe import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**63 - 1
@@ -77,10 +82,8 @@ class RunConfig:
         require_positive(self, "nominal_parameters")
         require_within(self, 0, LARGEST_SEED, "seed")
         require_within(self, 0, 1, "mask_rate")
-        if self.objective == "causal_lm" and self.mask_rate != type(self).mask_rate:
-            raise ValueError(
-                f"mask_rate is {self.mask_rate}, but objective causal_lm hides nothing; remove it"
-            )
+        if self.objective == "causal_lm":
+            require_default(self, "mask_rate", because="objective causal_lm hides nothing")
         self._check_form()
         self._check_vocabulary()
         check_hiding(self, self.mask_rate, "mask_rate")
@@ -101,7 +104,10 @@ class RunConfig:
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        """Whether the learning rate reaches its peak before it falls."""
+        """Whether the learning rate reaches its peak before it falls, and falls where it should."""
+        if self.schedule.kind != "wsd":
+            self._check_fall()
+            return
         decay = round(self.schedule.decay_fraction * self.steps)
         constant = (self.steps - decay) * self.optimizer.batch_tokens
         if decay == self.steps:
@@ -114,6 +120,15 @@ class RunConfig:
                 f"schedule.warmup_tokens {self.schedule.warmup_tokens} is more than the {constant} "
                 f"tokens before the decay, so the learning rate never reaches its peak; lower it "
                 f"to at most that, or raise budget.tokens {self.budget.tokens}"
+            )
+
+    def _check_fall(self) -> None:
+        most = (self.steps - 1) * self.optimizer.batch_tokens
+        if self.schedule.warmup_tokens > most:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} leaves no step of the run's "
+                f"{self.steps} over which schedule.kind {self.schedule.kind} could decay; lower it "
+                f"to at most {most}, or raise budget.tokens {self.budget.tokens}"
             )
 
     def _check_form(self) -> None:

@@ -28,6 +28,23 @@ def require_positive(config: object, *names: str) -> None:
             )
 
 
+def require_default(config: object, *names: str, because: str) -> None:
+    """Check that fields which have no part in a config keep their defaults.
+
+    Args:
+        config: the config.
+        names: of the fields.
+        because: why they have no part, for the message.
+
+    Raises:
+        ValueError: one has another value.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value != getattr(type(config), name):
+            raise ValueError(f"{name} is {value}, but {because}; remove it")
+
+
 def require_within(config: object, low: float, high: float, *names: str) -> None:
     """Check that fields of a config are within a range.
 

@@ -22,7 +22,10 @@ MEANINGS = {
 }
 """What is compared, by the key under which manifests, records and datasets state it."""
 
-LATER_KEYS: Mapping[str, object] = {}
+LATER_KEYS: Mapping[str, object] = {
+    "schedule.kind": "wsd",
+    "schedule.decay_shape": "linear",
+}
 """Keys of a run's config that are younger than the first records, with the value that means what
 runs did before there was the key. A hash leaves a key out where it has that value, so that records,
 checkpoints and sweeps keep their ids."""

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from trainer.field_checks import require_positive, require_within
+from trainer.field_checks import require_default, require_positive, require_within
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,27 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Warm-up, stable, decay (Hu et al. 2024, section 4)."""
+    """The learning rate over a run: a linear warm-up, then what `kind` says."""
 
     warmup_tokens: int
     """Tokens over which the learning rate rises linearly from 0; the same at all horizons, so that
     they share a trunk. In a sweep the ladder gives it."""
+    kind: Literal["wsd", "cosine", "linear"] = "wsd"
+    """wsd for warm-up, stable, decay (Hu et al. 2024, section 4), whose horizons share the stable
+    part; cosine (Loshchilov and Hutter 2017) and linear fall from the end of the warm-up to the end
+    of the run, so that each horizon is trained from scratch."""
     decay_fraction: float = 0.2
-    """Last share of the budget, 0 to 1, over which the learning rate falls linearly; 0 for none.
-    10 to 20 % of the steps do as well as a cosine schedule (Haegele et al. 2024)."""
+    """Last share of the budget, 0 to 1, over which wsd decays; 0 for none. 10 to 20 % of the steps
+    do as well as a cosine schedule (Haegele et al. 2024)."""
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    """How the learning rate falls in the decay of wsd: linear; cosine, half a period; sqrt, by 1
+    minus the root of the share of the decay that is done (Haegele et al. 2024)."""
     final_share: float = 0.0
     """Learning rate at the end of the decay as a share of the peak, 0 to 1."""
 
     def __post_init__(self) -> None:
         require_within(self, 0, math.inf, "warmup_tokens")
         require_within(self, 0, 1, "decay_fraction", "final_share")
+        if self.kind != "wsd":
+            because = f"kind {self.kind} decays from the end of the warm-up to the end of the run"
+            require_default(self, "decay_fraction", "decay_shape", because=because)
