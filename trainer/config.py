@@ -293,6 +293,19 @@ def check_hiding(run: RunConfig, rate: float, key: str) -> None:
         )
 
 
+def check_layout(run: RunConfig, execution: ExecutionConfig) -> None:
+    """Check that the run's optimizer works on weights as ZeRO shards them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if run.optimizer.kind == "muon" and execution.zero_stage > 0:
+        raise ValueError(
+            f"execution.zero_stage is {execution.zero_stage}, but optimizer.kind muon needs whole "
+            "matrices, which ZeRO cuts over the ranks; set zero_stage to 0, or kind to adamw"
+        )
+
+
 def sequences_at_once(run: RunConfig, execution: ExecutionConfig) -> int:
     """Sequences that pass through the model together on one rank.
 

@@ -21,11 +21,11 @@ from models.compiled import compile_blocks
 from models.mixer import refuse_unsharded
 from models.sequences.sharded import ShardedSequence
 from models.sequences.whole import WholeSequence
-from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
+from trainer.config import ExecutionConfig, RunConfig, check_layout, sequences_at_once
 from trainer.machine import keep_freed_memory
 from trainer.manifest import MODEL_FILE, refuse_unsafe
 from trainer.objective import IGNORED, prepare, total_nats
-from trainer.optimizer import adamw
+from trainer.optimizer import build_optimizer
 from trainer.parallel import join_ranks
 
 STATE_FOLDER = "deepspeed"
@@ -53,6 +53,7 @@ class Engine:
 
     def __init__(self, backbone: Backbone, config: RunConfig, execution: ExecutionConfig) -> None:
         self.device = pick_device(execution)
+        check_layout(config, execution)
         self._micro = sequences_at_once(config, execution)
         if execution.sequence_parallel > 1:
             refuse_unsharded(backbone)
@@ -222,19 +223,11 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(
                 self.backbone.parameters(), self._clip, torch.tensor(norm)
             )
-        self._engine.optimizer.idle = not finite
+        if not finite:
+            # DeepSpeed cannot skip an update without ZeRO, but weights without gradients stay.
+            self.backbone.zero_grad(set_to_none=True)
         self._engine.step()
         return norm, not finite
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can skip an update: DeepSpeed without ZeRO cannot."""
-
-    idle = False
-
-    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
-        """Update the weights, unless idle."""
-        return None if self.idle else super().step(closure)
 
 
 def pick_device(execution: ExecutionConfig) -> str:
@@ -287,7 +280,7 @@ def _initialize(
     parameters = sum(p.numel() for p in backbone.parameters())
     engine, _, _, _ = deepspeed.initialize(
         model=backbone,
-        optimizer=adamw(backbone, config, GuardedAdamW),
+        optimizer=build_optimizer(backbone, config),
         config=_deepspeed_config(config, execution, micro, parameters),
     )
     return engine

@@ -23,6 +23,8 @@ MEANINGS = {
 """What is compared, by the key under which manifests, records and datasets state it."""
 
 LATER_KEYS: Mapping[str, object] = {
+    "optimizer.kind": "adamw",
+    "optimizer.muon_momentum": 0.95,
     "schedule.kind": "wsd",
     "schedule.decay_shape": "linear",
 }
