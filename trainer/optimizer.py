@@ -95,7 +95,7 @@ def _muon(backbone: Backbone, options: OptimizerConfig) -> MuonAndAdamW:
     hidden = hidden_matrices(backbone)
     matrices = [p for name, p in backbone.named_parameters() if name in hidden]
     muon = Muon(
-        [{"params": matrices, "weight_decay": options.weight_decay}],
+        [{"params": matrices, "weight_decay": _decay(options)}],
         lr=options.learning_rate,
         momentum=options.muon_momentum,
         # Updates of the size of AdamW's, so that one rate serves both (Liu et al. 2025, eq. 4).
@@ -122,10 +122,15 @@ def _groups(backbone: Backbone, options: OptimizerConfig, names: Iterable[str]) 
     return [
         {
             "params": [parameters[name] for name in chosen if name not in exempt],
-            "weight_decay": options.weight_decay,
+            "weight_decay": _decay(options),
         },
         {"params": [parameters[name] for name in chosen if name in exempt], "weight_decay": 0.0},
     ]
+
+
+def _decay(options: OptimizerConfig) -> float:
+    """The weight decay that an optimizer is given, which multiplies it by the learning rate."""
+    return options.weight_decay / (options.peak if options.independent_weight_decay else 1.0)
 
 
 _KINDS: Mapping[str, Callable[[Backbone, OptimizerConfig], torch.optim.Optimizer]] = {

@@ -28,6 +28,10 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, 0 or more; norms, biases and what a mixer exempts are not decayed.
     0.1 as in GPT-3 (Brown et al. 2020, appendix B)."""
+    independent_weight_decay: bool = False
+    """Whether weights shrink by weight_decay times the schedule's share of the peak, whatever the
+    peak (Wortsman et al. 2023, section 3.2); weight_decay is then about 1e-4, and at most 1. If
+    not, by weight_decay times the learning rate."""
     beta1: float = 0.9
     """Decay of the gradient's running mean, 0 to 1 (GPT-3); under lion the running mean's share in
     the direction."""
@@ -44,6 +48,11 @@ class OptimizerConfig:
     """Consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run
     as diverged."""
 
+    @property
+    def peak(self) -> float:
+        """The learning rate after the warm-up."""
+        return self.learning_rate * self.learning_rate_scale
+
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
         require_positive(self, "gradient_clip")
@@ -53,6 +62,8 @@ class OptimizerConfig:
                     f"{name} {getattr(self, name)} is outside 0 to 1, 1 left out; choose within it"
                 )
         require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
+        if self.independent_weight_decay:
+            require_within(self, 0, 1, "weight_decay")
         if self.kind != "muon":
             require_default(self, "muon_momentum", because=f"kind {self.kind} has no Muon in it")
         if self.kind == "lion":

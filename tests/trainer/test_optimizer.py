@@ -17,6 +17,7 @@ from trainer.config import ExecutionConfig, RunConfig
 from trainer.engine import Engine
 from trainer.ids import run_id
 from trainer.optimizer import build_optimizer, hidden_matrices
+from trainer.schedule import learning_rate
 from trainer.schema import ConfigError, load, merge
 
 RATE, DECAY, STEPS = 0.01, 0.1, 3
@@ -149,6 +150,30 @@ def test_weights_without_gradients_stay(plain: dict, kind: str) -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("peak", [0.01, 0.0001])
+def test_independent_decay_follows_the_schedule_and_not_the_peak(
+    plain: dict, kind: str, peak: float
+) -> None:
+    changes = {"kind": kind, "weight_decay": 0.02, "independent_weight_decay": True}
+    config = config_of(plain, {**changes, "learning_rate": peak, "learning_rate_scale": 2.0})
+    backbone = build_backbone(config.model, 0)
+    before = {n: w.detach().double().numpy() for n, w in copy.deepcopy(backbone).named_parameters()}
+    optimizer, left = build_optimizer(backbone, config), 1.0
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        for weight in backbone.parameters():
+            weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        # Warm-up over 4 of 20 steps, then constant, and from step 15 on to nothing.
+        left *= 1 - 0.02 * min((step + 1) / 4, 1.0, (20 - step) / 6)
+    exempt = undecayed(backbone)
+    for name, weight in backbone.named_parameters():
+        wanted = before[name] * (1.0 if name in exempt else left)
+        np.testing.assert_allclose(weight.detach().numpy(), wanted, rtol=1e-5, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
@@ -156,6 +181,7 @@ def test_weights_without_gradients_stay(plain: dict, kind: str) -> None:
         ({"kind": "lion", "muon_momentum": 0.9}, "but kind lion has no Muon"),
         ({"kind": "lion", "eps": 1e-6}, r"optimizer\.eps is 1e-06, but kind lion divides"),
         ({"kind": "muon", "muon_momentum": 1.0}, r"muon_momentum 1\.0 is outside 0 to 1"),
+        ({"independent_weight_decay": True, "weight_decay": 2.0}, r"weight_decay 2\.0 is outside"),
         ({"kind": "adam"}, "choose from adamw, muon, lion"),
     ],
     ids=str,

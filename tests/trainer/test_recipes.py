@@ -20,6 +20,9 @@ pytestmark = [
 RECIPES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": {"kind": "muon"}},
     "lion": {"optimizer": {"kind": "lion", "learning_rate": 0.002, "beta2": 0.98}},
+    "independent decay": {
+        "optimizer": {"weight_decay": 0.01, "independent_weight_decay": True},
+    },
     "cosine": {"schedule": {"kind": "cosine", "decay_fraction": 0.2}},
 }
 EVERY = {"save_every_tokens": 8 * 512, "keep_checkpoints": 9}
