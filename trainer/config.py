@@ -77,8 +77,14 @@ class RunConfig:
     """Share of the tokens, up to 1, that a masked objective hides in training, at least one of a
     sequence; causal_lm ignores it. 0.3 as in M2-BERT (Fu et al. 2023)."""
 
+    z_loss: float = 0.0
+    """Weight of log^2 Z beside the cross-entropy in what is minimised, 0 or more, where Z is the
+    softmax's denominator; 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The losses in records
+    and evaluations are without it."""
+
     def __post_init__(self) -> None:
         require_names(self, "architecture", "rung")
+        require_within(self, 0, math.inf, "z_loss")
         require_positive(self, "nominal_parameters")
         require_within(self, 0, LARGEST_SEED, "seed")
         require_within(self, 0, 1, "mask_rate")

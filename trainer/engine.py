@@ -24,7 +24,7 @@ from models.sequences.whole import WholeSequence
 from trainer.config import ExecutionConfig, RunConfig, check_layout, sequences_at_once
 from trainer.machine import keep_freed_memory
 from trainer.manifest import MODEL_FILE, refuse_unsafe
-from trainer.objective import IGNORED, prepare, total_nats
+from trainer.objective import IGNORED, prepare, total_losses
 from trainer.optimizer import build_optimizer
 from trainer.parallel import join_ranks
 
@@ -38,8 +38,8 @@ class StepResult:
     """The result of one optimizer step, the same on all ranks.
 
     Attributes:
-        loss_nats: mean over the targets of the global batch.
-        gradient_norm: global norm before clipping.
+        loss_nats: mean cross-entropy over the targets of the global batch, without z-loss.
+        gradient_norm: global norm before clipping, of all that is minimised.
         skipped: whether the update was skipped because of a non-finite loss or gradient.
     """
 
@@ -199,15 +199,17 @@ class Engine:
     def _backward(self, piece: Batch, targets: float) -> float:
         hidden = self._engine(*self._inputs(piece))
         with self.autocast():
-            nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
+            losses = total_losses(
+                self.backbone, hidden, piece.targets.to(self.device), self._config.z_loss
+            )
         # DeepSpeed divides by the accumulation steps and averages over all ranks. The loss is a sum
         # over the global batch, of which each rank holds a part, so both are undone here.
         pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
-        self._engine.backward(nats * (pieces / targets))
+        self._engine.backward(losses.minimised * (pieces / targets))
         last = self._engine.is_gradient_accumulation_boundary()
         if not last:
             self._engine.step()
-        return float(nats.detach())
+        return float(losses.nats.detach())
 
     def _apply(self) -> tuple[float, bool]:
         """Step the optimizer; without ZeRO, clip and skip non-finite gradients here."""

@@ -28,6 +28,7 @@ LATER_KEYS: Mapping[str, object] = {
     "optimizer.muon_momentum": 0.95,
     "schedule.kind": "wsd",
     "schedule.decay_shape": "linear",
+    "z_loss": 0.0,
 }
 """Keys of a run's config that are younger than the first records, with the value that means what
 runs did before there was the key. A hash leaves a key out where it has that value, so that records,

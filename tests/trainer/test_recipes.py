@@ -23,6 +23,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "independent decay": {
         "optimizer": {"weight_decay": 0.01, "independent_weight_decay": True},
     },
+    "z-loss": {"z_loss": 0.01},
     "cosine": {"schedule": {"kind": "cosine", "decay_fraction": 0.2}},
 }
 EVERY = {"save_every_tokens": 8 * 512, "keep_checkpoints": 9}
@@ -83,6 +84,13 @@ def test_a_recipe_resumes_bit_identically(
     starts = [row["incarnation"] for row in read_run(again).metrics]
     assert starts == [1] * 8 + [2] * 12
     assert read_exact(again) == read_exact(folder)
+
+
+def test_the_recorded_loss_is_without_z_loss(root: Path, plain: Path, tmp_path: Path) -> None:
+    run(make(root, RECIPES["z-loss"]), tmp_path / "z-loss")
+    first, other = (read_run(folder).metrics[0] for folder in (plain, tmp_path / "z-loss"))
+    assert other["loss_nats"] == first["loss_nats"]
+    assert other["gradient_norm"] != first["gradient_norm"]
 
 
 @pytest.mark.distributed
