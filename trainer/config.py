@@ -300,11 +300,16 @@ def check_hiding(run: RunConfig, rate: float, key: str) -> None:
 
 
 def check_layout(run: RunConfig, execution: ExecutionConfig) -> None:
-    """Check that the run's optimizer works on weights as ZeRO shards them.
+    """Check that the run's optimizer and average work on weights as ZeRO shards them.
 
     Raises:
-        ValueError: it does not.
+        ValueError: they do not.
     """
+    if run.optimizer.ema_decay is not None and execution.zero_stage == 3:
+        raise ValueError(
+            f"optimizer.ema_decay is {run.optimizer.ema_decay}, but execution.zero_stage 3 shards "
+            "the weights that are averaged; set zero_stage to 2 or below, or ema_decay to null"
+        )
     if run.optimizer.kind == "muon" and execution.zero_stage > 0:
         raise ValueError(
             f"execution.zero_stage is {execution.zero_stage}, but optimizer.kind muon needs whole "

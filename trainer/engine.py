@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipelines.batch import Batch
@@ -21,6 +21,7 @@ from models.compiled import compile_blocks
 from models.mixer import refuse_unsharded
 from models.sequences.sharded import ShardedSequence
 from models.sequences.whole import WholeSequence
+from trainer.average import WeightAverage
 from trainer.config import ExecutionConfig, RunConfig, check_layout, sequences_at_once
 from trainer.machine import keep_freed_memory
 from trainer.manifest import MODEL_FILE, refuse_unsafe
@@ -70,6 +71,8 @@ class Engine:
         if execution.compile:
             compile_blocks(backbone)
         self._engine = _initialize(backbone, config, execution, self._micro)
+        decay = config.optimizer.ema_decay
+        self._average = None if decay is None else WeightAverage(backbone, decay)
 
     @property
     def backbone(self) -> Backbone:
@@ -107,7 +110,13 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         norm, skipped = self._apply()
+        if self._average is not None:
+            self._average.update(self._engine.global_steps)
         return StepResult(nats / targets, norm, skipped)
+
+    def result_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, the backbone has the weights to evaluate: averages where there are any."""
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def own_part(self, batch: Batch) -> Batch:
         """This rank's part of each sequence; all of it without sequence parallelism."""
@@ -183,11 +192,17 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG)
         if path is None:
             raise RuntimeError(f"{folder} holds no state that DeepSpeed can load; delete it")
+        if self._average is not None:
+            self._average.load(load_file(folder / MODEL_FILE))
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in float32 on the CPU; gathered where ZeRO-3 shards them."""
+        """The run's result in float32 on the CPU: its weights, or their averages if it has any.
+
+        Gathered where ZeRO-3 shards them.
+        """
         if self._stage < 3:
-            named = self.backbone.named_parameters()
+            own = self._average.weights.items() if self._average is not None else None
+            named = own or self.backbone.named_parameters()
             return {n: p.detach().float().cpu().contiguous() for n, p in named}
         gathered = self._engine._zero3_consolidated_16bit_state_dict()
         return {n: w.float().cpu().contiguous() for n, w in (gathered or {}).items()}

@@ -24,6 +24,7 @@ MEANINGS = {
 
 LATER_KEYS: Mapping[str, object] = {
     "optimizer.kind": "adamw",
+    "optimizer.ema_decay": None,
     "optimizer.independent_weight_decay": False,
     "optimizer.muon_momentum": 0.95,
     "schedule.kind": "wsd",

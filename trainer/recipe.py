@@ -44,6 +44,9 @@ class OptimizerConfig:
     """Decay of Muon's running mean of the gradient, 0 to 1 (Jordan et al. 2024)."""
     gradient_clip: float = 1.0
     """Largest global gradient norm, above 0; a larger gradient is scaled down to it (GPT-3)."""
+    ema_decay: float | None = None
+    """Decay per step, between 0 and 1, of a moving average of the weights, such as 0.99.
+    Evaluations and the stored model are of the average; null for the weights themselves."""
     max_skipped_steps: int = 0
     """Consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run
     as diverged."""
@@ -62,6 +65,11 @@ class OptimizerConfig:
                     f"{name} {getattr(self, name)} is outside 0 to 1, 1 left out; choose within it"
                 )
         require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay {self.ema_decay} is not between 0 and 1; choose within, or null for no "
+                "average"
+            )
         if self.independent_weight_decay:
             require_within(self, 0, 1, "weight_decay")
         if self.kind != "muon":

@@ -24,6 +24,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"weight_decay": 0.01, "independent_weight_decay": True},
     },
     "z-loss": {"z_loss": 0.01},
+    "average": {"optimizer": {"ema_decay": 0.8}},
     "cosine": {"schedule": {"kind": "cosine", "decay_fraction": 0.2}},
 }
 EVERY = {"save_every_tokens": 8 * 512, "keep_checkpoints": 9}
