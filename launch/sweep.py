@@ -127,7 +127,9 @@ def check_sweep(sweep: Sweep) -> None:
     check_machine(executions, sweep.config.launcher)
     corpora = {e.run.corpus.name: e.run.corpus.domains for e in sweep.experiments}
     chosen, root = sweep.corpora, Path(sweep.experiments[0].execution.data_root)
-    check_domains(corpora, chosen.neutral_set, chosen.dataset, root)
+    final_sets = sweep.experiments[0].evaluation.final_sets or ()
+    named = {"neutral_set": (chosen.neutral_set,), "evaluation.final_sets": final_sets}
+    check_domains(corpora, named, chosen.dataset, root)
 
 
 def _make_data(sweep: Sweep, console: Console, *, verify: bool) -> int:
