@@ -208,7 +208,7 @@ def test_sets_that_no_result_is_read_from_stay_with_the_blocks_of_milestones(
 def test_an_unknown_final_set_is_refused(root: Path, tmp_path: Path) -> None:
     asked = make(root)
     asked = replace(asked, evaluation=replace(asked.evaluation, final_sets=("prosa",)))
-    with pytest.raises(ValueError, match="final_sets has 'prosa'.*did you mean 'prose'"):
+    with pytest.raises(ValueError, match=r"final_sets has 'prosa'.*did you mean 'prose'"):
         run(asked, tmp_path / "run")
 
 
