@@ -96,7 +96,7 @@ def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
     folder = sweep / "report"
     study = analyse(table, settings)
     findings = None if study.rate_search else find(study, settings)
-    parts, plates = sections(table, study.rate_search), draw(study, findings)
+    parts, plates = sections(study), draw(study, findings)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
     drawings = {plate.name: (plate.save(folder / "figures"), plate.narrow()) for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))
