@@ -6,7 +6,7 @@ from typing import Annotated
 
 from models.backbone import BackboneConfig
 from sweeps.tuning_rule import TuningRule
-from trainer.config import require_positive, require_within
+from trainer.field_checks import require_positive, require_within
 from trainer.schema import check_blocks, load, read_yaml
 
 ARCHITECTURES = Path(__file__).parent / "architectures"

@@ -6,16 +6,9 @@ from typing import Annotated, Literal
 
 from data_pipelines.config import DatasetConfig
 from models.backbone import BackboneConfig
-from trainer.config import (
-    EvaluationConfig,
-    ExecutionConfig,
-    Objective,
-    OptimizerConfig,
-    ScheduleConfig,
-    require_names,
-    require_positive,
-    require_within,
-)
+from trainer.config import EvaluationConfig, ExecutionConfig, Objective
+from trainer.field_checks import require_names, require_positive, require_within
+from trainer.recipe import OptimizerConfig, ScheduleConfig
 from untrusted.paths import plain_name
 
 MOST_ORDER = 16

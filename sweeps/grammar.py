@@ -25,10 +25,10 @@ from trainer.config import (
     EvaluationConfig,
     ExecutionConfig,
     RunConfig,
-    ScheduleConfig,
     check_hiding,
 )
 from trainer.ids import run_id, trunk_id
+from trainer.recipe import ScheduleConfig
 from trainer.schedule import decay_begins
 from trainer.schema import ConfigError, load, merge, read_overrides, read_yaml, suggest
 from untrusted.paths import plain_name

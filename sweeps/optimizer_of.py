@@ -7,7 +7,7 @@ from sweeps.architecture import ArchitectureConfig
 from sweeps.cells import Cell
 from sweeps.config import LadderConfig, SweepConfig
 from sweeps.tuning_rule import Place
-from trainer.config import OptimizerConfig
+from trainer.recipe import OptimizerConfig
 from trainer.schema import ConfigError, load, merge
 
 

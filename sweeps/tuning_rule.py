@@ -7,7 +7,7 @@ YAML file.
 import math
 from dataclasses import dataclass
 
-from trainer.config import require_positive, require_within
+from trainer.field_checks import require_positive, require_within
 
 
 @dataclass(frozen=True)

@@ -9,68 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from data_pipelines.config import LABEL_RULE, DataConfig, is_label
+from data_pipelines.config import DataConfig
 from data_pipelines.tokenizers import vocabulary_size
 from models.backbone import BackboneConfig
+from trainer.field_checks import (
+    require_default,
+    require_names,
+    require_positive,
+    require_within,
+)
+from trainer.recipe import OptimizerConfig, ScheduleConfig
 
 LARGEST_SEED = 2**63 - 1
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW (Loshchilov and Hutter 2019) and its batch."""
-
-    learning_rate: float
-    """Peak learning rate, above 0; the same for all architectures of a rung. In a sweep the
-    ladder's rule gives it."""
-    batch_tokens: int
-    """Tokens per optimizer step, over all ranks and accumulated micro-batches; a multiple of
-    corpus.seq_len. In a sweep the ladder gives it."""
-    learning_rate_scale: float = 1.0
-    """The architecture's own factor on the learning rate, above 0. In a sweep the architecture's
-    file gives it, with the search that it was read off."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, 0 or more; norms, biases and what a mixer exempts are not decayed.
-    0.1 as in GPT-3 (Brown et al. 2020, appendix B)."""
-    beta1: float = 0.9
-    """Decay of the gradient's running mean, 0 to 1 (GPT-3)."""
-    beta2: float = 0.95
-    """Decay of the squared gradient's running mean, 0 to 1 (GPT-3)."""
-    eps: float = 1e-8
-    """Added to the root of the squared gradient's mean, above 0 (Kingma and Ba 2015)."""
-    gradient_clip: float = 1.0
-    """Largest global gradient norm, above 0; a larger gradient is scaled down to it (GPT-3)."""
-    max_skipped_steps: int = 0
-    """Consecutive steps with a non-finite loss or gradient that are skipped; one more ends the run
-    as diverged."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "learning_rate", "batch_tokens", "learning_rate_scale", "eps")
-        require_positive(self, "gradient_clip")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} {getattr(self, name)} is outside 0 to 1, 1 left out; choose within it"
-                )
-        require_within(self, 0, math.inf, "weight_decay", "max_skipped_steps")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Warm-up, stable, decay (Hu et al. 2024, section 4)."""
-
-    warmup_tokens: int
-    """Tokens over which the learning rate rises linearly from 0; the same at all horizons, so that
-    they share a trunk. In a sweep the ladder gives it."""
-    decay_fraction: float = 0.2
-    """Last share of the budget, 0 to 1, over which the learning rate falls linearly; 0 for none.
-    10 to 20 % of the steps do as well as a cosine schedule (Haegele et al. 2024)."""
-    final_share: float = 0.0
-    """Learning rate at the end of the decay as a share of the peak, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        require_within(self, 0, math.inf, "warmup_tokens")
-        require_within(self, 0, 1, "decay_fraction", "final_share")
 
 
 @dataclass(frozen=True)
@@ -132,10 +82,8 @@ class RunConfig:
         require_positive(self, "nominal_parameters")
         require_within(self, 0, LARGEST_SEED, "seed")
         require_within(self, 0, 1, "mask_rate")
-        if self.objective == "causal_lm" and self.mask_rate != type(self).mask_rate:
-            raise ValueError(
-                f"mask_rate is {self.mask_rate}, but objective causal_lm hides nothing; remove it"
-            )
+        if self.objective == "causal_lm":
+            require_default(self, "mask_rate", because="objective causal_lm hides nothing")
         self._check_form()
         self._check_vocabulary()
         check_hiding(self, self.mask_rate, "mask_rate")
@@ -156,7 +104,10 @@ class RunConfig:
         self._check_schedule()
 
     def _check_schedule(self) -> None:
-        """Whether the learning rate reaches its peak before it falls."""
+        """Whether the learning rate reaches its peak before it falls, and falls where it should."""
+        if self.schedule.kind != "wsd":
+            self._check_fall()
+            return
         decay = round(self.schedule.decay_fraction * self.steps)
         constant = (self.steps - decay) * self.optimizer.batch_tokens
         if decay == self.steps:
@@ -169,6 +120,15 @@ class RunConfig:
                 f"schedule.warmup_tokens {self.schedule.warmup_tokens} is more than the {constant} "
                 f"tokens before the decay, so the learning rate never reaches its peak; lower it "
                 f"to at most that, or raise budget.tokens {self.budget.tokens}"
+            )
+
+    def _check_fall(self) -> None:
+        most = (self.steps - 1) * self.optimizer.batch_tokens
+        if self.schedule.warmup_tokens > most:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} leaves no step of the run's "
+                f"{self.steps} over which schedule.kind {self.schedule.kind} could decay; lower it "
+                f"to at most {most}, or raise budget.tokens {self.budget.tokens}"
             )
 
     def _check_form(self) -> None:
@@ -380,41 +340,3 @@ def _check_shards(run: RunConfig, execution: ExecutionConfig) -> None:
 
 def _describe(form: str, encoder: bool) -> str:
     return f"encoder-{form}" if encoder else f"{form}-only"
-
-
-def require_names(config: object, *names: str) -> None:
-    """Check that fields of a config are words that a report can print.
-
-    Raises:
-        ValueError: one is empty, too long, or holds a character that a report cannot show.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not is_label(value):
-            raise ValueError(f"{name} {value[:80]!r} is no name; {LABEL_RULE}")
-
-
-def require_positive(config: object, *names: str) -> None:
-    """Check that fields of a config are above 0.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(
-                f"{name} {getattr(config, name)} is not above 0; choose a positive value"
-            )
-
-
-def require_within(config: object, low: float, high: float, *names: str) -> None:
-    """Check that fields of a config are within a range.
-
-    Raises:
-        ValueError: one is not.
-    """
-    for name in names:
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(
-                f"{name} {getattr(config, name)} is outside {low} to {high}; choose within it"
-            )

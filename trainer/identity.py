@@ -22,6 +22,14 @@ MEANINGS = {
 }
 """What is compared, by the key under which manifests, records and datasets state it."""
 
+LATER_KEYS: Mapping[str, object] = {
+    "schedule.kind": "wsd",
+    "schedule.decay_shape": "linear",
+}
+"""Keys of a run's config that are younger than the first records, with the value that means what
+runs did before there was the key. A hash leaves a key out where it has that value, so that records,
+checkpoints and sweeps keep their ids."""
+
 
 class IdentityError(RuntimeError):
     """Two parts that should be of one run state different ids or hashes."""
@@ -31,7 +39,7 @@ class IdentityError(RuntimeError):
 
 def config_hash(choices: Mapping) -> str:
     """A hash of all choices of a run, as plain data."""
-    text = json.dumps(choices, sort_keys=True, allow_nan=False)
+    text = json.dumps(_without_later_keys(choices, ""), sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -56,6 +64,15 @@ def require_same(
                 f"{what} has the {MEANINGS[key]} {_short(stated[key])}, but {of} has "
                 f"{_short(wanted)}; {remedy}"
             )
+
+
+def _without_later_keys(choices: Mapping, above: str) -> dict[str, object]:
+    """The choices without the keys of LATER_KEYS that have the value from before them."""
+    return {
+        key: _without_later_keys(value, f"{above}{key}.") if isinstance(value, Mapping) else value
+        for key, value in choices.items()
+        if f"{above}{key}" not in LATER_KEYS or value != LATER_KEYS[f"{above}{key}"]
+    }
 
 
 def _short(fact: object) -> str:

@@ -7,7 +7,7 @@ from data_pipelines.config import DataConfig
 from data_pipelines.manifest import read_manifest
 from data_pipelines.tokenizers import load_tokenizer
 from trainer.config import EvaluationConfig, RunConfig
-from trainer.identity import config_hash, require_same
+from trainer.identity import LATER_KEYS, config_hash, require_same
 from trainer.schedule import decay_begins
 from trainer.schema import dump
 from untrusted.paths import inside
@@ -21,7 +21,10 @@ def run_id(config: RunConfig) -> str:
 
 
 def trunk_id(config: RunConfig) -> str:
-    """The id that the horizons of one trunk share: a hash of all choices but budget and decay."""
+    """The id that the horizons of one trunk share: a hash of all choices but budget and decay.
+
+    Where the learning rate falls from the start, no horizons share a trunk, and all choices count.
+    """
     return _trunk_id(dump(config))
 
 
@@ -72,7 +75,9 @@ def _run_id(choices: Mapping) -> str:
 
 
 def _trunk_id(choices: Mapping) -> str:
-    own = {"decay_fraction", "final_share"}
-    schedule = {key: value for key, value in choices["schedule"].items() if key not in own}
-    shared = {key: value for key, value in choices.items() if key != "budget"}
-    return "trunk-" + config_hash({**shared, "schedule": schedule})[:ID_LENGTH]
+    shared = dict(choices)
+    if choices["schedule"].get("kind", LATER_KEYS["schedule.kind"]) == "wsd":
+        own = {"decay_fraction", "decay_shape", "final_share"}
+        shared["schedule"] = {k: v for k, v in choices["schedule"].items() if k not in own}
+        del shared["budget"]
+    return "trunk-" + config_hash(shared)[:ID_LENGTH]

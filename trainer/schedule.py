@@ -1,26 +1,42 @@
 """The learning rate at each step, and what happens after which step."""
 
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of a step, counted from 0: linear warm-up, constant, linear decay."""
+    """The rate of a step, counted from 0: linear warm-up, constant if at all, decay."""
     options, schedule = config.optimizer, config.schedule
     peak = options.learning_rate * options.learning_rate_scale
-    warmup = max(schedule.warmup_tokens // options.batch_tokens, 1)
-    rate = peak * min((step + 1) / warmup, 1.0)
+    rate = peak * min((step + 1) / _warmup_steps(config), 1.0)
     decay = config.steps - decay_begins(config)
     if decay:
         left = min((config.steps - step) / (decay + 1), 1.0)
-        rate *= schedule.final_share + (1 - schedule.final_share) * left
+        shape = schedule.decay_shape if schedule.kind == "wsd" else schedule.kind
+        rate *= schedule.final_share + (1 - schedule.final_share) * SHAPES[shape](left)
     return rate
+
+
+SHAPES: Mapping[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "sqrt": lambda left: 1 - math.sqrt(1 - left),
+}
+"""The share of the way from the final rate to the peak, by the share of the decay that is left."""
 
 
 def decay_begins(config: RunConfig) -> int:
     """The first step of the decay; the number of steps if there is none."""
+    if config.schedule.kind != "wsd":
+        return _warmup_steps(config)
     return config.steps - round(config.schedule.decay_fraction * config.steps)
+
+
+def _warmup_steps(config: RunConfig) -> int:
+    return max(config.schedule.warmup_tokens // config.optimizer.batch_tokens, 1)
 
 
 @dataclass(frozen=True)

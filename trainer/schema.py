@@ -30,6 +30,10 @@ RENAMED: Mapping[str, str] = {}
 """Old key path -> new key path, or "" for a key that is gone: the only shim for stored configs."""
 
 
+SAME_KEYS = frozenset(["optimizer", "schedule"])
+"""Sections whose kinds share most keys, so that those stay when the kind changes."""
+
+
 _PART = re.compile(r"[^\s.\[\]{}=](?:[^.\[\]{}=\n]*[^\s.\[\]{}=])?")
 """A word between the dots of an override's key."""
 
@@ -124,7 +128,8 @@ def _place(tree: dict[str, Any], key: str, value: object) -> None:
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge one tree of plain data over another; mappings merge, everything else is replaced.
 
-    A mapping whose `kind` changes is replaced whole, since its other keys belong to the old kind.
+    A mapping whose `kind` changes is replaced whole, since its other keys belong to the old kind;
+    but in SAME_KEYS.
     """
     merged = dict(base)
     for key, value in over.items():
@@ -132,7 +137,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         merged[key] = value
         if not isinstance(value, Mapping) or not isinstance(below, Mapping):
             continue
-        if value.get("kind", below.get("kind")) == below.get("kind"):
+        if key in SAME_KEYS or value.get("kind", below.get("kind")) == below.get("kind"):
             merged[key] = merge(below, value)
     return merged
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.plan import make_plan
 from sweeps.grammar import read_sweep_file, trunks_of
 from trainer.ids import run_id
 from trainer.schema import ConfigError
@@ -171,3 +172,25 @@ def test_an_entry_of_also_of_another_type_is_refused_by_its_key(entry: str) -> N
         read_sweep_file(SCALING, ["ladder=nano", f"also=[{entry}]"])
     with pytest.raises(ConfigError, match="also"):
         read_sweep_file(SCALING, ["ladder=nano", f"also={entry}"])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_each_horizon_is_trained_alone_where_its_rate_falls_from_the_warm_up_on(
+    kind: str,
+) -> None:
+    shared = read_sweep_file(SMOKE, ()).experiments
+    alone = read_sweep_file(SMOKE, [f"schedule.kind={kind}"]).experiments
+    assert len(alone) == len(shared)
+    assert not {e.run_id for e in alone} & {e.run_id for e in shared}
+    plain = [e for e in alone if not e.label]
+    trunks = trunks_of(plain)
+    assert len(trunks) == len(plain)
+    assert set(trunks.values()) == {None}
+
+
+def test_the_plan_counts_every_token_of_horizons_that_are_trained_alone(tmp_path: Path) -> None:
+    sweep = read_sweep_file(SMOKE, ["schedule.kind=cosine", "also=[]", "exclude=[]"])
+    plan = make_plan(sweep, tmp_path)
+    assert sum(unit.tokens for unit in plan.units) == sum(
+        e.run.budget.tokens for e in sweep.experiments
+    )

@@ -107,6 +107,12 @@ def test_a_changed_kind_drops_the_keys_of_the_old_one() -> None:
     assert merged == {"m": {"kind": "b"}}
 
 
+def test_optimizer_and_schedule_keep_their_keys_when_their_kind_changes() -> None:
+    for name in ("optimizer", "schedule"):
+        merged = merge({name: {"kind": "a", "x": 1, "y": 1}}, {name: {"kind": "b", "y": 2}})
+        assert merged == {name: {"kind": "b", "x": 1, "y": 2}}
+
+
 @pytest.mark.parametrize(
     ("text", "why"),
     [

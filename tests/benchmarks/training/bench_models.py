@@ -19,15 +19,10 @@ from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from sweeps.rungs import Rung
 from sweeps.sizing import Shape, size_architecture
-from trainer.config import (
-    BudgetConfig,
-    ExecutionConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-)
+from trainer.config import BudgetConfig, ExecutionConfig, RunConfig
 from trainer.engine import Engine
 from trainer.objective import total_nats
+from trainer.recipe import OptimizerConfig, ScheduleConfig
 
 VOCAB = 257
 RATE = 1e-3
