@@ -49,7 +49,7 @@ EXAMPLES = """
 examples:
   python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
   python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and the cost
-  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, 3 hours
+  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 460 k parameters, two seeds
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
   python launch/sweep.py --keys optimizer                     the YAML keys of the optimizer
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm

@@ -31,6 +31,9 @@ def optimizer_of(
         ConfigError: neither ladder nor architecture has a rule for the learning rate.
     """
     batch = batch_of(config, cell)
+    # Checked before a rule divides by it.
+    placeholder = {"learning_rate": 1.0, "batch_tokens": batch}
+    load(OptimizerConfig, merge(placeholder, config.optimizer), "optimizer")
     place = place_of(config.ladders[config.ladder], nominal, batch, horizon)
     given = {"batch_tokens": batch, **_rate(config, architecture, cell, place)}
     given["learning_rate"] *= cell["learning_rate_factor"]
