@@ -43,6 +43,7 @@ def write_baselines(
             "tokens": run.budget.tokens,
             "batch_sequences": run.batch_sequences,
             "blocks_per_set": evaluation.final_blocks_per_set,
+            **({"final_sets": list(evaluation.final_sets)} if evaluation.final_sets else {}),
             "orders": list(orders),
             "dataset_root_hash": root_hash,
         }
@@ -89,7 +90,7 @@ def _count(run_plain: dict, evaluation_plain: dict, orders: list[int], root: str
                 place,
                 name,
                 batch_sequences=evaluation.batch_sequences,
-                max_blocks=evaluation.final_blocks_per_set,
+                max_blocks=evaluation.final_blocks(name),
             )
         )
         targets = sum(int((batch.targets >= 0).sum()) for batch in held_out)

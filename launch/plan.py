@@ -27,9 +27,9 @@ from trainer.record import number, read_rows
 from trainer.schedule import decay_begins
 from untrusted.paths import inside
 
-STEP_OVERHEAD_SECONDS = 0.02
+STEP_OVERHEAD_SECONDS = 0.005
 """Fixed cost of a step of a tiny model: launching small operations, the optimizer."""
-PEAK_SHARE = 0.3
+PEAK_SHARE = 0.35
 """Share of the GEMM peak that small models reach, until speeds of finished runs are known."""
 GPU_FLOPS, GPU_SHARE = 989e12, 0.4
 """Dense bf16 peak of an H100 SXM (NVIDIA's data sheet), and the share of it that a plan counts on

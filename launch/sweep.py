@@ -49,7 +49,7 @@ EXAMPLES = """
 examples:
   python launch/sweep.py sweeps/scaling.yaml                  the default study, on this machine
   python launch/sweep.py sweeps/scaling.yaml --plan           what it would train, and the cost
-  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 1 M parameters, 3 hours
+  python launch/sweep.py sweeps/scaling.yaml ladder=evening   up to 460 k parameters, two seeds
   python launch/sweep.py sweeps/scaling.yaml model.blocks.m.mixer.d_state=32
   python launch/sweep.py --keys optimizer                     the YAML keys of the optimizer
   python launch/sweep.py sweeps/scaling.yaml ladder=pile corpus=pile launcher.cluster=slurm
@@ -127,7 +127,9 @@ def check_sweep(sweep: Sweep) -> None:
     check_machine(executions, sweep.config.launcher)
     corpora = {e.run.corpus.name: e.run.corpus.domains for e in sweep.experiments}
     chosen, root = sweep.corpora, Path(sweep.experiments[0].execution.data_root)
-    check_domains(corpora, chosen.neutral_set, chosen.dataset, root)
+    final_sets = sweep.experiments[0].evaluation.final_sets or ()
+    named = {"neutral_set": (chosen.neutral_set,), "evaluation.final_sets": final_sets}
+    check_domains(corpora, named, chosen.dataset, root)
 
 
 def _make_data(sweep: Sweep, console: Console, *, verify: bool) -> int:

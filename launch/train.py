@@ -138,7 +138,8 @@ def _check_data(experiment: Experiment, dataset: DatasetConfig) -> None:
             raise ConfigError(
                 f"dataset.{key} is {built}, but corpus.{where} is {read}; make them equal"
             )
-    check_domains({corpus.name: corpus.domains}, None, dataset, root)
+    named = {"evaluation.final_sets": experiment.evaluation.final_sets or ()}
+    check_domains({corpus.name: corpus.domains}, named, dataset, root)
 
 
 def _refuse_unused(

@@ -86,7 +86,7 @@ def available_slots(launcher: LauncherConfig) -> int:
 
 def check_domains(
     corpora: Mapping[str, Iterable[str]],
-    neutral_set: str | None,
+    evaluation_sets: Mapping[str, Iterable[str]],
     dataset: DatasetConfig,
     root: Path,
 ) -> None:
@@ -94,7 +94,7 @@ def check_domains(
 
     Args:
         corpora: the domains of each corpus, by its name.
-        neutral_set: the domain whose validation loss is compared; None for a single run.
+        evaluation_sets: by the key that names them, domains whose validation losses are read.
         dataset: what the dataset is built from.
         root: folder of all datasets.
 
@@ -111,11 +111,12 @@ def check_domains(
                     f"corpus {name} has the domain {domain!r}, which dataset {dataset.name} lacks; "
                     f"{suggest(domain, known)}"
                 )
-    if neutral_set is not None and neutral_set not in known:
-        raise ConfigError(
-            f"neutral_set {neutral_set!r} is no domain of dataset {dataset.name}; "
-            f"{suggest(neutral_set, known)}"
-        )
+    for key, names in evaluation_sets.items():
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"{key} {name!r} is no domain of dataset {dataset.name}; {suggest(name, known)}"
+                )
 
 
 def _known_domains(dataset: DatasetConfig, root: Path) -> Sequence[str] | None:

@@ -207,8 +207,13 @@ def _experiments(
     tolerance = OVERRIDDEN_ERROR if config.model or ladder.model else ADMITTED_ERROR
     fitted = _fit(name, architecture, Shape(rung, vocab_size, ladder.seq_len), tolerance)
     nominal = count_nominal(rung, vocab_size)
+    schedule = load(
+        ScheduleConfig, merge({"warmup_tokens": ladder.warmup_tokens}, config.schedule), "schedule"
+    )
     optimizer = optimizer_of(config, architecture, cell, nominal)
     for tokens in _horizons(cell, ladder, nominal, optimizer.batch_tokens):
+        if schedule.kind != "wsd":
+            optimizer = optimizer_of(config, architecture, cell, nominal, tokens)
         run = RunConfig(
             architecture=name,
             rung=rung.name,
@@ -216,11 +221,7 @@ def _experiments(
             model=fitted.model,
             corpus=_corpus(cell, corpora, ladder),
             optimizer=optimizer,
-            schedule=load(
-                ScheduleConfig,
-                merge({"warmup_tokens": ladder.warmup_tokens}, config.schedule),
-                "schedule",
-            ),
+            schedule=schedule,
             budget=BudgetConfig(tokens),
             precision=resolve_precision(ladder.precision),
             seed=cell["seed"],

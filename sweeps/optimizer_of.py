@@ -12,7 +12,11 @@ from trainer.schema import ConfigError, load, merge
 
 
 def optimizer_of(
-    config: SweepConfig, architecture: ArchitectureConfig, cell: Cell, nominal: int
+    config: SweepConfig,
+    architecture: ArchitectureConfig,
+    cell: Cell,
+    nominal: int,
+    horizon: int | None = None,
 ) -> OptimizerConfig:
     """The optimizer of a cell of the sweep.
 
@@ -21,12 +25,17 @@ def optimizer_of(
         architecture: the cell's.
         cell: names the architecture, and gives the factors on learning rate and batch.
         nominal: parameters of the cell's rung.
+        horizon: the run's token budget, if it shares no trunk; None for the horizons of a trunk.
 
     Raises:
         ConfigError: neither ladder nor architecture has a rule for the learning rate.
     """
     batch = batch_of(config, cell)
-    given = {"batch_tokens": batch, **_rate(config, architecture, cell, (nominal, batch))}
+    # Checked before a rule divides by it.
+    placeholder = {"learning_rate": 1.0, "batch_tokens": batch}
+    load(OptimizerConfig, merge(placeholder, config.optimizer), "optimizer")
+    place = place_of(config.ladders[config.ladder], nominal, batch, horizon)
+    given = {"batch_tokens": batch, **_rate(config, architecture, cell, place)}
     given["learning_rate"] *= cell["learning_rate_factor"]
     return load(OptimizerConfig, merge(given, config.optimizer), "optimizer")
 
@@ -67,21 +76,20 @@ def horizons_of(ladder: LadderConfig, nominal: int, batch: int) -> Sequence[int]
     return rounded
 
 
-def place_of(ladder: LadderConfig, nominal: int, batch: int) -> Place:
+def place_of(ladder: LadderConfig, nominal: int, batch: int, horizon: int | None = None) -> Place:
     """Where a tuned rule is asked: horizons share a trunk and its rate, so at their mean log."""
-    horizons = horizons_of(ladder, nominal, batch)
+    horizons = horizons_of(ladder, nominal, batch) if horizon is None else [horizon]
     return Place(nominal, math.exp(sum(map(math.log, horizons)) / len(horizons)), batch)
 
 
 def _rate(
-    config: SweepConfig, architecture: ArchitectureConfig, cell: Cell, place: tuple[int, int]
+    config: SweepConfig, architecture: ArchitectureConfig, cell: Cell, place: Place
 ) -> dict[str, float]:
     """The learning rate and the architecture's factor on it, before the cell's factor."""
-    nominal, batch = place
     ladder = config.ladders[config.ladder]
     if ladder.learning_rate is not None:
         return {
-            "learning_rate": ladder.learning_rate.at(nominal),
+            "learning_rate": ladder.learning_rate.at(int(place.parameters)),
             "learning_rate_scale": architecture.learning_rate_scale,
         }
     if "learning_rate" in config.optimizer:
@@ -92,4 +100,4 @@ def _rate(
             f"{cell['architecture']} has no tuning rule; give "
             f"ladders.{config.ladder}.learning_rate, or optimizer.learning_rate"
         )
-    return {"learning_rate": architecture.tuning.at(place_of(ladder, nominal, batch))}
+    return {"learning_rate": architecture.tuning.at(place)}

@@ -263,6 +263,9 @@ class EvaluationConfig:
     final_blocks_per_set: int | None = None
     """Validation blocks of each set that results are computed from, read at the end of a run;
     null for all there are, and no fewer than blocks_per_set."""
+    final_sets: tuple[str, ...] | None = None
+    """Evaluation sets that final_blocks_per_set is for; of the others, blocks_per_set blocks are
+    read at a run's end too. null for all sets."""
     batch_sequences: int = 16
     """Sequences evaluated at once, 1 or more; changes speed and memory only."""
     mask_rate: float = 0.15
@@ -278,6 +281,11 @@ class EvaluationConfig:
                 f"milestones {list(self.milestones)} are not all above 0; choose token counts"
             )
         require_within(self, 0, 1, "mask_rate")
+
+    def final_blocks(self, evaluation_set: str) -> int | None:
+        """Blocks of a set that are read at the end of a run; None for all there are."""
+        whole = self.final_sets is None or evaluation_set in self.final_sets
+        return self.final_blocks_per_set if whole else self.blocks_per_set
 
 
 def check_hiding(run: RunConfig, rate: float, key: str) -> None:

@@ -25,6 +25,7 @@ from trainer.config import EvaluationConfig, RunConfig, check_hiding
 from trainer.engine import Engine
 from trainer.objective import IGNORED, prepare, token_nats
 from trainer.record import Row
+from trainer.schema import suggest
 from untrusted.paths import inside
 
 MASK_SEED = 0
@@ -90,6 +91,12 @@ class Evaluator:
         self._run, self._corpus, self._config, self._root = run, corpus, config, root
         check_evaluation(corpus, root, config.blocks_per_set)
         self.sets = evaluation_sets(root, corpus.dataset)
+        for name in config.final_sets or ():
+            if name not in self.sets:
+                raise ValueError(
+                    f"evaluation.final_sets has {name!r}, which dataset {corpus.dataset} lacks; "
+                    f"{suggest(name, self.sets)}"
+                )
         folder = inside(root, corpus.dataset)
         self._dataset = read_manifest(folder)
         self._byte_lengths = load_tokenizer(corpus.tokenizer, folder).byte_lengths
@@ -112,7 +119,7 @@ class Evaluator:
             described = read_manifest(inside(self._root, self._corpus.dataset)).stream(
                 name, "validation"
             )
-            every, subset = self._groups(described)
+            every, subset = self._groups(name, described)
             sums = [_Sums(subset), *([_Sums(every)] if final else [])]
             batches = self._whole(described, every) if final else self._milestone(described, subset)
             ranks = engine.ranks
@@ -139,9 +146,9 @@ class Evaluator:
                 "more text"
             )
 
-    def _groups(self, described: Stream) -> tuple[list[int], list[int]]:
+    def _groups(self, name: str, described: Stream) -> tuple[list[int], list[int]]:
         """The groups of blocks that are read at the end, and those of them for milestones."""
-        every = spread_groups(self._corpus, described, self._config.final_blocks_per_set)
+        every = spread_groups(self._corpus, described, self._config.final_blocks(name))
         return every, spread(every, self._config.blocks_per_set // self._corpus.joined_blocks)
 
     def _whole(self, described: Stream, groups: list[int]) -> Iterator[HeldOut]:

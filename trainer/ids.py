@@ -64,6 +64,9 @@ def evaluation_id(config: EvaluationConfig) -> str:
     """The id of comparable evaluations: a hash of what is read, not of when or in which batches."""
     choices = dump(config)
     del choices["milestones"], choices["batch_sequences"]
+    # A later key: without it, ids are those of the records before it.
+    if choices["final_sets"] is None:
+        del choices["final_sets"]
     return config_hash(choices)[:ID_LENGTH]
 
 

@@ -74,10 +74,10 @@ def compare_arms(table: Table) -> tuple[Comparison, ...]:
     """Every corpus and rung at which arms can be compared.
 
     Not for a search over learning rates: its arms differ in more than the architecture. A sweep of
-    two architectures and no baselines is compared pair by pair elsewhere.
+    two architectures is compared pair by pair elsewhere, unless it is one size beside baselines.
     """
-    many = len(table.levels("architecture")) >= LEAST_ARMS or len(table.baselines) > 0
-    if not many:
+    few = len(table.levels("architecture")) < LEAST_ARMS
+    if few and (not len(table.baselines) or len(table.levels("rung")) > 1):
         return ()
     rows = where(final(table).rows, "evaluation_set", table.neutral_set)
     return tuple(_compared(table, place, mine) for place, mine in _places(table, rows))

@@ -8,8 +8,9 @@ from analysis.effects.leaderboard import arms_table, compare_arms
 from analysis.effects.learning_rates import search_table
 from analysis.figures.leaderboard_figures import draw_arms, draw_rates
 from analysis.figures.report_figure import ReportFigure
+from analysis.study.self_checks import self_checks
+from analysis.study.study import Study
 from analysis.tables.run_table import Table
-from analysis.validity.refusal import Refusal
 from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
 
@@ -52,13 +53,40 @@ class Section:
     leads: bool
 
 
-def sections(table: Table, rate_search: Refusal | None) -> list[Section]:
-    """The parts that this sweep has, in the order of the page.
-
-    `rate_search` is that of the study: None unless the sweep is a search over learning rates.
-    """
-    parts = [_arms(table) if rate_search is None else _rates(table), _tuning(table)]
+def sections(study: Study) -> list[Section]:
+    """The parts that this sweep has, in the order of the page."""
+    table = study.table
+    first = _arms(table) if study.rate_search is None else _rates(table)
+    parts = [first, _checks(study), _tuning(table)]
     return [each for each in parts if each is not None]
+
+
+def _checks(study: Study) -> Section | None:
+    checks = self_checks(study)
+    if not checks:
+        return None
+    failed = [each for each in checks if each.passed is False]
+    text = f"{sum(each.passed is True for each in checks)} of {len(checks)} checks passed."
+    shown = pd.DataFrame(
+        {
+            "check": [each.name for each in checks],
+            "verdict": [each.verdict for each in checks],
+            "what was found": [each.detail for each in checks],
+        }
+    )
+    numbers = shown.assign(passed=[each.passed for each in checks])
+    lines = tuple(f"Check failed: {each.name}: {each.detail}" for each in failed)
+    return Section(
+        name="checks",
+        title="What a reader would check",
+        text=text,
+        plates=(),
+        shown=shown,
+        numbers=numbers,
+        note="On the neutral set. A failed check does not change a number: it says what to doubt.",
+        lines=lines,
+        leads=False,
+    )
 
 
 def _arms(table: Table) -> Section | None:

@@ -16,7 +16,7 @@ from analysis.report.sections import Section, sections
 from analysis.report.strict_json import plain
 from analysis.study.findings import Findings, find
 from analysis.study.study import Settings, Study, analyse
-from analysis.tables.run_table import Table
+from analysis.tables.run_table import Table, results
 from analysis.tables.sweep_folder import load
 from analysis.words.sentences import exponent_words
 from trainer.record import read_json, write_atomically, write_json
@@ -96,7 +96,7 @@ def _write(table: Table, sweep: Path, plan: dict, settings: Settings) -> Report:
     folder = sweep / "report"
     study = analyse(table, settings)
     findings = None if study.rate_search else find(study, settings)
-    parts, plates = sections(table, study.rate_search), draw(study, findings)
+    parts, plates = sections(study), draw(study, findings)
     every = [*plates, *(plate for part in parts for plate in part.plates)]
     drawings = {plate.name: (plate.save(folder / "figures"), plate.narrow()) for plate in every}
     _remove_stale_figures(folder / "figures", set(drawings))
@@ -148,6 +148,7 @@ def _write_tables(study: Study, parts: list[Section], folder: Path) -> None:
         "alternatives": study.alternatives,
         "runs": study.table.runs,
         "points": study.points.rows,
+        "results": results(study.points),
         **{part.name: part.numbers for part in parts},
     }
     for name, frame in tables.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from analysis.tables.document_losses import DocumentLosses
-from analysis.tables.frames import keep
+from analysis.tables.frames import columns_of, keep
 from analysis.tables.training_curves import training_curves
 
 COLUMNS = {
@@ -134,3 +134,16 @@ def final(table: Table) -> Table:
 def along_training(table: Table) -> pd.DataFrame:
     """The rows on the blocks that every milestone reads, which make curves of one text."""
     return keep(table.rows, table.rows["subset"] != False)  # noqa: E712
+
+
+RESULT_COLUMNS = [
+    "run_id", "trunk_id", "architecture", "corpus", "rung", "seed", "order_seed", "parameters",
+    "tokens", "flops", "batch_tokens", "learning_rate", "evaluation_set", "documents", "targets",
+    "loss_nats", "certificate", "dataset_root_hash", "commit",
+]  # fmt: skip
+
+
+def results(points: Table) -> pd.DataFrame:
+    """The table that a study is stored and quoted by: its decayed points on the neutral set."""
+    neutral = keep(points.rows, points.rows["evaluation_set"] == points.neutral_set)
+    return columns_of(neutral, RESULT_COLUMNS).reset_index(drop=True)

@@ -65,6 +65,12 @@ def test_horizons_with_a_tuned_rate_still_share_a_trunk(tuned: None) -> None:
     assert all(trunk is not None and len(trunk.forks) == 2 for trunk in trunks.values())
 
 
+def test_horizons_that_share_no_trunk_take_the_rate_of_their_own(tuned: None) -> None:
+    for e in expand("ladders.nano.learning_rate=null", "schedule.kind=cosine"):
+        place = Place(e.run.nominal_parameters, e.run.budget.tokens, 2048)
+        assert e.run.optimizer.learning_rate == pytest.approx(RULE.at(place), rel=1e-12)
+
+
 def test_a_ladder_without_a_rate_needs_a_rule() -> None:
     with pytest.raises(ConfigError, match="no tuning rule; give"):
         expand("ladders.nano.learning_rate=null", "architectures=[identity]")

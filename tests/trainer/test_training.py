@@ -1,6 +1,7 @@
 """Real training of tiny runs: what must be equal is equal bit for bit."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from data_pipelines.manifest import read_manifest
 from models.backbone import build_backbone
 from models.sequences.whole import WholeSequence
 from tests.trainer.study import MAMBA, at_budget, build_tiny, make, read_exact, run, trunk_of
+from trainer.config import EvaluationConfig
+from trainer.ids import evaluation_id
 from trainer.objective import IGNORED, total_nats
 from trainer.record import read_run
 from trainer.schedule import decay_begins
@@ -180,6 +183,40 @@ def test_the_losses_of_documents_add_up_to_those_of_the_sets(root: Path, tmp_pat
         assert losses.targets.sum() == row["targets"]
         assert losses.nats.sum() == pytest.approx(row["total_nats"], rel=1e-12)
         assert losses.targets.min() > 0
+
+
+def test_sets_that_no_result_is_read_from_stay_with_the_blocks_of_milestones(
+    root: Path, tmp_path: Path
+) -> None:
+    asked = make(root)
+    asked = replace(asked, evaluation=replace(asked.evaluation, final_sets=("prose",)))
+    run(make(root), tmp_path / "all")
+    run(asked, tmp_path / "some")
+    every, some = (
+        {
+            (r["evaluation_set"], r["subset"]): (r["blocks"], r["total_nats"])
+            for r in read_run(tmp_path / name).evaluations
+            if r["decayed"]
+        }
+        for name in ("all", "some")
+    )
+    for (name, subset), measured in some.items():
+        assert measured == every[name, subset or name != "prose"]
+    assert set(some) == set(every)
+
+
+def test_an_unknown_final_set_is_refused(root: Path, tmp_path: Path) -> None:
+    asked = make(root)
+    asked = replace(asked, evaluation=replace(asked.evaluation, final_sets=("prosa",)))
+    with pytest.raises(ValueError, match=r"final_sets has 'prosa'.*did you mean 'prose'"):
+        run(asked, tmp_path / "run")
+
+
+def test_final_sets_change_the_id_of_evaluations_only_where_they_are_given() -> None:
+    plain = EvaluationConfig()
+    # As in records from before there was this key.
+    assert evaluation_id(plain) == "4d3c5a144c49"
+    assert evaluation_id(plain) != evaluation_id(replace(plain, final_sets=("prose",)))
 
 
 def test_what_was_read_of_each_domain_is_recorded(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from scipy import stats
 
 from analysis.effects.leaderboard import compare_arms, pooled_sd, verdict
 from analysis.inference.intervals import Interval
-from analysis.report.sections import sections
 from analysis.report.write import redraw
 from analysis.tables.sweep_folder import load
 from analysis.words.leaderboard import arm_lines, caption
@@ -151,8 +150,8 @@ def test_ngrams_measured_on_other_targets_are_not_shown(tmp_path, root):
     assert "other targets" in caption(result)
 
 
-def test_two_architectures_without_lines_have_no_such_section(sweep):
-    assert sections(load(sweep), None) == []
+def test_two_architectures_at_several_sizes_are_compared_elsewhere(sweep):
+    assert compare_arms(load(sweep)) == ()
 
 
 def test_only_the_longest_horizon_is_compared(tmp_path):
