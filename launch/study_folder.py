@@ -19,6 +19,7 @@ from typing import Any
 from launch.plan import Plan, ladder_table
 from sweeps.architecture import read_architectures
 from sweeps.grammar import Sweep
+from sweeps.recipes import arms
 from trainer.record import write_atomically
 from trainer.schema import ConfigError, dump, read_yaml
 from untrusted.paths import inside
@@ -159,16 +160,20 @@ def _changed(old: object, new: object, path: str) -> Iterator[str]:
 
 
 def _tuning(sweep: Sweep) -> dict[str, dict[str, object]]:
-    """Where each architecture's learning rate comes from: its rule, or its factor."""
+    """Where each arm's learning rate comes from: its rule, or its factor.
+
+    A search of the sweep's own recipe is no evidence for another one.
+    """
     known = read_architectures()
     by_rule = sweep.config.ladders[sweep.config.ladder].learning_rate is None
     found: dict[str, dict[str, object]] = {}
-    for name in sweep.config.architectures:
-        rule = known[name].tuning
+    for name, architecture, recipe in arms(sweep.config):
+        rule, own = known[architecture].tuning, name == architecture
+        scale = 1.0 if by_rule else known[architecture].learning_rate_scale
         found[name] = {
-            "learning_rate_scale": 1.0 if by_rule else known[name].learning_rate_scale,
-            "evidence": known[name].learning_rate_evidence,
+            "learning_rate_scale": scale * recipe.learning_rate_factor,
+            "evidence": known[architecture].learning_rate_evidence if own else "",
         }
-        if by_rule and rule is not None:
+        if own and by_rule and rule is not None:
             found[name] = {"learning_rate_scale": 1.0, "evidence": rule.search, "rule": dump(rule)}
     return found

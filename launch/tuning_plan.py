@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from launch.plan import Plan, PlannedRun, duration, is_search
+from launch.plan import Plan, duration, is_search
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.config import PowerRule
 from sweeps.optimizer_of import place_of
+from sweeps.recipes import arms
 from trainer.config import RunConfig
 
 
@@ -17,22 +18,21 @@ def tuning_lines(plan: Plan) -> list[str]:
         return []
     own = [each for each in plan.runs if not each.experiment.probe]
     lines = ["Learning rates:"]
-    lines += [f"  {line}" for name in config.architectures for line in _of(name, plan, own)]
+    for name, architecture, _ in arms(config):
+        mine = [e.experiment.run for e in own if e.experiment.run.architecture == name]
+        mine.sort(key=lambda run: run.nominal_parameters)
+        if mine and name == architecture:
+            lines += [f"  {line}" for line in _of(name, plan, mine)]
+        elif mine:
+            lines.append(f"  {name}: {_rates(mine)}, by the same rule; no search of its recipe")
     return [*lines, f"  {_probe_line(plan)}"]
 
 
-def _of(name: str, plan: Plan, own: Sequence[PlannedRun]) -> Iterator[str]:
+def _of(name: str, plan: Plan, runs: Sequence[RunConfig]) -> Iterator[str]:
     """The rates of an architecture from its smallest rung to its largest, and their source."""
     config = plan.sweep.config
     ladder, architecture = config.ladders[config.ladder], read_architectures()[name]
-    runs = [each.experiment.run for each in own if each.experiment.run.architecture == name]
-    if not runs:
-        return
-    runs.sort(key=lambda run: run.nominal_parameters)
-    rates = f"{peak(runs[0]):.2g} at {runs[0].rung}"
-    if runs[-1].rung != runs[0].rung:
-        rates += f" to {peak(runs[-1]):.2g} at {runs[-1].rung}"
-    rule = architecture.tuning
+    rates, rule = _rates(runs), architecture.tuning
     if "learning_rate" in config.optimizer:
         yield f"{name}: {rates}, as optimizer.learning_rate says; no search stands behind it"
     elif ladder.learning_rate is not None:
@@ -45,6 +45,13 @@ def _of(name: str, plan: Plan, own: Sequence[PlannedRun]) -> Iterator[str]:
             found = rule.outside(place_of(ladder, run.nominal_parameters, batch))
             if found:
                 yield f"  outside the search at {run.rung}: {', '.join(found)}"
+
+
+def _rates(runs: Sequence[RunConfig]) -> str:
+    rates = f"{peak(runs[0]):.2g} at {runs[0].rung}"
+    if runs[-1].rung != runs[0].rung:
+        rates += f" to {peak(runs[-1]):.2g} at {runs[-1].rung}"
+    return rates
 
 
 def _source(rule: PowerRule) -> str:

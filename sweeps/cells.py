@@ -10,6 +10,7 @@ from trainer.schema import ConfigError, load, suggest
 
 AXES: Mapping[str, type] = {
     "architecture": str,
+    "recipe": str,
     "corpus": str,
     "rung": str,
     "seed": int,
@@ -42,6 +43,7 @@ def cells(config: SweepConfig) -> Iterator[Cell]:
     ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
     axes = {
         "architecture": config.architectures,
+        "recipe": tuple(config.recipes) or ("",),
         "corpus": (*corpora.default, *ladder.more_corpora),
         "rung": ladder.rungs,
         "seed": ladder.seeds,

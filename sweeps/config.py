@@ -229,6 +229,29 @@ class CorporaConfig:
 
 
 @dataclass(frozen=True)
+class RecipeConfig:
+    """How an arm of a sweep is trained, where that differs from the rest of the sweep."""
+
+    optimizer: Annotated[dict, OptimizerConfig] = field(default_factory=dict)
+    """Keys of the optimizer, over those of the sweep; not learning_rate or batch_tokens."""
+    schedule: Annotated[dict, ScheduleConfig] = field(default_factory=dict)
+    """Keys of the learning-rate schedule, over those of the sweep."""
+    z_loss: float | None = None
+    """Weight of the z-loss; null for that of the sweep."""
+    learning_rate_factor: float = 1.0
+    """Factor on the learning rate that the sweep gives, above 0."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "learning_rate_factor")
+        for key in ("learning_rate", "batch_tokens"):
+            if key in self.optimizer:
+                raise ValueError(
+                    f"optimizer.{key} is {self.optimizer[key]}, but the sweep gives it, the same "
+                    "to all recipes; remove it, or give a learning_rate_factor"
+                )
+
+
+@dataclass(frozen=True)
 class SweepConfig:
     """A sweep file. `ladder` and `corpus` choose among `ladders` and `corpora`."""
 
@@ -261,6 +284,9 @@ class SweepConfig:
     """Keys of the optimizer, over those that ladder and architecture give."""
     schedule: Annotated[dict, ScheduleConfig] = field(default_factory=dict)
     """Keys of the learning-rate schedule."""
+    recipes: dict[str, RecipeConfig] = field(default_factory=dict)
+    """Training recipes, by name: each is an arm of its own for every architecture, such as
+    "transformer muon". An empty one is the sweep's own, under the architecture's name alone."""
     execution: Annotated[dict, ExecutionConfig] = field(default_factory=dict)
     """How runs are executed."""
     evaluation: Annotated[dict, EvaluationConfig] = field(default_factory=dict)
@@ -268,9 +294,9 @@ class SweepConfig:
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     """Where runs are executed."""
     also: tuple[dict, ...] = ()
-    """More runs: each entry sets some of architecture, corpus, rung, seed, learning_rate_factor,
-    batch_factor, horizon (a token budget), label (a name for a repeat of a run) and execution; the
-    rest is the ladder's. A list of values makes a run of each."""
+    """More runs: each entry sets some of architecture, recipe, corpus, rung, seed,
+    learning_rate_factor, batch_factor, horizon (a token budget), label (a name for a repeat of a
+    run) and execution; the rest is the ladder's. A list of values makes a run of each."""
     exclude: tuple[dict, ...] = ()
     """Runs to leave out: those that match all values of an entry."""
 
@@ -278,6 +304,12 @@ class SweepConfig:
         plain_name("name", self.name)
         plain_name("ladder", self.ladder)
         require_distinct(self, "architectures")
+        for name, recipe in self.recipes.items():
+            if recipe.learning_rate_factor != 1 and "learning_rate" in self.optimizer:
+                raise ValueError(
+                    f"recipes.{name}.learning_rate_factor is {recipe.learning_rate_factor}, but "
+                    "optimizer.learning_rate fixes the rate of all runs; remove one of them"
+                )
         for order in self.baselines:
             if not 1 <= order <= MOST_ORDER:
                 raise ValueError(

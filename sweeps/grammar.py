@@ -16,6 +16,7 @@ from sweeps.checks import check_run
 from sweeps.config import CorporaConfig, LadderConfig, SweepConfig
 from sweeps.optimizer_of import horizons_of, optimizer_of
 from sweeps.overrides import refuse_unused
+from sweeps.recipes import under_recipe
 from sweeps.rungs import find_rung
 from sweeps.sizing import ADMITTED_ERROR, OVERRIDDEN_ERROR, Shape, Sized, size_architecture
 from sweeps.sizing import nominal_parameters as count_nominal
@@ -197,6 +198,7 @@ def _experiments(
 ) -> Iterator[Experiment]:
     name = cell["architecture"]
     _choose("architecture", name, architectures)
+    config, cell = under_recipe(config, cell)
     architecture = _overridden(architectures[name], config)
     ladder, corpora = config.ladders[config.ladder], config.corpora[config.corpus]
     _choose("corpus mixture", cell["corpus"], corpora.mixtures)
@@ -215,7 +217,7 @@ def _experiments(
         if schedule.kind != "wsd":
             optimizer = optimizer_of(config, architecture, cell, nominal, tokens)
         run = RunConfig(
-            architecture=name,
+            architecture=cell["arm"],
             rung=rung.name,
             nominal_parameters=nominal,
             model=fitted.model,

@@ -48,7 +48,8 @@ class RunConfig:
     """What is trained. Its hash is the run id."""
 
     architecture: str
-    """Name of the architecture; in a sweep one of sweeps/architectures/."""
+    """Name of the architecture, and of its recipe where that differs; in a sweep one of
+    sweeps/architectures/."""
     rung: str
     """Name of the model size, such as 31k."""
     nominal_parameters: int

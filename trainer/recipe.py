@@ -29,8 +29,8 @@ class OptimizerConfig:
     """Decoupled weight decay, 0 or more; norms, biases and what a mixer exempts are not decayed.
     0.1 as in GPT-3 (Brown et al. 2020, appendix B)."""
     independent_weight_decay: bool = False
-    """Whether weights shrink by weight_decay times the schedule's share of the peak, whatever the
-    peak (Wortsman et al. 2023, section 3.2); weight_decay is then about 1e-4, and at most 1. If
+    """Whether weights shrink by weight_decay times the learning rate's share of its peak, whatever
+    the peak (Wortsman et al. 2023, section 3.2); weight_decay is then about 1e-4, and at most 1. If
     not, by weight_decay times the learning rate."""
     beta1: float = 0.9
     """Decay of the gradient's running mean, 0 to 1 (GPT-3); under lion the running mean's share in
