@@ -13,17 +13,18 @@ from models.accounting import account
 from models.backbone import Backbone, BackboneConfig
 from models.mixer import refuse_unsharded
 from sweeps.config import LauncherConfig
-from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
+from trainer.config import ExecutionConfig, RunConfig, check_layout, sequences_at_once
 from trainer.schema import ConfigError, dump, suggest
 from untrusted.paths import inside
 
 
 def check_run(run: RunConfig, execution: ExecutionConfig) -> None:
-    """Check that a model can be built and its batches be shared out among the ranks.
+    """Check that a model can be built, and its batches and weights be shared among the ranks.
 
     Raises:
         ValueError: it cannot; the message names the key.
     """
+    check_layout(run, execution)
     sequences_at_once(run, execution)
     _check_model(run.model, run.corpus.seq_len)
     if execution.sequence_parallel > 1:

@@ -248,6 +248,9 @@ class SweepConfig:
     """What is predicted; it decides whether models are decoders, encoders or both."""
     mask_rate: float = 0.3
     """Share of the tokens, 0 to 1, that a masked objective hides in training."""
+    z_loss: float = 0.0
+    """Weight of log^2 Z beside the cross-entropy in what is minimised, 0 or more (Chowdhery et al.
+    2022)."""
     baselines: tuple[int, ...] = ()
     """Orders of n-gram models of the training bytes that the report shows as lines; 2 for a
     bigram."""

@@ -227,6 +227,7 @@ def _experiments(
             seed=cell["seed"],
             objective=config.objective,
             mask_rate=config.mask_rate,
+            z_loss=config.z_loss,
         )
         require_amounts(run.corpus, tokens)
         execution = merge(merge(ladder.execution, config.execution), cell.get("execution", {}))

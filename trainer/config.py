@@ -77,8 +77,14 @@ class RunConfig:
     """Share of the tokens, up to 1, that a masked objective hides in training, at least one of a
     sequence; causal_lm ignores it. 0.3 as in M2-BERT (Fu et al. 2023)."""
 
+    z_loss: float = 0.0
+    """Weight of log^2 Z beside the cross-entropy in what is minimised, 0 or more, where Z is the
+    softmax's denominator; 1e-4 in PaLM (Chowdhery et al. 2022, section 5). The losses in records
+    and evaluations are without it."""
+
     def __post_init__(self) -> None:
         require_names(self, "architecture", "rung")
+        require_within(self, 0, math.inf, "z_loss")
         require_positive(self, "nominal_parameters")
         require_within(self, 0, LARGEST_SEED, "seed")
         require_within(self, 0, 1, "mask_rate")
@@ -298,6 +304,24 @@ def check_hiding(run: RunConfig, rate: float, key: str) -> None:
         raise ValueError(
             f"{key} {rate} hides no token of a sequence of {seq_len}, so {run.objective} has "
             f"nothing to predict; take at least {1 / seq_len:.2g}"
+        )
+
+
+def check_layout(run: RunConfig, execution: ExecutionConfig) -> None:
+    """Check that the run's optimizer and average work on weights as ZeRO shards them.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if run.optimizer.ema_decay is not None and execution.zero_stage == 3:
+        raise ValueError(
+            f"optimizer.ema_decay is {run.optimizer.ema_decay}, but execution.zero_stage 3 shards "
+            "the weights that are averaged; set zero_stage to 2 or below, or ema_decay to null"
+        )
+    if run.optimizer.kind == "muon" and execution.zero_stage > 0:
+        raise ValueError(
+            f"execution.zero_stage is {execution.zero_stage}, but optimizer.kind muon needs whole "
+            "matrices, which ZeRO cuts over the ranks; set zero_stage to 0, or kind to adamw"
         )
 
 

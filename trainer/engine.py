@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data_pipelines.batch import Batch
@@ -21,11 +21,12 @@ from models.compiled import compile_blocks
 from models.mixer import refuse_unsharded
 from models.sequences.sharded import ShardedSequence
 from models.sequences.whole import WholeSequence
-from trainer.config import ExecutionConfig, RunConfig, sequences_at_once
+from trainer.average import WeightAverage
+from trainer.config import ExecutionConfig, RunConfig, check_layout, sequences_at_once
 from trainer.machine import keep_freed_memory
 from trainer.manifest import MODEL_FILE, refuse_unsafe
-from trainer.objective import IGNORED, prepare, total_nats
-from trainer.optimizer import adamw
+from trainer.objective import IGNORED, prepare, total_losses
+from trainer.optimizer import build_optimizer
 from trainer.parallel import join_ranks
 
 STATE_FOLDER = "deepspeed"
@@ -38,8 +39,8 @@ class StepResult:
     """The result of one optimizer step, the same on all ranks.
 
     Attributes:
-        loss_nats: mean over the targets of the global batch.
-        gradient_norm: global norm before clipping.
+        loss_nats: mean cross-entropy over the targets of the global batch, without z-loss.
+        gradient_norm: global norm before clipping, of all that is minimised.
         skipped: whether the update was skipped because of a non-finite loss or gradient.
     """
 
@@ -53,6 +54,7 @@ class Engine:
 
     def __init__(self, backbone: Backbone, config: RunConfig, execution: ExecutionConfig) -> None:
         self.device = pick_device(execution)
+        check_layout(config, execution)
         self._micro = sequences_at_once(config, execution)
         if execution.sequence_parallel > 1:
             refuse_unsharded(backbone)
@@ -69,6 +71,8 @@ class Engine:
         if execution.compile:
             compile_blocks(backbone)
         self._engine = _initialize(backbone, config, execution, self._micro)
+        decay = config.optimizer.ema_decay
+        self._average = None if decay is None else WeightAverage(backbone, decay)
 
     @property
     def backbone(self) -> Backbone:
@@ -106,7 +110,13 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         norm, skipped = self._apply()
+        if self._average is not None:
+            self._average.update(self._engine.global_steps)
         return StepResult(nats / targets, norm, skipped)
+
+    def result_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, the backbone has the weights to evaluate: averages where there are any."""
+        return contextlib.nullcontext() if self._average is None else self._average.in_place()
 
     def own_part(self, batch: Batch) -> Batch:
         """This rank's part of each sequence; all of it without sequence parallelism."""
@@ -182,11 +192,17 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder / STATE_FOLDER), tag=STATE_TAG)
         if path is None:
             raise RuntimeError(f"{folder} holds no state that DeepSpeed can load; delete it")
+        if self._average is not None:
+            self._average.load(load_file(folder / MODEL_FILE))
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights in float32 on the CPU; gathered where ZeRO-3 shards them."""
+        """The run's result in float32 on the CPU: its weights, or their averages if it has any.
+
+        Gathered where ZeRO-3 shards them.
+        """
         if self._stage < 3:
-            named = self.backbone.named_parameters()
+            own = self._average.weights.items() if self._average is not None else None
+            named = own or self.backbone.named_parameters()
             return {n: p.detach().float().cpu().contiguous() for n, p in named}
         gathered = self._engine._zero3_consolidated_16bit_state_dict()
         return {n: w.float().cpu().contiguous() for n, w in (gathered or {}).items()}
@@ -198,15 +214,17 @@ class Engine:
     def _backward(self, piece: Batch, targets: float) -> float:
         hidden = self._engine(*self._inputs(piece))
         with self.autocast():
-            nats = total_nats(self.backbone, hidden, piece.targets.to(self.device))
+            losses = total_losses(
+                self.backbone, hidden, piece.targets.to(self.device), self._config.z_loss
+            )
         # DeepSpeed divides by the accumulation steps and averages over all ranks. The loss is a sum
         # over the global batch, of which each rank holds a part, so both are undone here.
         pieces = self._engine.gradient_accumulation_steps() * self.ranks.ranks
-        self._engine.backward(nats * (pieces / targets))
+        self._engine.backward(losses.minimised * (pieces / targets))
         last = self._engine.is_gradient_accumulation_boundary()
         if not last:
             self._engine.step()
-        return float(nats.detach())
+        return float(losses.nats.detach())
 
     def _apply(self) -> tuple[float, bool]:
         """Step the optimizer; without ZeRO, clip and skip non-finite gradients here."""
@@ -222,19 +240,11 @@ class Engine:
             torch.nn.utils.clip_grads_with_norm_(
                 self.backbone.parameters(), self._clip, torch.tensor(norm)
             )
-        self._engine.optimizer.idle = not finite
+        if not finite:
+            # DeepSpeed cannot skip an update without ZeRO, but weights without gradients stay.
+            self.backbone.zero_grad(set_to_none=True)
         self._engine.step()
         return norm, not finite
-
-
-class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can skip an update: DeepSpeed without ZeRO cannot."""
-
-    idle = False
-
-    def step(self, closure: Any = None) -> Any:  # noqa: ANN401
-        """Update the weights, unless idle."""
-        return None if self.idle else super().step(closure)
 
 
 def pick_device(execution: ExecutionConfig) -> str:
@@ -287,7 +297,7 @@ def _initialize(
     parameters = sum(p.numel() for p in backbone.parameters())
     engine, _, _, _ = deepspeed.initialize(
         model=backbone,
-        optimizer=adamw(backbone, config, GuardedAdamW),
+        optimizer=build_optimizer(backbone, config),
         config=_deepspeed_config(config, execution, micro, parameters),
     )
     return engine

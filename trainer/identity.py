@@ -23,8 +23,13 @@ MEANINGS = {
 """What is compared, by the key under which manifests, records and datasets state it."""
 
 LATER_KEYS: Mapping[str, object] = {
+    "optimizer.kind": "adamw",
+    "optimizer.ema_decay": None,
+    "optimizer.independent_weight_decay": False,
+    "optimizer.muon_momentum": 0.95,
     "schedule.kind": "wsd",
     "schedule.decay_shape": "linear",
+    "z_loss": 0.0,
 }
 """Keys of a run's config that are younger than the first records, with the value that means what
 runs did before there was the key. A hash leaves a key out where it has that value, so that records,

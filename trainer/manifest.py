@@ -41,7 +41,8 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 MODEL_FILE = "model.safetensors"
-"""The unsharded float32 weights, in every checkpoint."""
+"""The unsharded float32 weights, in every checkpoint. Where a run has a moving average of them,
+it is here, and the weights themselves are in DeepSpeed's state alone."""
 
 
 class CheckpointError(RuntimeError):

@@ -1,5 +1,7 @@
 """Masking of a batch for its objective, and the loss, a chunk of tokens at a time."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -32,17 +34,46 @@ def prepare(batch: Batch, config: RunConfig, seed: int, rate: float) -> Batch:
     return HIDERS[config.objective](batch, seed, rate, config.model.vocab_size - 1)
 
 
+class Losses(NamedTuple):
+    """Sums over all targets.
+
+    Attributes:
+        nats: the cross-entropy, which is what records call the loss.
+        minimised: what gradients are of: nats, and the z-loss if there is one.
+    """
+
+    nats: Float[Tensor, ""]
+    minimised: Float[Tensor, ""]
+
+
+def total_losses(
+    backbone: Backbone,
+    hidden: Float[Tensor, "B L D"],
+    targets: Int[Tensor, "B L"],
+    z_loss: float,
+) -> Losses:
+    """Sum the losses of all targets, in float32; targets of -100 count nothing.
+
+    Args:
+        backbone: whose head gives the logits.
+        hidden: of each token.
+        targets: of each token.
+        z_loss: weight of log^2 Z, the squared log of the softmax's denominator.
+    """
+    flat, wanted = hidden.flatten(0, 1), targets.flatten()
+    tokens = max(CHUNK_LOGITS // backbone.config.vocab_size, 1)
+    if flat.shape[0] <= tokens:
+        return _losses(backbone, flat, wanted, z_loss)
+    pieces = zip(flat.split(tokens), wanted.split(tokens), strict=True)
+    parts = [checkpoint(_losses, backbone, h, t, z_loss, use_reentrant=False) for h, t in pieces]
+    return Losses(*(torch.stack(each).sum() for each in zip(*parts, strict=True)))
+
+
 def total_nats(
     backbone: Backbone, hidden: Float[Tensor, "B L D"], targets: Int[Tensor, "B L"]
 ) -> Float[Tensor, ""]:
     """Sum of the cross-entropy of all targets, in float32; targets of -100 count nothing."""
-    flat, wanted = hidden.flatten(0, 1), targets.flatten()
-    tokens = max(CHUNK_LOGITS // backbone.config.vocab_size, 1)
-    if flat.shape[0] <= tokens:
-        return _nats(backbone, flat, wanted)
-    pieces = zip(flat.split(tokens), wanted.split(tokens), strict=True)
-    nats = [checkpoint(_nats, backbone, h, t, use_reentrant=False) for h, t in pieces]
-    return torch.stack(nats).sum()
+    return total_losses(backbone, hidden, targets, 0.0).nats
 
 
 def token_nats(
@@ -55,6 +86,10 @@ def token_nats(
     ).view(targets.shape)
 
 
-def _nats(backbone: Backbone, hidden: Tensor, targets: Tensor) -> Tensor:
+def _losses(backbone: Backbone, hidden: Tensor, targets: Tensor, z_loss: float) -> Losses:
     logits = backbone.head(hidden).float()
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    nats = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    if not z_loss:
+        return Losses(nats, nats)
+    squares = logits.logsumexp(dim=-1).square().masked_fill(targets == IGNORED, 0.0)
+    return Losses(nats, nats + z_loss * squares.sum())

@@ -14,7 +14,9 @@ Layout of one run, `runs/<sweep>/<id>/`:
     *.torn              ends of lines that a crash left in a file of lines
 
 Rows are flat; a key names its unit. A column is *exact* (bit-identical after any interruption) or
-*measured* (times, memory). This file imports no torch: a laptop reads records with it.
+*measured* (times, memory). Losses are cross-entropies, whatever else is minimised; those of rows
+with `averaged` are of the moving average of the weights. This file imports no torch: a laptop reads
+records with it.
 """
 
 import fcntl
@@ -52,6 +54,7 @@ EXACT_COLUMNS = frozenset(
         "blocks",
         "documents",
         "decayed",
+        "averaged",
         "total_nats",
         "targets",
         "utf8_bytes",

@@ -10,8 +10,7 @@ from trainer.config import EvaluationConfig, ExecutionConfig, RunConfig
 def learning_rate(config: RunConfig, step: int) -> float:
     """The rate of a step, counted from 0: linear warm-up, constant if at all, decay."""
     options, schedule = config.optimizer, config.schedule
-    peak = options.learning_rate * options.learning_rate_scale
-    rate = peak * min((step + 1) / _warmup_steps(config), 1.0)
+    rate = options.peak * min((step + 1) / _warmup_steps(config), 1.0)
     decay = config.steps - decay_begins(config)
     if decay:
         left = min((config.steps - step) / (decay + 1), 1.0)

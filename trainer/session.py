@@ -159,14 +159,17 @@ class Session:
             return
         self.heartbeat.beat(state.step, "evaluate")
         row |= {"decayed": decayed, "certificate": state.certificate_hex}
+        if self.config.optimizer.ema_decay is not None:
+            row["averaged"] = True
         rows: list[Row] = []
         documents: dict[str, dict] = {}
         try:
-            for result in self._evaluator.evaluate(self.engine, final=decayed):
-                rows.append({**row, **result.row()})
-                if not result.figures.subset:
-                    documents[result.figures.evaluation_set] = result.documents()
-                fault_point("evaluate.set_done")
+            with self.engine.result_weights():
+                for result in self._evaluator.evaluate(self.engine, final=decayed):
+                    rows.append({**row, **result.row()})
+                    if not result.figures.subset:
+                        documents[result.figures.evaluation_set] = result.documents()
+                    fault_point("evaluate.set_done")
         except (RuntimeError, OSError) as error:
             self.log.warn(f"evaluation at step {state.step} failed: {error}")
             rows.append({**row, "error": str(error)})

@@ -60,11 +60,7 @@ def make(root: Path, changes: dict[str, Any] | None = None, **execution: Any) ->
     """A run of 20 steps on the tiny dataset."""
     plain = copy.deepcopy(PLAIN)
     for key, value in (changes or {}).items():
-        plain[key] = (
-            value
-            if key in ("architecture", "model")
-            else merge({key: plain[key]}, {key: value})[key]
-        )
+        plain[key] = value if key in ("architecture", "model") else merge(plain, {key: value})[key]
     evaluation = EvaluationConfig(milestones=(5120,), blocks_per_set=4, batch_sequences=4)
     options = {"data_root": str(root), "save_every_tokens": 2048, **execution}
     return Experiment(load(RunConfig, plain), ExecutionConfig(**options), evaluation)
