@@ -6,6 +6,7 @@ import pandas as pd
 
 from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.frames import columns_of, keep
+from analysis.tables.probes import PROBE_COLUMNS
 from analysis.tables.training_curves import training_curves
 
 COLUMNS = {
@@ -90,6 +91,8 @@ class Table:
         rate_factors: factors on the rung's learning rate that each cell tries, if listed.
         baselines: losses of n-gram models, one row per corpus, evaluation set and order.
         ladder: what the accountant counts, one row per architecture, rung and context.
+        probes: runs at other rates or batches, beside the run that each is compared with; see
+            analysis.tables.probes.
         training: recorded training losses along each run; see analysis.tables.training_curves.
         documents: run -> evaluation set -> losses of its documents at the run's end.
         folder: where the runs lie.
@@ -108,6 +111,9 @@ class Table:
     )
     ladder: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=pd.Index(LADDER_COLUMNS))
+    )
+    probes: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(columns=pd.Index(PROBE_COLUMNS))
     )
     training: pd.DataFrame = field(default_factory=lambda: training_curves([], []))
     documents: dict[str, dict[str, DocumentLosses]] = field(default_factory=dict)

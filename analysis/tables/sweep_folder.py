@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.document_losses import DocumentLosses, read_document_losses
+from analysis.tables.probes import probe_frame, read_factors
 from analysis.tables.quarantine import DAMAGED, open_runs
 from analysis.tables.run_table import (
     BASELINE_COLUMNS,
@@ -38,25 +39,38 @@ def load(root: Path) -> Table:
     sweep = _read_sweep(root)
     stored, damage = open_runs([inside(root, str(name)) for name in sweep["runs"]], _probe)
     trunks, lost = open_runs([inside(root, str(name)) for name in sweep.get("trunks", [])], _probe)
-    damage |= lost
-    statuses = {run.path.name: _status(run) for run in stored}
+    factors = read_factors(sweep.get("probes"), str(root / "sweep.yaml"))
+    probes, bad = open_runs([inside(root, name) for name in factors], _probe)
+    damage |= lost | bad
+    statuses = {run.path.name: _status(run) for run in stored + probes}
     statuses |= {run.path.name: "trunk" for run in trunks}
     statuses |= dict.fromkeys(damage, DAMAGED)
-    exclusions = _other_data(stored + trunks, statuses)
+    exclusions = _other_data(stored + trunks + probes, statuses)
     exclusions += [Exclusion(name, reason, DAMAGED) for name, reason in damage.items()]
-    exclusions += [_unused(run, statuses[run.path.name]) for run in stored]
+    exclusions += [_unused(run, statuses[run.path.name]) for run in stored + probes]
     exclusions += _not_in_sweep(root, set(statuses))
-    wanted, other_evaluations = _one_evaluation(stored)
+    wanted, other_evaluations = _one_evaluation(stored, probes)
     failures: list[Exclusion] = []
-    points = []
+    points, probed = [], []
     for run in stored + trunks:
         points += _points(run, statuses[run.path.name], wanted, failures)
-    documents = {run.path.name: _documents(run, failures) for run in stored if run.summary}
+    for run in probes:
+        probed += _points(run, statuses[run.path.name], wanted, failures)
+    documents = {run.path.name: _documents(run, failures) for run in stored + probes if run.summary}
+    neutral_set = str(sweep.get("neutral_set", "prose"))
+    states = {run.path.name: _summary_row(run, statuses[run.path.name]) for run in stored + probes}
     return Table(
         name=str(sweep.get("name", root.name)),
-        neutral_set=str(sweep.get("neutral_set", "prose")),
+        neutral_set=neutral_set,
         rows=_frame(points, list(COLUMNS)),
-        runs=_frame([_summary_row(run, statuses[run.path.name]) for run in stored], RUN_COLUMNS),
+        runs=_frame([states[run.path.name] for run in stored], RUN_COLUMNS),
+        probes=probe_frame(
+            probes,
+            factors,
+            _frame(points + probed, list(COLUMNS)),
+            _frame(list(states.values()), RUN_COLUMNS),
+            neutral_set,
+        ),
         exclusions=tuple(
             [each for each in exclusions if each is not None] + other_evaluations + failures
         ),
@@ -170,7 +184,9 @@ def _dataset(run: StoredRun) -> str:
     return str(run.config.get("corpus", {}).get("dataset"))
 
 
-def _one_evaluation(runs: list[StoredRun]) -> tuple[object, list[Exclusion]]:
+def _one_evaluation(
+    runs: list[StoredRun], probes: list[StoredRun]
+) -> tuple[object, list[Exclusion]]:
     """The evaluation most runs carry; points measured otherwise do not mix with it."""
     count = Counter(
         evaluation
@@ -186,7 +202,7 @@ def _one_evaluation(runs: list[StoredRun]) -> tuple[object, list[Exclusion]]:
             f"also evaluated as {row['evaluation_id']}; the report is about {wanted}",
             "evaluation",
         )
-        for run in runs
+        for run in runs + probes
         for row in {r["evaluation_id"]: r for r in run.evaluations}.values()
         if row["evaluation_id"] != wanted
     ]

@@ -20,7 +20,10 @@ class Study:
     """The truth behind a synthetic sweep.
 
     `corpus_effect` and `architecture_effect` are added to ln L; `seed_sd` is drawn once a trunk,
-    `point_sd` once a point.
+    `point_sd` once a point. `optimum` is where an architecture's best rate and batch lie, in log2
+    of those in use, and `curvature` what a factor of two costs on ln L. At `probed` rungs each
+    architecture is trained with each of `probe_factors` on its rate, and on its batch;
+    `probe_state` (by place in the list) ends probes in another state, as `state` ends runs.
     """
 
     architectures: tuple[str, ...] = ("transformer", "mamba")
@@ -40,6 +43,17 @@ class Study:
     )
     state: dict[int, str] = field(default_factory=dict)
     certificate_of: str = "order"
+    optimum: dict[str, tuple[float, float]] = field(default_factory=dict)
+    curvature: float = 0.03
+    probed: tuple[str, ...] = ()
+    probe_factors: tuple[float, ...] = (0.5, 2.0)
+    probe_state: dict[int, str] = field(default_factory=dict)
+
+    def mistuning(self, architecture: str, rate: float = 1.0, batch: float = 1.0) -> float:
+        """What factors on the rate and the batch in use add to the best ln L."""
+        best = self.optimum.get(architecture, (0.0, 0.0))
+        away = (np.log2(rate) - best[0], np.log2(batch) - best[1])
+        return float(self.curvature * (away[0] ** 2 + away[1] ** 2))
 
     def loss(self, parameters, tokens):
         floor, size, alpha, data, beta = self.law
@@ -66,7 +80,7 @@ def write(study: Study, root: Path, generator: np.random.Generator) -> Path:
     runs, trunks = [], []
     for trunk in study.trunks():
         trunk_id = _identity("trunk", *trunk)
-        shift = generator.normal(0.0, study.seed_sd)
+        shift = study.mistuning(trunk[0]) + generator.normal(0.0, study.seed_sd)
         _write_trunk(study, root, trunk, shift)
         trunks.append(trunk_id)
         for horizon in study.horizons:
@@ -74,24 +88,42 @@ def write(study: Study, root: Path, generator: np.random.Generator) -> Path:
             noise = shift + generator.normal(0.0, study.point_sd)
             _write_run(study, root / run_id, trunk, (horizon, noise), study.state.get(len(runs)))
             runs.append(run_id)
+    probes = _write_probes(study, root, generator)
     sweep = {
         "name": root.name,
+        **({"probes": probes} if probes else {}),
         "runs": runs,
         "trunks": trunks,
         "neutral_set": "prose",
         "context": {"question": "synthetic"},
     }
-    (root / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    (root / "sweep.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False))
     return root
 
 
-def _write_run(study, path, trunk, point, state):
+def _write_probes(study, root, generator):
+    """The probes of the first corpus, the longest horizon and seed 0, as sweep.yaml lists them."""
+    factors = [(each, 1.0) for each in study.probe_factors]
+    factors += [(1.0, each) for each in study.probe_factors]
+    probes = {}
+    for rung, architecture, pair in product(study.probed, study.architectures, factors):
+        trunk = (architecture, study.corpora[0], rung, 0)
+        run_id = _identity("probe", *trunk, pair)
+        sd = np.hypot(study.seed_sd, study.point_sd)
+        noise = study.mistuning(architecture, *pair) + generator.normal(0.0, sd)
+        point, state = (max(study.horizons), noise), study.probe_state.get(len(probes))
+        _write_run(study, root / run_id, trunk, point, state, pair)
+        probes[run_id] = {"learning_rate_factor": pair[0], "batch_factor": pair[1]}
+    return probes
+
+
+def _write_run(study, path, trunk, point, state, factors=(1.0, 1.0)):
     if state == "not started":
         return
     horizon, noise = point
     steps = int(horizon / 4096)
     with closing(RunRecord(path)) as record:
-        record.write_config(_config(study, trunk, horizon))
+        record.write_config(_config(study, trunk, horizon, factors))
         record.write_provenance(_provenance(study, trunk, path.name))
         for step in range(1, steps + 1, max(1, steps // 4)):
             record.append_metrics(_metrics(step))
@@ -163,14 +195,17 @@ def _parameters(study, architecture, rung):
     return study.sizes[rung] * (1.0 + 0.02 * study.architectures.index(architecture))
 
 
-def _config(study, trunk, horizon):
+def _config(study, trunk, horizon, factors=(1.0, 1.0)):
     architecture, corpus, rung, seed = trunk
     return {
         "architecture": architecture,
         "rung": rung,
         "nominal_parameters": int(study.sizes[rung]),
         "corpus": {"name": corpus, "dataset": "embedded", "seq_len": 256, "domains": {corpus: 1.0}},
-        "optimizer": {"batch_tokens": 4096, "learning_rate": 0.004},
+        "optimizer": {
+            "batch_tokens": int(4096 * factors[1]),
+            "learning_rate": 0.004 * factors[0],
+        },
         "schedule": {"decay_fraction": 0.2},
         "budget": {"tokens": int(horizon)},
         "seed": seed,
