@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.channel import ChannelConfig
 from models.mixer import MixerConfig, Pattern, Slot
+from models.mup import MupConfig, at_width, rate_multipliers
 from models.parts.layers import Drawn, Embedding, Linear, RMSNorm
 from models.ranges import check_range, check_ranges
 from models.sequences.continued import ContinuedSequence, DecodingState, Memory
@@ -85,6 +86,7 @@ class BackboneConfig:
         form: decoder for causal mixers, encoder for bidirectional ones.
         encoder: an encoder with the same embedding, whose output the blocks' `cross` mixers read.
         learned_positions: number of learned absolute positions; None for none.
+        mup: maximal-update parametrisation; None for the standard one.
     """
 
     blocks: dict[str, BlockConfig]
@@ -98,12 +100,15 @@ class BackboneConfig:
     form: Form = "decoder"
     encoder: EncoderConfig | None = None
     learned_positions: int | None = None
+    mup: MupConfig | None = None
 
     def __post_init__(self) -> None:
         for name in SIZES:
             check_range(name, getattr(self, name))
         if self.encoder is not None:
             check_range("encoder.n_layers", self.encoder.n_layers)
+        if self.mup is not None:
+            check_ranges(self.mup, "mup.")
         self._check_pattern(self.pattern)
         if self.encoder is not None:
             self._check_pattern(self.encoder.pattern)
@@ -149,14 +154,15 @@ class Block(nn.Module):
         self, config: BlockConfig, backbone: BackboneConfig, n_residuals: int, form: Form
     ) -> None:
         super().__init__()
-        D, eps = backbone.d_model, backbone.norm_eps
+        D, eps, mup = backbone.d_model, backbone.norm_eps, backbone.mup
         self.mixer_norm = RMSNorm(D, eps)
-        self.mixer = config.mixer.build(Slot(D, n_residuals, SELF[form]))
+        self.mixer = at_width(config.mixer, mup, D).build(Slot(D, n_residuals, SELF[form], mup))
         self.cross = None
         if config.cross is not None:
             self.cross_norm = RMSNorm(D, eps)
-            self.cross = config.cross.build(Slot(D, n_residuals, CROSS[form]))
-        self.channel = config.channel.build(D, n_residuals)
+            slot = Slot(D, n_residuals, CROSS[form], mup)
+            self.cross = at_width(config.cross, mup, D).build(slot)
+        self.channel = at_width(config.channel, mup, D).build(D, n_residuals)
         if self.channel is not None:
             self.channel_norm = RMSNorm(D, eps)
 
@@ -214,7 +220,8 @@ class Backbone(Stack):
         if config.learned_positions is not None:
             self.places = Embedding(config.learned_positions, config.d_model, config.embedding_std)
         if not config.tied:
-            self.unembedding = Linear(config.d_model, config.vocab_size, std=config.embedding_std)
+            std = config.embedding_std
+            self.unembedding = Linear(config.d_model, config.vocab_size, std=std, fan_in=None)
 
     def forward(
         self, tokens: Int[Tensor, "B L"], sequence: WholeSequence, source: Source | None = None
@@ -271,6 +278,8 @@ class Backbone(Stack):
 
     def head(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Logits of the next token."""
+        if self.config.mup is not None:
+            hidden = hidden * self.config.mup.width_share(self.config.d_model)
         if self.config.tied:
             return F.linear(hidden, self.embedding.weight)
         return self.unembedding(hidden)
@@ -302,6 +311,11 @@ def undecayed(backbone: Backbone) -> set[str]:
         for name in getattr(module, "no_decay", ())
     }
     return {name for name, p in backbone.named_parameters() if p.ndim < 2 or name in marked}
+
+
+def multipliers(backbone: Backbone) -> dict[str, float]:
+    """The factor on the learning rate of every parameter, by name."""
+    return rate_multipliers(backbone, backbone.config.mup, backbone.config.d_model)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from models.mup import MupConfig
 from models.sequences.continued import Memory
 from models.sequences.whole import WholeSequence
 
@@ -37,11 +38,13 @@ class Slot:
         d_model: width of the residual stream.
         n_residuals: residual branches of the whole backbone, for the scale of output maps.
         pattern: which tokens it may see.
+        mup: the parametrisation; None for the standard one.
     """
 
     d_model: int
     n_residuals: int = 1
     pattern: Pattern = Pattern.CAUSAL_SELF
+    mup: MupConfig | None = None
 
     @property
     def causal(self) -> bool:
@@ -52,6 +55,12 @@ class Slot:
     def residual_scale(self) -> float:
         """Factor on the initial weights of maps that write to the residual stream."""
         return self.n_residuals**-0.5
+
+    def scaled(self, queries: Float[Tensor, "B L H P"]) -> Float[Tensor, "B L H P"]:
+        """Queries for scores that are divided by sqrt(P) later on; unchanged without muP."""
+        if self.mup is None or self.mup.base_head_dim is None:
+            return queries
+        return queries * self.mup.head_share(queries.shape[-1]) ** 0.5
 
 
 @dataclass(frozen=True)

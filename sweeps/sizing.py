@@ -20,7 +20,8 @@ ADMITTED_ERROR = 0.01
 OVERRIDDEN_ERROR = 0.5
 """The same where the sweep replaces keys of the model; an untied head alone may add a third."""
 NARROW = 512
-"""Below this width steps are fine, and an architecture's `narrow` keys apply."""
+"""Below this width steps are fine, and an architecture's `narrow` keys apply; under muP the base
+width decides on the keys, because all widths share their sizes."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,13 @@ def size_architecture(
             "architecture"
         )
     return fitted
+
+
+def published_backbone(architecture: ArchitectureConfig, place: Shape) -> BackboneConfig:
+    """The backbone of the rung's own width and depth, whatever its parameters."""
+    d_model, n_layers = place.rung.d_model, place.rung.n_layers
+    hidden = _round_up(architecture.hidden_ratio * d_model, 4)
+    return _Sizing(architecture, place).backbone(_Shape(d_model, n_layers, hidden))
 
 
 def _closest(name: str, architecture: ArchitectureConfig, place: Shape) -> Sized:
@@ -177,7 +185,7 @@ class _Sizing:
     def _build(self, pattern: str, shape: _Shape) -> BackboneConfig:
         architecture = self._architecture
         blocks = architecture.blocks
-        if shape.d_model < NARROW:
+        if self._reference_width(shape) < NARROW:
             blocks = merge(blocks, architecture.narrow)
         sized = {
             "blocks": {name: self._filled(block, shape) for name, block in blocks.items()},
@@ -188,6 +196,11 @@ class _Sizing:
             "learned_positions": self._place.seq_len if architecture.learned_positions else None,
         }
         return load(BackboneConfig, merge(sized, architecture.model), "model")
+
+    def _reference_width(self, shape: _Shape) -> int:
+        mup = self._architecture.model.get("mup")
+        base = mup.get("base_width") if isinstance(mup, Mapping) else None
+        return base if isinstance(base, int) else shape.d_model
 
     def _block_counts(self, name: str, d_model: int, d_hidden: int | None) -> tuple[int, int]:
         """Parameters outside all layers, and of one layer."""

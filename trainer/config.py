@@ -91,6 +91,11 @@ class RunConfig:
         require_within(self, 0, 1, "mask_rate")
         if self.objective == "causal_lm":
             require_default(self, "mask_rate", because="objective causal_lm hides nothing")
+        if self.model.mup is not None and self.optimizer.kind == "muon":
+            raise ValueError(
+                "model.mup is given, but optimizer.kind is muon, whose updates are not AdamW's and "
+                "need other multipliers; take adamw or lion, or remove model.mup"
+            )
         self._check_form()
         self._check_vocabulary()
         check_hiding(self, self.mask_rate, "mask_rate")

@@ -71,6 +71,8 @@ class Engine:
         if execution.compile:
             compile_blocks(backbone)
         self._engine = _initialize(backbone, config, execution, self._micro)
+        # Kept here, because a loaded state replaces the groups.
+        self._multipliers = [g["rate_multiplier"] for g in self._engine.optimizer.param_groups]
         decay = config.optimizer.ema_decay
         self._average = None if decay is None else WeightAverage(backbone, decay)
 
@@ -107,8 +109,9 @@ class Engine:
         for piece in batch.split(self._micro):
             nats += self._backward(piece, targets)
         (nats,) = self.ranks.sum_floats([nats])
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        groups = self._engine.optimizer.param_groups
+        for group, multiplier in zip(groups, self._multipliers, strict=True):
+            group["lr"] = rate * multiplier
         norm, skipped = self._apply()
         if self._average is not None:
             self._average.update(self._engine.global_steps)

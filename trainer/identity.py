@@ -27,6 +27,7 @@ LATER_KEYS: Mapping[str, object] = {
     "optimizer.ema_decay": None,
     "optimizer.independent_weight_decay": False,
     "optimizer.muon_momentum": 0.95,
+    "model.mup": None,
     "schedule.kind": "wsd",
     "schedule.decay_shape": "linear",
     "z_loss": 0.0,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Muon
 
-from models.backbone import Backbone, undecayed
+from models.backbone import Backbone, multipliers, undecayed
 from trainer.config import RunConfig
 from trainer.recipe import OptimizerConfig
 
@@ -15,7 +15,10 @@ Groups = list[dict[str, Any]]
 
 
 def build_optimizer(backbone: Backbone, config: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer that `optimizer.kind` names; the rate of its groups is set at every step."""
+    """The optimizer that `optimizer.kind` names.
+
+    At every step the rate of each group is set: the schedule's, times its `rate_multiplier`.
+    """
     return _KINDS[config.optimizer.kind](backbone, config.optimizer)
 
 
@@ -95,7 +98,7 @@ def _muon(backbone: Backbone, options: OptimizerConfig) -> MuonAndAdamW:
     hidden = hidden_matrices(backbone)
     matrices = [p for name, p in backbone.named_parameters() if name in hidden]
     muon = Muon(
-        [{"params": matrices, "weight_decay": _decay(options)}],
+        [{"params": matrices, "weight_decay": _decay(options), "rate_multiplier": 1.0}],
         lr=options.learning_rate,
         momentum=options.muon_momentum,
         # Updates of the size of AdamW's, so that one rate serves both (Liu et al. 2025, eq. 4).
@@ -116,15 +119,19 @@ def _adamw_of(groups: Groups, options: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def _groups(backbone: Backbone, options: OptimizerConfig, names: Iterable[str]) -> Groups:
-    """Two groups: decayed, and undecayed (vectors, and what a mixer marks)."""
+    """A group for each multiplier, decayed and then undecayed (vectors, and what a mixer marks)."""
     exempt, parameters = undecayed(backbone), dict(backbone.named_parameters())
-    chosen = list(names)
+    factors, members = multipliers(backbone), {}
+    for name in names:
+        members.setdefault((name in exempt, factors[name]), []).append(parameters[name])
     return [
         {
-            "params": [parameters[name] for name in chosen if name not in exempt],
-            "weight_decay": _decay(options),
-        },
-        {"params": [parameters[name] for name in chosen if name in exempt], "weight_decay": 0.0},
+            "params": members[spared, factor],
+            # Rate times decay stays, as in the authors' package of muP.
+            "weight_decay": 0.0 if spared else _decay(options) / factor,
+            "rate_multiplier": factor,
+        }
+        for spared, factor in sorted(members)
     ]
 
 

@@ -52,13 +52,13 @@ class GroupedHeads(Mixer):
             self.q_norm, self.k_norm = RMSNorm(P), RMSNorm(P)
 
     def heads(self, x: Float[Tensor, "B L D"]) -> Projected:
-        """Queries and keys, normalised but not yet rotated, and values."""
+        """Queries and keys, normalised and scaled but not yet rotated, and values."""
         P, (H, G) = self.head_dim, (self.n_heads, self.n_kv_heads)
         parts = self.qkv.in_parts(x, [H * P, G * P, G * P])
         queries, keys, values = (part.unflatten(2, (-1, P)) for part in parts)
         if self.normalised:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        return Projected(queries, keys, values)
+        return Projected(self.slot.scaled(queries), keys, values)
 
     def rotation(self, sequence: WholeSequence) -> Rotation:
         """The rotation of queries and keys by their positions."""

@@ -58,6 +58,7 @@ class Heads(nn.Module):
     def __init__(self, config: HeadsConfig, slot: Slot) -> None:
         super().__init__()
         D, std = slot.d_model, config.initial_std
+        self._slot = slot
         self.n_heads, self.head_dim = config.n_heads, head_width(D, config.n_heads)
         self.qkv = Linear(D, 3 * D, std=std)
         self.out = Linear(D, D, std=std, scale=slot.residual_scale)
@@ -89,7 +90,7 @@ class Heads(nn.Module):
     def _normalise(self, queries: Tensor, keys: Tensor, values: Tensor) -> Projected:
         if self.normalised:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        return Projected(queries, keys, values)
+        return Projected(self._slot.scaled(queries), keys, values)
 
 
 def rotated(projected: Projected, sequence: WholeSequence, theta: float) -> Projected:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kernels.precision import widened
 from kernels.scans.rglru import Steps, rglru
+from models.mup import FanIn
 from models.parts.layers import BlockDiagonal, uniform
 from models.sequences.recurrence import LinearScan
 from models.sequences.whole import WholeSequence
@@ -109,7 +110,7 @@ GATES: dict[Mode, type[RGLRU] | type[MinGRU]] = {"rglru": RGLRU, "mingru": MinGR
 def gate_map(n_heads: int, width: int) -> BlockDiagonal:
     """A block-diagonal map with bias; weights from N(0, 1 / inputs of a block)."""
     std = math.sqrt(n_heads / width)
-    return BlockDiagonal(n_heads, width, width, bias=True, std=std)
+    return BlockDiagonal(n_heads, width, width, bias=True, std=std, fan_in=FanIn.HEAD)
 
 
 def begins_document(sequence: WholeSequence) -> Bool[Tensor, "B L"]:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels.rowwise.rms_norm import rms_norm, rotated_rms_norm
+from models.mup import FanIn
 from models.parts.linear_in_parts import linear_in_parts
 from models.parts.rotary import Rotation
 
@@ -32,6 +33,7 @@ class Linear(nn.Linear):
             torch's default, which has the standard deviation 0.58/sqrt(n_in).
         scale: factor on the initial weights; 1/sqrt(residual branches) for maps that write to the
             residual stream (Radford et al. 2019, section 2.3).
+        fan_in: what its input width grows with; None for a constant one.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Linear(nn.Linear):
         bias: bool = False,
         std: float | None = None,
         scale: float = 1.0,
+        fan_in: FanIn | None = FanIn.WIDTH,
     ) -> None:
         super().__init__(n_in, n_out, bias=bias)
         self._std, self._scale = std, scale
+        self.fan_in = {} if fan_in is None else {"weight": fan_in}
 
     def in_parts(
         self, x: Float[Tensor, "*batch I"], sizes: Sequence[int]
@@ -79,6 +83,7 @@ class BlockDiagonal(nn.Module):
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n), 1/sqrt(n)) with n
             the inputs of a block.
         scale: factor on the initial weights, as that of `Linear`.
+        fan_in: what the inputs of a block grow with.
 
     Raises:
         ValueError: the blocks do not divide a width.
@@ -93,6 +98,7 @@ class BlockDiagonal(nn.Module):
         bias: bool = False,
         std: float | None = None,
         scale: float = 1.0,
+        fan_in: FanIn = FanIn.WIDTH,
     ) -> None:
         super().__init__()
         for width in (n_in, n_out):
@@ -101,6 +107,7 @@ class BlockDiagonal(nn.Module):
         self.weight = nn.Parameter(torch.empty(blocks, n_out // blocks, n_in // blocks))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self._std, self._scale = std, scale
+        self.fan_in = {"weight": fan_in}
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Map each block of channels."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.conftest import PLAIN
 from tests.trainer.sequence_parallel import LOSS_BOUND, NORM_BOUND, agreement, train_all
 from tests.trainer.study import build_tiny, make, read_exact, run
 from trainer.ids import run_id
@@ -25,6 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "z-loss": {"z_loss": 0.01},
     "average": {"optimizer": {"ema_decay": 0.8}},
+    "muP": {"model": {**PLAIN["model"], "mup": {"base_width": 8, "base_head_dim": 4}}},
     "cosine": {"schedule": {"kind": "cosine", "decay_fraction": 0.2}},
 }
 EVERY = {"save_every_tokens": 8 * 512, "keep_checkpoints": 9}

@@ -174,7 +174,8 @@ class Hybrid(Mixer):
     def _scores(self, queries: Tensor, keys: Tensor, sequence: WholeSequence) -> Scores:
         P = self.head_dim
         by = rotation_of(sequence, P, self.config.rope_theta)
-        return Scores(*(rotate(x.unflatten(-1, (-1, P)), by) for x in (queries, keys)))
+        queries, keys = (rotate(x.unflatten(-1, (-1, P)), by) for x in (queries, keys))
+        return Scores(self.slot.scaled(queries), keys)
 
     def _steps(self, keys: Tensor, sequence: WholeSequence) -> Steps:
         u = self.conv(keys, sequence)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kernels.precision import widened
 from kernels.rowwise.swiglu import silu_gated
 from models.mixer import Mixer, MixerConfig, MixFlops, Pattern, Slot, register
+from models.mup import FanIn
 from models.parts.layers import Linear
 from models.parts.short_convs import ShortConv
 from models.sequences.continued import Memory
@@ -79,7 +80,8 @@ class Mamba(Mixer):
         self.in_proj = Linear(d_model, 2 * E)
         self.conv = ShortConv(E, config.d_conv)
         self.x_proj = Linear(E, self.dt_rank + 2 * N)
-        self.dt_proj = Linear(self.dt_rank, E)
+        grows = FanIn.WIDTH if config.dt_rank is None else None
+        self.dt_proj = Linear(self.dt_rank, E, fan_in=grows)
         self.dt_bias = nn.Parameter(torch.empty(E))
         self.A_log = nn.Parameter(torch.empty(E, N))
         self.D = nn.Parameter(torch.empty(E))

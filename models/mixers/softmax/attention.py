@@ -102,6 +102,7 @@ class Attention(Mixer):
             queries, keys = self.q_norm.rotated(queries, by), self.k_norm.rotated(keys, by)
         else:
             queries, keys = rotate(queries, by), rotate(keys, by)
+        queries = self.slot.scaled(queries)
         return sequence.gather(values), Coefficients(queries, sequence.gather(keys), None)
 
     def mix(
@@ -164,4 +165,4 @@ class Attention(Mixer):
         own, other = sequence.own_documents(), memory.sequence.own_documents()
         masked = sequence.packed or memory.sequence.packed
         visible = visible_memory(own, other) if masked else None
-        return values, Coefficients(queries, keys, visible)
+        return values, Coefficients(self.slot.scaled(queries), keys, visible)
