@@ -14,6 +14,8 @@ from analysis.tables.run_table import SEEDS
 from analysis.validity.refusal import Refusal
 
 CELL = ["architecture", "corpus", "rung"]
+ASSUMED_SEED_SD = 0.006
+"""Standard deviation of ln L between seeds where a study has no two seeds of a cell."""
 VARIED = {
     (True, True): "weights and order of samples",
     (True, False): "initial weights alone",

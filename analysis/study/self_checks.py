@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.effects.seed_noise import SeedNoise, seed_noise
+from analysis.effects.seed_noise import ASSUMED_SEED_SD, SeedNoise, seed_noise
 from analysis.fitting.estimator import Fit
 from analysis.inference.scaling_law import ScalingLaw
 from analysis.laws.catalog import nested_family
@@ -18,8 +18,6 @@ from analysis.tables.frames import floats, groups, keep, means, strings, where
 from analysis.tables.run_table import Table
 from analysis.validity.refusal import Refusal
 
-ASSUMED_SEED_SD = 0.006
-"""Standard deviation of ln L between seeds where a study has no two seeds of a cell."""
 ALLOWED_FORECAST_ERROR = 0.03
 ALLOWED_ABOVE_NGRAM = 0.03
 LARGEST_EXPONENT = 1.0
