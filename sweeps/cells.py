@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sweeps.config import SweepConfig, TuningProbes
+from sweeps.rungs import size_order
 from trainer.schema import ConfigError, load, suggest
 
 AXES: Mapping[str, type] = {
@@ -79,7 +80,7 @@ def _probes(axes: Mapping[str, Sequence], probes: TuningProbes) -> Iterator[Mapp
         yield {
             **axes,
             **first,
-            "rung": probes.rungs,
+            "rung": probes.rungs_of(sorted(axes["rung"], key=size_order)),
             "learning_rate_factor": [probe.learning_rate_factor],
             "batch_factor": [probe.batch_factor],
             "probe": [probe],

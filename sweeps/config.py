@@ -1,6 +1,7 @@
 """The config classes of a sweep file: ladders, corpora, architectures, and the launcher."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -94,8 +95,9 @@ class TuningProbes:
     They train to the longest horizon, and the report compares each with the study's own run.
     """
 
-    rungs: tuple[str, ...]
-    """Sizes at which every architecture is probed."""
+    rungs: tuple[str, ...] = ("smallest", "middle")
+    """Sizes at which every architecture is probed: rungs of the ladder by name, or smallest,
+    middle (the lower of two) or largest of them."""
     learning_rate_factors: tuple[float, ...] = (0.5, 2.0)
     """Factors on the learning rate, each a run of its own at the study's batch."""
     batch_factors: tuple[float, ...] = (0.5, 2.0)
@@ -113,6 +115,12 @@ class TuningProbes:
             require_factors(self, name)
             if 1.0 in getattr(self, name):
                 raise ValueError(f"{name} has 1, which is the study's own run; remove it")
+
+    def rungs_of(self, ladder: Sequence[str]) -> list[str]:
+        """The rungs to probe, of a ladder's rungs from the smallest to the largest."""
+        places = {"smallest": 0, "middle": (len(ladder) - 1) // 2, "largest": -1}
+        named = [ladder[places[rung]] if rung in places else rung for rung in self.rungs]
+        return list(dict.fromkeys(named))
 
 
 @dataclass(frozen=True)
@@ -185,7 +193,8 @@ class LadderConfig:
     def _check_probes(self) -> None:
         if self.tuning_probes is None:
             return
-        unknown = [rung for rung in self.tuning_probes.rungs if rung not in self.rungs]
+        chosen = self.tuning_probes.rungs_of(self.rungs)
+        unknown = [rung for rung in chosen if rung not in self.rungs]
         if unknown:
             raise ValueError(
                 f"tuning_probes.rungs has {unknown[0]!r}, which the ladder does not train; choose "

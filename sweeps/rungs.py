@@ -54,3 +54,8 @@ def find_rung(name: str) -> Rung:
     if name not in RUNGS:
         raise ConfigError(f"unknown rung {name!r}; {suggest(name, list(RUNGS))}")
     return RUNGS[name]
+
+
+def size_order(name: str) -> int:
+    """The place of a rung among all, from the smallest; unknown ones come first."""
+    return list(RUNGS).index(name) if name in RUNGS else -1

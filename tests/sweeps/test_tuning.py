@@ -136,6 +136,21 @@ def test_a_study_folder_lists_probes_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rungs", "probed"),
+    [
+        ("[smallest, middle]", {"10k", "20k"}),
+        ("[largest]", {"68k"}),
+        ("[largest, 68k]", {"68k"}),
+        ("[middle]", {"20k"}),
+    ],
+)
+def test_probed_rungs_go_by_name_or_by_place(rungs: str, probed: set[str]) -> None:
+    words = ["ladders.nano.rungs=[68k, 10k, 31k, 20k]", "architectures=[mamba]"]
+    runs = expand(*words, f"ladders.nano.tuning_probes={{rungs: {rungs}}}")
+    assert {e.run.rung for e in runs if e.probe} == probed
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["ladders.nano.tuning_probes={rungs: [97k]}"], "which the ladder does not train"),
