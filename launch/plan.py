@@ -230,8 +230,11 @@ def _reading_order(unit: Unit) -> tuple:
 def _units(sweep: Sweep) -> list[Unit]:
     plain = [e for e in sweep.experiments if not e.label]
     units = [Unit(e.folder_name, (e,)) for e in sweep.experiments if e.label]
+    groups: dict[str, list[Experiment]] = {}
+    for experiment in plain:
+        groups.setdefault(experiment.trunk_id, []).append(experiment)
     for name, trunk in trunks_of(plain).items():
-        branches = tuple(e for e in plain if e.trunk_id == name)
+        branches = tuple(groups[name])
         if trunk is None:
             units += [Unit(e.folder_name, (e,)) for e in branches]
         else:
