@@ -41,6 +41,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "trunks": [unit.name for unit in plan.units if unit.trunk is not None],
         "neutral_set": sweep.corpora.neutral_set,
         "tuning": _tuning(sweep),
+        "recipes": {arm: own for arm, own, _ in arms(sweep.config) if arm != own},
         "config": dump(sweep.config),
     }
     return {"id": study_id(stored), **stored}

@@ -6,13 +6,16 @@ import pandas as pd
 
 from analysis.effects.leaderboard import arms_table, compare_arms
 from analysis.effects.learning_rates import search_table
+from analysis.effects.recipes import recipe_effects
 from analysis.figures.leaderboard_figures import draw_arms, draw_rates
+from analysis.figures.recipe_figures import draw_recipes
 from analysis.figures.report_figure import ReportFigure
 from analysis.study.self_checks import self_checks
 from analysis.study.study import Study
 from analysis.tables.run_table import Table
 from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
+from analysis.words.recipes import recipes_shown
 
 _ARMS_NOTE = (
     "Differences: the arm's loss minus the baseline's, negative where the arm is better. An arm "
@@ -57,7 +60,7 @@ def sections(study: Study) -> list[Section]:
     """The parts that this sweep has, in the order of the page."""
     table = study.table
     first = _arms(table) if study.rate_search is None else _rates(table)
-    parts = [first, _checks(study), _tuning(table)]
+    parts = [first, _recipes(table), _checks(study), _tuning(table)]
     return [each for each in parts if each is not None]
 
 
@@ -103,6 +106,25 @@ def _arms(table: Table) -> Section | None:
         numbers=arms_table(comparisons),
         note=_ARMS_NOTE,
         lines=(*lines, ""),
+        leads=True,
+    )
+
+
+def _recipes(table: Table) -> Section | None:
+    effects = recipe_effects(table)
+    if not len(effects):
+        return None
+    plates = draw_recipes(effects, table.neutral_set)
+    return Section(
+        name="recipes",
+        title="Training recipes",
+        text="",
+        plates=tuple(plates),
+        shown=recipes_shown(effects),
+        numbers=effects,
+        note="Percent of the loss under the sweep's own recipe, negative where the recipe is "
+        "better.",
+        lines=(f"{plates[0].title}.",),
         leads=True,
     )
 

@@ -88,6 +88,7 @@ class Table:
         rows: one row per evaluated point; see COLUMNS.
         runs: one row per run of the sweep as last expanded, whatever its state.
         tuning: architecture -> its `learning_rate_scale` and the `evidence` for it.
+        recipes: arm -> the arm that has its architecture and the sweep's own training recipe.
         rate_factors: factors on the rung's learning rate that each cell tries, if listed.
         baselines: losses of n-gram models, one row per corpus, evaluation set and order.
         ladder: what the accountant counts, one row per architecture, rung and context.
@@ -105,6 +106,7 @@ class Table:
     exclusions: tuple[Exclusion, ...]
     context: dict
     tuning: dict = field(default_factory=dict)
+    recipes: dict[str, str] = field(default_factory=dict)
     rate_factors: tuple[float, ...] = ()
     baselines: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=pd.Index(BASELINE_COLUMNS))

@@ -76,6 +76,7 @@ def load(root: Path) -> Table:
         ),
         context=dict(sweep.get("context") or {}),
         tuning=dict(sweep.get("tuning") or {}),
+        recipes={str(arm): str(own) for arm, own in dict(sweep.get("recipes") or {}).items()},
         rate_factors=_rate_factors(sweep.get("config") or {}),
         baselines=pd.DataFrame(
             read_json(root / "baselines.json").get("rows", []), columns=pd.Index(BASELINE_COLUMNS)
