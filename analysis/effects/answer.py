@@ -43,6 +43,7 @@ class Answer:
 
     Attributes:
         gaps: what tuning probes say of each arm's rate and batch; empty without probes.
+        probe_sd: standard deviation of ln L of one run behind the gaps' intervals.
     """
 
     evaluation_set: str
@@ -51,6 +52,7 @@ class Answer:
     noise: SeedNoise | Refusal
     detectable: dict[str, Detectable | Refusal]
     gaps: tuple[Gap, ...] = ()
+    probe_sd: float = 0.0
 
     @property
     def architecture(self) -> tuple[Contrast | Refusal, ...]:
@@ -65,8 +67,10 @@ def answer(table: Table, evaluation_set: str) -> Answer:
     architecture = contrasts(table, "architecture", evaluation_set)
     noise = seed_noise(rows)
     gaps = tuning_gaps(table) if evaluation_set == table.neutral_set else ()
-    freedom = probe_noise(table).freedom
-    arms = tuple(_arm(table, rows, corpus[0], each, (gaps, freedom)) for each in architecture)
+    probed = probe_noise(table)
+    arms = tuple(
+        _arm(table, rows, corpus[0], each, (gaps, probed.freedom)) for each in architecture
+    )
     tuned = arms[0].tuned
     first = {
         "corpus": corpus[0],
@@ -79,6 +83,7 @@ def answer(table: Table, evaluation_set: str) -> Answer:
         noise=noise,
         detectable={name: detectable(value, noise) for name, value in first.items()},
         gaps=gaps,
+        probe_sd=probed.sd,
     )
 
 

@@ -60,7 +60,8 @@ class Contrast:
     @property
     def percent(self) -> Interval:
         """The effect as a percentage of the baseline's loss."""
-        return self.effect.mapped(lambda value: 100 * float(np.expm1(value)))
+        with np.errstate(over="ignore"):
+            return self.effect.mapped(lambda value: 100 * float(np.expm1(value)))
 
     @property
     def percent_by_size(self) -> pd.DataFrame:
