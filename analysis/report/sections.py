@@ -159,7 +159,7 @@ def _tuning(study: Study) -> Section | None:
     )  # fmt: skip
     return Section(
         name="tuning",
-        title="Are all arms tuned alike?",
+        title="Equal tuning?",
         text=f"{sentence} {fairness_sentence(table)}",
         plates=(),
         shown=shown,
