@@ -32,6 +32,7 @@ class Contrast:
         influence: of each document of the evaluation set; None if losses by document are not known,
             and then the interval takes the set as it is.
         matching: what the two runs of a pair have in common.
+        tuning_error: of the effect on ln L, from the probes of both arms; None without probes.
     """
 
     factor: str
@@ -44,6 +45,7 @@ class Contrast:
     by_size: pd.Series
     influence: Influence | None
     matching: str
+    tuning_error: SharedError | None = None
 
     @property
     def evaluation_error(self) -> SharedError | None:
@@ -51,9 +53,15 @@ class Contrast:
         return None if self.influence is None else shared_error(self.influence.logs)
 
     @property
+    def open_ended(self) -> bool:
+        """Whether the effect is known to one side alone, as an arm's tuning is not bracketed."""
+        return not np.isfinite([self.effect.low, self.effect.high]).all()
+
+    @property
     def percent(self) -> Interval:
         """The effect as a percentage of the baseline's loss."""
-        return self.effect.mapped(lambda value: 100 * float(np.expm1(value)))
+        with np.errstate(over="ignore"):
+            return self.effect.mapped(lambda value: 100 * float(np.expm1(value)))
 
     @property
     def percent_by_size(self) -> pd.DataFrame:
@@ -128,14 +136,20 @@ def summarise(
     evaluation_set: str,
     pairs: pd.DataFrame,
     by_document: Influence | None,
+    tuning: tuple[SharedError | None, SharedError | None] = (None, None),
 ) -> Contrast | Refusal:
-    """Average matched pairs inside each size, then over sizes, which are the clusters."""
+    """Average matched pairs inside each size, then over sizes, which are the clusters.
+
+    `tuning` is the error of the effect on ln L, and on the loss, that probes leave.
+    """
     sizes = means(pairs, ["rung"], ["difference", "nats", "parameters"]).sort_values("parameters")
     by_size = pd.Series(floats(sizes, "difference"), index=sizes.index, name="difference")
     shared = (None, None) if by_document is None else (by_document.logs, by_document.nats)
     effect, nats = (
-        t_interval(floats(sizes, name), "sizes", None if each is None else shared_error(each))
-        for name, each in zip(("difference", "nats"), shared, strict=True)
+        t_interval(
+            floats(sizes, name), "sizes", None if each is None else shared_error(each), tuned
+        )
+        for name, each, tuned in zip(("difference", "nats"), shared, tuning, strict=True)
     )
     if isinstance(effect, Refusal):
         return effect
@@ -148,8 +162,9 @@ def summarise(
         if same < len(pairs):
             matching = f"not paired: {len(pairs) - same} of {len(pairs)} pairs saw other samples"
     return Contrast(
-        factor, *levels, evaluation_set, effect, nats, pairs, by_size, by_document, matching
-    )
+        factor, *levels, evaluation_set, effect, nats, pairs, by_size, by_document, matching,
+        tuning[0],
+    )  # fmt: skip
 
 
 def every_set(table: Table) -> dict[str, dict[str, tuple[Contrast | Refusal, ...]]]:

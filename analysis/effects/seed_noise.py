@@ -109,8 +109,11 @@ def detectable(contrast: Contrast | Refusal, noise: SeedNoise | Refusal) -> Dete
         independent = len(contrast.pairs[[held, "rung", *SEEDS]].drop_duplicates())
         variance = 2 * noise.sd.estimate**2 / independent
         basis = f"the sd between seeds and {independent} pairs of trunks at {sizes} sizes"
-    shared = contrast.evaluation_error
-    if shared is not None:
-        variance += shared.error**2
-        basis += f", and {shared.freedom + 1} {shared.of} of the evaluation set"
+    documents, tuning = contrast.evaluation_error, contrast.tuning_error
+    if documents is not None:
+        variance += documents.error**2
+        basis += f", and {documents.source} of the evaluation set"
+    if tuning is not None:
+        variance += tuning.error**2
+        basis += f", and {tuning.source}"
     return Detectable(float(quantiles * np.sqrt(variance)), basis)

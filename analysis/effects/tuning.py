@@ -17,6 +17,7 @@ from analysis.inference.intervals import Interval, t_quantile
 from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.frames import Array, floats, groups, keep, strings, where
 from analysis.tables.run_table import Table
+from analysis.validity.warnings import Caveat
 
 DIRECTIONS = {"learning rate": "learning_rate_factor", "batch": "batch_factor"}
 BRACKETED = "bracketed"
@@ -124,6 +125,15 @@ def tuning_gaps(table: Table) -> tuple[Gap, ...]:
         for _, probes in groups(along, ["architecture", "rung", "corpus", "seed", "order_seed"]):
             found.append(_gap(table, probes, direction, noise))
     return tuple(found)
+
+
+def unchecked(gaps: tuple[Gap, ...]) -> Caveat | None:
+    """W-TUNING: nothing was probed, or a probe has no loss."""
+    if not gaps:
+        return Caveat("W-TUNING", "no tuning probes were trained")
+    missing = [each for each in gaps if each.verdict == UNCHECKED]
+    names = ", ".join(f"{each.architecture} at {each.rung} ({each.direction})" for each in missing)
+    return Caveat("W-TUNING", f"a probe has no loss: {names}") if missing else None
 
 
 def _gap(table: Table, probes: pd.DataFrame, direction: str, noise: ProbeNoise) -> Gap:

@@ -42,21 +42,26 @@ class SharedError:
 
     Attributes:
         of: what it comes from, in the plural.
+        count: how many of them; None for one more than the degrees of freedom.
     """
 
     error: float
     freedom: int
     of: str
+    count: int | None = None
+
+    @property
+    def source(self) -> str:
+        """What it comes from, with their number."""
+        return f"{self.freedom + 1 if self.count is None else self.count} {self.of}"
 
 
-def t_interval(
-    values: Array, clusters: str, shared: SharedError | None = None
-) -> Interval | Refusal:
+def t_interval(values: Array, clusters: str, *shared: SharedError | None) -> Interval | Refusal:
     """Mean of one value per cluster with a t interval; `clusters` names them in the plural.
 
-    With an error that the clusters share the variances add up, at Satterthwaite's degrees of
-    freedom. What is not shared of it is in the scatter between clusters already, so the interval is
-    a little too wide rather than too narrow.
+    With errors that the clusters share the variances add up, at Satterthwaite's degrees of
+    freedom. What is not shared of them is in the scatter between clusters already, so the interval
+    is a little too wide rather than too narrow.
     """
     if len(values) < 2:
         return Refusal(
@@ -65,13 +70,13 @@ def t_interval(
             f"finish runs at more {clusters}",
         )
     own, freedom = float(np.var(values, ddof=1)) / len(values), float(len(values) - 1)
-    method = f"t interval over {len(values)} {clusters}"
-    total = own
-    if shared is not None:
-        total = own + shared.error**2
-        method += f" and {shared.freedom + 1} {shared.of}"
-        if total:
-            freedom = total**2 / (own**2 / freedom + shared.error**4 / shared.freedom)
+    known = [each for each in shared if each is not None]
+    total = own + sum(each.error**2 for each in known)
+    if known and total:
+        rest = sum(each.error**4 / each.freedom for each in known)
+        freedom = total**2 / (own**2 / freedom + rest)
+    sources = [f"{len(values)} {clusters}", *(each.source for each in known)]
+    method = f"t interval over {', '.join(sources[:-1])}{' and ' * bool(known)}{sources[-1]}"
     half = t_quantile(freedom) * float(np.sqrt(total))
     mean = float(np.mean(values))
     return Interval(mean, mean - half, mean + half, method)

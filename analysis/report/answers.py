@@ -21,6 +21,7 @@ from analysis.words.sentences import (
     law_words,
     ratio_sentence,
 )
+from analysis.words.tuning import tuned_sentence
 
 NO_OPTIMUM = Refusal(
     "R-REACH",
@@ -40,6 +41,16 @@ def answers(study: Study, findings: Findings | None) -> list[tuple[str, str, str
         for contrast in contrasts:
             text = contrast_sentence(contrast, answer.detectable[factor])
             rows.append((f"{factor.capitalize()} effect", text, contrast_note(contrast)))
+    for arm in answer.arms:
+        named = f" ({arm.contrast.other})" if isinstance(arm.contrast, Contrast) else ""
+        lead = "Architecture effect, both arms tuned" + named * (len(answer.arms) > 1)
+        rows.append(
+            (
+                lead,
+                tuned_sentence(arm),
+                _method(arm.tuned.effect) if isinstance(arm.tuned, Contrast) else "",
+            )
+        )
     rows.append(("Smallest difference this study can detect", detectable_sentence(answer), ""))
     for arm in answer.arms:
         rows += _arm_answers(arm, len(answer.arms) > 1)
@@ -74,6 +85,7 @@ def refusals(study: Study, findings: Findings | None) -> list[tuple[str, Refusal
     named: list[tuple[str, object]] = [
         *(("Corpus effect", each) for each in answer.corpus),
         *(("Architecture effect", each) for each in answer.architecture),
+        *(("Architecture effect, both arms tuned", arm.tuned) for arm in answer.arms),
         *(each for arm in answer.arms for each in _parts(arm)),
         ("Noise between seeds", answer.noise),
         *((f"{law_words(law.law)} of {law.part}", law.fit) for law in study.laws),

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from analysis.effects.contrasts import Contrast
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
 from analysis.fitting.estimator import Fit
@@ -22,7 +21,8 @@ from analysis.study.study import FittedLaw, Study
 from analysis.validity.refusal import Refusal
 from analysis.validity.warnings import WARNINGS
 from analysis.words.numbers import bracketed, capital
-from analysis.words.sentences import largest_effect, law_words, multiplier_sentence
+from analysis.words.sentences import law_words, multiplier_sentence
+from analysis.words.title import numbers_line, title_sentence
 
 PAGE_SCALE = 1.53
 """Pixels per point of a drawing: the widest fills the page, and all have letters of one size."""
@@ -58,7 +58,8 @@ def render(
     laws = laws_table(study)
     return environment.get_template("report.html").render(
         name=table.name,
-        headline=_headline(study, sections),
+        headline=_headline(sections, findings),
+        numbers=numbers_line(findings.headline) if findings else "",
         leading=[_part(each, drawings) for each in sections if each.leads],
         trailing=[_part(each, drawings) for each in sections if not each.leads],
         progress=progress(table),
@@ -130,20 +131,13 @@ def _nothing_drawn(study: Study) -> str:
     return "No run has finished yet, so there is nothing to draw."
 
 
-def _headline(study: Study, sections: Sequence[Section]) -> str:
+def _headline(sections: Sequence[Section], findings: Findings | None) -> str:
     first = [plate.title for each in sections if each.leads for plate in each.plates[:1]]
     if first:
         return first[0]
-    answer = study.answer
-    parts = [
-        f"{name} {largest_effect(contrasts)}"
-        for name, contrasts in (("corpus", answer.corpus), ("architecture", answer.architecture))
-        if any(isinstance(each, Contrast) for each in contrasts)
-    ]
-    if not parts:
-        return "Data against architecture: not answered yet"
-    text = f"{' and '.join(parts)} of loss on {study.table.neutral_set}"
-    return text[:1].upper() + text[1:]
+    if findings is None:
+        return "Data against architecture: not answered"
+    return title_sentence(findings.headline)
 
 
 def _joint_table(joint: FittedLaw, alternatives: pd.DataFrame) -> pd.DataFrame:

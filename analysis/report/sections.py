@@ -16,6 +16,13 @@ from analysis.tables.run_table import Table
 from analysis.words.leaderboard import arm_lines, arms_shown
 from analysis.words.learning_rates import search_lines, search_shown, tuning_sentence, tuning_table
 from analysis.words.recipes import recipes_shown
+from analysis.words.tuning import (
+    fair_tuning,
+    fairness_sentence,
+    gaps_numbers,
+    gaps_sentence,
+    gaps_shown,
+)
 
 _ARMS_NOTE = (
     "Differences: the arm's loss minus the baseline's, negative where the arm is better. An arm "
@@ -29,6 +36,23 @@ _RATES_NOTE = (
     "a parabola in log2 of the rate through the best trial and its two neighbours. Sensitivity "
     "(Wortsman et al. 2023): mean over the tried rates of the loss, capped at that of a uniform "
     "guess, less the best loss; a diverged trial counts as a uniform guess."
+)
+_TUNING_NOTE = (
+    "Beside the hash that shows that arms read the same samples, this shows that they were tuned "
+    "alike: which search each rate comes from, whether this study lies inside the sizes, budgets "
+    "and batches that were searched, what the rule costs at a size that its fit did not see, and "
+    "the worst verdict of this study's own probes. The scale multiplies the rung's learning rate."
+)
+_PROBES_NOTE = (
+    "Each arm was also trained at other rates and batches, at the longest horizon, on the first "
+    "corpus and seed. 'bracketed': both neighbours are worse beyond noise; 'flat within noise': "
+    "none is better beyond it; 'off, optimum inside': one is, and the loss is lowest among the "
+    "tried; 'not bracketed': it may be lower still beyond them. Loss left: of the run in use above "
+    "the lowest point of a parabola in log2 of the factor, less what the lowest of noisy runs "
+    "flatters; 95 % interval from a standard deviation between seeds of {noise} and the documents "
+    "on which the runs differ. A diverged probe is worse than any loss. The gaps of rate and batch "
+    "add up; between probed sizes they are interpolated in ln N, beyond them held, and taken as "
+    "equal on all corpora and horizons."
 )
 
 
@@ -60,7 +84,7 @@ def sections(study: Study) -> list[Section]:
     """The parts that this sweep has, in the order of the page."""
     table = study.table
     first = _arms(table) if study.rate_search is None else _rates(table)
-    parts = [first, _recipes(table), _checks(study), _tuning(table)]
+    parts = [first, _recipes(table), _checks(study), _tuning(study), _probes(study)]
     return [each for each in parts if each is not None]
 
 
@@ -145,19 +169,42 @@ def _rates(table: Table) -> Section:
     )
 
 
-def _tuning(table: Table) -> Section | None:
+def _tuning(study: Study) -> Section | None:
+    table, gaps = study.table, study.answer.gaps
     if not table.tuning:
         return None
     sentence = tuning_sentence(table.tuning)
-    shown = tuning_table(table.tuning)
+    scales = tuning_table(table.tuning)
+    shown = fair_tuning(table, gaps).assign(
+        **{"learning rate scale": scales.set_index("architecture")["learning rate scale"]
+           .reindex(table.levels("architecture")).fillna("").to_list()}
+    )  # fmt: skip
     return Section(
         name="tuning",
         title="Equal tuning?",
-        text=sentence,
+        text=f"{sentence} {fairness_sentence(table)}",
         plates=(),
         shown=shown,
         numbers=shown,
-        note="The scale multiplies the rung's learning rate; evidence is what the sweep states.",
+        note=_TUNING_NOTE,
         lines=(sentence,) if sentence.startswith("Warning") else (),
+        leads=False,
+    )
+
+
+def _probes(study: Study) -> Section | None:
+    gaps = study.answer.gaps
+    if not gaps:
+        return None
+    sentence = gaps_sentence(gaps)
+    return Section(
+        name="probes",
+        title="What each arm's rate and batch leave on the table",
+        text=sentence,
+        plates=(),
+        shown=gaps_shown(gaps),
+        numbers=gaps_numbers(gaps),
+        note=_PROBES_NOTE.format(noise=f"{100 * study.answer.probe_sd:.2g} %"),
+        lines=() if sentence.startswith("At every") else (sentence,),
         leads=False,
     )

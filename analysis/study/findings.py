@@ -17,6 +17,7 @@ from analysis.compute_optimal.frontier import (
 from analysis.compute_optimal.isoflop import IsoFlopCurve, budgets
 from analysis.compute_optimal.sensitivity import cooldown, counting, multipliers_by_scale
 from analysis.effects.loss_to_loss import Transfer, transfers
+from analysis.effects.tuning import unchecked
 from analysis.effects.variance_shares import Decomposition, decompositions
 from analysis.fitting.estimator import Estimator, Fit
 from analysis.inference.backtest import RIVALS, BackTest, backtest
@@ -84,7 +85,11 @@ def find(study: Study, settings: Settings) -> Findings:
     curves, rivals = _isoflop(study, neutral), _rivals(study.joint.fit)
     joint = study.joint.fit
     return Findings(
-        reservations=(*reservations(study.table, points), *_of_budgets(study, curves)),
+        reservations=(
+            *reservations(study.table, points),
+            *_of_tuning(study),
+            *_of_budgets(study, curves),
+        ),
         headline=headline(study),
         shares=decompositions(points, settings.replicates, generator),
         transfers=transfers(points, settings.replicates, generator),
@@ -115,6 +120,13 @@ def reservations(table: Table, points: Table) -> tuple[Caveat, ...]:
         known = [tuned.get(name, np.nan) for name in strings(rows, "architecture").tolist()]
         rows = rows.assign(learning_rate_tuned=known)
     return check(rows.assign(horizon_tokens=np.nan))
+
+
+def _of_tuning(study: Study) -> tuple[Caveat, ...]:
+    """W-TUNING, in a study that compares architectures."""
+    caveat = unchecked(study.answer.gaps)
+    several = len(study.table.levels("architecture")) > 1 and len(study.points.rows) > 0
+    return (caveat,) if caveat is not None and several else ()
 
 
 def _shown(study: Study) -> FittedLaw | None:

@@ -18,6 +18,7 @@ class Headline:
     """One corpus contrast against one architecture contrast, on the neutral set, by name.
 
     Attributes:
+        architecture: corrected for the tuning of both arms, where the study has probes.
         ratio: of the corpus effect to the architecture effect on ln L, both without sign.
         multipliers: per factor, what its change is worth in training compute.
         detectable: per factor, the smallest difference the study finds.
@@ -39,15 +40,18 @@ def headline(study: Study, corpus: str | None = None, architecture: str | None =
     """
     chosen_corpus = _chosen(study.answer.corpus, corpus, "corpus")
     arms = {_other(arm.contrast): arm for arm in study.answer.arms}
-    chosen = _chosen(study.answer.architecture, architecture, "architecture")
+    # Chosen as measured: an arm whose tuning is refused must not leave its place to another.
+    measured = _chosen(study.answer.architecture, architecture, "architecture")
+    arm = arms.get(_other(measured))
+    chosen = arm.tuned if arm else measured
     return Headline(
         evaluation_set=study.answer.evaluation_set,
         corpus=chosen_corpus,
         architecture=chosen,
-        ratio=ratio_of(chosen_corpus, chosen, arms.get(_other(chosen))),
+        ratio=ratio_of(chosen_corpus, chosen, arm),
         multipliers={
             "corpus": _multiplier(study, chosen_corpus),
-            "architecture": _multiplier(study, chosen),
+            "architecture": _tuned_multiplier(study, chosen, measured),
         },
         detectable=study.answer.detectable,
     )
@@ -89,6 +93,22 @@ def ratio_of(
             "quote it per corpus",
         )
     return effect_ratio(corpus, architecture)
+
+
+def _tuned_multiplier(
+    study: Study, tuned: Contrast | Refusal, measured: Contrast | Refusal
+) -> Multiplier | Refusal:
+    """The compute multiplier of the architectures, unless probes have moved their effect."""
+    if isinstance(tuned, Contrast) and isinstance(measured, Contrast):
+        moved = tuned.effect.estimate != measured.effect.estimate
+        if moved or tuned.open_ended:
+            return Refusal(
+                "R-TUNING",
+                "the laws were fitted to losses at rates and batches that the tuning probes found "
+                "to be off",
+                "train the study at the best rate and batch of each arm",
+            )
+    return _multiplier(study, tuned)
 
 
 def _multiplier(study: Study, contrast: Contrast | Refusal) -> Multiplier | Refusal:

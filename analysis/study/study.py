@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.effects.answer import Answer, Arm, answer
+from analysis.effects.answer import Answer, answer, refused_arm
 from analysis.effects.contrasts import Contrast, every_set
 from analysis.effects.learning_rates import rate_search
 from analysis.effects.multipliers import Multiplier, compute_multiplier, data_multiplier, frontier
@@ -18,7 +18,7 @@ from analysis.laws.catalog import CHINCHILLA, POWER, nested_family
 from analysis.laws.law import Law, group_of
 from analysis.tables.frames import floats, keep, where
 from analysis.tables.run_region import run_region
-from analysis.tables.run_table import FLOP_CONVENTIONS, Table, final
+from analysis.tables.run_table import Table, final
 from analysis.validity.refusal import Refusal
 
 CELL = ("architecture", "corpus")
@@ -121,7 +121,6 @@ def analyse(table: Table, settings: Settings) -> Study:
 def _refused(table: Table, refusal: Refusal) -> Study:
     """A study that keeps its points and answers nothing."""
     points, law = final(table), nested_family(CELL)[JOINT]
-    arm = Arm(refusal, refusal, refusal, dict.fromkeys(FLOP_CONVENTIONS, refusal), False)
     joint = FittedLaw("all cells", table.neutral_set, law, refusal, {}, None)
     return Study(
         table=table,
@@ -130,7 +129,7 @@ def _refused(table: Table, refusal: Refusal) -> Study:
         answer=Answer(
             evaluation_set=table.neutral_set,
             corpus=(refusal,),
-            arms=(arm,),
+            arms=(refused_arm(refusal),),
             noise=refusal,
             detectable={"corpus": refusal, "architecture": refusal},
         ),

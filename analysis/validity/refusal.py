@@ -12,7 +12,7 @@ CODES = {
     "R-SEED": "no cell was run with two seeds",
     "R-REACH": "the two arms have no loss in common inside the data",
     "R-MULT": "the multiplier is undefined in too many bootstrap replicates",
-    "R-TUNING": "the runs of one cell differ in their learning rate",
+    "R-TUNING": "a difference between the runs may be one of their learning rate or batch",
     "R-EXTRAP": "the target is too far beyond the data",
     "R-CELLS": "too few cells hold every combination of the levels",
     "R-INTERACTION": "the architecture effect depends on the corpus",

@@ -22,6 +22,11 @@ WARNINGS = {
         "take the optimum from the fitted law",
     ),
     "W-LR": ("learning rates may not be equally well tuned", "report the result as untuned"),
+    "W-TUNING": (
+        "what the rates and batches in use cost each arm is not known from this study",
+        "ask for tuning_probes in the sweep's ladder; half and twice the rate and the batch of "
+        "each arm are then trained too",
+    ),
     "W-DECAY": (
         "some losses were read before the schedule had ended",
         "exclude them, or fit a law that models the schedule",

@@ -89,7 +89,10 @@ def short_effect(contrast: Contrast | Refusal) -> str:
         return "not answered"
     places = decimals_of(contrast.percent)
     ends = contrast.percent
-    return f"{ends.estimate:+.{places}f} % [{ends.low:+.{places}f}, {ends.high:+.{places}f}]"
+    # The effect of an arm whose tuning is not bracketed has no end to one side.
+    low = f"{ends.low:+.{places}f}" if math.isfinite(contrast.effect.low) else "no limit"
+    high = f"{ends.high:+.{places}f}" if math.isfinite(contrast.effect.high) else "no limit"
+    return f"{ends.estimate:+.{places}f} % [{low}, {high}]"
 
 
 def largest_effect(contrasts: Sequence[Contrast | Refusal]) -> str:
