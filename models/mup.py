@@ -1,8 +1,8 @@
 """Maximal-update parametrisation, muP: what changes with the width so that the best rate does not.
 
 After Yang et al. 2022 (2203.03466, table 8, for Adam and its relatives). At `base_width` a model
-After Yang et al. 2022 (2203.03466, table 8, for Adam and its relatives). At `base_width` a model
 equals the standard one bit for bit. With m = d_model / base_width and k = head_dim over its base:
+
 | parameters | initial std | learning rate |
 |---|---|---|
 | dense maps between embedding and head, Monarch MLPs | 1 / sqrt(fan in) | 1 / m |
