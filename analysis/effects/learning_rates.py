@@ -9,14 +9,20 @@ import math
 import numpy as np
 import pandas as pd
 
-from analysis.tables.frames import floats, groups, keep, strings, where
+from analysis.tables.frames import columns_of, floats, groups, keep, strings, where
 from analysis.tables.run_table import Table, final
 from analysis.validity.refusal import Refusal
 
 CELL = ["architecture", "rung", "corpus", "horizon_tokens"]
 SEARCH = 3
 """Learning rates in one cell from which a sweep counts as a search over them."""
+SEED_NOISE = 0.006
+"""Standard deviation of ln L between seeds where no search says it: that of the small rungs."""
 TRIAL_COLUMNS = [*CELL, "learning_rate", "loss_nats", "runs", "diverged", "uniform_nats"]
+RUN_TRIAL_COLUMNS = [
+    "run_id", "trunk_id", "search", "status", *CELL, "batch_tokens", "nominal_parameters", "seed",
+    "order_seed", "learning_rate", "loss_nats", "uniform_nats",
+]  # fmt: skip
 
 
 def rate_search(table: Table) -> Refusal | None:
@@ -54,6 +60,22 @@ def trials(table: Table) -> pd.DataFrame:
         uniform = math.log(float(floats(runs, "vocab_size")[0]))
         records.append((*key, loss, len(runs), diverged, uniform))
     return pd.DataFrame(records, columns=pd.Index(TRIAL_COLUMNS))
+
+
+def rate_trials(table: Table) -> pd.DataFrame:
+    """One row per run of a search that has ended, on the neutral set, for a rule of rates.
+
+    A diverged run has no loss.
+    """
+    ended = keep(table.runs, table.runs["status"].isin(["done", "diverged"]))
+    points = where(final(table).rows, "evaluation_set", table.neutral_set)
+    losses = dict(zip(strings(points, "run_id"), floats(points, "loss_nats"), strict=True))
+    loss = np.array([losses.get(run, np.nan) for run in strings(ended, "run_id")])
+    loss[strings(ended, "status") == "diverged"] = np.nan
+    known = np.isfinite(loss) | (strings(ended, "status") == "diverged")
+    uniform = np.log(floats(ended, "vocab_size"))
+    rows = ended.assign(loss_nats=loss, uniform_nats=uniform, search=table.name)
+    return columns_of(keep(rows, known), RUN_TRIAL_COLUMNS)
 
 
 def search_table(table: Table) -> pd.DataFrame:

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from analysis.effects.leaderboard import IDENTITY, Comparison, arms_table, verdict
 from analysis.effects.learning_rates import search_table, trials
@@ -19,7 +18,6 @@ from analysis.words.learning_rates import cells_of, equal_trials
 from analysis.words.numbers import with_unit
 
 LINE_STYLES = ("--", ":", "-.")
-MOST_TICKS = 8
 LABEL_WIDTH = 0.16
 """Of a line's name, as a share of the panel."""
 
@@ -112,7 +110,8 @@ def plot_rates(ax: Axes, rows: pd.DataFrame, architectures: list[str]) -> panels
     ax.set_yscale("log")
     ax.margins(x=0.05, y=0.06)
     ax.set_xlabel("peak learning rate")
-    _rate_ticks(ax, np.unique(floats(rows, "learning_rate")))
+    panels.rate_ticks(ax, np.unique(floats(rows, "learning_rate")))
+    panels.loss_ticks(ax)
     return ends
 
 
@@ -129,18 +128,6 @@ def _plot_lines(ax: Axes, lines: Mapping[str, float]) -> None:
             f"{name} {loss:.3f}", (loss, 1.0), xycoords=ax.get_xaxis_transform(), fontsize=8.5,
             xytext=(0, 3 + 11 * height), textcoords="offset points", ha="center",
         )  # fmt: skip
-
-
-def _rate_ticks(ax: Axes, rates: np.ndarray) -> None:
-    shown = rates if len(rates) <= MOST_TICKS else rates[:: -(-len(rates) // MOST_TICKS)]
-    ax.xaxis.set_major_locator(FixedLocator(shown.tolist()))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
-    low, high = ax.get_ylim()
-    ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
-    ax.yaxis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)].tolist()))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
 
 def _place_words(comparison: Comparison) -> str:

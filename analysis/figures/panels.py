@@ -51,6 +51,7 @@ STYLE = {
     "svg.hashsalt": "crossladder",
 }
 NEAR_THE_EDGE = 0.8
+MOST_TICKS = 8
 # Label of a line -> where the line ends, and its colour.
 Labels = dict[str, tuple[float, float, str]]
 _LEADING = {1: (1, 2, 5), 2: (1, 3), 4: (1,)}
@@ -236,6 +237,19 @@ def log_axes(ax: Axes, label: str, variable: str) -> None:
     ax.set_xlabel(label)
     ax.margins(x=0.06, y=0.07)
     plain_ticks(ax, "x", variable)
+    loss_ticks(ax)
+
+
+def rate_ticks(ax: Axes, rates: np.ndarray) -> None:
+    """Ticks at the rates that were tried, or at some of them."""
+    shown = rates if len(rates) <= MOST_TICKS else rates[:: -(-len(rates) // MOST_TICKS)]
+    ax.xaxis.set_major_locator(FixedLocator(shown.tolist()))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+
+
+def loss_ticks(ax: Axes) -> None:
+    """Few, plain ticks on a logarithmic axis of losses."""
     low, high = ax.get_ylim()
     ticks = np.asarray(MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high))
     ticks = ticks[(ticks >= low) & (ticks <= high)]

@@ -63,7 +63,7 @@ FLOP_CONVENTIONS = {
 }
 RUN_COLUMNS = [
     "run_id", "trunk_id", "status", "architecture", "corpus", "rung", "seed", "order_seed",
-    "parameters",
+    "nominal_parameters", "parameters", "batch_tokens",
     "horizon_tokens", "tokens", "learning_rate", "vocab_size", "tokens_per_second", "device",
     "flops_per_device_second", "training_seconds",
 ]  # fmt: skip

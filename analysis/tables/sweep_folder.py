@@ -332,6 +332,8 @@ def _summary_row(run: StoredRun, status: str) -> dict[str, object]:
         "device": run.provenance.get("gpu") or run.provenance.get("processor"),
         "flops_per_device_second": speed * cost / ranks if speed and cost else None,
         "tokens": run.summary.get("tokens", last),
+        "nominal_parameters": run.config.get("nominal_parameters"),
+        "batch_tokens": run.config.get("optimizer", {}).get("batch_tokens"),
         "learning_rate": _peak_rate(run),
         "vocab_size": run.config.get("model", {}).get("vocab_size"),
         "tokens_per_second": speed,
