@@ -71,7 +71,7 @@ def _caption(shown: list[pd.DataFrame]) -> str:
         else "one seed an arm, so no intervals: differences may be noise"
     )
     return (
-        "Each recipe against the sweep's own recipe of the same architecture, at the learning rate "
-        f"that the sweep gives both, seed by seed; {intervals}. A recipe whose own best rate is "
-        "another is at a disadvantage here."
+        "Each recipe against the sweep's own recipe of the same architecture, seed by seed, at the "
+        "learning rate that the sweep gives both, by a recipe's own factor where it has one; "
+        f"{intervals}. A recipe whose own best rate is another is at a disadvantage here."
     )
