@@ -1,7 +1,7 @@
-"""Maximal-update parametrisation, muP: what changes with the width so that the best rate does not.
+"""Maximal-update parametrisation, muP: what changes with the width so that the rate need not.
 
-After Yang et al. 2022 (2203.03466, table 8, for Adam and its relatives). At `base_width` a model
-equals the standard one bit for bit. With m = d_model / base_width and k = head_dim over its base:
+After Yang et al. 2022 (2203.03466, table 8, for Adam). At `base_width` a model equals the
+standard one bit for bit. With m = d_model / base_width, and k = head_dim / base_head_dim:
 
 | parameters | initial std | learning rate |
 |---|---|---|

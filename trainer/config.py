@@ -344,6 +344,13 @@ def sequences_at_once(run: RunConfig, execution: ExecutionConfig) -> int:
             f"{execution.sequence_parallel} does not divide the {run.batch_sequences} sequences "
             "per step; choose a divisor, or another optimizer.batch_tokens"
         )
+    pieces = run.corpus.pieces
+    if run.batch_sequences % (execution.data_ranks * pieces):
+        raise ValueError(
+            f"optimizer.batch_tokens {run.optimizer.batch_tokens} is {run.batch_sequences} "
+            f"sequences, but each rank reads whole blocks of {pieces}; choose a multiple of "
+            f"{execution.data_ranks * pieces * run.corpus.seq_len} tokens"
+        )
     mine = run.batch_sequences // execution.data_ranks
     micro = execution.micro_batch_sequences or mine
     if mine % micro:

@@ -110,7 +110,9 @@ GATES: dict[Mode, type[RGLRU] | type[MinGRU]] = {"rglru": RGLRU, "mingru": MinGR
 def gate_map(n_heads: int, width: int) -> BlockDiagonal:
     """A block-diagonal map with bias; weights from N(0, 1 / inputs of a block)."""
     std = math.sqrt(n_heads / width)
-    return BlockDiagonal(n_heads, width, width, bias=True, std=std, fan_in=FanIn.HEAD)
+    gates = BlockDiagonal(n_heads, width, width, bias=True, std=std)
+    gates.fan_in = {"weight": FanIn.HEAD}
+    return gates
 
 
 def begins_document(sequence: WholeSequence) -> Bool[Tensor, "B L"]:

@@ -83,7 +83,6 @@ class BlockDiagonal(nn.Module):
         std: standard deviation of its initial weights; None draws U(-1/sqrt(n), 1/sqrt(n)) with n
             the inputs of a block.
         scale: factor on the initial weights, as that of `Linear`.
-        fan_in: what the inputs of a block grow with.
 
     Raises:
         ValueError: the blocks do not divide a width.
@@ -98,7 +97,6 @@ class BlockDiagonal(nn.Module):
         bias: bool = False,
         std: float | None = None,
         scale: float = 1.0,
-        fan_in: FanIn = FanIn.WIDTH,
     ) -> None:
         super().__init__()
         for width in (n_in, n_out):
@@ -107,7 +105,7 @@ class BlockDiagonal(nn.Module):
         self.weight = nn.Parameter(torch.empty(blocks, n_out // blocks, n_in // blocks))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
         self._std, self._scale = std, scale
-        self.fan_in = {"weight": fan_in}
+        self.fan_in = {"weight": FanIn.WIDTH}
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         """Map each block of channels."""

@@ -28,8 +28,8 @@ def test_the_default_study_is_the_one_that_is_described() -> None:
     own = [e for e in sweep.experiments if not e.probe]
     assert len(own) == 72
     assert len(trunks_of(own)) == 5 * 2 * 2 + 2 * 2
-    assert {e.run.budget.tokens for e in own} == {360_448, 720_896, 1_441_792}
-    assert len(sweep.experiments) - len(own) == 2 * 2 * 4
+    assert {e.run.budget.tokens for e in own} == {720_896, 1_081_344, 1_441_792}
+    assert len(sweep.experiments) - len(own) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize(

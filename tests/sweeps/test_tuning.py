@@ -187,3 +187,8 @@ def test_a_plan_says_where_rates_come_from(tuned: None, tmp_path: Path) -> None:
     far = lines("ladders.nano.learning_rate=null", "ladders.nano.rungs=[10k, 97k]")
     assert "outside the search at 97k: N 9.75e+04 (searched 9e+03 to 2e+04)" in far
     assert lines("ladders.nano.learning_rate_factors=[1,2]") == ""
+
+
+def test_a_batch_of_less_than_a_block_is_refused_by_the_plan() -> None:
+    with pytest.raises(ConfigError, match=r"256 is 1 sequences, but each rank reads whole blocks"):
+        expand("ladders.nano.batch_tokens=512", PROBES)
