@@ -91,6 +91,7 @@ def at_width(part: Part, mup: MupConfig | None, d_model: int) -> Part:
     if mup is None:
         return part
     assert dataclasses.is_dataclass(part)
+    assert not isinstance(part, type)
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)

@@ -19,6 +19,7 @@ from models.mixers.recurrent.mamba import MambaConfig
 from models.mixers.softmax.attention import AttentionConfig
 from models.mixers.softmax.window import WindowConfig
 from models.mup import MupConfig, at_width
+from models.parts.layers import Linear
 from models.sequences.whole import WholeSequence
 from sweeps.architecture import read_architectures
 from tests.models.coordinates import (
@@ -146,6 +147,7 @@ def test_logits_are_divided_by_the_width(tied: bool) -> None:
 def test_a_given_initial_std_falls_with_the_root_of_the_width() -> None:
     mup = MupConfig(BASE)
     for part in (AttentionConfig(2), SwiGLUConfig(8), HybridConfig(2, 8)):
+        assert part.initial_std is not None
         assert at_width(part, mup, WIDE).initial_std == pytest.approx(part.initial_std / 2)
         assert at_width(part, mup, BASE) == part
     assert at_width(MambaConfig(), mup, WIDE) == MambaConfig()
@@ -157,7 +159,9 @@ def test_a_rank_of_its_own_gives_dt_proj_a_constant_rate() -> None:
     found = {}
     for rank in (None, 2):
         mixer = MambaConfig(dt_rank=rank).build(Slot(WIDE))
-        found[rank] = "weight" in mixer.get_submodule("dt_proj").fan_in
+        dt_proj = mixer.get_submodule("dt_proj")
+        assert isinstance(dt_proj, Linear)
+        found[rank] = "weight" in dt_proj.fan_in
     assert found == {None: True, 2: False}
 
 
