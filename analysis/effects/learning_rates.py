@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from analysis.tables.frames import columns_of, floats, groups, keep, strings, where
+from analysis.tables.frames import columns_of, floats, groups, keep, means, strings, where
 from analysis.tables.run_table import Table, final
 from analysis.validity.refusal import Refusal
 
@@ -144,3 +144,9 @@ def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> float:
         return math.nan
     curvature, slope, _ = np.polyfit(x[near] - x[best], y[near], 2)
     return float(x[best] - slope / (2 * curvature)) if curvature > 0 else math.nan
+
+
+def rungs_of(trials: pd.DataFrame) -> list[str]:
+    """The rungs of a search, from the smallest."""
+    sizes = means(trials, ["rung"], ["nominal_parameters"]).sort_values("nominal_parameters")
+    return [str(rung) for rung in sizes.index]

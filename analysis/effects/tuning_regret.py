@@ -17,7 +17,7 @@ from analysis.effects.tuning_rule import (
     own_optima,
 )
 from analysis.fitting.valleys import rise
-from analysis.tables.frames import columns_of, floats, groups, keep, strings
+from analysis.tables.frames import columns_of, floats, groups, keep, means, strings
 
 QUANTILES = (0.025, 0.975)
 REGRET_COLUMNS = [
@@ -86,8 +86,9 @@ def sharing_costs(trials: pd.DataFrame, noise: float, seed: int) -> pd.DataFrame
 
 def summary(costs: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Means over cells; their intervals are averaged, as cells of one rung share errors."""
-    found = costs.groupby(by, sort=False)[["percent", "low", "high"]].mean()
-    return found.assign(largest=costs.groupby(by, sort=False)["percent"].max()).reset_index()
+    found = means(costs, by, ["percent", "low", "high"])
+    largest = costs.groupby(by, sort=False)["percent"].max()
+    return found.assign(largest=largest).reset_index()
 
 
 def _of(own: Own, mine: np.ndarray) -> Own:

@@ -9,13 +9,15 @@ from matplotlib.figure import Figure
 
 from analysis.effects.contrasts import Contrast
 from analysis.effects.seed_noise import Detectable
+from analysis.effects.trend import trend
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
 from analysis.inference.intervals import Interval
 from analysis.study.study import Study
 from analysis.tables.frames import floats, where
 from analysis.validity.refusal import Refusal
-from analysis.words.sentences import largest_effect, short_effect
+from analysis.words.sentences import short_effect
+from analysis.words.trend import trend_sentence
 
 
 def draw_effects_by_size(study: Study) -> Iterator[ReportFigure]:
@@ -41,7 +43,7 @@ def draw_effects_by_size(study: Study) -> Iterator[ReportFigure]:
         axes[0].set_ylabel("difference of loss [%]")
     yield ReportFigure(
         "effects_by_size",
-        _title(study, by_factor),
+        _title(by_factor),
         _caption(study, by_factor),
         figure,
         _data(by_factor),
@@ -69,6 +71,10 @@ def plot_effect_by_size(
         across = floats(sizes, "parameters") * 1.06**place
         ax.axhspan(mean.low, mean.high, color=colour, alpha=0.16, lw=0)
         ax.axhline(mean.estimate, color=colour, lw=1.0)
+        if len(contrasts) == 1:
+            # A thin line per token budget: whether the effect also grows with tokens.
+            for _, budget in trend(contrast).places.groupby("tokens"):
+                ax.plot(budget["parameters"], budget["percent"], color=colour, lw=0.8, alpha=0.5)
         for size, x in zip(sizes["rung"], across, strict=True):
             pairs = 100 * np.expm1(floats(where(contrast.pairs, "rung", size), "difference"))
             ax.plot(np.full(len(pairs), x), pairs, "_", color=colour, ms=7, mew=0.8, alpha=0.6)
@@ -83,9 +89,12 @@ def plot_effect_by_size(
     ax.set_xlabel("parameters N")
 
 
-def _title(study: Study, by_factor: dict[str, list[Contrast]]) -> str:
-    parts = [f"{factor} {largest_effect(contrasts)}" for factor, contrasts in by_factor.items()]
-    return f"Effect against model size on {study.table.neutral_set}: {', '.join(parts)}"
+def _title(by_factor: dict[str, list[Contrast]]) -> str:
+    largest = [
+        max(contrasts, key=lambda each: abs(each.effect.estimate))
+        for contrasts in by_factor.values()
+    ]
+    return " ".join(trend_sentence(each) for each in largest)
 
 
 def _caption(study: Study, by_factor: dict[str, list[Contrast]]) -> str:
@@ -94,7 +103,8 @@ def _caption(study: Study, by_factor: dict[str, list[Contrast]]) -> str:
     sizes = max(len(each.by_size) for each in contrasts)
     text = (
         f"n = {pairs} matched pairs of runs at {sizes} sizes. Marks: mean of a size; thin bars: "
-        "its pairs of runs, one per token budget and seed. Line and band: mean over sizes with its "
+        "its pairs of runs, one per token budget and seed; thin lines: one per token budget, where "
+        "there is one contrast. Line and band: mean over sizes with its "
         "95 % t interval. A size has no interval of its own, as its pairs share training."
     )
     floors = study.answer.detectable

@@ -6,10 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from analysis.effects.learning_rates import rungs_of
 from analysis.effects.tuning_rule import CELL, Rules
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
-from analysis.tables.frames import floats, groups, keep, strings, where
+from analysis.tables.frames import floats, groups, keep, means, strings, where
 from analysis.words.numbers import with_unit
 from analysis.words.tuning_rules import edge
 
@@ -21,7 +22,7 @@ _STYLES = ("-", "--", ":", "-.")
 def draw_search(trials: pd.DataFrame, rules: Rules, own: pd.DataFrame) -> ReportFigure:
     """A panel per architecture and rung, a colour per horizon and a line style per batch."""
     names = list(dict.fromkeys(strings(trials, "architecture").tolist()))
-    rungs = trials.groupby("rung")["nominal_parameters"].first().sort_values().index.tolist()
+    rungs = rungs_of(trials)
     horizons = np.unique(floats(trials, "horizon_tokens"))
     batches = np.unique(floats(trials, "batch_tokens"))
     with panels.styled():
@@ -62,7 +63,7 @@ def _panel(
     for (horizon, batch), cell in groups(finite, ["horizon_tokens", "batch_tokens"]):
         colour = panels.COLOURS[int(np.searchsorted(horizons, horizon)) % 6]
         style = _STYLES[int(np.searchsorted(batches, batch)) % 4]
-        line = cell.groupby("learning_rate", as_index=False)["loss_nats"].mean()
+        line = means(cell, ["learning_rate"], ["loss_nats"]).sort_index().reset_index()
         x, y = floats(line, "learning_rate"), floats(line, "loss_nats")
         seen = y < floor * np.exp(ROOM + np.log(y.min() / floor))
         ax.plot(x[seen], y[seen], style, color=colour, lw=1.2, marker=".", ms=3)

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from analysis.effects.learning_rates import SEED_NOISE, rate_trials
+from analysis.effects.learning_rates import SEED_NOISE, rate_trials, rungs_of
 from analysis.effects.tuning_regret import regrets, sharing_costs
 from analysis.effects.tuning_rule import fit_rules, fitted_trials, own_optima
 from analysis.figures.tuning_figures import draw_search
@@ -67,16 +67,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _answer(options: argparse.Namespace) -> list[str]:
     trials = read_trials(options.folders)
-    sizes = trials.groupby("rung")["nominal_parameters"].first().sort_values()
-    rungs = [str(rung) for rung in sizes.index]
+    rungs = rungs_of(trials)
     unseen = options.unseen or rungs[-1]
-    # Every rung's regret is of a rule without it; the rule itself leaves out the one named unseen.
+    # Every rung's regret is of a rule without it.
     costs = pd.concat(
         [regrets(trials, rung, options.noise, 0) for rung in dict.fromkeys([*rungs, unseen])],
         ignore_index=True,
     )
-    rules = fit_rules(keep(trials, strings(trials, "rung") != unseen), options.noise, 0)
-    whole = fit_rules(trials, options.noise, 0)
+    rules = fit_rules(trials, options.noise, 0)
+    without = fit_rules(keep(trials, strings(trials, "rung") != unseen), options.noise, 0)
     own = own_optima(fitted_trials(trials), options.noise, 0).cells
     sharing = sharing_costs(trials, options.noise, 0)
     name = options.name or "+".join(folder.name for folder in options.folders)
@@ -92,11 +91,10 @@ def _answer(options: argparse.Namespace) -> list[str]:
     sharing.to_csv(out / "sharing.csv", index=False, float_format="%.6g")
     draw_search(trials, rules, own).save(out)
     return [
-        f"{len(trials)} trials of {len(options.folders)} folders; the rule is fitted without "
-        f"{unseen}",
+        f"{len(trials)} trials; the rules:",
         *rule_lines(rules),
-        f"The same with {unseen}, for comparison:",
-        *rule_lines(whole),
+        f"The same without {unseen}, which they are judged at:",
+        *rule_lines(without),
         *regret_lines(costs, unseen),
         *sharing_lines(sharing),
         *open_lines(trials),
