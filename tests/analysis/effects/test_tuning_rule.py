@@ -101,14 +101,19 @@ def test_cells_off_the_rule_widen_it(places):
 
 def test_regret_at_an_unseen_rung_is_the_true_one():
     # The largest rung wants twice the rule's rate, which its trials bracket.
-    trials = search(np.random.default_rng(2), moved={"160k": 1.0})
-    found = regrets(trials, "160k", NOISE, 0)
-    gentle = found[found["architecture"] == "gentle"]
     truth = 100 * np.expm1(true_rise("gentle", -1.0))
-    covered = (gentle["low"] <= truth) & (truth <= gentle["high"])
-    assert covered.mean() > 0.8
-    np.testing.assert_allclose(gentle["percent"].mean(), truth, rtol=0.25)
-    assert (found["optimism_percent"] >= 0).all()
+    covered, estimates = [], []
+    for draw in range(8):
+        trials = search(np.random.default_rng(100 + draw), moved={"160k": 1.0})
+        found = regrets(trials, "160k", NOISE, 0)
+        gentle = found[found["architecture"] == "gentle"]
+        covered.append((gentle["low"] <= truth) & (truth <= gentle["high"]))
+        estimates.append(gentle["percent"].mean())
+        # Zero where one trial is far below the others, within the error of 2,000 draws.
+        assert (found["optimism_percent"] > -100 * 4 * NOISE / np.sqrt(2000)).all()
+    # Of 60 intervals of 10 draws 88 % held the truth; cells of a draw share their rule.
+    assert np.mean(covered) > 0.8
+    np.testing.assert_allclose(np.mean(estimates), truth, rtol=0.25)
 
 
 def test_a_right_rule_has_no_regret_worth_naming():
@@ -140,7 +145,7 @@ def test_diverged_and_far_trials_are_not_fitted():
 
 def test_a_design_that_cannot_tell_size_from_batch_is_refused():
     trials = search(np.random.default_rng(6))
-    pairs = dict(zip(SIZES, (512.0, 1024.0, 1024.0), strict=True))
+    pairs = {"20k": 512.0, "68k": 1024.0}
     tied = trials[trials["rung"].map(pairs) == trials["batch_tokens"]]
     with pytest.raises(ValueError, match="vary together"):
         fit_rules(tied, NOISE, 0)
