@@ -24,6 +24,7 @@ BRACKETED = "bracketed"
 FLAT = "flat within noise"
 INSIDE = "off, optimum inside"
 EDGE = "not bracketed"
+ONE_SIDED = "one side tried"
 UNCHECKED = "not checked"
 BEYOND = 0.5
 """How far outside the tried factors a parabola is followed, in doublings."""
@@ -40,7 +41,8 @@ class Gap:
         direction: a key of DIRECTIONS.
         verdict: BRACKETED, both neighbours are worse beyond noise; FLAT, none is better beyond
             noise; INSIDE, one is, and the lowest loss lies among the tried factors; EDGE, it may
-            lie outside; UNCHECKED, a probe has no loss.
+            lie outside; ONE_SIDED, the study tries factors on one side alone, and none is better
+            beyond noise; UNCHECKED, a probe has no loss.
         gap: ln L of the run in use above the lowest; without upper end where EDGE.
         error: standard error of its estimate, from the upper end, as gaps are skewed.
         best_factor: on the choice in use, where loss is lowest; of EDGE, the best that was tried.
@@ -209,8 +211,10 @@ def _verdict(tried: _Tried, complete: bool) -> str:
     interior = 0 < tried.best < len(tried.x) - 1
     if tried.clearly_better:
         return INSIDE if interior or _vertex_inside(tried) else EDGE
-    if not complete or len(tried.x) < 3:
+    if not complete:
         return UNCHECKED
+    if tried.x[0] == 0 or tried.x[-1] == 0:
+        return ONE_SIDED
     own = int(np.flatnonzero(tried.x == 0)[0])
     beside = [each for each in (own - 1, own + 1) if 0 <= each < len(tried.x)]
     worse = [tried.change[each] > tried.quantile * tried.errors[each] for each in beside]

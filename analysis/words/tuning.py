@@ -7,14 +7,23 @@ import numpy as np
 import pandas as pd
 
 from analysis.effects.answer import Arm
-from analysis.effects.tuning import BRACKETED, DIRECTIONS, EDGE, FLAT, INSIDE, UNCHECKED, Gap
+from analysis.effects.tuning import (
+    BRACKETED,
+    DIRECTIONS,
+    EDGE,
+    FLAT,
+    INSIDE,
+    ONE_SIDED,
+    UNCHECKED,
+    Gap,
+)
 from analysis.tables.frames import floats
 from analysis.tables.run_table import Table, has_evidence
 from analysis.validity.refusal import Refusal
 from analysis.words.numbers import bracketed, with_unit
 from analysis.words.sentences import short_effect
 
-WORST_FIRST = (EDGE, UNCHECKED, INSIDE, FLAT, BRACKETED)
+WORST_FIRST = (EDGE, UNCHECKED, ONE_SIDED, INSIDE, FLAT, BRACKETED)
 SLACK = 1.05
 """Sizes and budgets this close to a searched range count as inside: shapes match within 1 %."""
 RANGES = {"parameters": "nominal_parameters", "tokens": "tokens", "batch_tokens": "batch_tokens"}
@@ -62,7 +71,7 @@ def gaps_numbers(gaps: Sequence[Gap]) -> pd.DataFrame:
 
 def gaps_sentence(gaps: Sequence[Gap]) -> str:
     """What the probes found, the worst first; where all is well, that no more loss can be had."""
-    bad = [each for each in gaps if each.verdict in (EDGE, INSIDE, UNCHECKED)]
+    bad = [each for each in gaps if each.verdict in (EDGE, INSIDE, ONE_SIDED, UNCHECKED)]
     if not bad:
         most = max(each.gap.high for each in gaps)
         return (
@@ -74,6 +83,7 @@ def gaps_sentence(gaps: Sequence[Gap]) -> str:
     for verdict, words in (
         (EDGE, "not bracketed"),
         (INSIDE, "off, and corrected for"),
+        (ONE_SIDED, "no worse than the one side that was tried"),
         (UNCHECKED, "not checked, as a probe has no loss yet"),
     ):
         names = [

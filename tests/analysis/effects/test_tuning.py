@@ -7,7 +7,17 @@ import pandas as pd
 import pytest
 
 from analysis.effects.seed_noise import ASSUMED_SEED_SD
-from analysis.effects.tuning import BRACKETED, EDGE, FLAT, INSIDE, UNCHECKED, Gap, tuning_gaps
+from analysis.effects.tuning import (
+    BRACKETED,
+    EDGE,
+    FLAT,
+    INSIDE,
+    ONE_SIDED,
+    UNCHECKED,
+    Gap,
+    tuning_gaps,
+    unchecked,
+)
 from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.probes import PROBE_COLUMNS
 from analysis.tables.run_table import COLUMNS, RUN_COLUMNS, Table
@@ -148,6 +158,14 @@ def test_a_missing_probe_leaves_the_choice_unchecked_unless_the_other_one_is_bet
     assert half.gap.high > 0.0
     better = gap({0.5: -0.1, 2.0: None})
     assert better.verdict == EDGE
+
+
+def test_probes_on_one_side_say_so_unless_they_are_better():
+    worse = gap({2.0: 0.08}, direction="batch_factor")
+    assert worse.verdict == ONE_SIDED
+    assert worse.missing == ()
+    assert unchecked((worse,)) is None
+    assert gap({2.0: -0.08}, direction="batch_factor").verdict == EDGE
 
 
 def test_documents_on_which_the_runs_differ_widen_the_interval():

@@ -75,7 +75,8 @@ def test_a_page_refuses_its_headline_where_an_arm_is_eight_times_off(
     assert "not answered: an arm&#39;s learning rate or batch is not bracketed" in title(text)
     assert "R-TUNING" in text
     assert f"transformer r100k at 0.25 x its {choice}" in text
-    assert f"not bracketed: the {choice} of transformer at r9k" in text
+    named = (f"the {choice} of transformer at {rung}" for rung in ("r100k", "r9k"))
+    assert f"not bracketed: {', '.join(named)}." in text
 
 
 def test_a_study_without_probes_says_that_tuning_was_not_checked(tmp_path: Path) -> None:
