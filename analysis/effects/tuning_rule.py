@@ -258,7 +258,7 @@ def _with_strays(rules: Rules, mapping: np.ndarray, optima: Own) -> Rules:
     away = floats(own, "log2_rate") - rules.log2_rate(own)
     group = _codes(own, SHARED_TRUNKS)
     count = int(group.max()) + 1
-    mean = np.eye(count)[group].T / np.bincount(group)[:, None]
+    mean = (np.eye(count)[group] * np.bincount(group) ** -1.0).T
     design = _design(own, rules.architectures, rules.pivot, mapping)
     spare = max(count - np.linalg.matrix_rank(mean @ design), 1)
     excess = np.sum((mean @ away) ** 2) / spare - np.mean(np.var(mean @ noise, axis=1))

@@ -116,7 +116,7 @@ def evaluation_error(tokens: int | None) -> float:
     documents have less. None, for a set of unknown size, leaves the measured error.
     """
     measured = USUAL.noise.evaluation
-    return measured if tokens is None else measured * float(np.sqrt(MEASURED_TOKENS / tokens))
+    return measured if tokens is None else measured * (tokens / MEASURED_TOKENS) ** -0.5
 
 
 def expect(grid: pd.DataFrame, assumed: Assumed) -> list[Expected]:
