@@ -115,6 +115,8 @@ def sweep_tree(group: Group) -> dict[str, Any]:
     tree["ladders"]["default"]["rungs"] = ["10k"]
     if group.path.startswith("ladders.<name>.replicates"):
         tree["ladders"]["default"]["replicates"] = {"rungs": ["10k"], "seeds": [18]}
+    if group.path.startswith("recipes"):
+        tree["recipes"] = {"mine": {}}
     return tree
 
 

@@ -12,13 +12,17 @@ from sweeps.config import LauncherConfig
 
 SCALING = "sweeps/scaling.yaml"
 MIXTURE = "corpora.embedded.mixtures.mostly_python.domains"
-SIXTEEN_RANKS = ("launcher.cluster=slurm", "execution.ranks=16", "ladders.nano.batch_tokens=4096")
+SIXTEEN_RANKS = ("launcher.cluster=slurm", "execution.ranks=16", "ladders.nano.batch_tokens=8192")
 SHARDED = ["execution.ranks=2", "execution.sequence_parallel=2"]
 NYSTROM = ["objective=masked_lm", "model.blocks.a.mixer={kind: nystrom, n_heads: 2}"]
 
 LATE = [
     (["execution.ranks=3"], "execution.ranks 3"),
-    (["execution.ranks=8", "execution.threads=64"], "need 512 slots"),
+    (
+        ["execution.ranks=8", "execution.threads=64", "optimizer.batch_tokens=4096"],
+        "need 512 slots",
+    ),
+    (["execution.ranks=8"], "each rank reads whole blocks of 2"),
     (["execution.threads=1000"], "need 1000 slots"),
     (["launcher.cluster=inline", "execution.ranks=2"], "inline trains in one process"),
     (["execution.device=cuda"], "no GPU here"),
