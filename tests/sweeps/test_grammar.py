@@ -158,7 +158,10 @@ MORE = "optimizer.weight_decay=0.2"
             ],
             "optimizer.learning_rate",
         ),
-        (["execution.ranks=2", "ladders.default.execution.ranks=1"], "execution.ranks"),
+        (
+            ["ladder=nano", "execution.ranks=2", "ladders.nano.execution.ranks=1"],
+            "execution.ranks",
+        ),
         (["model.tied=false", "ladders.default.model={tied: true}"], "model.tied"),
         (["corpora.embedded.mixtures.mostly_python_repeated.unique_bytes=1"], "not trained on"),
         (["ladder=evening", "corpora.embedded.epoch_blocks=8192"], "gives way"),
