@@ -51,7 +51,7 @@ class MupConfig:
         """1 / m of the table."""
         return self.base_width / d_model
 
-    def head_share(self, head_dim: float) -> float:
+    def head_share(self, head_dim: int | float) -> float:
         """1 / k of the table."""
         return 1.0 if self.base_head_dim is None else self.base_head_dim / head_dim
 
