@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.training.rate_transfer
     trains what the table lacks, about five minutes of one core, and draws the figure
-python -m tests.benchmarks.training.rate_transfer --architectures mamba --table /tmp/mamba.csv
+python -m tests.benchmarks.training.rate_transfer --architectures mamba --table mamba.csv
     one architecture, into another table
 
 Model, optimizer, schedule and corpus are those of a sweep; every run of a seed reads the same
