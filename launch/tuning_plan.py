@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from launch.plan import Plan, duration, is_search
 from sweeps.architecture import ArchitectureConfig, read_architectures
 from sweeps.config import PowerRule
-from sweeps.optimizer_of import place_of
 from sweeps.recipes import arms
+from sweeps.tuning_rule import Place, TuningRule
 from trainer.config import RunConfig
 
 
@@ -40,17 +40,20 @@ def _of(name: str, plan: Plan, runs: Sequence[RunConfig]) -> Iterator[str]:
         yield f"{name}: {rates}, by {rule_of}{_scaled(architecture)}"
     elif rule is not None:
         yield f"{name}: {rates}, by its own rule (search {rule.search})"
-        for run in {run.rung: run for run in runs}.values():
-            batch = run.optimizer.batch_tokens
-            found = rule.outside(place_of(ladder, run.nominal_parameters, batch))
-            if found:
-                yield f"  outside the search at {run.rung}: {', '.join(found)}"
+        yield from dict.fromkeys(_outside(rule, run) for run in runs if _outside(rule, run))
+
+
+def _outside(rule: TuningRule, run: RunConfig) -> str:
+    """What of a run lies outside the search, each budget by itself; empty if nothing does."""
+    batch = run.optimizer.batch_tokens
+    found = rule.outside(Place(run.nominal_parameters, run.budget.tokens, batch))
+    return f"  outside the search at {run.rung}: {', '.join(found)}" if found else ""
 
 
 def _rates(runs: Sequence[RunConfig]) -> str:
-    rates = f"{peak(runs[0]):.2g} at {runs[0].rung}"
+    rates = f"{runs[0].optimizer.peak:.2g} at {runs[0].rung}"
     if runs[-1].rung != runs[0].rung:
-        rates += f" to {peak(runs[-1]):.2g} at {runs[-1].rung}"
+        rates += f" to {runs[-1].optimizer.peak:.2g} at {runs[-1].rung}"
     return rates
 
 
@@ -63,11 +66,6 @@ def _scaled(architecture: ArchitectureConfig) -> str:
     if scale == 1:
         return ""
     return f" x {scale:g} ({architecture.learning_rate_evidence or 'no evidence stated'})"
-
-
-def peak(run: RunConfig) -> float:
-    """The peak learning rate, the architecture's factor included."""
-    return run.optimizer.learning_rate * run.optimizer.learning_rate_scale
 
 
 def _probe_line(plan: Plan) -> str:

@@ -16,8 +16,6 @@ from analysis.validity.refusal import Refusal
 CELL = ["architecture", "rung", "corpus", "horizon_tokens"]
 SEARCH = 3
 """Learning rates in one cell from which a sweep counts as a search over them."""
-SEED_NOISE = 0.006
-"""Standard deviation of ln L between seeds where no search says it: that of the small rungs."""
 TRIAL_COLUMNS = [*CELL, "learning_rate", "loss_nats", "runs", "diverged", "uniform_nats"]
 RUN_TRIAL_COLUMNS = [
     "run_id", "trunk_id", "search", "status", *CELL, "batch_tokens", "nominal_parameters", "seed",

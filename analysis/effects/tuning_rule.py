@@ -23,6 +23,8 @@ AXES = {
 CELL = ["architecture", "rung", "corpus", "horizon_tokens", "batch_tokens"]
 SHARED_TRUNKS = ["architecture", "rung", "corpus", "batch_tokens"]
 """What cells have in common whose trials come from the same trunks."""
+SIZES = ["architecture", "rung", "corpus"]
+"""What cells have in common that lie off a rule together: the shape of a rung."""
 WINDOW = 0.15
 """Trials whose ln L is further above their cell's best are not fitted: far from it, a model that
 fails to learn ends on a plateau."""
@@ -256,7 +258,7 @@ def _with_strays(rules: Rules, mapping: np.ndarray, optima: Own) -> Rules:
     """
     own, noise = optima.cells, optima.centres.T
     away = floats(own, "log2_rate") - rules.log2_rate(own)
-    group = _codes(own, SHARED_TRUNKS)
+    group = _codes(own, SIZES)
     count = int(group.max()) + 1
     mean = (np.eye(count)[group] * np.bincount(group) ** -1.0).T
     design = _design(own, rules.architectures, rules.pivot, mapping)

@@ -9,6 +9,7 @@ from analysis.study.study import Study
 from analysis.tables.frames import where
 from analysis.tables.run_table import FLOP_CONVENTIONS, Table
 from analysis.validity.refusal import Refusal
+from analysis.words.machine_use import use_sentence
 from analysis.words.sentences import (
     contrast_note,
     contrast_sentence,
@@ -55,6 +56,7 @@ def answers(study: Study, findings: Findings | None) -> list[tuple[str, str, str
     for arm in answer.arms:
         rows += _arm_answers(arm, len(answer.arms) > 1)
     rows.append(("Evaluation set", evaluation_sentence(study.points), ""))
+    rows.append(("Use of the machine", use_sentence(study.table), "Of matrix products alone."))
     return [each for each in dict.fromkeys(rows) if each[1]]
 
 

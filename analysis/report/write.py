@@ -86,7 +86,7 @@ def fingerprint(table: Table) -> str:
     """A hash of everything that a table holds, and of the code that makes a page of it."""
     parts = [table.rows.to_json(), table.runs.to_json(), repr(table.exclusions), table.neutral_set]
     parts += [table.baselines.to_json(), table.ladder.to_json(), table.training.to_json()]
-    parts += [table.probes.to_json()]
+    parts += [table.probes.to_json(), table.use.to_json()]
     parts += [repr(table.tuning), repr(table.rate_factors)]
     here = Path(__file__).parents[1]
     parts += [file.read_text() for file in sorted([*here.rglob("*.py"), *here.rglob("*.html")])]

@@ -65,7 +65,7 @@ def falls_with_size(rows: pd.DataFrame) -> Check:
         logs, runs = floats(sizes, "log_loss"), floats(sizes, "runs")
         steps = np.diff(logs)
         allowed = 1.96 * sd * np.sqrt(1 / runs[1:] + 1 / runs[:-1])
-        place = f"{key[0]} on {key[1]} at {_millions(key[2])} tokens"
+        place = f"{key[0]} on {key[1]} at {_millions(float(key[2]))} tokens"
         names = strings(sizes, "rung")
         rises += [
             f"{place}, {names[i]} to {names[i + 1]}: {100 * np.expm1(steps[i]):+.1f} %"
@@ -88,8 +88,8 @@ def _by_size(cell: pd.DataFrame) -> pd.DataFrame:
     return sizes.assign(runs=runs).sort_values("parameters").reset_index()
 
 
-def _millions(tokens: object) -> str:
-    return f"{float(str(tokens)) / 1e6:.3g} M"
+def _millions(tokens: float) -> str:
+    return f"{tokens / 1e6:.3g} M"
 
 
 def forecast_of_the_largest(rows: pd.DataFrame) -> Check:
@@ -114,7 +114,7 @@ def forecast_of_the_largest(rows: pd.DataFrame) -> Check:
     detail = (
         f"{largest}: {int(inside.sum())} of {len(held)} runs inside their 95 % intervals; the "
         f"largest error is {100 * errors[worst]:+.1f} % ({run['architecture']} on {run['corpus']} "
-        f"at {_millions(run['tokens'])} tokens)"
+        f"at {_millions(float(floats(held, 'tokens')[worst]))} tokens)"
     )
     return Check(
         name, bool(inside.all() and np.abs(errors).max() <= ALLOWED_FORECAST_ERROR), detail

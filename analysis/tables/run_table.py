@@ -6,6 +6,7 @@ import pandas as pd
 
 from analysis.tables.document_losses import DocumentLosses
 from analysis.tables.frames import columns_of, keep
+from analysis.tables.machine_use import USE_COLUMNS
 from analysis.tables.probes import PROBE_COLUMNS
 from analysis.tables.training_curves import training_curves
 
@@ -118,6 +119,7 @@ class Table:
         default_factory=lambda: pd.DataFrame(columns=pd.Index(PROBE_COLUMNS))
     )
     training: pd.DataFrame = field(default_factory=lambda: training_curves([], []))
+    use: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=pd.Index(USE_COLUMNS)))
     documents: dict[str, dict[str, DocumentLosses]] = field(default_factory=dict)
     folder: str = ""
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.tables.document_losses import DocumentLosses, read_document_losses
+from analysis.tables.machine_use import machine_use
 from analysis.tables.probes import probe_frame, read_factors
 from analysis.tables.quarantine import DAMAGED, open_runs
 from analysis.tables.run_table import (
@@ -71,6 +72,7 @@ def load(root: Path) -> Table:
             _frame(list(states.values()), RUN_COLUMNS),
             neutral_set,
         ),
+        use=machine_use(stored + trunks + probes),
         exclusions=tuple(
             [each for each in exclusions if each is not None] + other_evaluations + failures
         ),

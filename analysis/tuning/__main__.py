@@ -18,7 +18,8 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from analysis.effects.learning_rates import SEED_NOISE, rate_trials, rungs_of
+from analysis.effects.learning_rates import rate_trials, rungs_of
+from analysis.effects.seed_noise import ASSUMED_SEED_SD
 from analysis.effects.tuning_regret import regrets, sharing_costs
 from analysis.effects.tuning_rule import fit_rules, fitted_trials, own_optima
 from analysis.figures.tuning_figures import draw_search
@@ -58,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         "--unseen", help="rung that the rule is fitted without and judged at (default: the largest)"
     )
     parser.add_argument(
-        "--noise", type=float, default=SEED_NOISE, help="sd of ln L between seeds (default: 0.006)"
+        "--noise",
+        type=float,
+        default=ASSUMED_SEED_SD,
+        help="sd of ln L between seeds (default: 0.006)",
     )
     parser.add_argument("--name", help="name of the search in the YAML (default: the folders')")
     parser.add_argument("--out", type=Path, help="where files go (default: FOLDER/rules)")

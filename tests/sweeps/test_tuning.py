@@ -186,6 +186,9 @@ def test_a_plan_says_where_rates_come_from(tuned: None, tmp_path: Path) -> None:
     assert "outside the search" not in tuned_lines
     far = lines("ladders.nano.learning_rate=null", "ladders.nano.rungs=[10k, 97k]")
     assert "outside the search at 97k: N 9.75e+04 (searched 9e+03 to 2e+04)" in far
+    # Each budget counts, not the mean of those that share a trunk.
+    long = lines("ladders.nano.learning_rate=null", "ladders.nano.horizons=[225280, 901120]")
+    assert "outside the search at 10k: tokens 9.01e+05 (searched 2.25e+05 to 4.51e+05)" in long
     assert lines("ladders.nano.learning_rate_factors=[1,2]") == ""
 
 
