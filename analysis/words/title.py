@@ -47,10 +47,12 @@ def _compared(place: str, ratio: Interval) -> str:
         high = 1 / ratio.low if ratio.low > 0 else math.inf
         times = Interval(1 / ratio.estimate, 1 / ratio.high, high, ratio.method)
     if times.low > 1:
-        most = "at least " if not math.isfinite(times.high) else ""
+        # Without an upper end the estimate says little: only the lower end is known.
+        known = math.isfinite(times.high)
+        often = f"{times.estimate:.2g}" if known else f"at least {times.low:.2g}"
         return (
-            f"{place}, changing the {larger} moved the loss {most}{times.estimate:.2g} times as "
-            f"much as changing the {smaller}"
+            f"{place}, changing the {larger} moved the loss {often} times as much as changing the "
+            f"{smaller}"
         )
     if times.low > 1 / SAME_ORDER and times.high < SAME_ORDER:
         return (
