@@ -106,8 +106,9 @@ def tuned_sentence(arm: Arm) -> str:
     change = f"{tuned.other} instead of {tuned.baseline}"
     if tuned.open_ended:
         return (
-            f"With both arms at their best, {change} changes loss by at least "
-            f"{short_effect(tuned)}; the better arm is not bracketed and may gain more."
+            f"With both arms at the best that was tried, {change} changes loss by "
+            f"{short_effect(tuned)}; an arm is not bracketed, so that the effect has no limit on "
+            "one side."
         )
     if tuned.effect.estimate == measured.effect.estimate:
         return ""
