@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis.tuning.__main__ import main as fit_rules
 from tests.launch.command import ROOT, command, forked
 
 TEXT = (ROOT / "README.md").read_text()
@@ -30,17 +31,29 @@ OWN = [line for line in LINES if "mine" in line]
 SWEEPS = [line for line in LINES if line.startswith("python launch/sweep.py") and line not in OWN]
 TRAINS = [line for line in LINES if line.startswith("python launch/train.py")]
 FITS = [line for line in LINES if line.startswith("python -m analysis.fit")]
+RULES = [line for line in LINES if line.startswith("python -m analysis.tuning")]
 MAKES = [line for line in LINES if line.startswith("make")]
 TARGETS = sorted(set(re.findall(r"`make ([a-z-]+)`", TEXT + CONTRIBUTING)))
 
 
 def test_every_command_is_one_that_is_tested() -> None:
-    assert sorted(LINES) == sorted([*SWEEPS, *OWN, *TRAINS, *FITS, *MAKES])
+    assert sorted(LINES) == sorted([*SWEEPS, *OWN, *TRAINS, *FITS, *RULES, *MAKES])
     assert len(SWEEPS) >= 6
     assert len(OWN) >= 3
     assert TRAINS
     assert FITS
+    assert RULES
     assert MAKES
+
+
+@pytest.mark.parametrize("line", RULES)
+def test_rule_commands_read_a_sweep_folder(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # tests/analysis/test_tuning_command.py has what it answers.
+    (folder,) = (word for word in shlex.split(line) if word.startswith("runs/"))
+    assert fit_rules([str(tmp_path / folder)]) == 2
+    assert "holds no sweep.yaml" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line", SWEEPS)
