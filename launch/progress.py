@@ -1,7 +1,10 @@
 """The progress display of a sweep: each active run, the total, and the time left."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -17,34 +20,70 @@ from trainer.record import read_status
 from untrusted.paths import inside
 
 LINE_SECONDS = 15.0
+LOOK_SECONDS = 1.0
+"""Between looks at the runs' states: at many runs each costs time that training could have."""
+OVER = ("done", "extended")
+"""States of a run that is not being trained; an extended trunk may be extended further."""
 
 
-def trained_tokens(plan: Plan, unit: Unit, sweep: Path) -> int:
-    """Tokens of a unit that are trained, in this command and before it; its trunk counts once."""
+@dataclass(frozen=True)
+class Stretch:
+    """Training that a sweep counts once: a trunk to its last fork, or a branch from its fork on.
 
-    def step(folder: str) -> int:
-        return int(read_status(inside(sweep, folder)).get("step", 0))
+    Attributes:
+        first_token: of the run, from which on its tokens count here.
+        tokens: how many count.
+    """
 
-    batch = unit.branches[0].run.optimizer.batch_tokens
-    done = 0
-    if unit.trunk is not None:
-        done += min(step(unit.trunk.trunk_id), max(unit.forks)) * batch
+    title: str
+    folder: Path
+    batch_tokens: int
+    first_token: int
+    tokens: int
+
+    def trained(self, status: dict) -> int:
+        """Tokens of it that are trained, by the status of its run."""
+        reached = int(status.get("step", 0)) * self.batch_tokens
+        return min(max(0, reached - self.first_token), self.tokens)
+
+
+def stretches(plan: Plan, sweep: Path) -> dict[str, tuple[Stretch, ...]]:
+    """The stretches of every unit of a plan, by the unit's name."""
+    found: dict[str, list[Stretch]] = {}
+    for unit in plan.units:
+        found[unit.name] = []
+        if unit.trunk is not None:
+            batch = unit.trunk.run.optimizer.batch_tokens
+            folder = inside(sweep, unit.trunk.trunk_id)
+            title = _title(unit.trunk, "trunk")
+            found[unit.name].append(Stretch(title, folder, batch, 0, max(unit.forks) * batch))
     for planned in plan.runs:
-        if planned.unit is unit:
-            start = planned.experiment.run.budget.tokens - planned.new_tokens
-            done += max(0, step(planned.experiment.folder_name) * batch - start)
-    return done
+        run, new = planned.experiment.run, planned.new_tokens
+        folder = inside(sweep, planned.experiment.folder_name)
+        title = _title(planned.experiment, f"{run.budget.tokens / 1e6:.2f} M")
+        batch, first = run.optimizer.batch_tokens, run.budget.tokens - new
+        found[planned.unit.name].append(Stretch(title, folder, batch, first, new))
+    return {name: tuple(mine) for name, mine in found.items()}
+
+
+def trained_tokens(mine: Sequence[Stretch]) -> int:
+    """Tokens that are trained, in this command and before it; a trunk counts once."""
+    return sum(each.trained(read_status(each.folder)) for each in mine)
 
 
 class Progress:
     """A live table on a terminal; elsewhere, such as in a log file, a line every 15 seconds."""
 
     def __init__(self, plan: Plan, sweep: Path, todo: list[Unit], console: Console) -> None:
-        self._plan, self._sweep, self._todo, self._console = plan, sweep, todo, console
-        self._begin = time.monotonic()
-        self._before = {unit.name: trained_tokens(plan, unit, sweep) for unit in todo}
-        self._total = sum(unit.tokens for unit in todo)
-        self._spoke = self._begin
+        known = stretches(plan, sweep)
+        self._todo = {unit.name: known[unit.name] for unit in todo}
+        self._seconds = {unit.name: plan.seconds[unit.name] / max(unit.tokens, 1) for unit in todo}
+        self._total = {unit.name: unit.tokens for unit in todo}
+        self._console = console
+        self._ended: dict[Path, dict] = {}
+        self._begin = self._spoke = time.monotonic()
+        self._looked = -math.inf
+        self._before = self._trained(self._statuses())
         self._live = Live(console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Callable[[], None]:
@@ -57,60 +96,73 @@ class Progress:
             self._live.stop()
 
     def tick(self) -> None:
-        """Update the display."""
-        trained = self._trained()
+        """Update the display, where it is time to."""
+        now = time.monotonic()
         if self._live.is_started:
-            self._live.update(Group(self._running_table(), self._overall(trained)))
-        elif time.monotonic() - self._spoke > LINE_SECONDS:
-            self._spoke = time.monotonic()
-            self._console.print(self._line(trained), highlight=False)
+            if now - self._looked > LOOK_SECONDS:
+                self._looked = now
+                seen = self._statuses()
+                self._live.update(Group(self._running_table(seen), self._overall(seen)))
+        elif now - self._spoke > LINE_SECONDS:
+            self._spoke = now
+            self._console.print(self._line(self._statuses()), highlight=False)
 
-    def _trained(self) -> int:
-        """Tokens trained so far, each trunk counted once."""
-        return sum(trained_tokens(self._plan, unit, self._sweep) for unit in self._todo)
+    def _statuses(self) -> dict[Path, dict]:
+        """The status of every run; that of one with nothing left to train is read once."""
+        found = {}
+        for each in chain.from_iterable(self._todo.values()):
+            status = self._ended.get(each.folder) or read_status(each.folder)
+            found[each.folder] = status
+            if status.get("state") in OVER and each.trained(status) == each.tokens:
+                self._ended[each.folder] = status
+        return found
 
-    def _status(self, folder: str) -> dict:
-        return read_status(inside(self._sweep, folder))
+    def _trained(self, seen: dict[Path, dict]) -> dict[str, int]:
+        """Tokens trained so far of each unit, its trunk counted once."""
+        return {
+            name: sum(each.trained(seen[each.folder]) for each in mine)
+            for name, mine in self._todo.items()
+        }
 
-    def _seconds_left(self, trained: int) -> float | None:
-        new = trained - sum(self._before.values())
+    def _seconds_left(self, trained: dict[str, int]) -> float | None:
         elapsed = time.monotonic() - self._begin
-        if new <= 0 or elapsed < 5:
+        if sum(trained.values()) <= sum(self._before.values()) or elapsed < 5:
             return None
         # Tokens of larger models take longer: weigh what is left by the plan's estimates.
         done = left = 0.0
-        for unit in self._todo:
-            weight = self._plan.seconds[unit.name] / max(unit.tokens, 1)
-            now = trained_tokens(self._plan, unit, self._sweep)
-            done += weight * (now - self._before[unit.name])
-            left += weight * (unit.tokens - now)
+        for name, weight in self._seconds.items():
+            done += weight * (trained[name] - self._before[name])
+            left += weight * (self._total[name] - trained[name])
         return elapsed * max(left, 0) / max(done, 1e-9)
 
-    def _line(self, trained: int) -> str:
+    def _line(self, seen: dict[Path, dict]) -> str:
+        trained = self._trained(seen)
         left = self._seconds_left(trained)
-        running = [f"{name} {self._brief(status)}" for name, status in self._active()]
+        running = [f"{name} {self._brief(status)}" for name, status in self._active(seen)]
         return (
-            f"{trained / 1e6:.2f} of {self._total / 1e6:.2f} M tokens, "
+            f"{sum(trained.values()) / 1e6:.2f} of {sum(self._total.values()) / 1e6:.2f} M tokens, "
             f"{duration(time.monotonic() - self._begin)} elapsed, "
             f"{'time left unknown' if left is None else duration(left) + ' left'}"
             + (f" | {'; '.join(running)}" if running else "")
         )
 
-    def _overall(self, trained: int) -> Table:
+    def _overall(self, seen: dict[Path, dict]) -> Table:
+        trained = self._trained(seen)
         left = self._seconds_left(trained)
+        done, total = sum(trained.values()), sum(self._total.values())
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
             Text("total", style="bold"),
-            ProgressBar(total=self._total, completed=trained, width=40),
-            f"{trained / 1e6:.2f}/{self._total / 1e6:.2f} M tokens",
+            ProgressBar(total=total, completed=done, width=40),
+            f"{done / 1e6:.2f}/{total / 1e6:.2f} M tokens",
             f"{duration(time.monotonic() - self._begin)} elapsed",
             "" if left is None else f"{duration(left)} left",
         )
         return grid
 
-    def _running_table(self) -> Table:
+    def _running_table(self, seen: dict[Path, dict]) -> Table:
         grid = Table.grid(padding=(0, 1))
-        for name, status in self._active():
+        for name, status in self._active(seen):
             step, steps = int(status.get("step", 0)), max(int(status.get("steps", 1)), 1)
             grid.add_row(
                 name, ProgressBar(total=steps, completed=step, width=20), *self._cells(status)
@@ -129,20 +181,14 @@ class Progress:
     def _brief(self, status: dict) -> str:
         return " ".join(cell for cell in self._cells(status) if cell)
 
-    def _active(self) -> list[tuple[str, dict]]:
-        active = []
-        for unit in self._todo:
-            runs = [unit.trunk] if unit.trunk is not None else []
-            for experiment in [*runs, *unit.branches]:
-                is_trunk = experiment is unit.trunk
-                folder = experiment.trunk_id if is_trunk else experiment.folder_name
-                status = self._status(folder)
-                if status.get("state") == "running":
-                    active.append((_title(experiment, is_trunk), status))
-        return active
+    def _active(self, seen: dict[Path, dict]) -> list[tuple[str, dict]]:
+        return [
+            (each.title, seen[each.folder])
+            for each in chain.from_iterable(self._todo.values())
+            if seen[each.folder].get("state") == "running"
+        ]
 
 
-def _title(experiment: Experiment, is_trunk: bool) -> str:
+def _title(experiment: Experiment, what: str) -> str:
     run = experiment.run
-    what = "trunk" if is_trunk else f"{run.budget.tokens / 1e6:.2f} M"
     return f"{run.architecture} {run.corpus.name} {run.rung} {what}"

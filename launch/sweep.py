@@ -32,7 +32,7 @@ from launch.plan import (
     on_absent_gpu,
     plan_table,
 )
-from launch.progress import Progress, trained_tokens
+from launch.progress import Progress, stretches, trained_tokens
 from launch.run_status import RunStatus, require_same_data, survey
 from launch.study_folder import describe, earlier_study, hold, write_study
 from launch.tuning_plan import tuning_lines
@@ -44,6 +44,8 @@ from trainer.schema import ConfigError
 from untrusted.paths import PathError, inside, refuse_links
 
 REDRAW_SECONDS = 45.0
+REDRAW_PAUSE = 10.0
+"""Between two redraws, in times of what the last one took."""
 RESUBMISSIONS = 2
 EXAMPLES = """
 examples:
@@ -218,7 +220,8 @@ def _print_plan(
     }
     print_whole(console, plan_table(plan, shown))
     slots = available_slots(plan.sweep.config.launcher)
-    left = {unit.name: unit.tokens - trained_tokens(plan, unit, folder) for unit in todo}
+    known = stretches(plan, folder)
+    left = {unit.name: unit.tokens - trained_tokens(known[unit.name]) for unit in todo}
     seconds = sum(plan.seconds[u.name] * left[u.name] / max(u.tokens, 1) for u in todo)
     threads = max((u.branches[0].execution.threads for u in plan.units), default=1)
     workers = max(slots // threads, 1)
@@ -268,15 +271,15 @@ class _Redraw:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._thread: threading.Thread | None = None
-        self._last = time.monotonic()
+        self._next = time.monotonic() + REDRAW_SECONDS
         self._drawn = 0
 
     def tick(self) -> None:
         """Start a redraw if runs have finished since the last one, and that one has ended."""
         busy = self._thread is not None and self._thread.is_alive()
-        if busy or time.monotonic() - self._last < REDRAW_SECONDS:
+        if busy or time.monotonic() < self._next:
             return
-        self._last = time.monotonic()
+        self._next = time.monotonic() + REDRAW_SECONDS
         finished = len(list(self._folder.glob("*/summary.json")))
         if finished > self._drawn:
             self._drawn = finished
@@ -290,11 +293,14 @@ class _Redraw:
 
     def _draw(self) -> None:
         command = ["nice", sys.executable, "-m", "analysis.report", str(self._folder)]
+        begin = time.monotonic()
         # Its output would break up the live progress display.
         drawn = subprocess.run(command, capture_output=True, text=True, check=False)
         if drawn.returncode != 0:
             error = drawn.stderr.strip().rpartition("\n")[2]
             Journal(self._folder).write("redraw failed", code=drawn.returncode, error=error)
+        # Training needs the processors: the page of a large study takes minutes of one.
+        self._next = max(self._next, time.monotonic() + REDRAW_PAUSE * (time.monotonic() - begin))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -1,10 +1,14 @@
 """What is trained already is not to be trained again, and is not counted again."""
 
+import io
 import json
 from pathlib import Path
 
+import pytest
+from rich.console import Console
+
 from launch.plan import Plan, make_plan
-from launch.progress import trained_tokens
+from launch.progress import LINE_SECONDS, Progress, stretches, trained_tokens
 from sweeps.grammar import read_sweep_file
 from tests.launch.command import ROOT
 
@@ -29,17 +33,65 @@ def finish(made: Plan, folder: Path) -> None:
             (folder / name / "STATUS.json").write_text(json.dumps(status))
 
 
+def trained(made: Plan, folder: Path) -> list[int]:
+    return [trained_tokens(mine) for mine in stretches(made, folder).values()]
+
+
 def test_nothing_is_left_of_a_finished_study(tmp_path: Path) -> None:
     made = plan(tmp_path)
-    assert all(trained_tokens(made, unit, tmp_path) == 0 for unit in made.units)
+    assert trained(made, tmp_path) == [0] * len(made.units)
     finish(made, tmp_path)
-    assert all(trained_tokens(made, unit, tmp_path) == unit.tokens for unit in made.units)
+    assert trained(made, tmp_path) == [unit.tokens for unit in made.units]
 
 
 def test_a_further_horizon_adds_its_own_tokens_alone(tmp_path: Path) -> None:
     finish(plan(tmp_path), tmp_path)
     more = plan(tmp_path, MORE)
-    for unit in more.units:
-        left = unit.tokens - trained_tokens(more, unit, tmp_path)
+    for unit, done in zip(more.units, trained(more, tmp_path), strict=True):
         # From the last fork before, 80 % of 450,560 tokens, to the end of the new horizon.
-        assert left == 901_120 - 360_448
+        assert unit.tokens - done == 901_120 - 360_448
+
+
+def test_a_line_tells_what_runs_and_how_far_all_are(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    unit = made.units[0]
+    assert unit.trunk is not None
+    folder = tmp_path / unit.trunk.trunk_id
+    folder.mkdir()
+    (folder / "STATUS.json").write_text(
+        json.dumps({"state": "running", "step": 10, "steps": 88, "loss_nats": 3.25})
+    )
+    text = io.StringIO()
+    console = Console(file=text, width=200)
+    shown = Progress(made, tmp_path, list(made.units), console)
+    shown._spoke -= LINE_SECONDS + 1
+    shown.tick()
+    total = sum(each.tokens for each in made.units) / 1e6
+    line = text.getvalue()
+    assert line.startswith(f"0.02 of {total:.2f} M tokens")
+    assert f"transformer {unit.trunk.run.corpus.name} 10k trunk step 10/88 loss 3.250" in line
+
+
+def test_an_ended_run_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan(tmp_path)
+    finish(made, tmp_path)
+    shown = Progress(made, tmp_path, list(made.units), Console(file=io.StringIO()))
+    monkeypatch.setattr("launch.progress.read_status", lambda folder: pytest.fail(str(folder)))
+    shown._spoke -= LINE_SECONDS + 1
+    shown.tick()
+
+
+def test_a_trunk_that_is_to_go_on_is_read_again(tmp_path: Path) -> None:
+    finish(plan(tmp_path), tmp_path)
+    more = plan(tmp_path, MORE)
+    text = io.StringIO()
+    shown = Progress(more, tmp_path, list(more.units), Console(file=text, width=200))
+    for unit in more.units:
+        assert unit.trunk is not None
+        status = {"state": "running", "step": max(unit.forks), "steps": max(unit.forks)}
+        (tmp_path / unit.trunk.trunk_id / "STATUS.json").write_text(json.dumps(status))
+    shown._spoke -= LINE_SECONDS + 1
+    shown.tick()
+    left = sum(901_120 - max(unit.forks) * 2048 for unit in more.units) / 1e6
+    total = sum(unit.tokens for unit in more.units) / 1e6
+    assert text.getvalue().startswith(f"{total - left:.2f} of {total:.2f} M tokens")
