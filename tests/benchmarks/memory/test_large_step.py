@@ -39,7 +39,9 @@ def test_a_step_starts_at_an_even_guess_and_learns(name: str) -> None:
 
 
 def test_all_named_architectures_take_part() -> None:
-    wanted = "hybrid hydra m2 m2_bert mamba mamba2 samba scout_mamba scout_window transformer window"
+    wanted = (
+        "hybrid hydra m2 m2_bert mamba mamba2 samba scout_mamba scout_window transformer window"
+    )
     assert trained_architectures() == wanted.split()
 
 
