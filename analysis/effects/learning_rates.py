@@ -144,6 +144,27 @@ def _vertex(x: np.ndarray, y: np.ndarray, best: int) -> float:
     return float(x[best] - slope / (2 * curvature)) if curvature > 0 else math.nan
 
 
+def edge(cell: pd.DataFrame, column: str) -> str:
+    """`below` or `above` where the lowest loss is at an end of a column, else nothing."""
+    losses = floats(cell, "loss_nats")
+    if not np.isfinite(losses).any():
+        return ""
+    tried, best = floats(cell, column), floats(cell, column)[np.nanargmin(losses)]
+    return "below" if best == tried.min() else "above" if best == tried.max() else ""
+
+
+def one_sided(trials: pd.DataFrame) -> dict[str, str]:
+    """Architectures whose best rate is at the same end of what was tried in every cell, by side.
+
+    Their trials do not hold a best rate, and a rule fitted to them may take any value.
+    """
+    sides: dict[str, set[str]] = {}
+    for key, cell in groups(trials, [*CELL, "batch_tokens"]):
+        if len(np.unique(floats(cell, "learning_rate"))) > 1:
+            sides.setdefault(str(key[0]), set()).add(edge(cell, "learning_rate"))
+    return {name: min(seen) for name, seen in sides.items() if len(seen) == 1 and "" not in seen}
+
+
 def rungs_of(trials: pd.DataFrame) -> list[str]:
     """The rungs of a search, from the smallest."""
     sizes = means(trials, ["rung"], ["nominal_parameters"]).sort_values("nominal_parameters")

@@ -6,13 +6,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from analysis.effects.learning_rates import rungs_of
+from analysis.effects.learning_rates import edge, rungs_of
 from analysis.effects.tuning_rule import CELL, Rules
 from analysis.figures import panels
 from analysis.figures.report_figure import ReportFigure
 from analysis.tables.frames import floats, groups, keep, means, strings, where
 from analysis.words.numbers import with_unit
-from analysis.words.tuning_rules import edge
 
 ROOM = 0.35
 """How far above a panel's lowest ln L a trial is still shown."""

@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 from rich.console import Console
 
-from analysis.effects.learning_rates import rate_trials, rungs_of
+from analysis.effects.learning_rates import one_sided, rate_trials, rungs_of
 from analysis.effects.seed_noise import ASSUMED_SEED_SD
 from analysis.effects.tuning_regret import regrets, sharing_costs
 from analysis.effects.tuning_rule import fit_rules, fitted_trials, own_optima
@@ -26,6 +26,7 @@ from analysis.figures.tuning_figures import draw_search
 from analysis.tables.frames import keep, strings
 from analysis.tables.sweep_folder import load
 from analysis.words.tuning_rules import (
+    left_out_lines,
     open_lines,
     regret_lines,
     rule_entry,
@@ -70,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(options: argparse.Namespace) -> list[str]:
-    trials = read_trials(options.folders)
+    searched = read_trials(options.folders)
+    left_out = one_sided(searched)
+    trials = keep(searched, ~np.isin(strings(searched, "architecture"), list(left_out)))
+    if not len(trials):
+        raise ValueError("\n".join(left_out_lines(left_out)))
     rungs = rungs_of(trials)
     unseen = options.unseen or rungs[-1]
     # Every rung's regret is of a rule without it.
@@ -90,18 +95,19 @@ def _answer(options: argparse.Namespace) -> list[str]:
         for arm in rules.architectures
     }
     (out / "rules.yaml").write_text(yaml.safe_dump(entries, sort_keys=False))
-    trials.to_csv(out / "trials.csv", index=False, float_format="%.8g")
+    searched.to_csv(out / "trials.csv", index=False, float_format="%.8g")
     costs.to_csv(out / "regret.csv", index=False, float_format="%.6g")
     sharing.to_csv(out / "sharing.csv", index=False, float_format="%.6g")
     draw_search(trials, rules, own).save(out)
     return [
+        *left_out_lines(left_out),
         f"{len(trials)} trials; the rules:",
         *rule_lines(rules),
         f"The same without {unseen}, which they are judged at:",
         *rule_lines(without),
         *regret_lines(costs, unseen),
         *sharing_lines(sharing),
-        *open_lines(trials),
+        *open_lines(searched),
         f"written: {out}/rules.yaml, trials.csv, regret.csv, sharing.csv, rate_search.png",
     ]
 

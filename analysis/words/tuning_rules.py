@@ -1,10 +1,11 @@
 """Rules of the learning rate in words, and as the data that an architecture's YAML holds."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pandas as pd
 
+from analysis.effects.learning_rates import edge
 from analysis.effects.tuning_regret import summary
 from analysis.effects.tuning_rule import AXES, CELL, Rules
 from analysis.tables.frames import floats, groups, where
@@ -86,6 +87,16 @@ def sharing_lines(sharing: pd.DataFrame) -> Iterator[str]:
         )
 
 
+def left_out_lines(left_out: Mapping[str, str]) -> Iterator[str]:
+    """Why some architectures have no rule, and what would give them one."""
+    for name, side in left_out.items():
+        end, wanted = ("lowest", "lower") if side == "below" else ("highest", "higher")
+        yield (
+            f"no rule for {name}: in every cell its best trial is at the {end} rate tried, so that "
+            f"nothing says where the best rate lies; search {wanted} rates"
+        )
+
+
 def open_lines(trials: pd.DataFrame) -> Iterator[str]:
     """Cells whose best rate, or best batch, is the last one tried."""
     for key, cell in groups(trials, CELL):
@@ -96,15 +107,6 @@ def open_lines(trials: pd.DataFrame) -> Iterator[str]:
         side = edge(cell, "batch_tokens")
         if side:
             yield f"best batch not bracketed {side}: {_place(*key)}"
-
-
-def edge(cell: pd.DataFrame, column: str) -> str:
-    """`below` or `above` where the lowest loss is at an end of a column, else nothing."""
-    losses = floats(cell, "loss_nats")
-    if not np.isfinite(losses).any():
-        return ""
-    tried, best = floats(cell, column), floats(cell, column)[np.nanargmin(losses)]
-    return "below" if best == tried.min() else "above" if best == tried.max() else ""
 
 
 def _place(architecture: str, rung: str, corpus: str, horizon: float) -> str:
